@@ -1,0 +1,3 @@
+"""The version of the toolkit, kept apart so that builds read it without importing anything."""
+
+__version__ = "0.1.0"

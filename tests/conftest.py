@@ -1,0 +1,71 @@
+"""Shared fixtures: golden data, fixed seeds, one thread a process, and the `gpu` marker."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can say `from tolerances import …`
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NETWORKS = sorted(path.stem for path in GOLDEN.glob("stylegan*.pkl"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip tests marked `gpu` where torch sees no CUDA device."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test starts from the same random state."""
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_ops():
+    """The op cases and their arrays: (list of cases, name -> array)."""
+    cases = json.loads((GOLDEN / "ops.json").read_text())
+    with np.load(GOLDEN / "ops.npz") as archive:
+        return cases, {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture(scope="session")
+def golden_network():
+    """Call with a name of GOLDEN_NETWORKS: (constructor arguments and hashes, name -> array), read once."""
+    cache: dict[str, tuple[dict, dict]] = {}
+
+    def read(name: str):
+        if name not in cache:
+            with np.load(GOLDEN / f"{name}.npz") as archive:
+                arrays = {key: archive[key] for key in archive.files}
+            cache[name] = (json.loads((GOLDEN / f"{name}.json").read_text()), arrays)
+        return cache[name]
+
+    return read

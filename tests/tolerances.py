@@ -1,0 +1,25 @@
+"""Every tolerance that the tests use, with where it comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# golden/README.md: ops in float64, relative to the largest value (filters and their gain are float32).
+OPS_F64 = 1e-6
+# golden/README.md: networks in float32, relative to the largest value.
+NETWORK_F32 = 1e-4
+# golden/README.md: gradients of networks in float32.
+GRADIENT_F32 = 1e-3
+
+
+def assert_close(actual, expected, rel: float, name: str = "") -> None:
+    """Assert that two arrays have one shape and differ by at most `rel` times the largest magnitude expected."""
+    actual = np.asarray(actual.detach().cpu() if hasattr(actual, "detach") else actual, dtype=np.float64)
+    expected = np.asarray(expected.detach().cpu() if hasattr(expected, "detach") else expected, dtype=np.float64)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    if expected.size == 0:
+        return
+    assert np.isfinite(actual).all(), f"{name}: not finite"
+    scale = max(float(np.abs(expected).max()), 1e-12)
+    error = float(np.abs(actual - expected).max()) / scale
+    assert error <= rel, f"{name}: relative error {error:.3g} is above {rel:g} (largest value {scale:.3g})"
