@@ -1,0 +1,98 @@
+"""The program `finetune`: finds a command by name, runs it, and turns every error into a message and an exit code.
+
+Each command is a module of this folder with a `click.Command` called `command`. Modules import torch, numpy and
+the rest inside the function that needs them, so that `--help` answers at once.
+
+Exit codes: 0 done · 1 a defect of this program, or a command that says its own result is bad · 2 something the
+user can put right · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import traceback
+
+import click
+
+from finetune.errors import FinetuneError
+from finetune.version import __version__
+
+# In the order in which a person meets them; `finetune --help` keeps it.
+COMMANDS = ("demo", "inspect", "train", "generate", "export")
+
+
+class CommandFailed(click.ClickException):
+    """An error that ends a command: printed as it is, with the exit code given."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file=None) -> None:
+        click.echo(f"Error: {self.message}", file=file, err=file is None)
+
+
+class CommandTable(click.Group):
+    """A click group that imports a command only when it is named, and that knows what to do when one fails."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in COMMANDS if importlib.util.find_spec(f"finetune.cli.{name}")]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        return importlib.import_module(f"finetune.cli.{name}").command
+
+    def invoke(self, ctx: click.Context):
+        """Run the command; what it raises becomes a message and an exit code, unless `--debug` wants the traceback."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            raise click.exceptions.Exit(130) from None
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            raise explain(error) from None
+
+
+def explain(error: Exception) -> CommandFailed:
+    """The message and exit code that an exception deserves."""
+    if isinstance(error, FinetuneError):
+        return CommandFailed(str(error), error.exit_code)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return CommandFailed(f"{where}{error.strerror}.", 2)
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; named, so that this file needs no torch
+        first_line = what.splitlines()[0]
+        return CommandFailed(
+            f"{first_line}\nThe device is out of memory: lower --batch-gpu, or use --device cpu.", 2
+        )
+    return CommandFailed(
+        f"{what}\nThis is a defect of finetune {__version__}, not of your input. Run the same command again as "
+        "`finetune --debug …` and report what it prints.",
+        1,
+    )
+
+
+@click.group(
+    cls=CommandTable,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`finetune COMMAND --help` explains one command.",
+)
+@click.version_option(__version__, prog_name="finetune", message="%(prog)s %(version)s")
+@click.option(
+    "--debug", is_flag=True, envvar="FINETUNE_DEBUG", help="Show the traceback when a command fails."
+)
+def cli(debug: bool) -> None:
+    """Make pretrained StyleGAN2 and StyleGAN3 checkpoints better: a pickle and a folder of pictures in, a
+    better pickle out."""
+
+
+def main() -> None:
+    """Run the program with the arguments of the process; never returns."""
+    cli(prog_name="finetune")

@@ -1,0 +1,111 @@
+"""Options and parameter types that several commands share, so that one name means one thing everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+MAX_SEED = 2**32 - 1  # what numpy's RandomState takes
+MAX_SEEDS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Turn `0-15,42` into a list of seeds in the order given; a range counts both ends.
+
+    Raises ValueError with one sentence that quotes the part it cannot read.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"{part.strip()!r} is not a seed or a range of seeds; write them like 0-15,42.")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise ValueError(f"the range {part.strip()!r} runs backwards; write {high}-{low}.")
+        if high > MAX_SEED:
+            raise ValueError(f"seed {high} is above the largest one, {MAX_SEED}.")
+        if len(seeds) + high - low + 1 > MAX_SEEDS:
+            raise ValueError(f"{text!r} names more than {MAX_SEEDS:,} seeds.")
+        seeds.extend(range(low, high + 1))
+    return seeds
+
+
+class SeedRange(click.ParamType):
+    """Seeds written like `0-15,42`; the value is a list of ints."""
+
+    name = "seeds"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "SEEDS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            return parse_seeds(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class GridSize(click.ParamType):
+    """The size of a sheet of pictures, columns by rows, like `8x4`; the value is (columns, rows)."""
+
+    name = "grid"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "CxR"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if not isinstance(value, str):
+            return tuple(value)
+        columns, _, rows = value.lower().partition("x")
+        if not (columns.isdecimal() and rows.isdecimal() and int(columns) > 0 and int(rows) > 0):
+            self.fail(f"{value!r} is not a grid; write columns x rows, like 8x4.", param, ctx)
+        return int(columns), int(rows)
+
+
+def network_option(**overrides: Any):
+    """`--network`: a checkpoint file, or a run folder whose newest snapshot is meant."""
+    settings: dict[str, Any] = {
+        "required": True,
+        "type": click.Path(path_type=Path),
+        "metavar": "FILE|RUN",
+        "help": "Checkpoint file, or run folder (its newest snapshot).",
+    }
+    return click.option("--network", **{**settings, **overrides})
+
+
+def device_option(**overrides: Any):
+    """`--device`: turned into a torch device by `finetune.device.resolve_device`."""
+    settings: dict[str, Any] = {
+        "default": "auto",
+        "show_default": True,
+        "metavar": "NAME",
+        "help": "auto, cpu, cuda, cuda:1 or mps.",
+    }
+    return click.option("--device", **{**settings, **overrides})
+
+
+def outdir_option(**overrides: Any):
+    """`--outdir`: the folder a command writes to; made when it is not there."""
+    settings: dict[str, Any] = {
+        "required": True,
+        "type": click.Path(file_okay=False, path_type=Path),
+        "metavar": "DIR",
+        "help": "Folder to write to.",
+    }
+    return click.option("--outdir", **{**settings, **overrides})
+
+
+def seeds_option(**overrides: Any):
+    """`--seeds`: a list of ints."""
+    settings: dict[str, Any] = {
+        "required": True,
+        "type": SeedRange(),
+        "help": "Seeds, like 0-15,42; a seed always gives the same picture.",
+    }
+    return click.option("--seeds", **{**settings, **overrides})
