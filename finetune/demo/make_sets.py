@@ -4,10 +4,10 @@
     npm pack emoji-datasource-twitter@16.0.0     # likewise: its `package` is TWEMOJI
     python finetune/demo/make_sets.py FLUENT TWEMOJI finetune/demo
 
-writes `faces-3d.zip` and `faces-flat.zip`. One picture is one code point in both sets, under the same name; a round
-face covers the same 56 of 64 pixels in both, so that what differs between the sets is the style and not the place.
-Pixels are the same on every run and machine (the bytes of the PNG files depend on the zlib that Pillow was built
-with). Authors and licences: ATTRIBUTION.md.
+writes `faces-3d.zip` and `faces-flat.zip`. One picture is one code point in both sets, under the same name; a
+round face covers the same 56 of 64 pixels in both, so that what differs between the sets is the style and not the
+place. A second run writes the same bytes (elsewhere they may differ with the zlib that Pillow was built with, the
+pixels do not). Authors and licences: ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HEADS = {
     "hamster", "rabbit", "bear", "polar_bear", "koala", "panda_face", "frog", "hatched_chick", "octopus",
     "new_moon_with_face", "full_moon_with_face", "sun_with_face", "jack_o_lantern",
 }  # fmt: skip
-LEFT_OUT = {"face_in_clouds", "dotted_line_face", "skull_and_crossbones", "shaking_face"}  # hardly a head to be seen
+LEFT_OUT = {"face_in_clouds", "dotted_line_face", "skull_and_crossbones", "shaking_face"}  # hardly a head
 
 
 def chosen(emoji: list[dict]) -> list[dict]:
