@@ -1,0 +1,190 @@
+"""Seeds to latents to pictures: truncation, labels, and grids.
+
+A seed stands for one picture: its z comes from numpy's RandomState, as everywhere in the field, its random noise
+maps (if any) from torch seeded with the same number, and pictures are made one at a time, so that neither the
+order of seeds nor the batch size matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from finetune.errors import CheckpointError, ConfigError
+
+MAX_SEED = 2**32 - 1  # what RandomState takes
+NOISE_MODES = ("const", "random", "none")
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def z_from_seeds(seeds: Iterable[int], z_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the latents of `seeds`, float32 `[N, z_dim]`; ConfigError for a seed outside 0 … 2³²-1."""
+    rows = []
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise ConfigError(f"seed {seed} is outside 0 to {MAX_SEED}.")
+        rows.append(np.random.RandomState(seed).randn(1, z_dim).astype(np.float32))
+    stacked = np.concatenate(rows) if rows else np.zeros([0, z_dim], dtype=np.float32)
+    return torch.from_numpy(stacked).to(device)
+
+
+def label_from_class(
+    G: torch.nn.Module, class_index: int | None, n: int = 1, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return one-hot labels `[n, c_dim]` float32 (`[n, 0]` without classes).
+
+    ConfigError if the network has classes and none is named, has none and one is named, or has fewer.
+    """
+    c_dim = int(G.c_dim)
+    if c_dim == 0:
+        if class_index is not None:
+            raise ConfigError(
+                f"--class {class_index} was given, but this network has no classes; leave it out."
+            )
+        return torch.zeros([n, 0], device=device)
+    if class_index is None:
+        raise ConfigError(f"this network has {c_dim} classes: choose one with --class 0 to {c_dim - 1}.")
+    if not 0 <= class_index < c_dim:
+        raise ConfigError(f"--class {class_index} is not a class of this network; it has 0 to {c_dim - 1}.")
+    label = torch.zeros([n, c_dim], device=device)
+    label[:, class_index] = 1
+    return label
+
+
+def to_uint8(img: torch.Tensor) -> np.ndarray:
+    """Turn images `[N, C, H, W]` or one `[C, H, W]`, -1 to 1, into uint8 with the channels last.
+
+    Values outside are clipped, the rest is rounded to the nearest of 256 steps (-1 is 0, 1 is 255).
+    """
+    steps = (img.detach().to(torch.float32) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(steps.movedim(-3, -1).cpu().numpy())
+
+
+@torch.no_grad()
+def generate(
+    G: torch.nn.Module,
+    seeds: Sequence[int],
+    *,
+    class_index: int | None = None,
+    truncation_psi: float = 1.0,
+    truncation_cutoff: int | None = None,
+    noise_mode: str = "const",
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield `(seed, picture)` for each seed, the picture uint8 `[H, W, C]`; `progress(done, total)` after each.
+
+    ConfigError for options that do not fit the network, CheckpointError where its output is not finite.
+    """
+    if noise_mode not in NOISE_MODES:
+        raise ConfigError(f"--noise-mode {noise_mode} is not one of {', '.join(NOISE_MODES)}.")
+    device = device_of(G)
+    label = label_from_class(G, class_index, 1, device)
+    for done, seed in enumerate(seeds, 1):
+        z = z_from_seeds([seed], G.z_dim, device)
+        with _random_state_of(seed, device) if noise_mode == "random" else contextlib.nullcontext():
+            img = G(
+                z,
+                label,
+                truncation_psi=truncation_psi,
+                truncation_cutoff=truncation_cutoff,
+                noise_mode=noise_mode,
+            )
+        if not bool(torch.isfinite(img).all()):
+            raise CheckpointError(
+                f"The network gives values that are not numbers for seed {seed}.",
+                hint="Its weights are damaged, or training had diverged when it was saved; use an earlier one.",
+            )
+        yield seed, to_uint8(img)[0]
+        if progress is not None:
+            progress(done, len(seeds))
+
+
+@torch.no_grad()
+def run_network_chunked(
+    G: torch.nn.Module, z: torch.Tensor, c: torch.Tensor, *, chunk: int = 8, **kwargs: Any
+) -> torch.Tensor:
+    """Return `G(z, c, **kwargs)` as float32 on the CPU, computed `chunk` images at a time to bound memory."""
+    device = device_of(G)
+    parts = [
+        G(z_part.to(device), c_part.to(device), **kwargs).float().cpu()
+        for z_part, c_part in zip(z.split(chunk), c.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return where a module's first parameter or buffer lives (the CPU if it has neither)."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _random_state_of(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch draw as if freshly seeded, and give its own random state back afterwards."""
+    kind = device.type if device.type != "cpu" else "cuda"
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+def to_image(picture: np.ndarray) -> Image.Image:
+    """Turn a uint8 array `[H, W, C]` with 1, 3 or 4 channels into a picture; ConfigError for other counts."""
+    channels = picture.shape[2]
+    if channels not in _PIL_MODES:
+        raise ConfigError(
+            f"this network makes images of {channels} channels; pictures are written for 1 (gray), 3 (RGB) "
+            "and 4 (RGBA)."
+        )
+    return Image.fromarray(picture[:, :, 0] if channels == 1 else picture)
+
+
+def image_grid(images: Sequence[np.ndarray], columns: int) -> Image.Image:
+    """Lay uint8 pictures `[H, W, C]` of one size out in rows of `columns`; unfilled places stay black."""
+    if len(images) == 0:
+        raise ConfigError("a grid needs at least one picture.")
+    height, width, channels = images[0].shape
+    rows = -(-len(images) // columns)
+    sheet = np.zeros([rows * height, columns * width, channels], dtype=np.uint8)
+    for i, picture in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + height, left : left + width] = picture
+    return to_image(sheet)
+
+
+def save_grid(
+    images: torch.Tensor | Sequence[np.ndarray],
+    path: str | os.PathLike,
+    grid: tuple[int, int] | None = None,
+) -> Path:
+    """Write pictures as one sheet and return its path.
+
+    `images` is a float tensor `[N, C, H, W]` in -1 to 1, a uint8 tensor `[N, C, H, W]`, or uint8 arrays
+    `[H, W, C]`. `grid` is (columns, rows); pictures beyond it are left out; without it the sheet is near square.
+    """
+    if isinstance(images, torch.Tensor):
+        if images.dtype == torch.uint8:
+            arrays = list(np.ascontiguousarray(images.movedim(1, -1).cpu().numpy()))
+        else:
+            arrays = list(to_uint8(images))
+    else:
+        arrays = list(images)
+    columns, rows = grid or near_square(len(arrays))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(arrays[: columns * rows], columns).save(path)
+    return path
+
+
+def near_square(count: int) -> tuple[int, int]:
+    """Return (columns, rows) of the smallest nearly square sheet that holds `count` pictures."""
+    columns = max(1, int(np.ceil(np.sqrt(count))))
+    return columns, max(1, -(-count // columns))
