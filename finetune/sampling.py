@@ -1,8 +1,8 @@
 """Seeds to latents to pictures: truncation, labels, and grids.
 
-A seed stands for one picture: its z comes from numpy's RandomState, as everywhere in the field, its random noise
-maps (if any) from torch seeded with the same number, and pictures are made one at a time, so that neither the
-order of seeds nor the batch size matters.
+A seed stands for one picture: its z comes from numpy's RandomState, as everywhere in the field, its random
+noise maps (if any) from torch seeded with the same number, and pictures are made one at a time, so that
+neither the order of seeds nor the batch size matters.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def generate(
     noise_mode: str = "const",
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield `(seed, picture)` for each seed, the picture uint8 `[H, W, C]`; `progress(done, total)` after each.
+    """Yield `(seed, picture)` for each seed, the picture uint8 `[H, W, C]`.
 
-    ConfigError for options that do not fit the network, CheckpointError where its output is not finite.
+    `progress(done, total)` is called after each. ConfigError for options that do not fit the network,
+    CheckpointError where its output is not finite.
     """
     if noise_mode not in NOISE_MODES:
         raise ConfigError(f"--noise-mode {noise_mode} is not one of {', '.join(NOISE_MODES)}.")
@@ -99,7 +100,7 @@ def generate(
         if not bool(torch.isfinite(img).all()):
             raise CheckpointError(
                 f"The network gives values that are not numbers for seed {seed}.",
-                hint="Its weights are damaged, or training had diverged when it was saved; use an earlier one.",
+                hint="Its weights are damaged, or training had diverged before: use an older file.",
             )
         yield seed, to_uint8(img)[0]
         if progress is not None:
@@ -129,11 +130,12 @@ def device_of(module: torch.nn.Module) -> torch.device:
 @contextlib.contextmanager
 def _random_state_of(seed: int, device: torch.device) -> Iterator[None]:
     """Let torch draw as if freshly seeded, and give its own random state back afterwards."""
-    kind = device.type if device.type != "cpu" else "cuda"
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=kind):
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know it
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+    if mps_state is not None:
+        torch.mps.set_rng_state(mps_state)
 
 
 def to_image(picture: np.ndarray) -> Image.Image:
@@ -168,7 +170,7 @@ def save_grid(
     """Write pictures as one sheet and return its path.
 
     `images` is a float tensor `[N, C, H, W]` in -1 to 1, a uint8 tensor `[N, C, H, W]`, or uint8 arrays
-    `[H, W, C]`. `grid` is (columns, rows); pictures beyond it are left out; without it the sheet is near square.
+    `[H, W, C]`. `grid` is (columns, rows), and pictures beyond it are left out; the default is near square.
     """
     if isinstance(images, torch.Tensor):
         if images.dtype == torch.uint8:
