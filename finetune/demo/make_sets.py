@@ -26,12 +26,18 @@ TWEMOJI_SIZE = 56  # Twemoji draws to the edge of the picture; Fluent leaves 4 o
 FACES = {
     "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical", "face-sleepy",
     "face-unwell", "face-hat", "face-glasses", "face-concerned", "face-negative", "face-costume", "cat-face",
-    "monkey-face",
+    "monkey-face", "person",
 }  # fmt: skip
 HEADS = {
     "monkey_face", "dog", "wolf", "fox_face", "raccoon", "cat", "lion_face", "tiger", "cow", "pig", "mouse",
     "hamster", "rabbit", "bear", "polar_bear", "koala", "panda_face", "frog", "hatched_chick", "octopus",
     "new_moon_with_face", "full_moon_with_face", "sun_with_face", "jack_o_lantern",
+    "person_with_crown", "prince", "princess", "man_with_turban", "man-wearing-turban", "woman-wearing-turban",
+    "person_with_headscarf", "angel", "santa", "mrs_claus", "mx_claus", "vampire", "male_vampire",
+    "female_vampire", "elf", "male_elf", "female_elf", "cop", "male-police-officer", "female-police-officer",
+    "guardsman", "male-guard", "female-guard", "student", "male-student", "female-student", "cook", "male-cook",
+    "female-cook", "pilot", "male-pilot", "female-pilot", "firefighter", "male-firefighter",
+    "female-firefighter", "construction_worker", "male-construction-worker", "female-construction-worker",
 }  # fmt: skip
 LEFT_OUT = {"face_in_clouds", "dotted_line_face", "skull_and_crossbones", "shaking_face"}  # hardly a head
 
