@@ -1,0 +1,78 @@
+"""Add a bias, apply an activation, scale and clamp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from dnnlib import EasyDict
+
+from . import impl as _impl
+
+# What foreign pickles read from here: `activation_funcs[name].def_gain` and `.def_alpha`; func is (x, alpha) -> y.
+activation_funcs = {
+    "linear": EasyDict(func=lambda x, alpha: x, def_alpha=0, def_gain=1),
+    "relu": EasyDict(func=lambda x, alpha: F.relu(x), def_alpha=0, def_gain=math.sqrt(2)),
+    "lrelu": EasyDict(func=lambda x, alpha: F.leaky_relu(x, alpha), def_alpha=0.2, def_gain=math.sqrt(2)),
+    "tanh": EasyDict(func=lambda x, alpha: torch.tanh(x), def_alpha=0, def_gain=1),
+    "sigmoid": EasyDict(func=lambda x, alpha: torch.sigmoid(x), def_alpha=0, def_gain=1),
+    "elu": EasyDict(func=lambda x, alpha: F.elu(x), def_alpha=0, def_gain=1),
+    "selu": EasyDict(func=lambda x, alpha: F.selu(x), def_alpha=0, def_gain=1),
+    "softplus": EasyDict(func=lambda x, alpha: F.softplus(x), def_alpha=0, def_gain=1),
+    "swish": EasyDict(func=lambda x, alpha: F.silu(x), def_alpha=0, def_gain=math.sqrt(2)),
+}
+
+
+def bias_act(
+    x: torch.Tensor,
+    b: torch.Tensor | None = None,
+    dim: int = 1,
+    act: str = "linear",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Return `clamp(act(x + b) * gain)` in the shape and dtype of `x`.
+
+    x: any shape, floating point. b: `[x.shape[dim]]` or None. alpha: slope of lrelu below zero (default 0.2), unused
+    by the others. gain: default sqrt(2) for relu, lrelu, swish, else 1. clamp: limit of the magnitude, None for none;
+    where it bites, the gradient is zero. First and second gradients exist for x and b.
+    Raises TypeError, ValueError for arguments that are out of form.
+    """
+    _impl.choose("bias_act", impl)
+    _check(x, b, dim, act, clamp)
+    spec = activation_funcs[act]
+    alpha = float(spec.def_alpha if alpha is None else alpha)
+    gain = float(spec.def_gain if gain is None else gain)
+    if b is not None:
+        shape = [1] * x.ndim
+        shape[dim] = -1
+        x = x + b.to(x.dtype).reshape(shape)
+    x = spec.func(x, alpha)
+    if gain != 1:
+        x = x * gain
+    if clamp is not None:
+        x = x.clamp(-clamp, clamp)
+    return x
+
+
+def _check(x, b, dim, act, clamp):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"bias_act: x must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise ValueError(f"bias_act: x must be floating point, got {x.dtype}")
+    if act not in activation_funcs:
+        raise ValueError(f"bias_act: act must be one of {', '.join(activation_funcs)}, got {act!r}")
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"bias_act: clamp must be None or at least 0, got {clamp!r}")
+    if b is None:
+        return
+    if not isinstance(b, torch.Tensor):
+        raise TypeError(f"bias_act: b must be a tensor or None, got {type(b).__name__}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"bias_act: dim {dim} does not exist in x of shape {list(x.shape)}")
+    if b.ndim != 1 or b.shape[0] != x.shape[dim]:
+        raise ValueError(f"bias_act: b must be [{x.shape[dim]}] for dim {dim} of {list(x.shape)}, got {list(b.shape)}")

@@ -1,0 +1,62 @@
+"""torch's 2-D convolutions, with a switch that keeps a backward pass away from their weights.
+
+Outside `no_weight_gradients` these are torch's own convolutions with torch's own autograd: the only addition is an
+identity on the weight, which lets the switch be thrown after the forward pass, when the gradient is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+# Backward runs in threads of its own, so this is a plain global: how many enclosing blocks ask for no gradients.
+_blocks = 0
+
+
+@contextlib.contextmanager
+def no_weight_gradients(disable: bool = True) -> Iterator[None]:
+    """Inside the block, backward passes through this module's convolutions give their weights no gradient.
+
+    What counts is where the gradient is taken, not where the convolution was called. `disable=False` makes the
+    block do nothing.
+    """
+    global _blocks
+    step = 1 if disable else 0
+    _blocks += step
+    try:
+        yield
+    finally:
+        _blocks -= step
+
+
+class _WeightGate(torch.autograd.Function):
+    """The identity, whose gradient vanishes inside `no_weight_gradients`."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if _blocks else grad
+
+
+def _gated(weight: torch.Tensor) -> torch.Tensor:
+    if weight.requires_grad and torch.is_grad_enabled():
+        return _WeightGate.apply(weight)
+    return weight
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> torch.Tensor:
+    """`torch.nn.functional.conv2d` that heeds `no_weight_gradients`."""
+    return F.conv2d(input, _gated(weight), bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+) -> torch.Tensor:
+    """`torch.nn.functional.conv_transpose2d` that heeds `no_weight_gradients`."""
+    return F.conv_transpose2d(input, _gated(weight), bias, stride, padding, output_padding, groups, dilation)
