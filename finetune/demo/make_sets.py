@@ -5,9 +5,9 @@
     python finetune/demo/make_sets.py FLUENT TWEMOJI finetune/demo
 
 writes `faces-3d.zip` and `faces-flat.zip`. One picture is one code point in both sets, under the same name; a
-round face covers the same 56 of 64 pixels in both, so that what differs between the sets is the style and not the
-place. A second run writes the same bytes (elsewhere they may differ with the zlib that Pillow was built with, the
-pixels do not). Authors and licences: ATTRIBUTION.md.
+round face covers the same 56 of 64 pixels in both, so that what differs between the sets is the style and not
+the place. A second run writes the same bytes (elsewhere they may differ with the zlib that Pillow was built
+with, the pixels do not). Authors and licences: ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ HEADS = {
     "monkey_face", "dog", "wolf", "fox_face", "raccoon", "cat", "lion_face", "tiger", "cow", "pig", "mouse",
     "hamster", "rabbit", "bear", "polar_bear", "koala", "panda_face", "frog", "hatched_chick", "octopus",
     "new_moon_with_face", "full_moon_with_face", "sun_with_face", "jack_o_lantern",
-    "person_with_crown", "prince", "princess", "man_with_turban", "man-wearing-turban", "woman-wearing-turban",
-    "person_with_headscarf", "angel", "santa", "mrs_claus", "mx_claus", "vampire", "male_vampire",
-    "female_vampire", "elf", "male_elf", "female_elf", "cop", "male-police-officer", "female-police-officer",
-    "guardsman", "male-guard", "female-guard", "student", "male-student", "female-student", "cook", "male-cook",
-    "female-cook", "pilot", "male-pilot", "female-pilot", "firefighter", "male-firefighter",
-    "female-firefighter", "construction_worker", "male-construction-worker", "female-construction-worker",
+    "person_with_crown", "prince", "princess", "man_with_turban", "man-wearing-turban",
+    "woman-wearing-turban", "person_with_headscarf", "angel", "santa", "mrs_claus", "mx_claus", "vampire",
+    "male_vampire", "female_vampire", "elf", "male_elf", "female_elf", "cop", "male-police-officer",
+    "female-police-officer", "guardsman", "male-guard", "female-guard", "student", "male-student",
+    "female-student", "cook", "male-cook", "female-cook", "pilot", "male-pilot", "female-pilot",
+    "firefighter", "male-firefighter", "female-firefighter", "construction_worker",
+    "male-construction-worker", "female-construction-worker",
 }  # fmt: skip
 LEFT_OUT = {"face_in_clouds", "dotted_line_face", "skull_and_crossbones", "shaking_face"}  # hardly a head
 
