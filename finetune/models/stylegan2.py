@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """StyleGAN2: the generator, and the discriminator that StyleGAN3 shares.
 
-This file travels inside every checkpoint and is read there by other programs: see README.md next to it for what
-it may import and which names may not change.
+This file travels inside every checkpoint and is read there by other programs: see README.md next to it for
+what it may import and which names may not change.
 
-Shapes: z [N, z_dim], c [N, c_dim], ws [N, num_ws, w_dim], img [N, img_channels, R, R] float32 in about [-1, 1].
-Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958); mixed precision
-and conditioning as in "Training GANs with Limited Data" (arXiv 2006.06676).
+Shapes: z [N, z_dim], c [N, c_dim], ws [N, num_ws, w_dim], img [N, img_channels, R, R] float32, about [-1, 1].
+Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958); mixed
+precision and conditioning as in "Training GANs with Limited Data" (arXiv 2006.06676).
 """
 
 import math
 
 import torch
+
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
@@ -20,7 +21,7 @@ HALVED_POWER = math.sqrt(0.5)  # two branches of equal variance, each times this
 
 
 def unit_rms(x):
-    """Scale each row of `x` [N, F] to root mean square 1. Source: StyleGAN (1812.04948), the pixel norm of z."""
+    """Scale each row of `x` [N, F] to root mean square 1. Source: Progressive GAN (1710.10196), 4.2."""
     return x * (x.square().mean(dim=1, keepdim=True) + EPSILON).rsqrt()
 
 
@@ -54,10 +55,10 @@ def scaled_clamp(clamp, gain):
 def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, demodulate=True, fused=True):
     """Convolve each sample with its own modulated weights and add noise.
 
-    x [N, I, H, W]; weight [O, I, k, k] float32; styles [N, I] float32; noise broadcastable to the result or None.
-    Returns [N, O, H*up, W*up] in the dtype of x. `fused` builds the weights of every sample and runs one grouped
-    convolution; otherwise the features are scaled before and after an ordinary one. Equal up to rounding.
-    Source: StyleGAN2 equations 1 (modulation) and 3 (demodulation).
+    x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; noise broadcastable to the result or None.
+    Returns [N, O, H*up, W*up] in the dtype of x. `fused` builds the weights of every sample and runs one
+    grouped convolution; otherwise the features are scaled before and after an ordinary one: equal up to
+    rounding. Source: StyleGAN2 equations 1 (modulation) and 3 (demodulation).
     """
     batch, channels_in, height, width = x.shape
     channels_out, _, kernel, _ = weight.shape
@@ -98,8 +99,8 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, 
 class Dense(torch.nn.Module):
     """Fully connected layer whose weights are scaled when used, so that all learn at one rate.
 
-    [N, in_features] -> [N, out_features]. `lr_multiplier` scales the learning rate: stored weights are divided by it.
-    Source: Progressive GAN (1710.10196), section 4.1.
+    [N, in_features] -> [N, out_features]. `lr_multiplier` scales the learning rate: the stored weights are
+    divided by it. Source: Progressive GAN (1710.10196), section 4.1.
     """
 
     def __init__(self, in_features, out_features, activation="linear", lr_multiplier=1, bias_init=0):
@@ -127,8 +128,8 @@ class Dense(torch.nn.Module):
 class MappingNetwork(torch.nn.Module):
     """Latents and labels to intermediate latents: z [N, z_dim], c [N, c_dim] -> ws [N, num_ws, w_dim].
 
-    With num_ws None the result stays [N, w_dim] and cannot be truncated; with w_avg_beta None no average is kept.
-    z_dim 0 maps labels alone (the discriminator's use). Source: StyleGAN (1812.04948), sections 2 and B.
+    With num_ws None the result stays [N, w_dim] and cannot be truncated; with w_avg_beta None no average is
+    kept. z_dim 0 maps labels alone (the discriminator's use). Source: StyleGAN (1812.04948), section 2.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class StyledConv(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
     def noise(self, batch, noise_mode):
-        """Draw this layer's noise, always in float32 so that the random stream is the same in every precision."""
+        """Draw this layer's noise, in float32 so that the random stream is the same in every precision."""
         if noise_mode not in ("random", "const", "none"):
             raise ValueError("noise_mode must be 'random', 'const' or 'none', got %r" % (noise_mode,))
         if not self.use_noise or noise_mode == "none":
@@ -270,11 +271,12 @@ class StyledConv(torch.nn.Module):
 
 @persistence.persistent_class
 class ToRGB(torch.nn.Module):
-    """Modulated 1x1 convolution to image channels, without demodulation: [N, I, R, R], w [N, w_dim] -> [N, C, R, R]."""
+    """Modulated 1x1 convolution to image channels, without demodulation.
 
-    def __init__(
-        self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, channels_last=False
-    ):
+    x [N, in_channels, R, R], w [N, w_dim] -> [N, out_channels, R, R]. Source: StyleGAN2, figure 7.
+    """
+
+    def __init__(self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, channels_last=False):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -298,8 +300,8 @@ class ToRGB(torch.nn.Module):
 class ScaledConv(torch.nn.Module):
     """Plain convolution with weights scaled when used, optional resampling, bias and activation.
 
-    [N, I, H, W] -> [N, O, H*up/down, W*up/down]. With `trainable` False weight and bias are buffers, which is how
-    FreezeD (2002.10964) keeps them out of the optimiser.
+    [N, I, H, W] -> [N, O, H*up/down, W*up/down]. With `trainable` False weight and bias are buffers, which is
+    how FreezeD (2002.10964) keeps them out of the optimiser.
     """
 
     def __init__(
@@ -363,9 +365,10 @@ class ScaledConv(torch.nn.Module):
 
 @persistence.persistent_class
 class SynthesisBlock(torch.nn.Module):
-    """All layers of the generator at one resolution; `in_channels` 0 makes the first block, with its constant.
+    """All layers of the generator at one resolution; `in_channels` 0 makes the first, with its constant.
 
-    x [N, in_channels, R/2, R/2] or None, img [N, C, R/2, R/2] or None, ws [N, num_conv + num_torgb, w_dim] -> (x, img).
+    x [N, in_channels, R/2, R/2] or None, img [N, C, R/2, R/2] or None, ws [N, num_conv + num_torgb, w_dim]
+    -> (x [N, out_channels, R, R], img [N, C, R, R] or None).
     Source: StyleGAN2, figure 7: 'orig' (a), 'skip' (b), 'resnet' (c).
     """
 
@@ -383,7 +386,7 @@ class SynthesisBlock(torch.nn.Module):
         use_fp16=False,
         fp16_channels_last=False,
         fused_modconv_default=True,
-        **layer_kwargs
+        **layer_kwargs,
     ):
         super().__init__()
         if architecture not in ("orig", "skip", "resnet"):
@@ -419,13 +422,18 @@ class SynthesisBlock(torch.nn.Module):
                 kernel_size=1,
                 bias=False,
                 channels_last=self.channels_last,
-                **upsampling
+                **upsampling,
             )
 
-    def choose_fused(self, fused_modconv):
-        """Settle how modulated convolutions run: the caller's explicit choice always wins."""
+    def choose_fused(self, fused_modconv, device):
+        """Settle how modulated convolutions run: the caller's explicit choice always wins.
+
+        On a CPU scale-convolve-scale trains faster and generates as fast, and holds no weights of each sample.
+        """
         if fused_modconv is not None:
             return fused_modconv
+        if device.type == "cpu":
+            return False
         if self.fused_modconv_default == "inference_only":
             return not self.training
         return bool(self.fused_modconv_default)
@@ -437,7 +445,7 @@ class SynthesisBlock(torch.nn.Module):
         memory_format = torch.contiguous_format
         if self.channels_last and dtype == torch.float16:
             memory_format = torch.channels_last
-        fused = self.choose_fused(fused_modconv)
+        fused = self.choose_fused(fused_modconv, ws.device)
         styled = dict(noise_mode=noise_mode, fused_modconv=fused)
 
         if self.in_channels == 0:
@@ -463,9 +471,6 @@ class SynthesisBlock(torch.nn.Module):
             img = rgb if img is None else img + rgb  # summed in float32 whatever the block computes in
         return x, img
 
-    def extra_repr(self):
-        return "resolution=%d, architecture=%s" % (self.resolution, self.architecture)
-
 
 @persistence.persistent_class
 class SynthesisNetwork(torch.nn.Module):
@@ -479,7 +484,7 @@ class SynthesisNetwork(torch.nn.Module):
         channel_base=32768,
         channel_max=512,
         num_fp16_res=4,
-        **block_kwargs
+        **block_kwargs,
     ):
         super().__init__()
         self.w_dim = w_dim
@@ -503,7 +508,7 @@ class SynthesisNetwork(torch.nn.Module):
                 img_channels=img_channels,
                 is_last=is_last,
                 use_fp16=num_fp16_res > 0 and resolution >= lowest_half,
-                **block_kwargs
+                **block_kwargs,
             )
             setattr(self, "b%d" % resolution, block)
             self.num_ws += block.num_conv + (block.num_torgb if is_last else 0)
@@ -534,9 +539,9 @@ class SynthesisNetwork(torch.nn.Module):
 class Generator(torch.nn.Module):
     """StyleGAN2's generator: z [N, z_dim], c [N, c_dim] -> img [N, img_channels, R, R] float32.
 
-    Options of the synthesis network (channel_base, channel_max, num_fp16_res, architecture, resample_filter, conv_clamp,
-    use_noise, activation, fused_modconv_default, fp16_channels_last) come as keywords or, as checkpoints of the
-    first PyTorch generation have them, inside `synthesis_kwargs`.
+    Options of the synthesis network (channel_base, channel_max, num_fp16_res, architecture, resample_filter,
+    conv_clamp, use_noise, activation, fused_modconv_default, fp16_channels_last) come as keywords or, as
+    checkpoints of the first PyTorch generation have them, inside `synthesis_kwargs`.
     """
 
     def __init__(
@@ -548,7 +553,7 @@ class Generator(torch.nn.Module):
         img_channels,
         mapping_kwargs=None,
         synthesis_kwargs=None,
-        **more_synthesis_kwargs
+        **more_synthesis_kwargs,
     ):
         super().__init__()
         self.z_dim = z_dim
@@ -562,9 +567,7 @@ class Generator(torch.nn.Module):
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, **(mapping_kwargs or {}))
 
-    def forward(
-        self, z, c, truncation_psi=1, truncation_cutoff=None, update_emas=False, **synthesis_kwargs
-    ):
+    def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, update_emas=False, **synthesis_kwargs):
         ws = self.mapping(
             z,
             c,
@@ -598,22 +601,21 @@ class MinibatchStd(torch.nn.Module):
                 "the discriminator compares samples in groups of %d, and a batch of %d does not divide into "
                 "them: use a multiple of %d" % (size, batch, size)
             )
-        grouped = x.reshape(size, batch // size, self.num_channels, channels // self.num_channels, height, width)
+        split = [size, batch // size, self.num_channels, channels // self.num_channels, height, width]
+        grouped = x.reshape(split)
         spread = (grouped.var(dim=0, unbiased=False) + EPSILON).sqrt().mean(dim=[2, 3, 4])
         planes = spread.reshape(-1, self.num_channels, 1, 1).repeat(size, 1, height, width)
         return torch.cat([x, planes], dim=1)
-
-    def extra_repr(self):
-        return "group_size=%s, num_channels=%d" % (self.group_size, self.num_channels)
 
 
 @persistence.persistent_class
 class DiscriminatorBlock(torch.nn.Module):
     """All layers of the discriminator at one resolution; `in_channels` 0 makes the first block.
 
-    x [N, in_channels, R, R] or None, img [N, C, R, R] or None -> (x [N, out_channels, R/2, R/2], img or None).
-    The first `freeze_layers` convolutions of the whole network, counted fromrgb, conv0, conv1, skip in each block
-    starting at `first_layer_idx`, are buffers. Source: StyleGAN2, figure 7: 'orig' (d), 'skip' (e), 'resnet' (f).
+    x [N, in_channels, R, R] or None, img [N, C, R, R] or None -> (x [N, O, R/2, R/2], img or None).
+    The first `freeze_layers` convolutions of the whole network, counted fromrgb, conv0, conv1, skip in each
+    block starting at `first_layer_idx`, are buffers.
+    Source: StyleGAN2, figure 7: 'orig' (d), 'skip' (e), 'resnet' (f).
     """
 
     def __init__(
@@ -651,7 +653,8 @@ class DiscriminatorBlock(torch.nn.Module):
         downsampling = dict(down=2, resample_filter=resample_filter)
         layers.append(("conv1", tmp_channels, out_channels, dict(kernel_size=3, **downsampling)))
         if architecture == "resnet":
-            layers.append(("skip", tmp_channels, out_channels, dict(kernel_size=1, bias=False, **downsampling)))
+            options = dict(kernel_size=1, bias=False, **downsampling)
+            layers.append(("skip", tmp_channels, out_channels, options))
         self.num_layers = len(layers)
         for index, (name, channels_in, channels_out, options) in enumerate(layers, first_layer_idx):
             if name != "skip":
@@ -679,9 +682,6 @@ class DiscriminatorBlock(torch.nn.Module):
             shortcut = self.skip(x, gain=HALVED_POWER)
             return shortcut + self.conv1(self.conv0(x), gain=HALVED_POWER), img
         return self.conv1(self.conv0(x)), img
-
-    def extra_repr(self):
-        return "resolution=%d, architecture=%s" % (self.resolution, self.architecture)
 
 
 @persistence.persistent_class
@@ -737,9 +737,6 @@ class DiscriminatorEpilogue(torch.nn.Module):
         misc.assert_shape(cmap, [None, self.cmap_dim])
         return (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
 
-    def extra_repr(self):
-        return "resolution=%d, architecture=%s" % (self.resolution, self.architecture)
-
 
 @persistence.persistent_class
 class Discriminator(torch.nn.Module):
@@ -788,7 +785,7 @@ class Discriminator(torch.nn.Module):
                 first_layer_idx=layer_count,
                 use_fp16=num_fp16_res > 0 and resolution >= lowest_half,
                 **shared,
-                **(block_kwargs or {})
+                **(block_kwargs or {}),
             )
             setattr(self, "b%d" % resolution, block)
             layer_count += block.num_layers

@@ -1,7 +1,7 @@
 """Compare a network with its golden numbers: one function for each thing that the golden files state.
 
-Every function takes modules that hold the golden weights and `arrays` as the fixture `golden_network` gives them.
-Images use constant noise; `options` go to the synthesis network.
+Every function takes modules that hold the golden weights, and `arrays` as the fixture `golden_network` gives
+them. Images use constant noise; `options` go to the synthesis network.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_weights(G_ema, D, weights: dict) -> None:
-    """Every weight that the golden file lists is there, bit for bit, and the networks have no other parameter."""
+    """Every weight that the golden file lists is there bit for bit, and there is no other parameter."""
     for prefix, module in (("G_ema", G_ema), ("D", D)):
         found = tensors_of(module)
-        listed = {key[len(prefix) + 1 :]: entry for key, entry in weights.items() if key.startswith(prefix + "/")}
+        start = len(prefix) + 1
+        listed = {key[start:]: entry for key, entry in weights.items() if key.startswith(prefix + "/")}
         assert set(dict(module.named_parameters())) <= set(listed) <= set(found)
         for name, (shape, sha256) in listed.items():
             value = found[name].detach().cpu().numpy().astype("<f4")
-            assert list(np.atleast_1d(value).shape) == shape, f"{prefix}/{name}: {value.shape}, expected {shape}"
-            digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            value = np.ascontiguousarray(value)  # makes a scalar [1], as the golden shapes have it
+            assert list(value.shape) == shape, f"{prefix}/{name}: {value.shape}, expected {shape}"
+            digest = hashlib.sha256(value.tobytes()).hexdigest()
             assert digest == sha256, f"{prefix}/{name}: other bytes"
 
 
