@@ -10,6 +10,12 @@ OPS_F64 = 1e-6
 NETWORK_F32 = 1e-4
 # golden/README.md: gradients of networks in float32.
 GRADIENT_F32 = 1e-3
+# Two ways to compute one quantity, sums of some hundred terms: a few hundred units in the last place.
+SAME_F64 = 1e-12
+SAME_F32 = 1e-5
+# float16 against float32: ten bits of mantissa (5e-4 a rounding), one convolution and a network.
+CONV_F16 = 5e-3
+NETWORK_F16 = 2e-2
 
 
 def assert_close(actual, expected, rel: float, name: str = "") -> None:

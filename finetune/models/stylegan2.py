@@ -428,7 +428,7 @@ class SynthesisBlock(torch.nn.Module):
     def choose_fused(self, fused_modconv, device):
         """Settle how modulated convolutions run: the caller's explicit choice always wins.
 
-        On a CPU scale-convolve-scale trains faster and generates as fast, and holds no weights of each sample.
+        On a CPU scale-convolve-scale trains faster, generates as fast, and holds no weights of each sample.
         """
         if fused_modconv is not None:
             return fused_modconv
