@@ -2,7 +2,7 @@
 
 Along one axis, with `t` taps g (in correlation order) the op is `y[m] = sum_i g[i*up + pad0 - m*down] * x[i]`. The zeros
 between the pixels are never made: outputs whose positions `m*down` agree modulo `up` share one short kernel (a
-phase), so the op is one strided convolution with a channel per phase, followed by interleaving the phases.
+phase), so the op is one strided depthwise convolution a phase, followed by interleaving the phases.
 The adjoint of the op is the same op with `up` and `down` exchanged and the filter flipped, hence every order of
 gradient.
 
@@ -41,7 +41,8 @@ def setup_filter(
     Returns `[t]` or `[ty, tx]`, summing to 1 if `normalize`, times `gain ** (ndim / 2)`.
     Raises ValueError for taps of more than two dimensions, or none.
     """
-    taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    # The device is named at once: a default device, 'meta' above all, must not decide where the taps are.
+    taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
     if taps.ndim > 2 or taps.numel() == 0:
         raise ValueError(f"setup_filter: f must be a scalar, [t] or [ty, tx] with taps, got shape {list(taps.shape)}")
     if taps.ndim == 0:
@@ -56,7 +57,7 @@ def setup_filter(
         taps = taps / taps.sum()
     if flip_filter:
         taps = taps.flip(list(range(taps.ndim)))
-    return (taps * gain ** (taps.ndim / 2)).to(device)
+    return taps * gain ** (taps.ndim / 2)
 
 
 def upfirdn2d(
@@ -274,7 +275,7 @@ def _index_tensor(index, device):
 
 
 def _correlate(x, g, y_axis, x_axis):
-    """Correlate `[N, C, H, W]` with taps `[ty, tx]` along both axes; the phases are computed as channels."""
+    """Correlate `[N, C, H, W]` with taps `[ty, tx]` along both axes."""
     batch, channels, height, width = x.shape
     ay, ax = (_phases(*axis[:4]) for axis in (y_axis, x_axis))
     out_h, out_w = y_axis.num_outputs(height), x_axis.num_outputs(width)
@@ -284,14 +285,24 @@ def _correlate(x, g, y_axis, x_axis):
         pad += [-a.first, a.first + (num - 1) * a.stride + a.kernel - size]
     if any(pad):
         x = F.pad(x, pad)
-    if ay.count * ax.count > 1:
-        rows = _index_tensor(ay.index, x.device)[:, None, :, None]
-        columns = _index_tensor(ax.index, x.device)[None, :, None, :]
-        g = F.pad(g, [0, 1, 0, 1])[rows, columns]
-    kernels = g.reshape(ay.count * ax.count, 1, ay.kernel, ax.kernel)
-    y = x.reshape(batch * channels, 1, *x.shape[2:])
-    y = F.conv2d(y, kernels, stride=(ay.stride, ax.stride))
-    if ay.count * ax.count > 1:
-        y = y.reshape(batch, channels, ay.count, ax.count, num_h, num_w).permute(0, 1, 4, 2, 5, 3)
-    y = y.reshape(batch, channels, num_h * ay.count, num_w * ax.count)
+    # One depthwise convolution a phase: on CPUs 20 to 50 times as fast as one convolution with all pictures and
+    # channels folded into the batch, and several times as fast as one with a channel per phase.
+    phases = []
+    for row_taps in ay.index:
+        for column_taps in ax.index:
+            kernel = g if ay.count * ax.count == 1 else _pick(g, row_taps, column_taps)
+            kernel = kernel.expand(channels, 1, ay.kernel, ax.kernel)
+            phases.append(F.conv2d(x, kernel, stride=(ay.stride, ax.stride), groups=channels))
+    if len(phases) == 1:
+        return phases[0]
+    y = x.new_empty([batch, channels, num_h * ay.count, num_w * ax.count])
+    for i, phase in enumerate(phases):
+        y[:, :, i // ax.count :: ay.count, i % ax.count :: ax.count] = phase
     return y[:, :, :out_h, :out_w]
+
+
+def _pick(g, row_taps, column_taps):
+    """The kernel of one phase: the named taps of `g [ty, tx]`, zero where the index is one past the end."""
+    rows = _index_tensor(row_taps, g.device)[:, None]
+    columns = _index_tensor(column_taps, g.device)[None, :]
+    return F.pad(g, [0, 1, 0, 1])[rows, columns]
