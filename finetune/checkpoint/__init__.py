@@ -1,0 +1,200 @@
+"""Checkpoints of StyleGAN2 and StyleGAN3, opened without executing anything that they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from finetune.checkpoint.catalog import find_licence
+from finetune.checkpoint.described import plain
+from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
+from finetune.checkpoint.run import newest_snapshot, resolve_network
+from finetune.checkpoint.safe_pickle import (
+    PersistentObject,
+    PickleFile,
+    TFNetwork,
+    damaged,
+    printable,
+    read_pickle,
+)
+from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
+
+__all__ = ["Checkpoint", "Provenance", "load", "newest_snapshot", "resolve_network"]
+
+NETWORKS = ("G", "D", "G_ema")
+ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
+ENTRY_FORMAT = 1  # of the entry "finetune"
+
+Generation = Literal["tf", "ada", "sg3", "finetune"]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the weights of a checkpoint come from.
+
+    `generation` is the code base that wrote the file; `parent` is the provenance of the checkpoint that
+    training started from, `training` its options and `nimg` the images it saw: None where the file does not
+    say.
+    """
+
+    generation: Generation
+    source: str
+    sha256: str
+    size: int
+    licence: str | None = None
+    parent: dict | None = None
+    training: dict | None = None
+    nimg: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` and JSON take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Provenance:
+        """The reverse of `to_dict`; unknown keys are dropped."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The networks of a file: modules of ours in eval mode without gradients, None where the file has none.
+
+    `notes` says what else was found in the file, one sentence each.
+    """
+
+    G: torch.nn.Module | None
+    D: torch.nn.Module | None
+    G_ema: torch.nn.Module | None
+    augment_pipe: torch.nn.Module | None
+    training_set_kwargs: dict[str, Any]
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> torch.nn.Module:
+        """The generator to make pictures with: G_ema, or G where there is no G_ema."""
+        best = self.G_ema if self.G_ema is not None else self.G
+        if best is None:
+            raise CheckpointError(f"{self.provenance.source} holds no generator, only a discriminator")
+        return best
+
+    @property
+    def family(self) -> str:
+        """'stylegan2', 'stylegan3-t' or 'stylegan3-r'; a lone discriminator is StyleGAN2's."""
+        generator = self.G_ema if self.G_ema is not None else self.G
+        if generator is None or "input" not in dict(generator.synthesis.named_children()):
+            return "stylegan2"
+        return "stylegan3-r" if generator.init_kwargs.get("use_radial_filters") else "stylegan3-t"
+
+    @property
+    def missing(self) -> list[str]:
+        """The networks that the file does not hold, out of G, D and G_ema."""
+        return [name for name in NETWORKS if getattr(self, name) is None]
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
+    """Open a checkpoint of any generation; a run folder stands for its newest snapshot.
+
+    The networks are built from what the file says, and every tensor of the file lands in exactly one place of
+    ours. Nothing in the file is executed. Raises CheckpointError where it is no checkpoint, PickleRefused
+    where it is damaged or hostile, CheckpointMismatch with the complete list where its tensors are not those
+    of its networks.
+    """
+    path = resolve_network(path)
+    with _naming(path):
+        file = read_pickle(path)
+        networks, extras = _entries(file)
+        rebuilt = _rebuild_all(networks, file.size)
+        provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
+    notes = [note for item in rebuilt.values() for note in item.notes]
+    if unknown := sorted(printable(str(key)) for key in extras.keys() - set(ENTRIES)):
+        notes.append(f"entries without meaning here: {', '.join(unknown)}")
+    options = plain(extras.get("training_set_kwargs"), 0)
+    modules = {name: item.module.to(device) for name, item in rebuilt.items()}
+    return Checkpoint(
+        **{name: modules.get(name) for name in (*NETWORKS, "augment_pipe")},
+        training_set_kwargs=options if type(options) is dict else {},
+        provenance=provenance,
+        notes=tuple(notes),
+    )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the name of the file in front of what is wrong with it."""
+    try:
+        yield
+    except PickleRefused as error:
+        what = (
+            error.what.replace("the pickle", str(path), 1)
+            if error.what.startswith("the pickle")
+            else error.what
+        )
+        if what == error.what:
+            what = f"{path}: {error.what}"
+        raise PickleRefused(what, offset=error.offset, blocked=error.blocked, hint=error.hint) from None
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(
+            f"{path}: {error.what.splitlines()[0]}", error.differences, hint=error.hint
+        ) from None
+
+
+def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """The networks of a file by name, and its other entries."""
+    root = file.root
+    if type(root) is PersistentObject:  # a single network
+        return {"D" if root.class_name == "Discriminator" else "G_ema": root}, {}
+    if type(root) is TFNetwork:
+        return {"D" if "components" in root.state and not root.state["components"] else "G_ema": root}, {}
+    if (
+        type(root) in (tuple, list)
+        and len(root) == 3
+        and all(type(item) in (TFNetwork, type(None)) for item in root)
+    ):
+        return {name: item for name, item in zip(NETWORKS, root) if item is not None}, {}
+    if type(root) is not dict:
+        damaged("it holds neither a dict of networks nor three networks", 0)
+    networks = {name: root[name] for name in (*NETWORKS, "augment_pipe") if root.get(name) is not None}
+    for name, network in networks.items():
+        if type(network) not in (PersistentObject, TFNetwork):
+            damaged(f"its entry {name} is no network", 0)
+    if not networks.keys() & set(NETWORKS):
+        found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "nothing"
+        damaged(f"it holds none of G, D and G_ema, but {found}", 0)
+    return networks, root
+
+
+def _rebuild_all(networks: dict[str, Any], size: int) -> dict[str, Rebuilt]:
+    allowance = Allowance.for_file(size)
+    return {
+        name: (rebuild if type(network) is PersistentObject else rebuild_tf)(name, network, allowance)
+        for name, network in networks.items()
+    }
+
+
+def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: Any) -> Provenance:
+    network = next(rebuilt[name] for name in ("G_ema", "G", "D") if name in rebuilt)
+    identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
+    entry = plain(entry, 0)
+    if type(entry) is dict:
+        parent, training, nimg = (entry.get(key) for key in ("source", "training", "nimg"))
+        parent = parent if type(parent) is dict else None
+        licence = parent.get("licence") if parent else entry.get("licence")
+        return Provenance(
+            **identity,
+            generation="finetune",
+            licence=licence if type(licence) is str else None,
+            parent=parent,
+            training=training if type(training) is dict else None,
+            nimg=nimg if type(nimg) is int else None,
+        )
+    resolution = network.module.img_resolution
+    licence = find_licence(sha256=file.sha256, file_name=path.name, size=file.size, resolution=resolution)
+    return Provenance(**identity, generation=network.generation, licence=licence)

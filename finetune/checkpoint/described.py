@@ -1,0 +1,106 @@
+"""A network as a file describes it: modules, their attributes and tensors, by dotted name; still inert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.checkpoint.safe_pickle import Array, PersistentObject, Tensor, damaged, printable
+
+MAX_MODULES = 5_000  # the largest public network has about 200
+MAX_DEPTH = 16
+MAX_VALUES = 10_000  # in one constructor argument, or in the training options
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
+
+
+@dataclass(slots=True, eq=False)
+class Described:
+    """A network of the PyTorch generations: `modules[path]` holds the plain attributes of the module at
+    `path`.
+    """
+
+    class_name: str
+    offset: int
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, path: str, name: str, default: Any = MISSING) -> Any:
+        """The attribute `name` of the module at `path` ('' is the network), as plain Python."""
+        value = self.modules.get(path, {}).get(name, MISSING)
+        return default if value is MISSING else plain(value, self.offset)
+
+    def arguments(self, path: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
+        """What the constructor of the module at `path` was given; `names` are those of its positional
+        arguments.
+        """
+        args, kwargs = self.get(path, "_init_args", ()), self.get(path, "_init_kwargs", {})
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict) or len(args) > len(names):
+            damaged(f"the constructor arguments of {path or self.class_name} are unknown", self.offset)
+        return {**dict(zip(names, args)), **kwargs}
+
+    def has(self, path: str) -> bool:
+        return path in self.modules
+
+
+def describe(network: PersistentObject) -> Described:
+    """Flatten a network. Raises PickleRefused where its state is not that of a module made of modules and
+    tensors.
+    """
+    found = Described(network.class_name, network.offset)
+    todo = [("", network)]
+    while todo:
+        path, module = todo.pop()
+        if path.count(".") >= MAX_DEPTH or len(found.modules) >= MAX_MODULES:
+            damaged("its modules are nested without end", network.offset)
+        prefix = path + "." if path else ""
+        found.modules[path] = {
+            name: value
+            for name, value in module.state.items()
+            if name not in ("_parameters", "_buffers", "_modules")
+        }
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in _children(module, group, Tensor):
+                found.tensors[prefix + name] = tensor
+        todo += [(prefix + name, child) for name, child in _children(module, "_modules", PersistentObject)]
+    return found
+
+
+def _children(module: PersistentObject, group: str, expected: type) -> list[tuple[str, Any]]:
+    table = module.state.get(group)
+    if type(table) is not dict:
+        damaged(f"a module without {group}", module.offset)
+    for name, value in table.items():
+        if type(name) is not str or not name.isidentifier() or len(name) > 100:
+            damaged(f"a module with an entry of {group} that has no name", module.offset)
+        if value is not None and type(value) is not expected:
+            damaged(f"{printable(name)} in {group} is of another kind", module.offset)
+    return [(name, value) for name, value in table.items() if value is not None]
+
+
+def plain(value: Any, offset: int) -> Any:
+    """Copy `value` into None, bool, int, float, str, list, tuple and dict with names as keys.
+
+    Small numpy arrays become lists; anything else (bytes, tensors, networks) becomes None. Bounded in depth
+    and size.
+    """
+    left = [MAX_VALUES]
+
+    def copy(value: Any, depth: int) -> Any:
+        left[0] -= 1
+        if left[0] < 0 or depth > MAX_DEPTH:
+            damaged("a setting with too many values", offset)
+        if type(value) in (type(None), bool, int, float, str):
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(copy(item, depth + 1) for item in value)
+        if type(value) in (set, frozenset):
+            return [copy(item, depth + 1) for item in sorted(map(str, value))]
+        if type(value) is dict:
+            return {str(key): copy(item, depth + 1) for key, item in value.items()}
+        if type(value) is Array and value.value is not None and value.value.size <= left[0]:
+            left[0] -= value.value.size
+            return value.value.tolist()
+        return None
+
+    return copy(value, 0)

@@ -1,0 +1,262 @@
+"""From a described network to a module of ours: every tensor of the file in exactly one place, or a refusal.
+
+The module is first built on the device 'meta', which costs no memory; only where all names, shapes and dtypes
+agree are its tensors allocated and filled from the file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.checkpoint import arguments
+from finetune.checkpoint.described import MISSING, Described, describe
+from finetune.checkpoint.legacy_tf import add_filters, describe_tf
+from finetune.checkpoint.safe_pickle import PersistentObject, PickleRefused, Tensor, TFNetwork, printable
+from finetune.errors import CheckpointMismatch
+from finetune.models import stylegan2
+
+MAX_GROWTH = 4  # times the size of the file, for all its networks together; one file may say a network twice
+SLACK = 64 << 20  # bytes, for what is not in the file
+
+# Attributes that decide what a module computes. Where both the file and the rebuilt module have one, they agree.
+DECISIVE = frozenset(
+    {
+        *("activation", "architecture", "conv_clamp", "up", "down", "padding", "use_noise", "is_torgb"),
+        *(
+            "weight_gain",
+            "bias_gain",
+            "act_gain",
+            "group_size",
+            "num_channels",
+            "num_layers",
+            "num_ws",
+            "cmap_dim",
+        ),
+        *(
+            "is_critically_sampled",
+            "up_factor",
+            "down_factor",
+            "up_taps",
+            "down_taps",
+            "output_scale",
+            "down_radial",
+        ),
+        *("conv_kernel", "sampling_rate", "bandwidth", "in_sampling_rate", "out_sampling_rate", "in_cutoff"),
+        *("out_cutoff", "in_half_width", "out_half_width", "in_size", "out_size", "margin_size", "size"),
+        *("resolution", "img_resolution", "img_channels", "in_channels", "out_channels"),
+    }
+)
+# What every module has, and what only speeds things up.
+IGNORED = frozenset(
+    {
+        *("training", "channels_last", "use_fp16", "num_fp16_res", "layer_names", "block_resolutions"),
+        *(
+            "fused_modconv_default",
+            "img_resolution_log2",
+            "in_features",
+            "out_features",
+            "num_conv",
+            "num_torgb",
+        ),
+        *("w_dim", "z_dim", "c_dim", "is_last", "tmp_sampling_rate", "w_avg_beta", "magnitude_ema_beta"),
+        *("first_layer_idx", "num_critical", "embed", "bias"),
+    }
+)
+
+
+@dataclass(slots=True)
+class Allowance:
+    """Bytes of memory that the networks of one file may still take."""
+
+    left: int
+
+    @classmethod
+    def for_file(cls, size: int) -> Allowance:
+        return cls(MAX_GROWTH * size + SLACK)
+
+
+@dataclass(slots=True)
+class Rebuilt:
+    """A module of ours, and what of the file it has no place for, one sentence each."""
+
+    module: torch.nn.Module
+    notes: list[str]
+    generation: str
+
+
+def rebuild(name: str, network: PersistentObject, allowance: Allowance) -> Rebuilt:
+    """Build the network that the entry `name` of a checkpoint describes; float32 on the CPU, eval, no
+    gradients.
+
+    Raises PickleRefused where it is no network of ours, CheckpointMismatch with all differences where its
+    tensors are not exactly those of the network.
+    """
+    net = describe(network)
+    cls, kwargs = _recognise(name, net)
+    module = build_on_meta(cls, kwargs, net)
+    differences = compare(net.tensors, module)
+    if not differences:  # of another shape, every attribute would differ too
+        differences = _differing_attributes(net, module)
+    _finish(name, net, module, differences, allowance)
+    return Rebuilt(module, _notes(name, net, module), _generation(net))
+
+
+def rebuild_tf(name: str, network: TFNetwork, allowance: Allowance) -> Rebuilt:
+    """As `rebuild`, for a network of the TensorFlow generation."""
+    net, class_name, kwargs = describe_tf(network)
+    module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
+    options = kwargs if class_name == "Generator" else kwargs["block_kwargs"]
+    add_filters(net, tensors_of(module), options["resample_filter"])
+    _finish(name, net, module, compare(net.tensors, module), allowance)
+    return Rebuilt(module, [], "tf")
+
+
+def _finish(
+    name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
+) -> None:
+    if differences:
+        raise CheckpointMismatch(
+            f"{name} describes a {type(module).__name__} that its tensors do not fit:",
+            differences,
+            hint="The file was changed after it was written, or comes from a code base with other networks.",
+        )
+    fill(module, net.tensors, allowance, net.offset)
+
+
+def _recognise(name: str, net: Described) -> tuple[type, dict[str, Any]]:
+    """The class and constructor arguments, by what the state holds; names of classes are not believed."""
+    if net.has("synthesis.input") and net.has("mapping"):
+        from finetune.models import stylegan3
+
+        return stylegan3.Generator, arguments.generator_arguments(net)
+    if net.has("synthesis.b4") and net.has("mapping"):
+        return stylegan2.Generator, arguments.generator_arguments(net)
+    if net.has("b4.conv") and net.has("b4.out"):
+        return stylegan2.Discriminator, arguments.discriminator_arguments(net)
+    if {"p", "Hz_geom"} <= set(net.tensors):
+        from finetune.models import augment
+
+        names = list(inspect.signature(augment.AugmentPipe).parameters)
+        return augment.AugmentPipe, arguments.augment_arguments(net, names)
+    raise PickleRefused(
+        f"{name} in the pickle is an object of class {net.class_name} (at byte {net.offset}), which is no "
+        "StyleGAN2 or StyleGAN3 network; its code is inside the file and is never run",
+        offset=net.offset,
+        blocked=net.class_name,
+        hint="Only networks of stylegan2, stylegan2-ada(-pytorch) and stylegan3 can be opened.",
+    )
+
+
+def build_on_meta(cls: type, kwargs: dict[str, Any], net: Described) -> torch.nn.Module:
+    """Construct `cls` without memory for its tensors; PickleRefused where its arguments contradict each
+    other.
+    """
+    try:
+        with torch.device("meta"):
+            return cls(**kwargs)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
+        why = printable(str(error)) or type(error).__name__
+        raise PickleRefused(
+            f"the {net.class_name} in the pickle cannot be built: {why} (object at byte {net.offset})",
+            offset=net.offset,
+        ) from None
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def compare(found: dict[str, Tensor], module: torch.nn.Module) -> list[str]:
+    """Every difference in names, shapes and dtypes between the file and the module, one line each."""
+    wanted = tensors_of(module)
+    lines = []
+    for name in sorted({*found, *wanted}):
+        if name not in wanted:
+            lines.append(f"{name} {list(found[name].array.shape)} is in the file and not in the network")
+        elif name not in found:
+            lines.append(f"{name} {list(wanted[name].shape)} is not in the file")
+        else:
+            seen, shape = found[name], list(wanted[name].shape)
+            dtype = str(wanted[name].dtype).removeprefix("torch.")
+            if list(seen.array.shape) != shape:
+                lines.append(f"{name} is {list(seen.array.shape)} in the file and {shape} in the network")
+            if seen.dtype != dtype:
+                lines.append(f"{name} is {seen.dtype} in the file and {dtype} in the network")
+    return lines
+
+
+def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance, offset: int) -> None:
+    """Give the meta tensors of `module` memory, and the values of the file."""
+    targets = tensors_of(module)
+    allowance.left -= sum(tensor.numel() * tensor.element_size() for tensor in targets.values())
+    if allowance.left < 0:
+        raise PickleRefused(
+            f"the networks of the pickle would take several times its size on disk (object at byte {offset})",
+            offset=offset,
+        )
+    module.to_empty(device="cpu")
+    for name, tensor in tensors_of(module).items():
+        np.copyto(tensor.detach().numpy(), found[name].array)
+    module.eval().requires_grad_(False)
+
+
+def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:
+    lines = []
+    for path, ours in module.named_modules():
+        for name in sorted(DECISIVE & vars(ours).keys() & net.modules[path].keys()):
+            seen, wanted = net.get(path, name), vars(ours)[name]
+            if not _agree(seen, wanted):
+                shown = printable(repr(seen)[:80])
+                lines.append(
+                    f"{path + '.' if path else ''}{name} = {shown} in the file and {wanted} in the network"
+                )
+    return lines
+
+
+def _agree(seen: Any, wanted: Any) -> bool:
+    """Equal numbers, texts or lists of them; one number may stand for as many of it as the list has."""
+    if isinstance(wanted, np.ndarray | np.generic):
+        wanted = wanted.tolist()
+    if isinstance(seen, list | tuple) or isinstance(wanted, list | tuple):
+        seen = seen if isinstance(seen, list | tuple) else [seen] * len(wanted)
+        wanted = wanted if isinstance(wanted, list | tuple) else [wanted] * len(seen)
+        return len(seen) == len(wanted) and all(map(_agree, seen, wanted))
+    if isinstance(seen, int | float) and isinstance(wanted, int | float):
+        return math.isclose(seen, wanted, rel_tol=1e-6)
+    return type(seen) is type(wanted) and seen == wanted
+
+
+def _notes(name: str, net: Described, module: torch.nn.Module) -> list[str]:
+    notes = []
+    unknown = set()
+    for path, ours in module.named_modules():
+        unknown |= {key for key in net.modules[path] if type(key) is str and not key.startswith("_")} - vars(
+            ours
+        ).keys()
+    unknown -= IGNORED | DECISIVE
+    if unknown:
+        notes.append(f"{name}: attributes without meaning here: {', '.join(sorted(map(printable, unknown)))}")
+    if not {"p", "Hz_geom"} <= set(net.tensors) and (unused := arguments.unused_arguments(net)):
+        notes.append(f"{name}: constructor arguments without meaning here: {', '.join(unused)}")
+    parameters = {key for key, _ in module.named_parameters()}
+    frozen = sum(
+        key in parameters and key.endswith("weight") for key, t in net.tensors.items() if not t.is_parameter
+    )
+    if frozen:
+        notes.append(f"{name}: {frozen} layers were frozen in training; they can be trained again")
+    return notes
+
+
+def _generation(net: Described) -> str:
+    """'sg3' or 'ada', told apart by what their fully connected layers remember."""
+    if "synthesis_kwargs" in net.arguments("", arguments.GENERATOR):
+        return "ada"
+    dense = (path for path in net.modules if path.endswith((".fc0", ".fc", ".affine")))
+    return "sg3" if any(net.get(path, "in_features") is not MISSING for path in dense) else "ada"

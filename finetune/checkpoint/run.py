@@ -1,0 +1,31 @@
+"""Run folders: which checkpoint a folder stands for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from finetune.errors import CheckpointError
+
+SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.pkl")
+
+
+def newest_snapshot(run_dir: Path) -> Path:
+    """The snapshot of a run folder with the most images seen. Raises CheckpointError where there is none."""
+    found = [(int(match[1]), path) for path in run_dir.iterdir() if (match := SNAPSHOT.fullmatch(path.name))]
+    if not found:
+        raise CheckpointError(
+            f"{run_dir} holds no network-snapshot-*.pkl",
+            hint="Give a checkpoint file, or the folder of a run that has written a snapshot.",
+        )
+    return max(found)[1]
+
+
+def resolve_network(path: str | Path) -> Path:
+    """The checkpoint file that `path` means: itself, or the newest snapshot where it is a run folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return newest_snapshot(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", hint="Give a checkpoint file or a run folder.")
+    return path

@@ -1,0 +1,449 @@
+"""What the names in a checkpoint stand for: inert stand-ins for a fixed list of globals, a refusal for all
+others.
+
+Nothing of the file is imported, called or executed: `pickle_machine` reads the opcodes, and `CheckpointWorld`
+below answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file,
+checked against what the file really holds. Nested storages (`torch.storage._load_from_bytes`) go through the
+same machine. The damage a file can do is to be refused: `PickleRefused` names the blocked global and its
+position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from finetune.checkpoint.pickle_machine import MAX_OPCODES, Blob, Budget, Global, Machine, kind
+from finetune.errors import CheckpointError, PickleRefused
+
+MAX_FILE = 16 << 30  # bytes
+MAX_DIMENSIONS = 8
+MAX_EXTENT = 1 << 40  # elements along one axis, or stride: far above what fits a file, far below overflow
+META_VERSION = 6  # of `_reconstruct_persistent_obj`
+
+EASY_DICT = ("dnnlib.util.EasyDict", "dnnlib.EasyDict")
+TF_NETWORK = "dnnlib.tflib.network.Network"
+PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
+NUMPY = ("numpy.core.multiarray.", "numpy._core.multiarray.")
+
+# torch storage -> (torch dtype, numpy dtype of the same bytes); numpy has no bfloat16.
+STORAGES = {
+    "torch.FloatStorage": ("float32", "<f4"),
+    "torch.DoubleStorage": ("float64", "<f8"),
+    "torch.HalfStorage": ("float16", "<f2"),
+    "torch.BFloat16Storage": ("bfloat16", "<u2"),
+    "torch.LongStorage": ("int64", "<i8"),
+    "torch.IntStorage": ("int32", "<i4"),
+    "torch.ShortStorage": ("int16", "<i2"),
+    "torch.CharStorage": ("int8", "|i1"),
+    "torch.ByteStorage": ("uint8", "|u1"),
+    "torch.BoolStorage": ("bool", "|u1"),
+}
+# Mentioned by real files as arguments of other calls, and never called themselves.
+ONLY_NAMED = {"numpy.ndarray", *STORAGES}
+
+
+@dataclass(slots=True, eq=False)
+class PersistentObject:
+    """A module of the PyTorch generations: the name of its class and its `__dict__`, without its source."""
+
+    class_name: str
+    state: dict
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class TFNetwork:
+    """A network of the TensorFlow generation; `state` is what it pickled."""
+
+    offset: int
+    state: dict = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Tensor:
+    """A tensor or parameter: a read-only numpy view of the file, and the name of its torch dtype."""
+
+    array: np.ndarray
+    dtype: str
+    offset: int
+    is_parameter: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Array:
+    """A numpy array; `value` is a read-only view of the file."""
+
+    value: np.ndarray | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """The memory of a tensor, one-dimensional."""
+
+    array: np.ndarray
+    dtype: str
+
+
+@dataclass(slots=True, eq=False)
+class Dtype:
+    """A numpy dtype."""
+
+    value: np.dtype
+
+
+@dataclass(slots=True, eq=False)
+class PlainObject:
+    """An instance of `object`; whatever attributes it had are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class PickleFile:
+    """What a pickle holds, in stand-ins, and the identity of the file."""
+
+    root: Any
+    sha256: str
+    size: int
+
+
+def read_pickle(path: Path) -> PickleFile:
+    """Read a pickle from outside without executing anything in it.
+
+    Raises CheckpointError where there is no such file or it is no pickle (and says what it looks like),
+    PickleRefused where it is damaged, asks for a global that is not on the list, or grows beyond its size.
+    """
+    data = _read(path)
+    _refuse_other_formats(path, data)
+    return PickleFile(root=loads(data), sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
+
+def loads(data: bytes) -> Any:
+    """The stand-ins that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
+    budget = Budget(steps=MAX_OPCODES, copied=2 * len(data) + (1 << 20))
+    machine = Machine(memoryview(data), CheckpointWorld(budget), budget)
+    root = machine.run()
+    if machine.position != len(data):
+        left = len(data) - machine.position
+        raise PickleRefused(
+            f"the pickle ends at byte {machine.position} and {left:,} more bytes follow",
+            offset=machine.position,
+        )
+    return root
+
+
+class CheckpointWorld:
+    """The globals of StyleGAN checkpoints."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
+    def find(self, name: Global) -> Global:
+        if name.name not in CALLS and name.name not in ONLY_NAMED:
+            block(name.name, name.offset)
+        return name
+
+    def call(self, function: Any, args: tuple, offset: int) -> Any:
+        if type(function) is not Global:
+            damaged(f"it calls {kind(function)}", offset)
+        stand_in = CALLS.get(function.name)
+        if stand_in is None:
+            block(function.name, function.offset, "is called")
+        return stand_in(self, args, offset)
+
+    def set_state(self, target: Any, state: Any, offset: int) -> None:
+        if type(target) is TFNetwork and type(state) is dict:
+            target.state = state
+        elif type(target) is Dtype:
+            target.value = _byte_order(target.value, state, offset)
+        elif type(target) is Array:
+            target.value = _array(state, offset)
+        elif type(target) not in (dict, PlainObject):  # attributes of dicts carry nothing that is needed
+            damaged(f"it sets the state of {kind(target)}", offset)
+
+    def persistent(self, key: Any, offset: int) -> NoReturn:
+        block("a persistent id", offset)
+
+    # The stand-ins of functions and classes; each takes the arguments that the file gives.
+
+    def _persistent_object(self, args: tuple, offset: int) -> PersistentObject:
+        meta = args[0] if len(args) == 1 else None
+        if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("state")) is not dict:
+            damaged("a network object without a class and a state", offset)
+        name, version = meta.get("class_name"), meta.get("version")
+        if type(name) is not str or not name.isidentifier() or len(name) > 100:
+            damaged("a network object whose class has no name", offset)
+        if type(version) is not int or version != META_VERSION:
+            damaged(f"a network object of another version than {META_VERSION}", offset)
+        return PersistentObject(name, meta["state"], offset)
+
+    def _tf_network(self, args: tuple, offset: int) -> TFNetwork:
+        expect(args == (), "a network object made with arguments", offset)
+        return TFNetwork(offset)
+
+    def _mapping(self, args: tuple, offset: int) -> dict:
+        if args == ():
+            return {}
+        items = args[0]
+        if len(args) == 1 and type(items) is list:
+            self.budget.step(len(items), offset)
+            if all(type(item) in (list, tuple) and len(item) == 2 and type(item[0]) is str for item in items):
+                return dict(items)
+        damaged("a dict made of something else than names and values", offset)
+
+    def _set(self, args: tuple, offset: int) -> set:
+        items = args[0] if args else []
+        expect(len(args) <= 1 and type(items) is list, "a set made of something else than a list", offset)
+        self.budget.step(len(items), offset)
+        expect(all(type(item) is str for item in items), "a set of something else than texts", offset)
+        return set(items)
+
+    def _object(self, args: tuple, offset: int) -> PlainObject:
+        expect(args == (), "an object made with arguments", offset)
+        return PlainObject()
+
+    def _reconstructor(self, args: tuple, offset: int) -> Any:
+        """`copyreg._reconstructor(cls, base, state)`, for the classes above and base `object` alone."""
+        expect(
+            len(args) == 3 and all(type(arg) is Global for arg in args[:2]), "copyreg without classes", offset
+        )
+        cls, base, state = args
+        if base.name != "builtins.object" or state is not None:
+            block(base.name, offset, "is the base in copyreg._reconstructor")
+        if cls.name not in (TF_NETWORK, "builtins.object", *EASY_DICT):
+            block(cls.name, offset, "is made by copyreg._reconstructor")
+        return self.call(cls, (), offset)
+
+    def _encode(self, args: tuple, offset: int) -> Blob:
+        """`_codecs.encode(text, 'latin1')`, which is how protocol 2 spells bytes."""
+        expect(len(args) == 2 and all(type(arg) is str for arg in args), "bytes made of no text", offset)
+        if args[1].lower() not in ("latin1", "latin-1"):
+            block(f"_codecs.encode with codec {printable(args[1])}", offset)
+        self.budget.copy(len(args[0]), offset)
+        try:
+            return Blob(memoryview(args[0].encode("latin-1")), None)
+        except UnicodeEncodeError:
+            damaged("bytes above 255", offset)
+
+    def _dtype(self, args: tuple, offset: int) -> Dtype:
+        code = args[0] if args and len(args) <= 3 else None
+        expect(type(code) is str, "a numpy dtype without a code", offset)
+        if not re.fullmatch(r"[<|=]?(f[248]|[iu][1248]|b1)", code):
+            block(f"numpy.dtype {printable(code)}", offset)  # object arrays above all
+        return Dtype(np.dtype(code).newbyteorder("<"))
+
+    def _new_array(self, args: tuple, offset: int) -> Array:
+        is_ndarray = bool(args) and type(args[0]) is Global and args[0].name == "numpy.ndarray"
+        expect(is_ndarray, "a numpy array of another class than ndarray", offset)
+        return Array()
+
+    def _scalar(self, args: tuple, offset: int) -> Any:
+        dtype, raw = args if len(args) == 2 else (None, None)
+        expect(type(dtype) is Dtype and type(raw) is Blob, "a numpy number without bytes", offset)
+        expect(len(raw) == dtype.value.itemsize, "a numpy number of the wrong size", offset)
+        return np.frombuffer(raw.view, dtype.value)[0].item()
+
+    def _storage(self, args: tuple, offset: int) -> Storage:
+        blob = args[0] if len(args) == 1 else None
+        expect(type(blob) is Blob, "a tensor storage without bytes", offset)
+        try:
+            return read_storage(blob, self.budget)
+        except PickleRefused as error:
+            if blob.offset is not None:
+                raise
+            # The bytes were spelled as text: positions in them are not positions in the file.
+            what = f"in the tensor storage at byte {offset}: {error.what}"
+            raise PickleRefused(what, offset=offset, blocked=error.blocked) from None
+
+    def _tensor(self, args: tuple, offset: int) -> Tensor:
+        expect(len(args) in (6, 7) and type(args[0]) is Storage, "a tensor without a storage", offset)
+        storage, start, size, stride = args[:4]
+        _check_extents((start,), offset)
+        _check_extents(size, offset)
+        _check_extents(stride, offset)
+        expect(len(size) == len(stride), "a tensor with more strides than axes", offset)
+        num_elements, available = math.prod(size), len(storage.array)
+        last = start + sum((extent - 1) * step for extent, step in zip(size, stride))
+        if num_elements > available or (num_elements > 0 and last >= available):
+            damaged(f"a tensor reaches beyond its storage of {available:,} elements", offset)
+        base = storage.array[start:] if num_elements else storage.array[:0]
+        strides = [step * base.itemsize for step in stride] if num_elements else None
+        try:
+            view = np.ndarray(size, base.dtype, base, strides=strides)
+        except (ValueError, TypeError):
+            damaged("a tensor of impossible shape", offset)
+        return Tensor(view, storage.dtype, offset)
+
+    def _parameter(self, args: tuple, offset: int) -> Tensor:
+        expect(len(args) in (2, 3) and type(args[0]) is Tensor, "a parameter without a tensor", offset)
+        return Tensor(args[0].array, args[0].dtype, offset, is_parameter=True)
+
+
+CALLS: dict[str, Any] = {
+    PERSISTENT: CheckpointWorld._persistent_object,
+    TF_NETWORK: CheckpointWorld._tf_network,
+    **dict.fromkeys((*EASY_DICT, "collections.OrderedDict"), CheckpointWorld._mapping),
+    "torch._utils._rebuild_tensor_v2": CheckpointWorld._tensor,
+    "torch._utils._rebuild_parameter": CheckpointWorld._parameter,
+    "torch.storage._load_from_bytes": CheckpointWorld._storage,
+    **dict.fromkeys((prefix + "_reconstruct" for prefix in NUMPY), CheckpointWorld._new_array),
+    **dict.fromkeys((prefix + "scalar" for prefix in NUMPY), CheckpointWorld._scalar),
+    "numpy.dtype": CheckpointWorld._dtype,
+    "_codecs.encode": CheckpointWorld._encode,
+    "builtins.set": CheckpointWorld._set,
+    "builtins.object": CheckpointWorld._object,
+    "copyreg._reconstructor": CheckpointWorld._reconstructor,
+}
+
+
+class StorageWorld:
+    """The globals of one tensor storage: the names of the storage classes, and one persistent id."""
+
+    def find(self, name: Global) -> Global:
+        if name.name not in STORAGES:
+            block(name.name, name.offset)
+        return name
+
+    def call(self, function: Any, args: tuple, offset: int) -> NoReturn:
+        block(function.name if type(function) is Global else kind(function), offset, "is called")
+
+    def set_state(self, target: Any, state: Any, offset: int) -> NoReturn:
+        damaged("a state inside a tensor storage", offset)
+
+    def persistent(self, key: Any, offset: int) -> tuple:
+        is_storage = (
+            type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
+        )
+        expect(is_storage and type(key[2]) is str, "a tensor storage of unknown kind", offset)
+        expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
+        return key
+
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's file format before 1.6, which storages still use
+
+
+def read_storage(blob: Blob, budget: Budget) -> Storage:
+    """Read what `torch.save` wrote for one storage: five pickles, the number of elements, the elements."""
+    base = blob.offset or 0
+    machine = Machine(blob.view, StorageWorld(), budget, base=base)
+    if bytes(blob.view[:4]) == b"PK\x03\x04":
+        damaged("a tensor storage in zip form", base)
+    magic, protocol, system, key, keys = (machine.run() for _ in range(5))
+    expect(type(magic) is int and magic == MAGIC, "a tensor storage of unknown format", base)
+    expect(type(protocol) is int and protocol == PROTOCOL, "a tensor storage of unknown protocol", base)
+    is_little = type(system) is dict and system.get("little_endian") is True
+    expect(is_little, "a tensor storage that is not little-endian", base)
+    is_key = type(key) is tuple and type(keys) is list and len(keys) == 1 and type(keys[0]) is str
+    expect(is_key and key[2] == keys[0], "a tensor storage without its own key", base)
+    dtype, code = STORAGES[key[1].name]
+    raw = blob.view[machine.position :]
+    count, itemsize = key[4], np.dtype(code).itemsize
+    _check_extents((count,), base)
+    if len(raw) != 8 + count * itemsize or int.from_bytes(raw[:8], "little") != count:
+        damaged(
+            f"a tensor storage of {count:,} elements has {max(len(raw) - 8, 0):,} bytes",
+            base + machine.position,
+        )
+    return Storage(np.frombuffer(raw[8:], code) if count else np.empty(0, code), dtype)
+
+
+def _check_extents(extents: Any, offset: int) -> None:
+    is_short = type(extents) is tuple and len(extents) <= MAX_DIMENSIONS
+    good = is_short and all(type(extent) is int and 0 <= extent <= MAX_EXTENT for extent in extents)
+    expect(good, "a shape that is no shape", offset)
+
+
+def _byte_order(dtype: np.dtype, state: Any, offset: int) -> np.dtype:
+    good = (
+        type(state) is tuple
+        and len(state) >= 5
+        and type(state[1]) is str
+        and state[1] in ("<", ">", "|", "=")
+    )
+    expect(good and state[2:5] == (None, None, None), "a numpy dtype with fields", offset)
+    return dtype.newbyteorder(">" if state[1] == ">" else "<")
+
+
+def _array(state: Any, offset: int) -> np.ndarray:
+    expect(type(state) is tuple and len(state) == 5, "a numpy array without a state", offset)
+    _, shape, dtype, is_fortran, raw = state
+    if type(dtype) is not Dtype or type(raw) is not Blob:
+        damaged("a numpy array without bytes", offset)
+    _check_extents(shape, offset)
+    if math.prod(shape) * dtype.value.itemsize != len(raw):
+        damaged(f"a numpy array whose shape does not fit its {len(raw):,} bytes", offset)
+    try:
+        return np.ndarray(shape, dtype.value, raw.view, order="F" if is_fortran is True else "C")
+    except (ValueError, TypeError):
+        damaged("a numpy array of impossible shape", offset)
+
+
+# Refusals.
+
+
+def printable(text: str) -> str:
+    """`text` for a message: short, on one line, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+def block(name: str, offset: int, why: str = "is not on the list of what a checkpoint may name") -> NoReturn:
+    """Refuse a global."""
+    name = printable(name)
+    raise PickleRefused(
+        f"the pickle asks for {name} (at byte {offset}), which {why}; nothing was executed",
+        offset=offset,
+        blocked=name,
+        hint="A StyleGAN checkpoint needs no such thing. Do not open this file with pickle or torch.load.",
+    )
+
+
+def damaged(why: str, offset: int) -> NoReturn:
+    """Refuse values that no checkpoint holds."""
+    raise PickleRefused(f"the pickle is damaged or not a checkpoint: {why} (at byte {offset})", offset=offset)
+
+
+def expect(condition: bool, why: str, offset: int) -> None:
+    if not condition:
+        damaged(why, offset)
+
+
+# Files that are no pickles.
+
+OTHER_FORMATS = (
+    (
+        rb"PK\x03\x04",
+        "a zip archive, as torch.save writes them; StyleGAN checkpoints are plain pickles (.pkl)",
+    ),
+    (rb"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9", "a file of torch.save, not a StyleGAN pickle"),
+    (rb"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"),
+    (
+        rb"\s*<(!doctype|html|\?xml)",
+        "a web page, as a failed download leaves behind; download the file again",
+    ),
+    (rb".{8}\{\s*\"", "a safetensors file"),
+    (rb"\x1f\x8b", "gzip-compressed; unpack it first"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"\s*[{\[]\s*[\"}\]{\d]", "JSON text"),
+)
+
+
+def _refuse_other_formats(path: Path, data: bytes) -> None:
+    if not data:
+        raise CheckpointError(f"{path} is empty", hint="Download or copy it again.")
+    for pattern, what in OTHER_FORMATS:
+        if re.match(pattern, data[:512], re.IGNORECASE | re.DOTALL):
+            raise CheckpointError(f"{path} is not a checkpoint: it looks like {what}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no checkpoint is that large")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
