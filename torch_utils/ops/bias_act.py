@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +49,41 @@ def bias_act(
     alpha = float(spec.def_alpha if alpha is None else alpha)
     gain = float(spec.def_gain if gain is None else gain)
     if b is not None:
-        shape = [1] * x.ndim
-        shape[dim] = -1
-        x = x + b.to(x.dtype).reshape(shape)
-    x = spec.func(x, alpha)
-    if gain != 1:
-        x = x * gain
-    if clamp is not None:
-        x = x.clamp(-clamp, clamp)
-    return x
+        b = b.to(x.dtype).reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
+    if act in _HOMOGENEOUS and gain > 0:
+        x = _scaled_sum(x, b, gain)
+        x = _HOMOGENEOUS[act](x, alpha)
+    else:
+        x = spec.func(x if b is None else x + b, alpha)
+        x = x if gain == 1 else x * gain
+    return x if clamp is None else limit(x, clamp)
+
+
+# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in place.
+_HOMOGENEOUS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "linear": lambda x, alpha: x,
+    "relu": lambda x, alpha: F.relu(x, inplace=True),
+    "lrelu": lambda x, alpha: F.leaky_relu(x, alpha, inplace=True),
+}
+
+
+def _scaled_sum(x, b, gain):
+    """Return `(x + b) * gain` in memory of its own."""
+    if b is None:
+        return x * gain
+    return x + b if gain == 1 else torch.add(b * gain, x, alpha=gain)
+
+
+def limit(x: torch.Tensor, clamp: float) -> torch.Tensor:
+    """Return `x` clamped to [-clamp, clamp]; the gradient is zero where that changes it.
+
+    On the CPU the gradient of a clamp costs many times the clamp, so values that are all within the limit skip it.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.numel():
+        low, high = torch.aminmax(x.detach())
+        if low >= -clamp and high <= clamp:
+            return x
+    return x.clamp(-clamp, clamp)
 
 
 def _check(x, b, dim, act, clamp):

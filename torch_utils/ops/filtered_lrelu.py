@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from . import impl as _impl
-from .bias_act import bias_act
+from .bias_act import bias_act, limit
 from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, upfirdn2d
 
 
@@ -39,10 +40,44 @@ def filtered_lrelu(
     """
     _impl.choose("filtered_lrelu", impl)
     padding = _check(x, fu, fd, b, up, down, padding, slope, clamp)
-    x = bias_act(x, b)
-    x = upfirdn2d(x, fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2)
-    x = bias_act(x, act="lrelu", alpha=slope, gain=gain, clamp=clamp)
+    x = x if b is None else bias_act(x, b)
+    # A leaky ReLU commutes with a positive gain, so the filter carries it and no pass over the pixels is spent.
+    fold = gain if gain > 0 else 1
+    x = upfirdn2d(x, fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2 * fold)
+    x = _activate(x, float(slope), gain / fold, clamp)
     return upfirdn2d(x, fd, down=down, flip_filter=flip_filter)
+
+
+def _activate(x, slope, gain, clamp):
+    """Leaky ReLU, gain and clamp on upsampled pixels that nobody else holds."""
+    if x.device.type != "cpu" and x.requires_grad and torch.is_grad_enabled():
+        return _MaskedActivation.apply(x, slope, gain, clamp)
+    # CPUs work through arithmetic far faster than through masks: torch keeps the activated pixels instead.
+    x = F.leaky_relu(x, slope, inplace=True)
+    x = x if gain == 1 else x * gain
+    return x if clamp is None else limit(x, clamp)
+
+
+class _MaskedActivation(torch.autograd.Function):
+    """The activation that keeps one byte a pixel for its gradient: 0 clamped, 1 below zero, 2 above."""
+
+    @staticmethod
+    def forward(ctx, x, slope, gain, clamp):
+        mask = (x > 0).to(torch.uint8).add_(1)
+        y = F.leaky_relu(x, slope) * gain
+        if clamp is not None:
+            mask.mul_(y.abs() <= clamp)
+            y = y.clamp_(-clamp, clamp)
+        ctx.save_for_backward(mask)
+        ctx.slope, ctx.gain = slope, gain
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (mask,) = ctx.saved_tensors
+        # Steps as constants of the dtype of dy: a lookup keeps half precision half and makes no float64.
+        steps = dy.new_tensor([0.0, ctx.slope * ctx.gain, ctx.gain])
+        return dy * steps[mask.int()], None, None, None
 
 
 def _check(x, fu, fd, b, up, down, padding, slope, clamp):

@@ -1,19 +1,15 @@
 """Pad, upsample, filter and downsample images in one step.
 
-Along one axis, with `t` taps g (in correlation order) the op is `y[m] = sum_i g[i*up + pad0 - m*down] * x[i]`. The zeros
-between the pixels are never made: outputs whose positions `m*down` agree modulo `up` share one short kernel (a
-phase), so the op is one strided depthwise convolution a phase, followed by interleaving the phases.
-The adjoint of the op is the same op with `up` and `down` exchanged and the filter flipped, hence every order of
-gradient.
+Along one axis, with `t` taps g in correlation order, the op is `y[m] = sum_i g[i*up + pad0 - m*down] * x[i]`. Neither the
+zeros between the pixels nor the pixels that are dropped are ever computed with: upsampling is a transposed
+convolution with stride `up`, downsampling a convolution with stride `down`, each channel by itself. The adjoint of
+the op is the same op with `up` and `down` exchanged and the filter flipped, hence every order of gradient.
 
-Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, appendix B;
-polyphase form: Crochiere and Rabiner, "Multirate Digital Signal Processing", 1983, section 3.
+Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, appendix B.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -201,6 +197,9 @@ class Axis(NamedTuple):
         return Axis(self.taps, self.down, self.up, pad0, pad1)
 
 
+_IDLE = Axis(1, 1, 1, 0, 0)
+
+
 class _Upfirdn2d(torch.autograd.Function):
     """The op as a linear map that knows its adjoint."""
 
@@ -224,85 +223,64 @@ class _Upfirdn2d(torch.autograd.Function):
 
 
 def _reference(x, f, axes, flip_filter, gain):
-    """Run one 2-D pass, or two 1-D passes for a 1-D filter; half precision on the CPU is summed in float32."""
+    """Run one 2-D pass, or two 1-D passes for 1-D taps; half precision on the CPU is summed in float32."""
     dtype = x.dtype
+    y_axis, x_axis = axes
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:2], y_axis.num_outputs(x.shape[2]), x_axis.num_outputs(x.shape[3]))
     if x.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if f is None:
-        f = torch.full([1, 1], gain, dtype=x.dtype, device=x.device)
-    else:
-        taps_dtype = torch.promote_types(f.dtype, torch.float32) if x.dtype != torch.float64 else x.dtype
-        f = f.to(taps_dtype)
-        f = f if flip_filter else f.flip(list(range(f.ndim)))
-    y_axis, x_axis = axes
+        f = torch.ones([1, 1], dtype=x.dtype, device=x.device)
+    taps = f.to(torch.promote_types(f.dtype, x.dtype))  # gain and taps are joined before any rounding to half
+    if not flip_filter:
+        taps = taps.flip(list(range(taps.ndim)))
+    weighted = (taps * gain).to(x.dtype)
     if f.ndim == 2:
-        x = _correlate(x, (f * gain).to(x.dtype), y_axis, x_axis)
-    else:
-        idle = Axis(1, 1, 1, 0, 0)
-        x = _correlate(x, (f * gain).to(x.dtype)[None, :], idle, x_axis)
-        x = _correlate(x, f.to(x.dtype)[:, None], y_axis, idle)
-    return x.to(dtype)
+        return _pass(x, weighted, y_axis, x_axis).to(dtype)
+    x = _pass(x, weighted[None, :], _IDLE, x_axis)
+    return _pass(x, taps.to(x.dtype)[:, None], y_axis, _IDLE).to(dtype)
 
 
-class _Phases(NamedTuple):
-    """How one axis becomes a strided convolution with several output channels."""
-
-    count: int  # phases, that is output channels
-    stride: int
-    kernel: int  # length of the kernels
-    first: int  # input pixel under the first tap of the first output
-    index: tuple[tuple[int, ...], ...]  # [count][kernel]: which tap of the filter; `taps` where there is none
-
-
-@functools.lru_cache(maxsize=1024)
-def _phases(taps: int, up: int, down: int, pad0: int) -> _Phases:
-    common = math.gcd(up, down)
-    count = up // common
-    first = -(pad0 // up)  # ceil(-pad0 / up)
-    last = (down * (count - 1) + taps - 1 - pad0) // up
-    kernel = max(last - first + 1, 1)
-    index = []
-    for phase in range(count):
-        tap = [(first + j) * up + pad0 - phase * down for j in range(kernel)]
-        index.append(tuple(k if 0 <= k < taps else taps for k in tap))
-    return _Phases(count, down // common, kernel, first, tuple(index))
+def _pass(x, g, y_axis, x_axis):
+    """Correlate every channel with the taps `[ty, tx]`, strided or transposed."""
+    if y_axis.up == x_axis.up == 1:
+        return _shrink(x, g, y_axis, x_axis)
+    x = _grow(x, g, y_axis, x_axis)
+    if y_axis.down > 1 or x_axis.down > 1:
+        x = x[:, :, :: y_axis.down, :: x_axis.down].contiguous()
+    return x
 
 
-@functools.lru_cache(maxsize=1024)
-def _index_tensor(index, device):
-    with torch.inference_mode(False):
-        return torch.tensor(index, device=device)
+def _shrink(x, g, y_axis, x_axis):
+    """Pad and convolve; equal paddings are left to the convolution, which spares a copy."""
+    x0, x1, y0, y1 = x_axis.pad0, x_axis.pad1, y_axis.pad0, y_axis.pad1
+    if x0 != x1 or y0 != y1 or x0 < 0 or y0 < 0:
+        x = F.pad(x, [x0, x1, y0, y1])
+        x0 = y0 = 0
+    channels = x.shape[1]
+    kernels = g.expand(channels, 1, *g.shape).contiguous()
+    return F.conv2d(x, kernels, stride=(y_axis.down, x_axis.down), padding=(y0, x0), groups=channels)
 
 
-def _correlate(x, g, y_axis, x_axis):
-    """Correlate `[N, C, H, W]` with taps `[ty, tx]` along both axes."""
-    batch, channels, height, width = x.shape
-    ay, ax = (_phases(*axis[:4]) for axis in (y_axis, x_axis))
-    out_h, out_w = y_axis.num_outputs(height), x_axis.num_outputs(width)
-    num_h, num_w = -(-out_h // ay.count), -(-out_w // ax.count)
-    pad = []
-    for a, num, size in ((ax, num_w, width), (ay, num_h, height)):
-        pad += [-a.first, a.first + (num - 1) * a.stride + a.kernel - size]
-    if any(pad):
-        x = F.pad(x, pad)
-    # One depthwise convolution a phase: on CPUs 20 to 50 times as fast as one convolution with all pictures and
-    # channels folded into the batch, and several times as fast as one with a channel per phase.
-    phases = []
-    for row_taps in ay.index:
-        for column_taps in ax.index:
-            kernel = g if ay.count * ax.count == 1 else _pick(g, row_taps, column_taps)
-            kernel = kernel.expand(channels, 1, ay.kernel, ax.kernel)
-            phases.append(F.conv2d(x, kernel, stride=(ay.stride, ax.stride), groups=channels))
-    if len(phases) == 1:
-        return phases[0]
-    y = x.new_empty([batch, channels, num_h * ay.count, num_w * ax.count])
-    for i, phase in enumerate(phases):
-        y[:, :, i // ax.count :: ay.count, i % ax.count :: ax.count] = phase
-    return y[:, :, :out_h, :out_w]
+def _grow(x, g, y_axis, x_axis):
+    """Transposed convolution, cut or padded to what `y_axis` and `x_axis` ask for before dropping pixels."""
+    # (cropped by the convolution on both sides, added by it at the end, padded before, padded after) per axis
+    (cut_y, more_y, *pad_y), (cut_x, more_x, *pad_x) = _borders(y_axis), _borders(x_axis)
+    channels = x.shape[1]
+    kernels = g.flip([0, 1]).expand(channels, 1, *g.shape).contiguous()
+    stride = (y_axis.up, x_axis.up)
+    x = F.conv_transpose2d(
+        x, kernels, stride=stride, padding=(cut_y, cut_x), output_padding=(more_y, more_x), groups=channels
+    )
+    pad = [*pad_x, *pad_y]
+    return F.pad(x, pad) if any(pad) else x
 
 
-def _pick(g, row_taps, column_taps):
-    """The kernel of one phase: the named taps of `g [ty, tx]`, zero where the index is one past the end."""
-    rows = _index_tensor(row_taps, g.device)[:, None]
-    columns = _index_tensor(column_taps, g.device)[None, :]
-    return F.pad(g, [0, 1, 0, 1])[rows, columns]
+def _borders(axis):
+    # The full transposed convolution reaches taps-1 before the first pixel and, of the up-1 zeros behind the last
+    # pixel, counts none: hence the two ends of padding that are missing or too much.
+    before, after = axis.pad0 - (axis.taps - 1), axis.pad1 - (axis.taps - axis.up)
+    cut = max(min(-before, axis.up - 1 - after), 0)  # the same at both ends, and output_padding gives less than up
+    more = min(max(after + cut, 0), axis.up - 1)
+    return cut, more, before + cut, after + cut - more
