@@ -1,0 +1,158 @@
+"""From the bytes of a picture to `uint8 [C, H, W]`: what is read, how channels and sizes change."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from finetune.data.problems import NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
+
+Fit = Literal["crop", "pad", "stretch"]
+FITS: tuple[str, ...] = get_args(Fit)
+CHANNELS = (1, 3, 4)
+
+# Nothing else is tried: for some formats (EPS) Pillow starts other programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "AVIF", "JPEG2000")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I")
+FORMATS_16_BIT_AS_I = ("PNG", "PPM", "JPEG2000")  # in other formats mode I has 32 bits
+ORIENTATION_TAG = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MARGIN: dict[str, str | tuple[int, ...]] = {"L": "white", "RGB": "white", "RGBA": (0, 0, 0, 0)}  # of `pad`: with alpha, clear
+    "L": 255,
+    "RGB": (255, 255, 255),
+    "RGBA": (0, 0, 0, 0),
+}  # margins of `pad`: with alpha, clear
+
+
+def images_to_float(images: torch.Tensor) -> torch.Tensor:
+    """`uint8` pictures as float32 in [-1, 1], the range of the networks."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def decode(data: bytes, *, resolution: int, channels: int, fit: str | None) -> np.ndarray:
+    """Decode one picture to `uint8 [channels, resolution, resolution]`. Raises Unusable."""
+    picture = fit_square(to_channels(open_picture(data), channels), resolution, fit)
+    pixels = np.asarray(picture)
+    pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Decode the first frame, upright by its EXIF, in a mode that `to_channels` knows. Raises Unusable."""
+    Image.init()
+    with warnings.catch_warnings():
+        # Pillow warns about harmless oddities of metadata; what matters here either fails or is a bomb.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+            picture.load()
+            turn = TURNS.get(_orientation(picture))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            size = re.search(r"\((\d+) pixels\)", str(error))
+            seen = f"{int(size[1]):,}" if size else "more"
+            raise Unusable(TOO_LARGE, f"{seen} pixels, {Image.MAX_IMAGE_PIXELS:,} are allowed") from None
+        except UnidentifiedImageError:
+            raise Unusable(UNREADABLE, _what_else(data)) from None
+        except Exception as error:  # the decoders raise nearly every built-in exception on damaged files
+            raise Unusable(UNREADABLE, f"damaged: {str(error) or type(error).__name__}") from None
+        _check_mode(picture)
+        return picture if turn is None else picture.transpose(turn)
+
+
+def to_channels(picture: Image.Image, channels: int) -> Image.Image:
+    """Bring any mode to L (1 channel), RGB (3) or RGBA (4); with fewer than 4, alpha is laid on white."""
+    if picture.mode.startswith("I"):
+        picture = _upper_byte(picture)
+    if channels == 4:
+        return picture.convert("RGBA")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if channels == 1 and picture.mode not in ("1", "L"):
+        picture = picture.convert("RGB")  # CMYK and YCbCr have no direct way to luminance
+    wanted = {1: "L", 3: "RGB"}[channels]
+    return picture if picture.mode == wanted else picture.convert(wanted)
+
+
+def fit_square(picture: Image.Image, resolution: int, fit: str | None) -> Image.Image:
+    """Make a picture (L, RGB, RGBA) a square of `resolution` pixels. Raises Unusable where a fit is needed."""
+    width, height = picture.size
+    if width == height == resolution:
+        return picture
+    if fit is None:
+        raise Unusable(WRONG_SIZE, f"{width}×{height}")
+    if fit == "pad":
+        scale = resolution / max(width, height)
+        inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+        square = Image.new(picture.mode, (resolution, resolution), MARGIN[picture.mode])
+        square.paste(
+            _resize(picture, inner, (0, 0, width, height)),
+            ((resolution - inner[0]) // 2, (resolution - inner[1]) // 2),
+        )
+        return square
+    box = (0, 0, width, height)
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    elif fit != "stretch":
+        raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
+    return _resize(picture, (resolution, resolution), box)
+
+
+def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """Lanczos; a picture much too large is first averaged down by a whole factor, for speed."""
+    return picture.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def _upper_byte(picture: Image.Image) -> Image.Image:
+    """A 16-bit gray picture as L: the upper 8 bits, as Pillow itself does for 16-bit colour."""
+    values = np.asarray(picture).astype(np.int64)
+    gray = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _check_mode(picture: Image.Image) -> None:
+    """Raise Unusable where no rule says how the values of this picture become 8 bits."""
+    if picture.mode == "F" or (picture.mode == "I" and picture.format not in FORMATS_16_BIT_AS_I):
+        kind = "floating-point numbers" if picture.mode == "F" else "integers"
+        raise Unusable(NO_RULE, f"32-bit {kind}, and nothing says which of them are black and white")
+    if picture.mode not in MODES and not picture.mode.startswith("I;16"):
+        raise Unusable(NO_RULE, f"colour mode {picture.mode}")
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata is no reason to refuse a picture whose pixels are whole
+        return 1
+
+
+def _what_else(data: bytes) -> str:
+    """What a file that is no picture seems to be: the cases that people meet."""
+    start = data[:512].lstrip().lower()
+    if not data:
+        return "is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the picture (git lfs pull fetches it)"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not a picture (a failed download?)"
+    return "is no picture of a kind that can be read"

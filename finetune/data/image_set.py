@@ -1,0 +1,184 @@
+"""The pictures of a folder or zip as a torch data set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.data.decode import CHANNELS, FITS, decode
+from finetune.data.labels import read_labels
+from finetune.data.problems import Unusable, describe, hint, printable
+from finetune.data.sources import Source, open_source
+from finetune.errors import DataError
+
+PARALLEL_FROM = 512  # pictures; below, starting workers costs more than they save
+
+
+class ImageSet(Dataset):
+    """Items `(uint8 [channels, resolution, resolution], float32 [num_classes])` in the order of sorted names.
+
+    `num_classes` is 0 where labels are not used, else what the network expects (given) or the labels say.
+    With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. `limit` keeps that many pictures,
+    chosen by `seed`. Raises DataError: on opening where pictures or labels are missing, on reading where a
+    picture is unusable (`scan` finds all of those beforehand).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resolution: int,
+        channels: int,
+        fit: str | None = None,
+        use_labels: bool = False,
+        num_classes: int | None = None,
+        mirror: bool = False,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if channels not in CHANNELS:
+            known = "1 (gray), 3 (colour) and 4 (colour with alpha)"
+            raise DataError(
+                f"The network makes pictures of {channels} channels; there are rules for {known} only."
+            )
+        if fit is not None and fit not in FITS:
+            raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
+        self.resolution, self.channels, self.fit, self.mirror = resolution, channels, fit, mirror
+        self.source = open_source(path)
+        self.path = self.source.path
+        self.name = self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
+        self.names = choose(self.source, limit, seed)
+        self._labels = None
+        if use_labels:
+            self._labels, problems = read_labels(self.source, self.names, num_classes)
+            if problems:
+                raise DataError(describe(self.path, len(self.names), problems), hint=hint(problems))
+        self._pixels: np.ndarray | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self._labels is None else self._labels.num_classes
+
+    @property
+    def has_labels(self) -> bool:
+        return self._labels is not None
+
+    def __len__(self) -> int:
+        return len(self.names) * (2 if self.mirror else 1)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        picture, flip = self._locate(index)
+        pixels = self._read(picture) if self._pixels is None else self._pixels[picture]
+        return (pixels[:, :, ::-1] if flip else pixels).copy(), self._label_of(picture)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pixels": None}  # a copy in another process reads the files itself
+
+    def label(self, index: int) -> np.ndarray:
+        """The label of an item, float32 `[num_classes]`: one-hot for a class, of length 0 without labels."""
+        return self._label_of(self._locate(index)[0])
+
+    def random_labels(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Labels of `n` pictures drawn with replacement, float32 `[n, num_classes]`."""
+        if self._labels is None:
+            return torch.zeros(n, 0)
+        picked = torch.randint(len(self.names), (n,), generator=generator)
+        return torch.from_numpy(np.stack([self._label_of(int(index)) for index in picked]).reshape(n, -1))
+
+    def preload(self, max_bytes: int = 256 << 20, *, workers: int = 0) -> bool:
+        """Decode everything into memory once if that takes at most `max_bytes`; say whether it is there."""
+        num_bytes = len(self.names) * self.channels * self.resolution**2
+        if self._pixels is None and num_bytes <= max_bytes:
+            pixels = np.empty((len(self.names), self.channels, self.resolution, self.resolution), np.uint8)
+            for index, picture in enumerate(in_order(_Pictures(self), workers)):
+                if isinstance(picture, DataError):
+                    raise picture
+                pixels[index] = picture
+            self._pixels = pixels
+        return self._pixels is not None
+
+    def content_hash(self) -> str:
+        """SHA-256 of all that decides the items: files, their names, labels, channels, fit and so on.
+
+        Equal for a folder and a zip of it. Reads a folder's files completely, a zip's directory only
+        (CRC-32).
+        """
+        digest = hashlib.sha256()
+        digest.update(
+            repr((self.resolution, self.channels, self.fit, self.mirror, self.num_classes)).encode()
+        )
+        for index, name in enumerate(self.names):
+            try:
+                digest.update(repr((name, *self.source.checksum(name))).encode("utf-8", "backslashreplace"))
+            except OSError as error:
+                raise DataError(f"{self.path}: {printable(name)}: {error.strerror or error}.") from None
+            digest.update(self._label_of(index).tobytes())
+        return digest.hexdigest()
+
+    def _locate(self, index: int) -> tuple[int, bool]:
+        """Item number -> (picture number, whether it is flipped)."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        flip, picture = divmod(index % len(self), len(self.names))
+        return picture, bool(flip)
+
+    def _label_of(self, picture: int) -> np.ndarray:
+        return np.zeros(0, np.float32) if self._labels is None else self._labels.one_hot(picture)
+
+    def _read(self, picture: int) -> np.ndarray:
+        name = self.names[picture]
+        try:
+            data = self.source.read(name)
+            return decode(data, resolution=self.resolution, channels=self.channels, fit=self.fit)
+        except Unusable as problem:
+            raise DataError(
+                f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
+                hint="Every picture is checked before training; this one changed since, or was not checked.",
+            ) from None
+
+
+def choose(source: Source, limit: int | None, seed: int) -> list[str]:
+    """All names, or `limit` of them chosen by `seed`, sorted."""
+    if limit is None or limit >= len(source.names):
+        return source.names
+    if limit < 1:
+        raise ValueError(f"limit={limit}: at least one picture is needed")
+    picked = np.random.RandomState(seed % 2**32).permutation(len(source.names))[:limit]
+    return [source.names[index] for index in sorted(picked)]
+
+
+def in_order(items: Dataset, workers: int) -> DataLoader:
+    """Iterate over a data set one raw item at a time, in worker processes where that pays."""
+    num_workers = min(workers, available_cores()) if len(items) >= PARALLEL_FROM else 0  # type: ignore[arg-type]
+    return DataLoader(
+        items, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, generator=torch.Generator()
+    )
+
+
+def available_cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _as_it_is(item):
+    return item
+
+
+class _Pictures(Dataset):
+    """The unflipped pixels of a set; a problem is an item too, because torch rewords what workers raise."""
+
+    def __init__(self, image_set: ImageSet) -> None:
+        self.image_set = image_set
+
+    def __len__(self) -> int:
+        return len(self.image_set.names)
+
+    def __getitem__(self, index: int) -> np.ndarray | DataError:
+        try:
+            return self.image_set._read(index)
+        except DataError as error:
+            return error

@@ -1,0 +1,121 @@
+"""Labels from `dataset.json`: `{"labels": [["00000/img00000000.png", 6], …]}`, classes or vectors."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.data.problems import BAD_LABEL, Problem, Unusable
+from finetune.data.sources import LABELS_NAME, Source
+from finetune.errors import DataError
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One label a picture: `values` is int64 `[n]` (classes) or float32 `[n, num_classes]` (vectors)."""
+
+    values: np.ndarray
+    num_classes: int
+
+    def one_hot(self, index: int) -> np.ndarray:
+        """The label of one picture as float32 `[num_classes]`; a vector is given as it is."""
+        if self.values.ndim == 2:
+            return self.values[index].copy()
+        label = np.zeros(self.num_classes, dtype=np.float32)
+        label[self.values[index]] = 1
+        return label
+
+
+def read_labels(
+    source: Source, names: list[str], num_classes: int | None = None
+) -> tuple[Labels | None, list[Problem]]:
+    """The labels of `names`, in that order; where a single one is wrong, None and every problem there is.
+
+    `num_classes` is what the network expects; None takes it from the labels (largest class + 1, or the length
+    of the vectors). Raises DataError where there is no usable `dataset.json` at all.
+    """
+    table = _read_table(source)
+    found = [(name, table.get(source.label_key(name), MISSING)) for name in names]
+    as_vectors = any(isinstance(value, list) for _, value in found)
+    if as_vectors:
+        length = num_classes or max(len(value) for _, value in found if isinstance(value, list))
+        checked = [(name, _wrong_vector(value, length)) for name, value in found]
+    else:
+        checked = [(name, _wrong_class(value, num_classes)) for name, value in found]
+    problems = [Problem(name, BAD_LABEL, wrong) for name, wrong in checked if wrong is not None]
+    if problems:
+        return None, problems
+    if as_vectors:
+        return Labels(np.array([value for _, value in found], dtype=np.float32), length), []
+    values = np.array([value for _, value in found], dtype=np.int64)
+    return Labels(values, num_classes or int(values.max()) + 1), []
+
+
+def _read_table(source: Source) -> dict[str, Any]:
+    """Picture name -> label as the file has it; names with forward slashes."""
+    advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}, or train without labels.'
+    if source.labels_name is None:
+        raise DataError(f"{source.path}: labels are needed, but there is no {LABELS_NAME}.", hint=advice)
+    where = f"{source.path}: {source.labels_name}"
+    try:
+        content = json.loads(source.read(source.labels_name))
+    except Unusable as problem:
+        raise DataError(f"{where} {problem.detail}.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {error}.") from None
+    pairs = content.get("labels") if isinstance(content, dict) else None
+    if pairs is None:
+        raise DataError(
+            f'{where} holds no labels ("labels" is null or missing), but they are needed.', hint=advice
+        )
+    if not isinstance(pairs, list):
+        raise DataError(f'{where}: "labels" has to be a list, it is a {type(pairs).__name__}.', hint=advice)
+    table: dict[str, Any] = {}
+    for number, pair in enumerate(pairs):
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise DataError(
+                f"{where}: entry {number} of labels is {_shown(pair)}, not [name, label].", hint=advice
+            )
+        name = pair[0].replace("\\", "/")
+        if table.setdefault(name, pair[1]) != pair[1]:
+            raise DataError(f"{where}: {name!r} has two labels, {_shown(table[name])} and {_shown(pair[1])}.")
+    return table
+
+
+def _wrong_class(value: Any, num_classes: int | None) -> str | None:
+    """What is wrong with one class index, or None."""
+    if value is MISSING:
+        return f"not in {LABELS_NAME}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        return f"{_shown(value)} is not a whole number"
+    if value < 0:
+        return f"{value} is negative"
+    if value >= (num_classes or 1 << 20):
+        return f"class {value}, but the classes are 0 to {(num_classes or 1 << 20) - 1}"
+    return None
+
+
+def _wrong_vector(value: Any, length: int) -> str | None:
+    """What is wrong with one label vector, or None."""
+    if value is MISSING:
+        return f"not in {LABELS_NAME}"
+    if not isinstance(value, list):
+        return f"{_shown(value)} is no vector, but other labels are"
+    if len(value) != length:
+        return f"a vector of {len(value)} numbers instead of {length}"
+    for number in value:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+            return f"{_shown(number)} in its vector is no finite number"
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"

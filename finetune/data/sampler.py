@@ -1,0 +1,62 @@
+"""An endless, shuffled, resumable order of items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class InfiniteSampler(Sampler[int]):
+    """Item numbers without end: every epoch is another permutation, and holds each item exactly once.
+
+    The order is one stream that depends on `seed` and `num_items` alone; replica `rank` of `num_replicas`
+    takes every `num_replicas`-th item of it, so that the replicas together see what a single one would have
+    seen. `position` counts the items that all replicas together have drawn; with it, `state_dict` says
+    everything.
+    """
+
+    def __init__(
+        self, num_items: int, *, rank: int = 0, num_replicas: int = 1, shuffle: bool = True, seed: int = 0
+    ) -> None:
+        if num_items < 1 or not 0 <= rank < num_replicas:
+            raise ValueError(f"num_items={num_items}, rank={rank}, num_replicas={num_replicas}")
+        self.num_items, self.rank, self.num_replicas = num_items, rank, num_replicas
+        self.shuffle, self.seed = shuffle, seed
+        self.position = 0
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, order = -1, np.empty(0, np.int64)
+        while True:
+            turn = self.position + self.rank
+            if turn // self.num_items != epoch:
+                epoch = turn // self.num_items
+                order = self._order(epoch)
+            self.position += self.num_replicas
+            yield int(order[turn % self.num_items])
+
+    def state_dict(self) -> dict:
+        """Plain numbers from which another sampler goes on exactly."""
+        return {
+            "position": self.position,
+            "num_items": self.num_items,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken. Raises ValueError where it belongs to another order."""
+        for name in ("num_items", "seed", "shuffle"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the state has {name}={state[name]}, this sampler has {getattr(self, name)}"
+                )
+        self.position = int(state["position"])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_items)
+        # RandomState is the one generator whose stream numpy promises never to change.
+        words = [self.seed % 2**32, (self.seed >> 32) % 2**32, epoch % 2**32]
+        return np.random.RandomState(words).permutation(self.num_items)

@@ -1,0 +1,179 @@
+"""Where pictures lie: a folder with subfolders, or a zip. A source lists names and reads bytes."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from finetune.data.problems import UNREADABLE, Unusable
+from finetune.errors import DataError
+
+PICTURE_SUFFIXES = frozenset(
+    (
+        ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .avif .jp2"
+    ).split()
+)
+LABELS_NAME = "dataset.json"
+MAX_FILE_BYTES = 1 << 30  # of one picture or label file, unpacked: a zip may promise any size
+UNPACK_HINTS = {
+    ".zip": "Pass the zip file itself.",
+    ".tfrecords": "TFRecords have to be unpacked into pictures first.",
+    ".mdb": "An LMDB has to be unpacked into pictures first.",
+}
+
+
+class Source:
+    """The pictures under one path.
+
+    `names` are those of the pictures, with forward slashes, sorted by code point; `num_ignored` counts other
+    files. Raises DataError where the path holds no picture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = sorted(name for name in set(self._files()) if not is_hidden(name))
+        self.names = [name for name in files if PurePosixPath(name.lower()).suffix in PICTURE_SUFFIXES]
+        self.num_ignored = len(files) - len(self.names)
+        if not self.names:
+            raise _no_pictures(path, files)
+        self.labels_name = self._find_labels(set(files))
+
+    def _files(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. Raises Unusable where they cannot be had."""
+        raise NotImplementedError
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        """Size in bytes and CRC-32 of one file: equal for a folder and for a zip made of it."""
+        raise NotImplementedError
+
+    def label_key(self, name: str) -> str:
+        """The name of a picture as `dataset.json` says it: relative to the folder that holds that file."""
+        assert self.labels_name is not None
+        return name.replace("\\", "/")[len(self.labels_name) - len(LABELS_NAME) :]
+
+    def _find_labels(self, files: set[str]) -> str | None:
+        """`dataset.json` at the top, or in the one folder around all pictures (zips often have one)."""
+        by_path = {name.replace("\\", "/"): name for name in files}
+        # Names are sorted: a folder that holds the first and the last of them holds them all.
+        first, last = (name.replace("\\", "/").split("/")[:-1] for name in (self.names[0], self.names[-1]))
+        depth = 0
+        while (found := by_path.get("/".join([*first[:depth], LABELS_NAME]))) is None:
+            if first[depth : depth + 1] != last[depth : depth + 1] or depth == len(first):
+                break
+            depth += 1
+        return found
+
+
+class FolderSource(Source):
+    """All pictures in a folder and its subfolders; links are followed, each folder is visited once."""
+
+    def _files(self) -> Iterator[str]:
+        seen = set()
+        for folder, subfolders, names in os.walk(self.path, followlinks=True, onerror=_raise_unlistable):
+            real = os.path.realpath(folder)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+            for name in names:
+                yield (Path(folder) / name).relative_to(self.path).as_posix()
+
+    def read(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
+            return path.read_bytes()
+        except OSError as error:
+            raise Unusable(UNREADABLE, error.strerror or str(error)) from None
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        size = crc = 0
+        with open(self.path / name, "rb") as file:
+            while block := file.read(1 << 20):
+                crc = zlib.crc32(block, crc)
+                size += len(block)
+        return size, crc
+
+
+class ZipSource(Source):
+    """All pictures in a zip; every process opens it for itself, so that workers share no file position."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle: tuple[int, zipfile.ZipFile] | None = None
+        super().__init__(path)
+
+    @property
+    def archive(self) -> zipfile.ZipFile:
+        """The open zip of this process."""
+        if self._handle is None or self._handle[0] != os.getpid():
+            try:
+                self._handle = (os.getpid(), zipfile.ZipFile(self.path))
+            except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+                raise DataError(f"{self.path}: the zip cannot be opened: {error}.") from None
+        return self._handle[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_handle": None}
+
+    def _files(self) -> Iterator[str]:
+        return (entry.filename for entry in self.archive.infolist() if not entry.is_dir())
+
+    def read(self, name: str) -> bytes:
+        entry = self.archive.getinfo(name)
+        if entry.file_size > MAX_FILE_BYTES:
+            raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB when unpacked")
+        try:
+            return self.archive.read(entry)
+        except RuntimeError:  # the one sign zipfile gives; NotImplementedError below is its subclass
+            raise Unusable(UNREADABLE, "is encrypted, or packed by a method unknown to Python") from None
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, zlib.error) as error:
+            raise Unusable(UNREADABLE, f"is damaged inside the zip ({error})") from None
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        entry = self.archive.getinfo(name)
+        return entry.file_size, entry.CRC
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open a folder or a zip. Raises DataError where it is neither, or holds no picture."""
+    path = Path(path)
+    if path.is_dir():
+        return FolderSource(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such folder or zip.")
+    if zipfile.is_zipfile(path):
+        return ZipSource(path)
+    raise DataError(
+        f"{path}: neither a folder nor a zip file.", hint="Pass a folder of pictures, or a zip of them."
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is of the kind that systems leave behind: `.name`, or anything in `__MACOSX`."""
+    parts = name.replace("\\", "/").split("/")
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _raise_unlistable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from None
+
+
+def _no_pictures(path: Path, files: list[str]) -> DataError:
+    counts = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in files)
+    seen = ", ".join(f"{count} × {suffix}" for suffix, count in counts.most_common(5))
+    advice = [text for suffix, text in UNPACK_HINTS.items() if suffix in counts]
+    return DataError(
+        f"{path}: no picture found ({f'only {seen}' if seen else 'it is empty'}).",
+        hint=" ".join(
+            advice or ["Pictures are known by their endings: .png .jpg .webp .bmp .tif .gif and so on."]
+        ),
+    )
