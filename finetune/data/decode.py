@@ -31,11 +31,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MARGIN: dict[str, str | tuple[int, ...]] = {"L": "white", "RGB": "white", "RGBA": (0, 0, 0, 0)}  # of `pad`: with alpha, clear
-    "L": 255,
-    "RGB": (255, 255, 255),
-    "RGBA": (0, 0, 0, 0),
-}  # margins of `pad`: with alpha, clear
+# The margins of `pad`; with alpha they are clear.
+MARGIN: dict[str, str | tuple[int, ...]] = {"L": "white", "RGB": "white", "RGBA": (0, 0, 0, 0)}
 
 
 def images_to_float(images: torch.Tensor) -> torch.Tensor:
@@ -90,7 +87,7 @@ def to_channels(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def fit_square(picture: Image.Image, resolution: int, fit: str | None) -> Image.Image:
-    """Make a picture (L, RGB, RGBA) a square of `resolution` pixels. Raises Unusable where a fit is needed."""
+    """Make an L, RGB or RGBA picture a square of `resolution` pixels. Raises Unusable where fit is None."""
     width, height = picture.size
     if width == height == resolution:
         return picture

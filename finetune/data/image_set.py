@@ -7,15 +7,14 @@ import os
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from finetune.data.decode import CHANNELS, FITS, decode
 from finetune.data.labels import read_labels
 from finetune.data.problems import Unusable, describe, hint, printable
 from finetune.data.sources import Source, open_source
+from finetune.data.workers import in_order
 from finetune.errors import DataError
-
-PARALLEL_FROM = 512  # pictures; below, starting workers costs more than they save
 
 
 class ImageSet(Dataset):
@@ -94,7 +93,7 @@ class ImageSet(Dataset):
         num_bytes = len(self.names) * self.channels * self.resolution**2
         if self._pixels is None and num_bytes <= max_bytes:
             pixels = np.empty((len(self.names), self.channels, self.resolution, self.resolution), np.uint8)
-            for index, picture in enumerate(in_order(_Pictures(self), workers)):
+            for index, picture in enumerate(in_order(_Pictures(self), len(self.names), workers)):
                 if isinstance(picture, DataError):
                     raise picture
                 pixels[index] = picture
@@ -149,23 +148,6 @@ def choose(source: Source, limit: int | None, seed: int) -> list[str]:
         raise ValueError(f"limit={limit}: at least one picture is needed")
     picked = np.random.RandomState(seed % 2**32).permutation(len(source.names))[:limit]
     return [source.names[index] for index in sorted(picked)]
-
-
-def in_order(items: Dataset, workers: int) -> DataLoader:
-    """Iterate over a data set one raw item at a time, in worker processes where that pays."""
-    num_workers = min(workers, available_cores()) if len(items) >= PARALLEL_FROM else 0  # type: ignore[arg-type]
-    return DataLoader(
-        items, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, generator=torch.Generator()
-    )
-
-
-def available_cores() -> int:
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _as_it_is(item):
-    return item
 
 
 class _Pictures(Dataset):

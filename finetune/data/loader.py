@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.image_set import ImageSet, available_cores
+from finetune.data.image_set import ImageSet
 from finetune.data.sampler import InfiniteSampler
+from finetune.data.workers import available_cores, started
 from finetune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -31,10 +31,7 @@ class InfiniteLoader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            with warnings.catch_warnings():
-                # Python 3.12 and later warn about fork beside threads; the workers use none.
-                warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-                self._batches = iter(self._loader)
+            self._batches = started(self._loader)
         batch = next(self._batches)
         if isinstance(batch, DataError):
             raise batch
@@ -52,8 +49,9 @@ class InfiniteLoader(Iterator[Batch]):
         self._position = self._sampler.position
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers; the next batch, if one is asked for, follows the last one handed out."""
         self._batches = None
+        self._sampler.position = self._position
 
 
 def build_loader(

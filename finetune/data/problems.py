@@ -20,8 +20,8 @@ HINTS = {
     UNREADABLE: "Repair or remove the files that cannot be read.",
     TOO_LARGE: "Make pictures with too many pixels smaller: they could be decompression bombs.",
     NO_RULE: "Save such pictures with 8 or 16 bits a channel.",
-    WRONG_SIZE: "Say how pictures become square: --fit crop (centre square), --fit pad (white margins) or "
-    "--fit stretch.",
+    WRONG_SIZE: "Say how pictures are brought to size: --fit crop (centre square), --fit pad (white margins) "
+    "or --fit stretch.",
     BAD_LABEL: "Correct dataset.json, or train without labels.",
 }
 

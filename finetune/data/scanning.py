@@ -12,10 +12,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from finetune.data.decode import FITS, open_picture
-from finetune.data.image_set import available_cores, choose, in_order
+from finetune.data.image_set import choose
 from finetune.data.labels import read_labels
 from finetune.data.problems import WRONG_SIZE, Problem, Unusable, describe, hint
 from finetune.data.sources import Source, open_source
+from finetune.data.workers import available_cores, in_order
 from finetune.errors import DataError
 
 
@@ -70,7 +71,7 @@ def scan(
     labels, problems = read_labels(source, names, num_classes) if use_labels else (None, [])
     sizes: Counter[tuple[int, int]] = Counter()
     modes: Counter[str] = Counter()
-    looks = in_order(_Looks(source, names), available_cores() if workers is None else workers)
+    looks = in_order(_Looks(source, names), len(names), available_cores() if workers is None else workers)
     for done, (name, look) in enumerate(zip(names, looks), start=1):
         if isinstance(look, Unusable):
             problems.append(Problem(name, look.kind, look.detail))
