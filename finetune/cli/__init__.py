@@ -1,10 +1,10 @@
-"""The program `finetune`: finds a command by name, runs it, and turns every error into a message and an exit code.
+"""The program `finetune`: finds a command by name, runs it, and turns errors into messages and exit codes.
 
-Each command is a module of this folder with a `click.Command` called `command`. Modules import torch, numpy and
-the rest inside the function that needs them, so that `--help` answers at once.
+Each command is a module of this folder with a `click.Command` called `command`. Modules import torch, numpy
+and the rest inside the function that needs them, so that `--help` answers at once.
 
-Exit codes: 0 done · 1 a defect of this program, or a command that says its own result is bad · 2 something the
-user can put right · 130 interrupted.
+Exit codes: 0 done · 1 a defect of this program, or a command that says its own result is bad · 2 something
+the user can put right · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CommandFailed(click.ClickException):
 
 
 class CommandTable(click.Group):
-    """A click group that imports a command only when it is named, and that knows what to do when one fails."""
+    """A click group that imports a command only when it is named, and knows what to do when one fails."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name in COMMANDS if importlib.util.find_spec(f"finetune.cli.{name}")]
@@ -45,7 +45,7 @@ class CommandTable(click.Group):
         return importlib.import_module(f"finetune.cli.{name}").command
 
     def invoke(self, ctx: click.Context):
-        """Run the command; what it raises becomes a message and an exit code, unless `--debug` wants the traceback."""
+        """Run the command; what it raises becomes a message and an exit code (`--debug`: and a traceback)."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
@@ -73,8 +73,8 @@ def explain(error: Exception) -> CommandFailed:
             f"{first_line}\nThe device is out of memory: lower --batch-gpu, or use --device cpu.", 2
         )
     return CommandFailed(
-        f"{what}\nThis is a defect of finetune {__version__}, not of your input. Run the same command again as "
-        "`finetune --debug …` and report what it prints.",
+        f"{what}\nThis is a defect of finetune {__version__}, not of your input. Run the same command again "
+        "as `finetune --debug …` and report what it prints.",
         1,
     )
 

@@ -21,9 +21,9 @@ from finetune.cli.options import device_option, outdir_option
 def command(outdir: Path, kimg: float | None, seed: int, device: str) -> None:
     """Fine-tune the bundled checkpoint to the bundled pictures with self-distillation.
 
-    Writes before.png and after.png (the same seeds before and after), the run folder and the exported pickle to
-    --outdir, and prints how far the generated pictures are from the new ones, before and after. Takes a few
-    minutes on two CPU cores and needs no network.
+    Writes before.png and after.png (the same seeds before and after), the run folder and the exported pickle
+    to --outdir, and prints how far the generated pictures are from the new ones, before and after. Takes a
+    few minutes on two CPU cores and needs no network.
     """
     from finetune.demo.run import run_demo
 
