@@ -80,7 +80,10 @@ def limit(x: torch.Tensor, clamp: float) -> torch.Tensor:
     On the CPU the gradient of a clamp costs many times the clamp, so values that are all within the limit skip it.
     """
     if x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.numel():
-        low, high = torch.aminmax(x.detach())
+        values = x.detach()
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1)  # in the order of memory
+        low, high = torch.aminmax(values)
         if low >= -clamp and high <= clamp:
             return x
     return x.clamp(-clamp, clamp)

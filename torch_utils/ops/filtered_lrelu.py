@@ -40,6 +40,9 @@ def filtered_lrelu(
     """
     _impl.choose("filtered_lrelu", impl)
     padding = _check(x, fu, fd, b, up, down, padding, slope, clamp)
+    if x.device.type == "cpu" and x.shape[1] >= 16:
+        # Here and nowhere else so much is filtered that the layout that CPUs filter in twice as fast repays a copy.
+        x = x.contiguous(memory_format=torch.channels_last)
     x = x if b is None else bias_act(x, b)
     # A leaky ReLU commutes with a positive gain, so the filter carries it and no pass over the pixels is spent.
     fold = gain if gain > 0 else 1

@@ -197,9 +197,6 @@ class Axis(NamedTuple):
         return Axis(self.taps, self.down, self.up, pad0, pad1)
 
 
-_IDLE = Axis(1, 1, 1, 0, 0)
-
-
 class _Upfirdn2d(torch.autograd.Function):
     """The op as a linear map that knows its adjoint."""
 
@@ -236,51 +233,62 @@ def _reference(x, f, axes, flip_filter, gain):
     if not flip_filter:
         taps = taps.flip(list(range(taps.ndim)))
     weighted = (taps * gain).to(x.dtype)
-    if f.ndim == 2:
-        return _pass(x, weighted, y_axis, x_axis).to(dtype)
-    x = _pass(x, weighted[None, :], _IDLE, x_axis)
-    return _pass(x, taps.to(x.dtype)[:, None], y_axis, _IDLE).to(dtype)
+
+    separable = f.ndim == 1
+    grows_y, grows_x = y_axis.up > 1, x_axis.up > 1
+    if not separable:
+        grows_y = grows_x = grows_y or grows_x
+    y_step, lead_y, trail_y = _plan(y_axis, grows_y)
+    x_step, lead_x, trail_x = _plan(x_axis, grows_x)
+    if lead_x or trail_x or lead_y or trail_y:
+        x = F.pad(x, [lead_x, trail_x, lead_y, trail_y])
+    if separable:
+        x = _pass(x, weighted[None, :], _IDLE, x_step)
+        return _pass(x, taps.to(x.dtype)[:, None], y_step, _IDLE).to(dtype)
+    return _pass(x, weighted, y_step, x_step).to(dtype)
 
 
-def _pass(x, g, y_axis, x_axis):
-    """Correlate every channel with the taps `[ty, tx]`, strided or transposed."""
-    if y_axis.up == x_axis.up == 1:
-        return _shrink(x, g, y_axis, x_axis)
-    x = _grow(x, g, y_axis, x_axis)
-    if y_axis.down > 1 or x_axis.down > 1:
-        x = x[:, :, :: y_axis.down, :: x_axis.down].contiguous()
-    return x
+class _Step(NamedTuple):
+    """Arguments of a convolution along one axis."""
+
+    up: int
+    down: int
+    padding: int  # as torch counts it: added on both sides by a convolution, cut off by a transposed one
+    output_padding: int
 
 
-def _shrink(x, g, y_axis, x_axis):
-    """Pad and convolve; equal paddings are left to the convolution, which spares a copy."""
-    x0, x1, y0, y1 = x_axis.pad0, x_axis.pad1, y_axis.pad0, y_axis.pad1
-    if x0 != x1 or y0 != y1 or x0 < 0 or y0 < 0:
-        x = F.pad(x, [x0, x1, y0, y1])
-        x0 = y0 = 0
+_IDLE = _Step(1, 1, 0, 0)
+
+
+def _plan(axis: Axis, grows: bool) -> tuple[_Step, int, int]:
+    """Return the step of one axis, and how many pixels to pad or crop before and after the small image first."""
+    if not grows:
+        if axis.pad0 == axis.pad1 >= 0:  # the convolution pads by itself, which spares a copy
+            return _Step(1, axis.down, axis.pad0, 0), 0, 0
+        return _Step(1, axis.down, 0, 0), axis.pad0, axis.pad1
+    up = axis.up
+    # A full transposed convolution starts taps-1 before the first pixel and ends taps-1 behind the last one, which
+    # its up-1 zeros follow. So much is missing (or, negative, too much) on either side:
+    before, after = axis.pad0 - (axis.taps - 1), axis.pad1 - (axis.taps - up)
+    # Zero pixels around the small image make that a common cut and an output_padding below up.
+    lead = max(0, -(-before // up), -((after - before) // up))
+    cut = lead * up - before
+    trail = max(0, (after + cut) // up)
+    return _Step(up, axis.down, cut, after + cut - trail * up), lead, trail
+
+
+def _pass(x, g, y_step, x_step):
+    """Correlate every channel by itself with the taps `[ty, tx]`, by a strided or a transposed convolution."""
     channels = x.shape[1]
-    kernels = g.expand(channels, 1, *g.shape).contiguous()
-    return F.conv2d(x, kernels, stride=(y_axis.down, x_axis.down), padding=(y0, x0), groups=channels)
-
-
-def _grow(x, g, y_axis, x_axis):
-    """Transposed convolution, cut or padded to what `y_axis` and `x_axis` ask for before dropping pixels."""
-    # (cropped by the convolution on both sides, added by it at the end, padded before, padded after) per axis
-    (cut_y, more_y, *pad_y), (cut_x, more_x, *pad_x) = _borders(y_axis), _borders(x_axis)
-    channels = x.shape[1]
-    kernels = g.flip([0, 1]).expand(channels, 1, *g.shape).contiguous()
-    stride = (y_axis.up, x_axis.up)
-    x = F.conv_transpose2d(
-        x, kernels, stride=stride, padding=(cut_y, cut_x), output_padding=(more_y, more_x), groups=channels
+    stride, padding, output_padding = zip(
+        (y_step.up, y_step.padding, y_step.output_padding), (x_step.up, x_step.padding, x_step.output_padding)
     )
-    pad = [*pad_x, *pad_y]
-    return F.pad(x, pad) if any(pad) else x
-
-
-def _borders(axis):
-    # The full transposed convolution reaches taps-1 before the first pixel and, of the up-1 zeros behind the last
-    # pixel, counts none: hence the two ends of padding that are missing or too much.
-    before, after = axis.pad0 - (axis.taps - 1), axis.pad1 - (axis.taps - axis.up)
-    cut = max(min(-before, axis.up - 1 - after), 0)  # the same at both ends, and output_padding gives less than up
-    more = min(max(after + cut, 0), axis.up - 1)
-    return cut, more, before + cut, after + cut - more
+    drop = (y_step.down, x_step.down)
+    if stride == (1, 1):
+        kernels = g.expand(channels, 1, *g.shape).contiguous()
+        return F.conv2d(x, kernels, stride=drop, padding=padding, groups=channels)
+    kernels = g.flip([0, 1]).expand(channels, 1, *g.shape).contiguous()
+    x = F.conv_transpose2d(
+        x, kernels, stride=stride, padding=padding, output_padding=output_padding, groups=channels
+    )
+    return x if drop == (1, 1) else x[:, :, :: drop[0], :: drop[1]].contiguous()
