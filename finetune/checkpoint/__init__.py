@@ -22,13 +22,13 @@ from finetune.checkpoint.safe_pickle import (
     printable,
     read_pickle,
 )
-from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
+from finetune.errors import CheckpointMismatch, PickleRefused
 
 __all__ = ["Checkpoint", "Provenance", "load", "newest_snapshot", "resolve_network"]
 
 NETWORKS = ("G", "D", "G_ema")
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
-ENTRY_FORMAT = 1  # of the entry "finetune"
+MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
 Generation = Literal["tf", "ada", "sg3", "finetune"]
 
@@ -78,20 +78,16 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     @property
-    def best(self) -> torch.nn.Module:
-        """The generator to make pictures with: G_ema, or G where there is no G_ema."""
-        best = self.G_ema if self.G_ema is not None else self.G
-        if best is None:
-            raise CheckpointError(f"{self.provenance.source} holds no generator, only a discriminator")
-        return best
+    def best(self) -> torch.nn.Module | None:
+        """The generator to make pictures with: G_ema, or G where there is no G_ema, or None."""
+        return self.G_ema if self.G_ema is not None else self.G
 
     @property
     def family(self) -> str:
         """'stylegan2', 'stylegan3-t' or 'stylegan3-r'; a lone discriminator is StyleGAN2's."""
-        generator = self.G_ema if self.G_ema is not None else self.G
-        if generator is None or "input" not in dict(generator.synthesis.named_children()):
+        if self.best is None or not hasattr(self.best.synthesis, "input"):
             return "stylegan2"
-        return "stylegan3-r" if generator.init_kwargs.get("use_radial_filters") else "stylegan3-t"
+        return "stylegan3-r" if self.best.init_kwargs.get("use_radial_filters") else "stylegan3-t"
 
     @property
     def missing(self) -> list[str]:
@@ -182,7 +178,7 @@ def _rebuild_all(networks: dict[str, Any], size: int) -> dict[str, Rebuilt]:
 def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: Any) -> Provenance:
     network = next(rebuilt[name] for name in ("G_ema", "G", "D") if name in rebuilt)
     identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
-    entry = plain(entry, 0)
+    entry = plain(entry, 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
     if type(entry) is dict:
         parent, training, nimg = (entry.get(key) for key in ("source", "training", "nimg"))
         parent = parent if type(parent) is dict else None

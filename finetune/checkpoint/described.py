@@ -9,7 +9,7 @@ from finetune.checkpoint.safe_pickle import Array, PersistentObject, Tensor, dam
 
 MAX_MODULES = 5_000  # the largest public network has about 200
 MAX_DEPTH = 16
-MAX_VALUES = 10_000  # in one constructor argument, or in the training options
+MAX_VALUES = 1_000  # in the arguments of one constructor, one attribute, or the training options
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
 
@@ -78,17 +78,17 @@ def _children(module: PersistentObject, group: str, expected: type) -> list[tupl
     return [(name, value) for name, value in table.items() if value is not None]
 
 
-def plain(value: Any, offset: int) -> Any:
+def plain(value: Any, offset: int, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:
     """Copy `value` into None, bool, int, float, str, list, tuple and dict with names as keys.
 
     Small numpy arrays become lists; anything else (bytes, tensors, networks) becomes None. Bounded in depth
     and size.
     """
-    left = [MAX_VALUES]
+    left = [max_values]
 
     def copy(value: Any, depth: int) -> Any:
         left[0] -= 1
-        if left[0] < 0 or depth > MAX_DEPTH:
+        if left[0] < 0 or depth > max_depth:
             damaged("a setting with too many values", offset)
         if type(value) in (type(None), bool, int, float, str):
             return value

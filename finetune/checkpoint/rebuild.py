@@ -24,7 +24,7 @@ from finetune.models import stylegan2
 MAX_GROWTH = 4  # times the size of the file, for all its networks together; one file may say a network twice
 SLACK = 64 << 20  # bytes, for what is not in the file
 
-# Attributes that decide what a module computes. Where both the file and the rebuilt module have one, they agree.
+# Attributes that decide what a module computes: where file and module both have one, they must agree.
 DECISIVE = frozenset(
     {
         *("activation", "architecture", "conv_clamp", "up", "down", "padding", "use_noise", "is_torgb"),

@@ -12,7 +12,9 @@ SNAPSHOT = re.compile(r"network-snapshot-(\d+(?:\.\d+)?)\.pkl")
 
 def newest_snapshot(run_dir: Path) -> Path:
     """The snapshot of a run folder with the most images seen. Raises CheckpointError where there is none."""
-    found = [(float(match[1]), path) for path in run_dir.iterdir() if (match := SNAPSHOT.fullmatch(path.name))]
+    found = [
+        (float(match[1]), path) for path in run_dir.iterdir() if (match := SNAPSHOT.fullmatch(path.name))
+    ]
     if not found:
         raise CheckpointError(
             f"{run_dir} holds no network-snapshot-*.pkl",

@@ -1,0 +1,123 @@
+"""`finetune inspect`: what a checkpoint holds, without executing anything in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from finetune.checkpoint import Checkpoint
+
+
+@click.command("inspect", short_help="Say what a checkpoint holds; nothing in it is executed.")
+@click.argument("network", metavar="FILE|RUN", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def command(network: Path, as_json: bool) -> None:
+    """Say what a checkpoint, or the newest snapshot of a run folder, holds.
+
+    Generation, architecture, sizes, precision, where it comes from, and what is missing. The networks are
+    built and every tensor is checked, so a file that passes can be used; nothing in it is executed.
+    """
+    from finetune.checkpoint import load, resolve_network
+
+    path = resolve_network(network)
+    facts = describe(path, load(path))
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
+
+
+def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The facts about a checkpoint as plain values; its keys are a contract with scripts."""
+    generator = checkpoint.best
+    network = generator if generator is not None else checkpoint.D
+    options = network.init_kwargs  # the constructor arguments, all of them by name
+    present = {name: getattr(checkpoint, name) for name in ("G", "D", "G_ema")}
+    return {
+        "file": str(path),
+        "generation": checkpoint.provenance.generation,
+        "architecture": checkpoint.family,
+        "variant": options.get("architecture"),
+        "resolution": network.img_resolution,
+        "channels": network.img_channels,
+        "classes": network.c_dim,
+        "z_dim": getattr(generator, "z_dim", None),
+        "w_dim": getattr(generator, "w_dim", None),
+        "num_ws": getattr(generator, "num_ws", None),
+        "parameters": {
+            name: None if module is None else sum(p.numel() for p in module.parameters())
+            for name, module in present.items()
+        },
+        "precision": {
+            "weights": str(next(network.parameters()).dtype).removeprefix("torch."),
+            "num_fp16_res": options.get("num_fp16_res"),
+            "conv_clamp": options.get("conv_clamp"),
+        },
+        "augment_pipe": checkpoint.augment_pipe is not None,
+        "training_set_kwargs": checkpoint.training_set_kwargs,
+        "missing": checkpoint.missing,
+        "notes": list(checkpoint.notes),
+        "provenance": checkpoint.provenance.to_dict(),
+    }
+
+
+GENERATIONS = {
+    "tf": "TensorFlow (stylegan2, stylegan2-ada)",
+    "ada": "stylegan2-ada-pytorch",
+    "sg3": "stylegan3",
+    "finetune": "finetune",
+}
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same facts as lines of `name  value`."""
+    source = facts["provenance"]
+    count = facts["parameters"]
+    lines = [
+        ("file", facts["file"]),
+        ("generation", f"{facts['generation']}: written by {GENERATIONS[facts['generation']]}"),
+        ("architecture", " ".join(filter(None, (facts["architecture"], facts["variant"])))),
+        ("resolution", f"{facts['resolution']} x {facts['resolution']}"),
+        ("channels", facts["channels"]),
+        ("classes", facts["classes"] or "none (unconditional)"),
+        ("latents", _latents(facts)),
+        ("parameters", ", ".join(f"{name} {num:,}" for name, num in count.items() if num is not None)),
+        ("precision", _precision(facts["precision"])),
+        ("augmentation", "augment_pipe present" if facts["augment_pipe"] else "none"),
+        ("missing", ", ".join(facts["missing"]) or "nothing"),
+        ("size", f"{source['size']:,} bytes"),
+        ("sha256", source["sha256"]),
+        ("licence", source["licence"] or "not known"),
+    ]
+    if source["nimg"] is not None:
+        lines.append(("trained for", f"{source['nimg'] / 1000:,.1f} kimg"))
+    for generation, parent in enumerate(_ancestors(source)):
+        name = "started from" if generation == 0 else "before that"
+        lines.append((name, f"{parent.get('source')} (sha256 {parent.get('sha256')})"))
+    lines += [("note", note) for note in facts["notes"]]
+    return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def _latents(facts: dict[str, Any]) -> str:
+    if facts["num_ws"] is None:
+        return "none (no generator)"
+    return f"z {facts['z_dim']}, w {facts['w_dim']}, {facts['num_ws']} ws"
+
+
+def _precision(precision: dict[str, Any]) -> str:
+    half = precision["num_fp16_res"]
+    layers = f"the {half} highest resolutions run in float16 on CUDA" if half else "all layers run in float32"
+    clamp = precision["conv_clamp"]
+    return f"{precision['weights']} weights; {layers}; " + (
+        "no clamping" if clamp is None else f"clamped at {clamp:g}"
+    )
+
+
+def _ancestors(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    parent = provenance["parent"]
+    while isinstance(parent, dict):
+        found.append(parent)
+        parent = parent.get("parent")
+    return found
