@@ -15,10 +15,10 @@ import torch
 def assert_shape(tensor: torch.Tensor, ref_shape: Sequence[int | None]) -> None:
     """Raise AssertionError unless `tensor` has the shape `ref_shape`, where None stands for any size."""
     if tensor.ndim != len(ref_shape):
-        raise AssertionError(f"expected {len(ref_shape)} dimensions {list(ref_shape)}, got {list(tensor.shape)}")
+        raise AssertionError(f"expected shape {list(ref_shape)}, got {list(tensor.shape)}")
     for dim, (size, expected) in enumerate(zip(tensor.shape, ref_shape)):
         if expected is not None and int(size) != int(expected):
-            raise AssertionError(f"expected size {int(expected)} in dimension {dim}, got {list(tensor.shape)}")
+            raise AssertionError(f"expected {int(expected)} in dimension {dim}, got {list(tensor.shape)}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -77,7 +77,8 @@ def named_params_and_buffers(module: torch.nn.Module) -> list[tuple[str, torch.T
 def copy_params_and_buffers(src: torch.nn.Module, dst: torch.nn.Module, require_all: bool = False) -> None:
     """Copy every tensor of `src` into the tensor of the same name in `dst`, which keeps its requires_grad.
 
-    Raises KeyError naming them if `require_all` and `dst` has tensors that `src` has not; ValueError for unequal shapes.
+    Raises KeyError naming them if `require_all` and `dst` has tensors that `src` lacks, ValueError for
+    unequal shapes.
     """
     source = dict(named_params_and_buffers(src))
     target = named_params_and_buffers(dst)

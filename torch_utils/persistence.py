@@ -1,9 +1,11 @@
 """Objects that carry the source of their class, in the file format of the StyleGAN family.
 
-An instance of a class decorated with `persistent_class` is pickled as a call of `_reconstruct_persistent_obj` with a
-dict: the source text of the module that defines the class, the name of the class and the state. Other code bases
-execute that source to read such a file. This one never does: it rebuilds an object only if the very same source is
-already installed here as one of its own models, and leaves every other file to `finetune.load`.
+An instance of a class decorated with `persistent_class` is pickled as a call of `_reconstruct_persistent_obj`
+with
+a dict: the source text of the module that defines the class, the name of the class and the state. Other code
+bases execute that source to read such a file. This one never does: it rebuilds an object only if the very
+same source is already installed here as one of its own models, and leaves every other file to
+`finetune.load`.
 """
 
 from __future__ import annotations
@@ -24,30 +26,37 @@ _sources: dict[str, str | None] = {}  # module name -> source text, read when th
 
 
 def persistent_class(cls: type) -> type:
-    """Decorate a class so that its instances remember their constructor arguments and pickle with their source."""
+    """Make the instances of a class remember their constructor arguments and pickle with their source.
+
+    Adds the read-only properties `init_args` (tuple) and `init_kwargs` (dict), which return copies.
+    """
     module = cls.__module__
-    # Read now: by the time of pickling the file may have been edited, and the objects live by what was imported.
+    # Read now: by the time of pickling the file may have been edited, and objects live by what was imported.
     _sources[module] = _read_source(module)
-    original_init = cls.__init__
-
-    @functools.wraps(original_init)
-    def __init__(self, *args, **kwargs):
-        if "_init_args" not in self.__dict__:  # the outermost constructor is the one that was called
-            self.__dict__["_init_args"] = _plain(args)
-            self.__dict__["_init_kwargs"] = _plain(kwargs)
-        original_init(self, *args, **kwargs)
-
-    def __reduce__(self):
-        if type(self) not in _classes:  # an undecorated subclass pickles by reference, like any class
-            return copyreg.__newobj__, (type(self),), self.__dict__
-        return _reconstruct_persistent_obj, (_describe(self),)
-
-    cls.__init__ = __init__
-    cls.__reduce__ = __reduce__
-    cls.init_args = property(lambda self: copy.deepcopy(self._init_args), doc="Positional constructor arguments.")
-    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs), doc="Keyword constructor arguments.")
+    cls.__init__ = _recording(cls.__init__)
+    cls.__reduce__ = _reduce
+    cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
+    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
     _classes.add(cls)
     return cls
+
+
+def _recording(constructor):
+    """Make a constructor note its arguments; of nested ones, the outermost is the one that was called."""
+
+    @functools.wraps(constructor)
+    def wrapper(self, *args, **kwargs):
+        if "_init_args" not in self.__dict__:
+            self.__dict__.update(_init_args=_plain(args), _init_kwargs=_plain(kwargs))
+        constructor(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _reduce(self):
+    if type(self) not in _classes:  # an undecorated subclass pickles by reference, like any other class
+        return copyreg.__newobj__, (type(self),), self.__dict__
+    return _reconstruct_persistent_obj, (_describe(self),)
 
 
 def is_persistent(obj: Any) -> bool:
@@ -59,7 +68,7 @@ def _describe(obj) -> dict:
     cls = type(obj)
     source = _sources[cls.__module__]
     if source is None:
-        raise RuntimeError(f"{cls.__name__} cannot be pickled: the source of module {cls.__module__} is not at hand")
+        raise RuntimeError(f"{cls.__name__} cannot be pickled: module {cls.__module__} has no source file")
     return {
         "type": "class",
         "version": FORMAT_VERSION,
@@ -89,7 +98,7 @@ def _find_class(meta) -> type:
         raise RuntimeError(f"not a persistent object: {type(meta).__name__} without a state")
     module, name = meta.get("module_name"), meta.get("class_name")
     refusal = (
-        f"{name!r} carries source code that is not this installation's, and embedded source is never executed; "
+        f"{name!r} does not come from this installation, and the source it carries is never executed; "
         "open the file with finetune.load(path) instead of pickle"
     )
     if meta.get("type") != "class" or meta.get("version") != FORMAT_VERSION:

@@ -12,7 +12,7 @@ from dnnlib import EasyDict
 
 from . import impl as _impl
 
-# What foreign pickles read from here: `activation_funcs[name].def_gain` and `.def_alpha`; func is (x, alpha) -> y.
+# Foreign pickles read `activation_funcs[name].def_gain` and `.def_alpha`; func is (x, alpha) -> y.
 activation_funcs = {
     "linear": EasyDict(func=lambda x, alpha: x, def_alpha=0, def_gain=1),
     "relu": EasyDict(func=lambda x, alpha: F.relu(x), def_alpha=0, def_gain=math.sqrt(2)),
@@ -38,9 +38,9 @@ def bias_act(
 ) -> torch.Tensor:
     """Return `clamp(act(x + b) * gain)` in the shape and dtype of `x`.
 
-    x: any shape, floating point. b: `[x.shape[dim]]` or None. alpha: slope of lrelu below zero (default 0.2), unused
-    by the others. gain: default sqrt(2) for relu, lrelu, swish, else 1. clamp: limit of the magnitude, None for none;
-    where it bites, the gradient is zero. First and second gradients exist for x and b.
+    x: any shape, floating point. b: `[x.shape[dim]]` or None. alpha: slope of lrelu below zero (default 0.2),
+    unused by the others. gain: default sqrt(2) for relu, lrelu, swish, else 1. clamp: limit of the magnitude,
+    None for none; where it bites, the gradient is zero. First and second gradients exist for x and b.
     Raises TypeError, ValueError for arguments that are out of form.
     """
     _impl.choose("bias_act", impl)
@@ -59,7 +59,8 @@ def bias_act(
     return x if clamp is None else limit(x, clamp)
 
 
-# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in place.
+# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in
+# place.
 _HOMOGENEOUS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "linear": lambda x, alpha: x,
     "relu": lambda x, alpha: F.relu(x, inplace=True),
@@ -77,7 +78,8 @@ def _scaled_sum(x, b, gain):
 def limit(x: torch.Tensor, clamp: float) -> torch.Tensor:
     """Return `x` clamped to [-clamp, clamp]; the gradient is zero where that changes it.
 
-    On the CPU the gradient of a clamp costs many times the clamp, so values that are all within the limit skip it.
+    On the CPU the gradient of a clamp costs many times the clamp, so values that are all within the limit
+    skip it.
     """
     if x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.numel():
         values = x.detach()
@@ -105,4 +107,6 @@ def _check(x, b, dim, act, clamp):
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"bias_act: dim {dim} does not exist in x of shape {list(x.shape)}")
     if b.ndim != 1 or b.shape[0] != x.shape[dim]:
-        raise ValueError(f"bias_act: b must be [{x.shape[dim]}] for dim {dim} of {list(x.shape)}, got {list(b.shape)}")
+        raise ValueError(
+            f"bias_act: b must be [{x.shape[dim]}] for dim {dim} of {list(x.shape)}, got {list(b.shape)}"
+        )

@@ -1,7 +1,8 @@
 """torch's 2-D convolutions, with a switch that keeps a backward pass away from their weights.
 
-Outside `no_weight_gradients` these are torch's own convolutions with torch's own autograd: the only addition is an
-identity on the weight, which lets the switch be thrown after the forward pass, when the gradient is taken.
+Outside `no_weight_gradients` these are torch's own convolutions with torch's own autograd. The only addition
+is an identity on the weight, which lets the switch be thrown after the forward pass, when the gradient is
+taken.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-# Backward runs in threads of its own, so this is a plain global: how many enclosing blocks ask for no gradients.
+# How many enclosing blocks ask for no gradients. A plain global, because backward runs in threads of its own.
 _blocks = 0
 
 
@@ -20,8 +21,8 @@ _blocks = 0
 def no_weight_gradients(disable: bool = True) -> Iterator[None]:
     """Inside the block, backward passes through this module's convolutions give their weights no gradient.
 
-    What counts is where the gradient is taken, not where the convolution was called. `disable=False` makes the
-    block do nothing.
+    What counts is where the gradient is taken, not where the convolution was called. A weight that is
+    computed from something else passes nothing on to it either. `disable=False` makes the block do nothing.
     """
     global _blocks
     step = 1 if disable else 0
@@ -35,9 +36,15 @@ def no_weight_gradients(disable: bool = True) -> Iterator[None]:
 class _WeightGate(torch.autograd.Function):
     """The identity, whose gradient vanishes inside `no_weight_gradients`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight):
+    def forward(weight):
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):

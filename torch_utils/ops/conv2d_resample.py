@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .conv2d_gradfix import conv2d, conv_transpose2d
-from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, upfirdn2d
+from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, positive_int, upfirdn2d
 
 
 def conv2d_resample(
@@ -23,18 +23,19 @@ def conv2d_resample(
 ) -> torch.Tensor:
     """Upsample with `f`, convolve with `w`, downsample with `f`.
 
-    x: `[N, I, H, W]`. w: `[O, I/groups, kh, kw]`. f: resampling filter of `setup_filter`, None for the identity.
+    x: `[N, I, H, W]`. w: `[O, I/groups, kh, kw]`. f: filter of `setup_filter`, None for the identity.
     padding: int, `[x, y]` or `[x0, x1, y0, y1]` in upsampled pixels; the half widths of `f` are added to it.
-    flip_weight: True correlates with `w` as torch does, False convolves. flip_filter: the same choice for `f`,
-    False convolves.
+    flip_weight, flip_filter: True correlates with `w` or `f`, as torch does; False convolves.
     Returns `[N, O, H', W']`; with padding `k//2` for odd k, `H' = H * up / down`.
     Raises TypeError, ValueError for arguments that are out of form.
     """
-    _check(x, w, f, up, down, groups)
+    up, down, groups = (positive_int(v, n) for v, n in ((up, "up"), (down, "down"), (groups, "groups")))
+    _check(x, w, f, groups)
     px0, px1, py0, py1 = parse_padding(padding)
     fw, fh = filter_size(f)
     if up > 1:
-        px0, px1, py0, py1 = px0 + (fw + up - 1) // 2, px1 + (fw - up) // 2, py0 + (fh + up - 1) // 2, py1 + (fh - up) // 2
+        px0, px1 = px0 + (fw + up - 1) // 2, px1 + (fw - up) // 2
+        py0, py1 = py0 + (fh + up - 1) // 2, py1 + (fh - up) // 2
     if down > 1:
         px0, px1 = px0 + (fw - down + 1) // 2, px1 + (fw - down) // 2
         py0, py1 = py0 + (fh - down + 1) // 2, py1 + (fh - down) // 2
@@ -71,7 +72,7 @@ def _convolve(x, w, pad, groups, flip_weight, stride=1):
 
 
 def _convolve_up(x, w, f, up, pad, groups, flip_weight, flip_filter):
-    """Transposed convolution first, low-pass second: both are linear, and this order never sees the inserted zeros."""
+    """Run the transposed convolution first, the low-pass second: so no inserted zero is ever seen."""
     out_channels, in_per_group, kh, kw = w.shape
     if groups == 1:
         w = w.transpose(0, 1)
@@ -88,15 +89,13 @@ def _convolve_up(x, w, f, up, pad, groups, flip_weight, flip_filter):
     return upfirdn2d(x, f, padding=pad, flip_filter=flip_filter, gain=up**2)
 
 
-def _check(x, w, f, up, down, groups):
+def _check(x, w, f, groups):
     check_image(x, "conv2d_resample")
     check_filter(f, "conv2d_resample", x)
-    for name, factor in (("up", up), ("down", down), ("groups", groups)):
-        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
-            raise ValueError(f"conv2d_resample: {name} must be a positive int, got {factor!r}")
     if not isinstance(w, torch.Tensor) or w.ndim != 4:
         raise ValueError("conv2d_resample: w must be a tensor [O, I/groups, kh, kw]")
     if w.dtype != x.dtype or w.shape[1] * groups != x.shape[1] or w.shape[0] % groups:
         raise ValueError(
-            f"conv2d_resample: w {list(w.shape)} {w.dtype} does not fit x {list(x.shape)} {x.dtype} in {groups} groups"
+            f"conv2d_resample: w {list(w.shape)} {w.dtype} does not fit "
+            f"x {list(x.shape)} {x.dtype} in {groups} groups"
         )

@@ -1,6 +1,7 @@
 """Upsample, leaky ReLU, downsample: the nonlinearity of StyleGAN3, free of aliasing.
 
-Source: Karras et al., "Alias-Free Generative Adversarial Networks", arXiv 2106.12423, section 3.2 and appendix B.
+Source: Karras et al., "Alias-Free Generative Adversarial Networks", arXiv 2106.12423, section 3.2, appendix
+B.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from . import impl as _impl
 from .bias_act import bias_act, limit
-from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, upfirdn2d
+from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, positive_int, upfirdn2d
 
 
 def filtered_lrelu(
@@ -35,29 +36,41 @@ def filtered_lrelu(
     x: `[N, C, H, W]`, floating point. fu, fd: `[t]` or `[ty, tx]`, None for the identity. b: `[C]` or None.
     up, down: int. padding: int, `[x, y]` or `[x0, x1, y0, y1]` in upsampled pixels, negative crops.
     slope: of the leaky ReLU below zero. clamp: limit of the magnitude between the filters, None for none.
-    Returns `[N, C, H', W']`, `W' = (W*up + x0 + x1 - (taps_u - 1) - (taps_d - 1) + down - 1) // down`, likewise H'.
+    gain: above 0. Returns `[N, C, H', W']` in the dtype of `x`, likewise for H':
+    `W' = (W*up + x0 + x1 - (taps_u - 1) - (taps_d - 1) + down - 1) // down`.
     Raises TypeError, ValueError for arguments that are out of form or leave no output pixel.
     """
     _impl.choose("filtered_lrelu", impl)
-    padding = _check(x, fu, fd, b, up, down, padding, slope, clamp)
-    if x.device.type == "cpu" and x.shape[1] >= 16:
-        # Here and nowhere else so much is filtered that the layout that CPUs filter in twice as fast repays a copy.
-        x = x.contiguous(memory_format=torch.channels_last)
-    x = x if b is None else bias_act(x, b)
-    # A leaky ReLU commutes with a positive gain, so the filter carries it and no pass over the pixels is spent.
-    fold = gain if gain > 0 else 1
-    x = upfirdn2d(x, fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2 * fold)
-    x = _activate(x, float(slope), gain / fold, clamp)
-    return upfirdn2d(x, fd, down=down, flip_filter=flip_filter)
+    up, down = positive_int(up, "up"), positive_int(down, "down")
+    padding = list(parse_padding(padding))
+    _check(x, fu, fd, b, gain, slope, clamp)
+    _check_size(x, fu, fd, up, padding)
+    dtype = x.dtype
+    if x.device.type == "cpu":
+        if dtype in (torch.float16, torch.bfloat16):  # rounded once, at the end
+            x = x.float()
+        if x.shape[1] >= 16:
+            # Here and nowhere else so much is filtered that the layout CPUs filter in twice as fast repays a
+            # copy.
+            x = x.contiguous(memory_format=torch.channels_last)
+    if b is not None:
+        x = bias_act(x, b)
+    # A leaky ReLU commutes with a positive gain, so the filter carries it and no pass over the pixels is
+    # spent.
+    x = upfirdn2d(x, fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2 * float(gain))
+    x = _activate(x, float(slope), clamp)
+    if fd is not None or down > 1:
+        x = upfirdn2d(x, fd, down=down, flip_filter=flip_filter)
+    return x.to(dtype)
 
 
-def _activate(x, slope, gain, clamp):
-    """Leaky ReLU, gain and clamp on upsampled pixels that nobody else holds."""
+def _activate(x, slope, clamp):
+    """Leaky ReLU and clamp on upsampled pixels that nobody else holds."""
     if x.device.type != "cpu" and x.requires_grad and torch.is_grad_enabled():
-        return _MaskedActivation.apply(x, slope, gain, clamp)
-    # CPUs work through arithmetic far faster than through masks: torch keeps the activated pixels instead.
+        return _MaskedActivation.apply(x, slope, clamp)
+    # CPUs work through arithmetic far faster than through masks, so there torch keeps the activated pixels
+    # instead.
     x = F.leaky_relu(x, slope, inplace=True)
-    x = x if gain == 1 else x * gain
     return x if clamp is None else limit(x, clamp)
 
 
@@ -65,45 +78,50 @@ class _MaskedActivation(torch.autograd.Function):
     """The activation that keeps one byte a pixel for its gradient: 0 clamped, 1 below zero, 2 above."""
 
     @staticmethod
-    def forward(ctx, x, slope, gain, clamp):
+    def forward(ctx, x, slope, clamp):
         mask = (x > 0).to(torch.uint8).add_(1)
-        y = F.leaky_relu(x, slope) * gain
+        y = F.leaky_relu(x, slope)
         if clamp is not None:
             mask.mul_(y.abs() <= clamp)
-            y = y.clamp_(-clamp, clamp)
+            y.clamp_(-clamp, clamp)
         ctx.save_for_backward(mask)
-        ctx.slope, ctx.gain = slope, gain
+        ctx.slope = slope
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (mask,) = ctx.saved_tensors
-        # Steps as constants of the dtype of dy: a lookup keeps half precision half and makes no float64.
-        steps = dy.new_tensor([0.0, ctx.slope * ctx.gain, ctx.gain])
-        return dy * steps[mask.int()], None, None, None
+        slopes = dy.new_tensor([0.0, ctx.slope, 1.0])
+        return dy * slopes[mask.int()], None, None
 
 
-def _check(x, fu, fd, b, up, down, padding, slope, clamp):
+def _check(x, fu, fd, b, gain, slope, clamp):
     check_image(x, "filtered_lrelu")
     check_filter(fu, "filtered_lrelu", x)
     check_filter(fd, "filtered_lrelu", x)
-    for name, factor in (("up", up), ("down", down)):
-        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
-            raise ValueError(f"filtered_lrelu: {name} must be a positive int, got {factor!r}")
     if b is not None and (not isinstance(b, torch.Tensor) or b.ndim != 1 or b.shape[0] != x.shape[1]):
         got = list(b.shape) if isinstance(b, torch.Tensor) else type(b).__name__
         raise ValueError(f"filtered_lrelu: b must be a tensor [{x.shape[1]}], got {got}")
+    if not gain > 0:
+        raise ValueError(f"filtered_lrelu: gain must be above 0, got {gain!r}")
     if not slope >= 0:
         raise ValueError(f"filtered_lrelu: slope must be at least 0, got {slope!r}")
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"filtered_lrelu: clamp must be None or at least 0, got {clamp!r}")
-    px0, px1, py0, py1 = parse_padding(padding)
-    widths = (("width", x.shape[3], px0 + px1, 0), ("height", x.shape[2], py0 + py1, 1))
-    for name, size, pad, axis in widths:
-        left = size * up + pad - (filter_size(fu)[axis] - 1) - (filter_size(fd)[axis] - 1)
-        if left < 1:
+
+
+def _check_size(x, fu, fd, up, padding):
+    px0, px1, py0, py1 = padding
+    axes = zip(
+        ("width", "height"),
+        (x.shape[3], x.shape[2]),
+        (px0 + px1, py0 + py1),
+        filter_size(fu),
+        filter_size(fd),
+    )
+    for name, size, pad, taps_u, taps_d in axes:
+        if size * up + pad < taps_u + taps_d - 1:
             raise ValueError(
-                f"filtered_lrelu: {name} {size} with up {up} and padding {pad} leaves no pixel under filters of "
-                f"{filter_size(fu)[axis]} and {filter_size(fd)[axis]} taps"
+                f"filtered_lrelu: {name} {size} with up {up} and padding {pad} becomes {size * up + pad}, "
+                f"fewer pixels than filters of {taps_u} and {taps_d} taps need"
             )
-    return [px0, px1, py0, py1]

@@ -1,8 +1,8 @@
 """Bilinear grid sampling that can be differentiated more than once.
 
-torch's own backward pass is not differentiable. Sampling is linear in the image, so for a fixed grid the op and its
-adjoint differentiate into each other, any number of times. Where the grid itself needs gradients the op is
-written out as gathers, which torch differentiates.
+torch's own backward pass is not differentiable. Sampling is linear in the image, so for a fixed grid the op
+and its adjoint differentiate into each other, any number of times. Where the grid itself needs gradients the
+op is written out as gathers, which torch differentiates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Sample images bilinearly at normalised positions; zero outside, pixel edges at -1 and 1.
 
-    input: `[N, C, H, W]`. grid: `[N, H', W', 2]`, (x, y) in [-1, 1] where the image is, in the dtype of `input`.
-    Equals `torch.nn.functional.grid_sample(..., mode='bilinear', padding_mode='zeros', align_corners=False)`.
+    input: `[N, C, H, W]`. grid: `[N, H', W', 2]` in the dtype of `input`, (x, y) in [-1, 1] where the image
+    is. Equals `torch.nn.functional.grid_sample(..., mode='bilinear', padding_mode='zeros',
+    align_corners=False)`.
     Returns `[N, C, H', W']`. Raises ValueError for shapes that do not fit.
     """
     if input.ndim != 4 or grid.ndim != 4 or grid.shape[3] != 2 or grid.shape[0] != input.shape[0]:
@@ -23,9 +24,11 @@ def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
             "grid_sample: input must be [N, C, H, W] and grid [N, H', W', 2], "
             f"got {list(input.shape)} and {list(grid.shape)}"
         )
-    if torch.is_grad_enabled() and grid.requires_grad:
-        return _gathered(input, grid)
-    return _Sample.call(input, grid)
+    dtype = input.dtype
+    if input.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):  # positions need more digits
+        input, grid = input.float(), grid.float()
+    needs_grid = torch.is_grad_enabled() and grid.requires_grad
+    return (_gathered(input, grid) if needs_grid else _Sample.call(input, grid)).to(dtype)
 
 
 class _Sample(torch.autograd.Function):
@@ -33,7 +36,9 @@ class _Sample(torch.autograd.Function):
 
     @classmethod
     def call(cls, image, grid):
-        return cls.apply(image, grid) if torch.is_grad_enabled() and image.requires_grad else _sample(image, grid)
+        if torch.is_grad_enabled() and image.requires_grad:
+            return cls.apply(image, grid)
+        return _sample(image, grid)
 
     @staticmethod
     def forward(ctx, image, grid):

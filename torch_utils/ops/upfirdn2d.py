@@ -1,9 +1,9 @@
 """Pad, upsample, filter and downsample images in one step.
 
-Along one axis, with `t` taps g in correlation order, the op is `y[m] = sum_i g[i*up + pad0 - m*down] * x[i]`. Neither the
-zeros between the pixels nor the pixels that are dropped are ever computed with: upsampling is a transposed
-convolution with stride `up`, downsampling a convolution with stride `down`, each channel by itself. The adjoint of
-the op is the same op with `up` and `down` exchanged and the filter flipped, hence every order of gradient.
+Along one axis, with taps g in correlation order, the op is `y[m] = sum_i g[i*up + pad0 - m*down] * x[i]`.
+Nothing is multiplied with the zeros between the pixels: upsampling is a transposed convolution with stride
+`up`, downsampling a convolution with stride `down`, each channel by itself. The adjoint of the op is the same
+op with `up` and `down` exchanged and the filter flipped, hence every order of gradient.
 
 Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, appendix B.
 """
@@ -40,7 +40,7 @@ def setup_filter(
     # The device is named at once: a default device, 'meta' above all, must not decide where the taps are.
     taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
     if taps.ndim > 2 or taps.numel() == 0:
-        raise ValueError(f"setup_filter: f must be a scalar, [t] or [ty, tx] with taps, got shape {list(taps.shape)}")
+        raise ValueError(f"setup_filter: f must be a scalar, [t] or [ty, tx], got shape {list(taps.shape)}")
     if taps.ndim == 0:
         taps = taps[None]
     if separable is None:
@@ -68,10 +68,12 @@ def upfirdn2d(
 ) -> torch.Tensor:
     """Insert zeros, pad, convolve with `f` over full overlaps, keep every `down`-th pixel, times `gain`.
 
-    x: `[N, C, H, W]`, floating point. f: `[ty, tx]`, or `[t]` for `f` along both axes, or None for the identity.
-    up, down: int or `[x, y]`. padding: int, `[x, y]` or `[x0, x1, y0, y1]` in upsampled pixels, negative crops.
-    flip_filter: False convolves, True correlates.
-    Returns `[N, C, (H*up + y0 + y1 - ty) // down + 1, likewise W]` in the dtype of `x`; f gets no gradient.
+    x: `[N, C, H, W]`, floating point. f: `[ty, tx]`, or `[t]` to be used along both axes, or None for the
+    identity.
+    up, down: int or `[x, y]`. padding: int, `[x, y]` or `[x0, x1, y0, y1]` in upsampled pixels, negative
+    crops.
+    flip_filter: False convolves, True correlates. f gets no gradient.
+    Returns `[N, C, (H*up + y0 + y1 - ty) // down + 1, likewise W]` in the dtype of `x`.
     Raises TypeError, ValueError for arguments that are out of form or leave no output pixel.
     """
     _impl.choose("upfirdn2d", impl)
@@ -85,8 +87,8 @@ def upfirdn2d(
     for axis, size, name in zip(axes, x.shape[2:], ("height", "width")):
         if axis.num_outputs(size) < 1:
             raise ValueError(
-                f"upfirdn2d: {name} {size} with up {axis.up}, padding [{axis.pad0}, {axis.pad1}] is "
-                f"{size * axis.up + axis.pad0 + axis.pad1} pixels, fewer than the {axis.taps} taps of the filter"
+                f"upfirdn2d: {name} {size} with up {axis.up} and padding [{axis.pad0}, {axis.pad1}] becomes "
+                f"{size * axis.up + axis.pad0 + axis.pad1}, fewer than the {axis.taps} taps of the filter"
             )
     return _Upfirdn2d.call(x, f, axes, bool(flip_filter), float(gain))
 
@@ -100,7 +102,7 @@ def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl="auto") -> torch.T
 
 
 def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="auto") -> torch.Tensor:
-    """Enlarge `x` by `up`, keeping it centred and its brightness; arguments as in `upfirdn2d`, padding is added."""
+    """Enlarge `x` by `up`, centred and as bright as it was; arguments as in `upfirdn2d`, padding is added."""
     ux, uy = parse_scaling(up, "up")
     px0, px1, py0, py1 = parse_padding(padding)
     fw, fh = filter_size(f)
@@ -141,7 +143,17 @@ def parse_padding(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
     return values[0], values[1], values[2], values[3]
 
 
+def positive_int(value: int, name: str) -> int:
+    """Return a factor that must be one int for both axes."""
+    (number,) = _ints(value, name) if not isinstance(value, (Sequence, np.ndarray)) else (0,)
+    if number < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return number
+
+
 def _ints(value: int | Sequence[int], name: str) -> list[int]:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must hold ints, got {value!r}")
@@ -156,6 +168,7 @@ def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
 
 
 def check_image(x: torch.Tensor, op: str) -> None:
+    """Raise unless `x` is a batch of images."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or not x.is_floating_point():
@@ -163,12 +176,13 @@ def check_image(x: torch.Tensor, op: str) -> None:
 
 
 def check_filter(f: torch.Tensor | None, op: str, x: torch.Tensor) -> None:
+    """Raise unless `f` is a filter that can be applied to `x`."""
     if f is None:
         return
     if not isinstance(f, torch.Tensor):
-        raise TypeError(f"{op}: a filter must be a tensor or None, got {type(f).__name__}; setup_filter makes one")
+        raise TypeError(f"{op}: a filter must be a tensor of setup_filter or None, got {type(f).__name__}")
     if f.ndim not in (1, 2) or f.numel() == 0 or not f.is_floating_point():
-        raise ValueError(f"{op}: a filter must be [t] or [ty, tx] floating point, got {list(f.shape)} {f.dtype}")
+        raise ValueError(f"{op}: a filter must be float [t] or [ty, tx], got {list(f.shape)} {f.dtype}")
     if f.device != x.device:
         raise ValueError(f"{op}: filter is on {f.device}, x on {x.device}")
     if f.requires_grad:
@@ -228,6 +242,11 @@ def _reference(x, f, axes, flip_filter, gain):
     if x.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if f is None:
+        if (
+            y_axis.up == x_axis.up == 1
+        ):  # nothing to filter; times gain also makes the memory the caller's own
+            pad = [x_axis.pad0, x_axis.pad1, y_axis.pad0, y_axis.pad1]
+            return (F.pad(x, pad)[:, :, :: y_axis.down, :: x_axis.down] * gain).to(dtype)
         f = torch.ones([1, 1], dtype=x.dtype, device=x.device)
     taps = f.to(torch.promote_types(f.dtype, x.dtype))  # gain and taps are joined before any rounding to half
     if not flip_filter:
@@ -261,14 +280,14 @@ _IDLE = _Step(1, 1, 0, 0)
 
 
 def _plan(axis: Axis, grows: bool) -> tuple[_Step, int, int]:
-    """Return the step of one axis, and how many pixels to pad or crop before and after the small image first."""
+    """Return the step of one axis, and how many pixels to pad (or crop) before and after the image first."""
     if not grows:
         if axis.pad0 == axis.pad1 >= 0:  # the convolution pads by itself, which spares a copy
             return _Step(1, axis.down, axis.pad0, 0), 0, 0
         return _Step(1, axis.down, 0, 0), axis.pad0, axis.pad1
     up = axis.up
-    # A full transposed convolution starts taps-1 before the first pixel and ends taps-1 behind the last one, which
-    # its up-1 zeros follow. So much is missing (or, negative, too much) on either side:
+    # A full transposed convolution starts taps-1 before the first pixel and ends taps-1 behind the last one,
+    # which its up-1 zeros follow. So much is missing (or, negative, too much) on either side:
     before, after = axis.pad0 - (axis.taps - 1), axis.pad1 - (axis.taps - up)
     # Zero pixels around the small image make that a common cut and an output_padding below up.
     lead = max(0, -(-before // up), -((after - before) // up))
@@ -278,7 +297,7 @@ def _plan(axis: Axis, grows: bool) -> tuple[_Step, int, int]:
 
 
 def _pass(x, g, y_step, x_step):
-    """Correlate every channel by itself with the taps `[ty, tx]`, by a strided or a transposed convolution."""
+    """Correlate each channel by itself with the taps `[ty, tx]`: a strided or a transposed convolution."""
     channels = x.shape[1]
     stride, padding, output_padding = zip(
         (y_step.up, y_step.padding, y_step.output_padding), (x_step.up, x_step.padding, x_step.output_padding)
