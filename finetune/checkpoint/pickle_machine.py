@@ -205,9 +205,7 @@ class Machine:
 
     def key(self, value: Any) -> Any:
         """`value`, if it can be a key: what a file may make slow to hash or to compare cannot."""
-        if type(value) is str or value is None or type(value) is bool:
-            return value
-        if type(value) is int and -(2**31) <= value < 2**31:
+        if is_key(value):
             return value
         raise self.refuse(f"a key of a dict or set is neither a text nor a small number but {kind(value)}")
 
@@ -226,6 +224,12 @@ class Machine:
         if self.protocol < 3:  # as Python 2 called them
             module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         return self.world.find(Global(f"{module}.{name}", self.at))
+
+
+def is_key(value: Any) -> bool:
+    """Whether `value` may be a key; large integers can be made to collide, so they may not."""
+    is_small = type(value) is int and -(2**31) <= value < 2**31
+    return is_small or value is None or type(value) in (str, bool)
 
 
 def kind(value: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from finetune.checkpoint.pickle_machine import MAX_OPCODES, Blob, Budget, Global, Machine, kind
+from finetune.checkpoint.pickle_machine import MAX_OPCODES, Blob, Budget, Global, Machine, is_key, kind
 from finetune.errors import CheckpointError, PickleRefused
 
 MAX_FILE = 16 << 30  # bytes
@@ -192,7 +192,7 @@ class CheckpointWorld:
         items = args[0]
         if len(args) == 1 and type(items) is list:
             self.budget.step(len(items), offset)
-            if all(type(item) in (list, tuple) and len(item) == 2 and type(item[0]) is str for item in items):
+            if all(type(item) in (list, tuple) and len(item) == 2 and is_key(item[0]) for item in items):
                 return dict(items)
         damaged("a dict made of something else than names and values", offset)
 
@@ -200,7 +200,7 @@ class CheckpointWorld:
         items = args[0] if args else []
         expect(len(args) <= 1 and type(items) is list, "a set made of something else than a list", offset)
         self.budget.step(len(items), offset)
-        expect(all(type(item) is str for item in items), "a set of something else than texts", offset)
+        expect(all(map(is_key, items)), "a set of something else than texts and small numbers", offset)
         return set(items)
 
     def _object(self, args: tuple, offset: int) -> PlainObject:
