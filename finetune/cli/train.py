@@ -1,0 +1,95 @@
+"""`finetune train`: a checkpoint and pictures in, a better checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune import config as choices
+from finetune.cli.options import device_option
+from finetune.config import TrainConfig
+
+DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+
+
+def option(name: str, kind: Any = None, help: str = "", **settings: Any):
+    """One option whose flag, parameter and config field carry one name; its default stands in TrainConfig."""
+    default = DEFAULTS[name]
+    if isinstance(kind, tuple):
+        kind = click.Choice(kind)
+    shown = default is not None and not isinstance(default, bool)
+    return click.option(
+        settings.pop("flag", choices.flag(name)), name, type=kind, default=default, show_default=shown, help=help, **settings
+    )  # fmt: skip
+
+
+@click.command("train", short_help="Fine-tune a checkpoint to a folder of pictures, with self-distillation.")
+@option("resume", click.Path(), "Checkpoint to start from: a StyleGAN2 or StyleGAN3 pickle.", metavar="PICKLE")
+@option("scratch", choices.FAMILIES, "Start without a checkpoint, from random weights.")
+@click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="Pictures: a folder or a zip.")
+@option("outdir", click.Path(file_okay=False), "Where the run folder is made.", metavar="DIR")
+@option("kimg", float, "Length in thousands of images seen; fractions are fine.")
+@option("batch", int, "Images a step.")
+@option("batch_gpu", int, "Images in memory at once; --batch is cut into such parts.")
+@option("gamma", float, "Weight of the R1 penalty.")
+@option("mirror", None, "Show the pictures mirrored as well.", flag="--mirror/--no-mirror")
+@option("aug", choices.AUGMENTATIONS, "Augmentation: adaptive, none, or with a fixed probability --p.")
+@option("target", float, "Target of --aug ada.")
+@option("p", float, "Probability of --aug fixed.")
+@option("augpipe", tuple(choices.AUGPIPES), "What augmentation may do: blit, geometry, colour, filter, noise, cutout.")
+@option("freezed", int, "Freeze the first layers of the discriminator (FreezeD).")
+@option("cond", None, "Train with the labels of dataset.json.", flag="--cond/--no-cond")
+@option("fit", choices.FITS, "How pictures of another size are brought to the network's.")
+@option("glr", float, "Learning rate of the generator.")
+@option("dlr", float, "Learning rate of the discriminator.")
+@option("ema_kimg", float, "Half-life of the average generator, the one that is exported.")
+@option("sd_weight", float, "Weight of the self-distillation; 0 is the plain recipe.")
+@option("sd_backbone", choices.BACKBONES, "Network that compares student and teacher.")
+@option("sd_interval", int, "Compare every k-th step, counted k times.")
+@option("sd_warmup_kimg", float, "Let the weight grow from 0 over so many kimg.")
+@option("sd_batch_share", float, "Part of each batch that is compared.")
+@option("sd_resolution", int, "Compare at this many pixels at most.")
+@option("sd_teacher", choices.TEACHERS, "The moving average, or the checkpoint as it was.")
+@option("resolution", int, "For --scratch: pixels, a power of two.")
+@option("cbase", int, "For --scratch: channels times resolution.")
+@option("cmax", int, "For --scratch: most channels in a layer.")
+@option("map_depth", int, "For --scratch: layers of the mapping network.")
+@option("z_dim", int, "For --scratch: numbers in a z.")
+@option("w_dim", int, "For --scratch: numbers in a w.")
+@option("snap", int, "Ticks between snapshots.")
+@option("tick", float, "Kimg between lines of the log.")
+@option("seed", int, "Seed of everything random.")
+@option("workers", int, "Processes that decode pictures; 0 decodes in between.")
+@option("desc", str, "Words to add to the name of the run folder.")
+@device_option()
+@option("precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything, print all options with their reasons, and stop.")
+def command(dry_run: bool, **options: Any) -> None:
+    """Go on training a checkpoint on pictures of yours, and hold it to its own average while it learns.
+
+    `finetune train --resume ffhq.pkl --data pictures/ --outdir runs` needs nothing else: what is not said is settled
+    from the checkpoint, the resolution and the number of pictures, and printed with the reason.
+    The run folder gets config.json, log.jsonl, sheets of pictures and snapshots that open everywhere.
+    """
+    config = TrainConfig(**{name: str(value) if isinstance(value, Path) else value for name, value in options.items()})
+    config.validate()
+    from rich.console import Console
+
+    from finetune.train.run import prepare, show, start
+
+    console = Console()
+    prepared = prepare(config)
+    show(prepared, console)
+    if dry_run:
+        console.print("Dry run: everything fits; nothing was written.", highlight=False)
+        return
+    result = start(prepared, console=console)
+    console.print(
+        f"Done: {result.nimg / 1000:g} kimg. Pictures of it: finetune generate --network {result.snapshot} "
+        "--seeds 0-15 --outdir pictures",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

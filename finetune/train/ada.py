@@ -1,0 +1,39 @@
+"""Adaptive discriminator augmentation: steer the probability by how sure D is of the real images.
+
+Source: Karras et al. 2020 (2006.06676), section 3.1: r_t = E[sign(D(real))] is held at a target.
+"""
+
+from __future__ import annotations
+
+import torch
+
+INTERVAL = 4  # steps between adjustments
+
+
+class AdaController:
+    """Collects the signs of D on real images and moves the augmentation probability towards the target.
+
+    `target` None keeps `p` fixed. `swing_kimg` is how many kimg it takes to move p from 0 to 1.
+    """
+
+    def __init__(self, p: float, *, target: float | None, swing_kimg: float) -> None:
+        self.p = p
+        self.target = target
+        self.swing_kimg = swing_kimg
+        self.sign_sum: torch.Tensor | float = 0.0
+        self.count = 0
+
+    def observe(self, real_logits: torch.Tensor) -> None:
+        """Take note of D's logits on (augmented) real images."""
+        if self.target is not None:
+            self.sign_sum = self.sign_sum + real_logits.detach().sign().sum()
+            self.count += real_logits.numel()
+
+    def update(self, step: int, batch: int) -> float:
+        """After step number `step` (from 1) of `batch` images: the probability to use from now on, within 0 and 1."""
+        if self.target is not None and step % INTERVAL == 0 and self.count:
+            mean_sign = float(self.sign_sum) / self.count
+            direction = (mean_sign > self.target) - (mean_sign < self.target)
+            self.p = min(1.0, max(0.0, self.p + direction * batch * INTERVAL / (self.swing_kimg * 1000)))
+            self.sign_sum, self.count = 0.0, 0
+        return self.p

@@ -1,0 +1,69 @@
+"""Self-distillation: hold the student to its own moving average, image by image.
+
+    L_G = E[softplus(-D(G(z)))] + λ E[d(G(z), stopgrad(G_ema(z)))]
+
+Source: Nowinowski & Krawiec 2026 (2605.08577). Student and teacher are given the same z, c, mixing cut, second
+latent, noise maps, convolution order and precision, so that equal weights give a distance of exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from finetune.train.latents import Draw, NoiseReplay, map_latents
+from finetune.train.perceptual import Distance
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """When and how strongly the student is held to the teacher.
+
+    weight: λ. interval: computed every k-th step and counted k times. warmup_nimg: images over which λ grows from 0.
+    batch_share: part of each batch that is compared. resolution: pixels at which it is compared, if fewer than the image has.
+    """
+
+    teacher: torch.nn.Module
+    distance: Distance
+    weight: float
+    interval: int
+    warmup_nimg: float
+    batch_share: float
+    resolution: int
+
+    def due(self, step: int) -> bool:
+        """Whether step number `step` (from 0) has a distillation term."""
+        return step % self.interval == 0
+
+    def weight_at(self, nimg: int) -> float:
+        """λ after `nimg` images, times the interval, so that its average over steps is λ."""
+        ramp = min(1.0, nimg / self.warmup_nimg) if self.warmup_nimg > 0 else 1.0
+        return self.weight * ramp * self.interval
+
+    def image_gradient(
+        self, img: torch.Tensor, draw: Draw, replay: NoiseReplay, nimg: int, synthesis: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the distances.
+
+        img: `[N, C, H, W]`, detached. The teacher makes the whole batch even where a share is compared: noise maps and
+        StyleGAN3's style normalisation depend on it. Returns (`[N, C, H, W]`, `[M]`).
+        """
+        with torch.no_grad():
+            ws = map_latents(self.teacher, draw)
+            with replay.again():
+                target = self.teacher.synthesis(ws, **synthesis)
+        count = math.ceil(len(img) * self.batch_share)
+        part = img[:count].detach().requires_grad_()
+        distances = self.distance(area_resize(part, self.resolution), area_resize(target[:count], self.resolution))
+        (gradient,) = torch.autograd.grad(distances.mean() * self.weight_at(nimg), part)
+        return F.pad(gradient, [0, 0] * 3 + [0, len(img) - count]), distances.detach()
+
+
+def area_resize(img: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Average `[N, C, H, W]` down to `resolution` pixels; smaller images stay as they are."""
+    if img.shape[-1] <= resolution:
+        return img
+    return F.interpolate(img, size=(resolution, resolution), mode="area")

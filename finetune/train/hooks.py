@@ -1,0 +1,217 @@
+"""What a run leaves behind and shows: the run folder, the picture sheets, the log, the progress display."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from finetune.config import TrainConfig
+from finetune.errors import TrainingError
+from finetune.export.stylegan_pickle import save_stylegan_pickle
+from finetune.recipes import Reason
+from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
+from finetune.train.state import TrainState
+
+if TYPE_CHECKING:
+    from finetune.data import ImageSet
+
+
+def make_run_dir(outdir: str | Path, desc: str) -> Path:
+    """Make and return the next run folder, `outdir/00000-desc`, `outdir/00001-desc`, …"""
+    outdir = Path(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    numbers = [int(found[1]) for path in outdir.iterdir() if (found := re.match(r"(\d{5,})(-|$)", path.name))]
+    name = re.sub(r"[^\w.+-]+", "-", desc).strip("-")
+    for number in range(max(numbers, default=-1) + 1, 10**6):
+        try:
+            run_dir = outdir / f"{number:05d}-{name}"
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:
+            continue  # another run took the number a moment ago
+    raise TrainingError(f"{outdir} has no free run number.")
+
+
+def grid_size(resolution: int, num_images: int) -> tuple[int, int]:
+    """Columns and rows of a sheet of about 1024×768 pixels with at most `num_images` pictures."""
+    columns, rows = (min(12, max(2, side // resolution)) for side in (1024, 768))
+    columns = min(columns, num_images)
+    return columns, min(rows, max(1, num_images // columns))
+
+
+class RunFolder:
+    """Writes everything that a run leaves behind. Sheets show the same latents, and the same reals, every time."""
+
+    def __init__(
+        self, path: Path, config: TrainConfig, image_set: ImageSet, *, source: dict | None, chunk: int, device: torch.device
+    ) -> None:  # fmt: skip
+        self.path = path
+        self.config = config
+        self.image_set = image_set
+        self.source = source
+        self.chunk = chunk
+        self.device = device
+        self.started = time.time()
+        self.last_snapshot: Path | None = None
+        spacing = (config.tick or 0) * (config.snap or 0)
+        self.decimals = 0 if spacing >= 1 and float(config.kimg or 0).is_integer() else 3
+        (path / "config.json").write_text(config.to_json(), encoding="utf-8")
+
+    def stem(self, nimg: int) -> str:
+        """kimg as it stands in file names: `000123`, or `000001.500` in runs too short for whole numbers."""
+        if self.decimals:
+            return f"{nimg // 1000:06d}.{nimg % 1000:03d}"
+        return f"{nimg // 1000:06d}"
+
+    def write_reals(self) -> None:
+        """`reals.png`: pictures as D sees them before augmentation; fixes the latents and labels of all sheets."""
+        rng = np.random.default_rng(self.config.seed)
+        columns, rows = self.grid = grid_size(self.image_set.resolution, len(self.image_set))
+        chosen = rng.permutation(len(self.image_set))[: columns * rows]
+        items = [self.image_set[int(index)] for index in chosen]
+        pictures = torch.from_numpy(np.stack([picture for picture, _ in items])).to(torch.float32) / 127.5 - 1
+        self.labels = torch.from_numpy(np.stack([label for _, label in items]))
+        save_grid(pictures, self.path / "reals.png", grid=self.grid)
+
+    def write_fakes(self, G_ema: torch.nn.Module, stem: str) -> None:
+        """`fakes{stem}.png`: pictures of the average generator."""
+        z = z_from_seeds(range(len(self.labels)), G_ema.z_dim, self.device)
+        labels = self.labels.to(self.device)[:, : G_ema.c_dim]
+        pictures = run_network_chunked(G_ema, z, labels, chunk=self.chunk, noise_mode="const")
+        save_grid(pictures, self.path / f"fakes{stem}.png", grid=self.grid)
+
+    def write_snapshot(self, state: TrainState) -> Path:
+        """`network-snapshot-….pkl`, refused where a weight is not finite."""
+        for name, network in (("G", state.G), ("D", state.D), ("G_ema", state.G_ema)):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+                raise TrainingError(f"{name} has weights that are not finite at {state.nimg / 1000:g} kimg; not saved.")
+        path = self.path / f"network-snapshot-{self.stem(state.nimg)}.pkl"
+        if state.augment_pipe is not None:
+            state.augment_pipe.p.fill_(state.ada.p)
+        save_stylegan_pickle(
+            path,
+            G=state.G,
+            D=state.D,
+            G_ema=state.G_ema,
+            augment_pipe=state.augment_pipe,
+            training_set_kwargs=self._training_set_kwargs(),
+            provenance={"source": self.source, "training": json.loads(self.config.to_json()), "nimg": state.nimg},
+        )
+        self.last_snapshot = path
+        return path
+
+    def log(self, state: TrainState, numbers: dict) -> None:
+        """Append one line to `log.jsonl`."""
+        line = {"nimg": state.nimg, "kimg": state.nimg / 1000, "step": state.step}
+        line |= {"sec": time.time() - self.started, "p": state.ada.p, **numbers}
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_rounded(line)) + "\n")
+
+    def _training_set_kwargs(self) -> dict:
+        images = self.image_set
+        return {
+            "path": Path(self.config.data).name,
+            "resolution": images.resolution,
+            "use_labels": images.num_classes > 0,
+            "max_size": len(images),
+            "xflip": self.config.mirror,
+        }
+
+
+def _rounded(value):
+    """Six significant digits are more than any of these numbers mean."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+class Display:
+    """A progress bar on a terminal, one plain line a tick elsewhere."""
+
+    def __init__(self, console: Console, total_nimg: int) -> None:
+        self.console = console
+        self.total_nimg = total_nimg
+        self.started = time.perf_counter()
+        self.progress: Progress | None = None
+        if console.is_terminal and not console.quiet:
+            self.progress = Progress(
+                TextColumn("{task.fields[kimg]} kimg"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}% · {task.fields[note]} ·"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=console,
+            )
+            self.task = self.progress.add_task("train", total=total_nimg, kimg="0", note="starting")
+
+    def __enter__(self) -> Display:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def step(self, state: TrainState) -> None:
+        """Move the bar."""
+        if self.progress is not None:
+            rate = state.nimg / (time.perf_counter() - self.started)
+            note = f"{rate:.1f} img/s"
+            old = self.progress.tasks[0].fields["note"].split(" · ")
+            self.progress.update(
+                self.task, completed=state.nimg, kimg=f"{state.nimg / 1000:.2f}", note=" · ".join([note, *old[1:]])
+            )
+
+    def tick(self, state: TrainState, numbers: dict) -> None:
+        """Show the averages of a tick."""
+        if self.progress is not None:
+            note = f"{numbers['img_per_sec']:.1f} img/s · {_losses(numbers, state)}"
+            self.progress.update(self.task, note=note)
+            return
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / state.nimg * max(0, self.total_nimg - state.nimg)
+        self.console.print(
+            f"{state.nimg / 1000:8.2f} kimg  {numbers['img_per_sec']:6.1f} img/s  "
+            f"{_duration(elapsed)} gone, {_duration(left)} left  {_losses(numbers, state)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _losses(numbers: dict, state: TrainState) -> str:
+    shown = {"G": "loss_G", "D": "loss_D", "SD": "loss_sd"}
+    parts = [f"{name} {numbers[key]:.3f}" for name, key in shown.items() if key in numbers]
+    return " ".join([*parts, f"p {state.ada.p:.3f}"] if state.augment_pipe is not None else parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def print_reasons(console: Console, title: str, reasons: list[Reason]) -> None:
+    """The table "option · value · why"."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("option", "value", "why"):
+        table.add_column(column, overflow="fold")
+    for reason in reasons:
+        value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
+        table.add_row("--" + reason.name.replace("_", "-"), value, reason.why)
+    console.print(table)

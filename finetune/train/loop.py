@@ -1,0 +1,141 @@
+"""The training loop. One pass of the loop is one batch of real images; every phase is one function."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from finetune.train import losses
+from finetune.train.ema import ema_decay, update_average
+from finetune.train.latents import NoiseReplay, draw_latents, map_latents
+from finetune.train.state import Plan, TrainState
+from finetune.train.watch import Watch
+
+Reals = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def train(state: TrainState, plan: Plan, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], watch: Watch) -> None:
+    """Train until `plan.total_nimg` images were seen or `watch` asks to stop.
+
+    `batches` yields uint8 images `[batch, C, H, W]` and float32 labels `[batch, c_dim]`, on any device.
+    """
+    while state.nimg < plan.total_nimg and not watch.stop_requested:
+        with watch.phase("data"):
+            img, c = next(batches)
+            img, c = img.to(plan.device, torch.float32) / 127.5 - 1, c.to(plan.device)
+            reals = list(zip(img.split(plan.batch_gpu), c.split(plan.batch_gpu), strict=True))
+
+        generator_step(state, plan, watch)
+        if plan.path_interval and state.step % plan.path_interval == 0:
+            path_length_step(state, plan, watch)
+        discriminator_step(state, plan, reals, watch)
+        if state.step % plan.r1_interval == 0 and plan.gamma > 0:
+            r1_step(state, plan, reals, watch)
+
+        state.step += 1
+        state.nimg += plan.batch
+        update_average(
+            state.G_ema,
+            state.G,
+            ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup),
+        )
+        state.ada.update(state.step, plan.batch)
+        watch.end_of_step(state)
+
+
+def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
+    """Gmain: fool D and, where distillation is due, stay near the teacher: one backward pass through G for both."""
+    with watch.phase("Gmain"), optimise(state.G, state.opt_G):
+        for size in micro_batches(plan):
+            draw = draw_latents(state.G, plan.labels(size), plan.mixing)
+            ws = map_latents(state.G, draw)
+            replay = NoiseReplay(plan.device)
+            img = state.G.synthesis(ws, **plan.synthesis)
+
+            leaf = img.detach().requires_grad_()
+            logits = score(state, plan, leaf, draw.c)
+            loss = losses.generator_loss(logits)
+            (gradient,) = torch.autograd.grad(loss.mean(), leaf)
+            watch.record("Gmain", loss_G=loss, score_fake=logits, sign_fake=logits.sign())
+
+            if plan.distillation and plan.distillation.due(state.step):
+                with watch.phase("Gdistill"):
+                    pull, distances = plan.distillation.image_gradient(
+                        leaf, draw, replay, state.nimg, plan.synthesis
+                    )
+                    gradient = gradient + pull
+                    watch.record("Gdistill", loss_sd=distances)
+            img.backward(gradient * (size / plan.batch))
+
+
+def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
+    """Greg: path length regularisation (StyleGAN2) on half of the batch, counted `path_interval` times."""
+    with watch.phase("Greg"), optimise(state.G, state.opt_G):
+        for size in micro_batches(plan):
+            draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
+            ws = map_latents(state.G, draw)
+            lengths = losses.path_lengths(state.G.synthesis(ws, **plan.synthesis), ws)
+            penalty, state.path_mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
+            weight = plan.path_weight * plan.path_interval * (size / plan.batch)
+            (penalty.mean() * weight).backward()
+            watch.record("Greg", path_length=lengths, loss_path=penalty)
+
+
+def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
+    """Dmain: tell real from generated. The running averages inside G move here, once a step."""
+    with watch.phase("Dmain"), optimise(state.D, state.opt_D):
+        for index, (real, real_c) in enumerate(reals):
+            share = len(real) / plan.batch
+            draw = draw_latents(state.G, plan.labels(len(real)), plan.mixing)
+            with torch.no_grad():
+                ws = map_latents(state.G, draw, update_emas=index == 0)
+                fake = state.G.synthesis(ws, update_emas=index == 0, **plan.synthesis)
+            fake_loss = losses.fake_loss(score(state, plan, fake, draw.c))
+            (fake_loss.mean() * share).backward()
+
+            real_logits = score(state, plan, real, real_c)
+            real_loss = losses.real_loss(real_logits)
+            (real_loss.mean() * share).backward()
+            state.ada.observe(real_logits)
+            watch.record("Dmain", loss_D=(fake_loss + real_loss).detach(), score_real=real_logits)
+            watch.record("Dmain", sign_real=real_logits.sign())
+
+
+def r1_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
+    """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
+    with watch.phase("Dreg"), optimise(state.D, state.opt_D):
+        for real, real_c in reals:
+            real = real.detach().requires_grad_()
+            penalty = losses.r1_penalty(score(state, plan, real, real_c), real)
+            weight = plan.gamma / 2 * plan.r1_interval * (len(real) / plan.batch)
+            (penalty.mean() * weight).backward()
+            watch.record("Dreg", r1_penalty=penalty)
+
+
+def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Logits `[N, 1]` of images as D sees them: blurred (StyleGAN3-R from scratch), then augmented."""
+    sigma = plan.blur_at(state.nimg)
+    if sigma > 0:
+        img = losses.blur(img, sigma)
+    # At probability 0 the pipe is the identity, which is not worth its resampling.
+    if state.augment_pipe is not None and state.ada.p > 0:
+        state.augment_pipe.p.fill_(state.ada.p)
+        img = state.augment_pipe(img)
+    return state.D(img, c, **plan.discriminator)
+
+
+def micro_batches(plan: Plan) -> list[int]:
+    """The sizes in which one batch goes through the networks."""
+    return [plan.batch_gpu] * (plan.batch // plan.batch_gpu)
+
+
+@contextlib.contextmanager
+def optimise(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Gradients of this network, and of no other, are collected inside the block; then the optimiser takes a step."""
+    optimizer.zero_grad(set_to_none=True)
+    network.requires_grad_(True)
+    yield
+    network.requires_grad_(False)
+    optimizer.step()

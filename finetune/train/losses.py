@@ -1,0 +1,79 @@
+"""The adversarial losses: one function each, from tensors to one number per image.
+
+Everything returned is `[N]` float32, so that the caller decides about averages, weights and accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops import conv2d_gradfix, upfirdn2d
+
+
+def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """Non-saturating generator loss -log sigmoid(D(G(z))) of logits `[N, 1]`.
+
+    Source: Goodfellow et al. 2014 (1406.2661), section 3.
+    """
+    return F.softplus(-fake_logits).squeeze(1)
+
+
+def fake_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """Discriminator loss on generated images, -log(1 - sigmoid(D(x))), logits `[N, 1]`."""
+    return F.softplus(fake_logits).squeeze(1)
+
+
+def real_loss(real_logits: torch.Tensor) -> torch.Tensor:
+    """Discriminator loss on real images, -log sigmoid(D(x)), logits `[N, 1]`."""
+    return F.softplus(-real_logits).squeeze(1)
+
+
+def r1_penalty(real_logits: torch.Tensor, real_img: torch.Tensor) -> torch.Tensor:
+    """|∇D(x)|² at real images, differentiable once more; `real_img [N, C, H, W]` must have been D's input.
+
+    Source: Mescheder et al. 2018 (1801.04406), equation 9, without the factor gamma/2.
+    """
+    with conv2d_gradfix.no_weight_gradients():
+        (gradient,) = torch.autograd.grad(real_logits.sum(), real_img, create_graph=True)
+    return gradient.square().sum(dim=[1, 2, 3])
+
+
+def path_lengths(img: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
+    """Length of the Jacobian along a random image direction, |Jᵀy|, differentiable once more.
+
+    `img [N, C, H, W]` made from `ws [N, num_ws, w_dim]`; the rows of ws are averaged, which makes lengths comparable
+    between depths. Source: Karras et al. 2020 (1912.04958), equation 4.
+    """
+    direction = torch.randn_like(img) / math.sqrt(img.shape[2] * img.shape[3])
+    with conv2d_gradfix.no_weight_gradients():
+        (gradient,) = torch.autograd.grad((img * direction).sum(), ws, create_graph=True)
+    return gradient.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+def path_penalty(lengths: torch.Tensor, mean: torch.Tensor, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared deviation of path lengths `[N]` from their running mean, and that mean moved on by `decay`."""
+    mean = mean.lerp(lengths.detach().mean(), decay)
+    return (lengths - mean).square(), mean
+
+
+def lazy_adam(lr: float, betas: tuple[float, float], interval: int | None) -> dict:
+    """Adam's settings for an optimiser that also takes an extra step every `interval` iterations (None: it does not).
+
+    The extra steps make (interval+1)/interval as many updates, so rate and memory shrink by the inverse.
+    Source: Karras et al. 2020 (1912.04958), appendix B, "lazy regularization".
+    """
+    ratio = 1.0 if interval is None else interval / (interval + 1)
+    return {"lr": lr * ratio, "betas": (float(betas[0]) ** ratio, float(betas[1]) ** ratio)}
+
+
+def blur(img: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur of `[N, C, H, W]` with standard deviation `sigma` in pixels, cut at 3 sigma."""
+    radius = math.floor(sigma * 3)
+    if radius < 1:
+        return img
+    offsets = torch.arange(-radius, radius + 1, device=img.device, dtype=torch.float32)
+    taps = torch.exp(-0.5 * (offsets / sigma).square())
+    return upfirdn2d.filter2d(img, taps / taps.sum())

