@@ -242,11 +242,10 @@ def _reference(x, f, axes, flip_filter, gain):
     if x.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if f is None:
-        if (
-            y_axis.up == x_axis.up == 1
-        ):  # nothing to filter; times gain also makes the memory the caller's own
-            pad = [x_axis.pad0, x_axis.pad1, y_axis.pad0, y_axis.pad1]
-            return (F.pad(x, pad)[:, :, :: y_axis.down, :: x_axis.down] * gain).to(dtype)
+        if y_axis.up == x_axis.up == 1:
+            # Nothing to filter. The product also makes the memory the caller's own.
+            x = _pad(x, x_axis.pad0, x_axis.pad1, y_axis.pad0, y_axis.pad1)
+            return (x[:, :, :: y_axis.down, :: x_axis.down] * gain).to(dtype)
         f = torch.ones([1, 1], dtype=x.dtype, device=x.device)
     taps = f.to(torch.promote_types(f.dtype, x.dtype))  # gain and taps are joined before any rounding to half
     if not flip_filter:
@@ -259,12 +258,21 @@ def _reference(x, f, axes, flip_filter, gain):
         grows_y = grows_x = grows_y or grows_x
     y_step, lead_y, trail_y = _plan(y_axis, grows_y)
     x_step, lead_x, trail_x = _plan(x_axis, grows_x)
-    if lead_x or trail_x or lead_y or trail_y:
-        x = F.pad(x, [lead_x, trail_x, lead_y, trail_y])
+    x = _pad(x, lead_x, trail_x, lead_y, trail_y)
     if separable:
         x = _pass(x, weighted[None, :], _IDLE, x_step)
         return _pass(x, taps.to(x.dtype)[:, None], y_step, _IDLE).to(dtype)
     return _pass(x, weighted, y_step, x_step).to(dtype)
+
+
+def _pad(x, x0, x1, y0, y1):
+    """Pad with zeros or crop, even if that crops the whole image away."""
+    if not (x0 or x1 or y0 or y1):
+        return x
+    height, width = x.shape[2:]
+    if min(width + x0, width + x1, height + y0, height + y1) <= 0:
+        return x.new_zeros(*x.shape[:2], height + y0 + y1, width + x0 + x1)
+    return F.pad(x, [x0, x1, y0, y1])
 
 
 class _Step(NamedTuple):
@@ -306,7 +314,7 @@ def _pass(x, g, y_step, x_step):
     if stride == (1, 1):
         kernels = g.expand(channels, 1, *g.shape).contiguous()
         return F.conv2d(x, kernels, stride=drop, padding=padding, groups=channels)
-    kernels = g.flip([0, 1]).expand(channels, 1, *g.shape).contiguous()
+    kernels = g.flip([0, 1]).expand(channels, 1, *g.shape).contiguous()  # torch transposes the correlation
     x = F.conv_transpose2d(
         x, kernels, stride=stride, padding=padding, output_padding=output_padding, groups=channels
     )
