@@ -86,7 +86,7 @@ class ImageSet(Dataset):
         if self._labels is None:
             return torch.zeros(n, 0)
         picked = torch.randint(len(self.names), (n,), generator=generator)
-        return torch.from_numpy(np.stack([self._label_of(int(index)) for index in picked]).reshape(n, -1))
+        return torch.from_numpy(self._labels.one_hot(picked.numpy()))
 
     def preload(self, max_bytes: int = 256 << 20, *, workers: int = 0) -> bool:
         """Decode everything into memory once if that takes at most `max_bytes`; say whether it is there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from finetune.data.sources import LABELS_NAME, Source
 from finetune.errors import DataError
 
 MISSING = object()
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,11 @@ class Labels:
     values: np.ndarray
     num_classes: int
 
-    def one_hot(self, index: int) -> np.ndarray:
-        """The label of one picture as float32 `[num_classes]`; a vector is given as it is."""
+    def one_hot(self, picked: np.ndarray | int) -> np.ndarray:
+        """The labels as float32, `[num_classes]` for one, `[n, num_classes]` for n; vectors as they are."""
         if self.values.ndim == 2:
-            return self.values[index].copy()
-        label = np.zeros(self.num_classes, dtype=np.float32)
-        label[self.values[index]] = 1
-        return label
+            return self.values[picked].copy()
+        return (self.values[picked, np.newaxis] == np.arange(self.num_classes)).astype(np.float32)
 
 
 def read_labels(
@@ -44,7 +42,7 @@ def read_labels(
     found = [(name, table.get(source.label_key(name), MISSING)) for name in names]
     as_vectors = any(isinstance(value, list) for _, value in found)
     if as_vectors:
-        length = num_classes or max(len(value) for _, value in found if isinstance(value, list))
+        length = num_classes or max(1, *(len(value) for _, value in found if isinstance(value, list)))
         checked = [(name, _wrong_vector(value, length)) for name, value in found]
     else:
         checked = [(name, _wrong_class(value, num_classes)) for name, value in found]
@@ -111,7 +109,7 @@ def _wrong_vector(value: Any, length: int) -> str | None:
         return f"a vector of {len(value)} numbers instead of {length}"
     for number in value:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+        if not is_number or not abs(number) <= MAX_FLOAT32:  # NaN compares false too
             return f"{_shown(number)} in its vector is no finite number"
     return None
 

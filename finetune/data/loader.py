@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import numpy as np
@@ -82,8 +81,7 @@ def build_loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.device(device).type == "cuda",
-        worker_init_fn=_seed_worker if workers else None,
-        persistent_workers=workers > 0,
+        # Workers are seeded from here; the global generator is left alone.
         generator=torch.Generator().manual_seed(seed % 2**63),
     )
     return InfiniteLoader(loader, sampler, batch_size)
@@ -111,9 +109,3 @@ def _collate(items: list) -> Batch | DataError:
             return item
     images, labels = zip(*items)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
-
-
-def _seed_worker(worker: int) -> None:
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)

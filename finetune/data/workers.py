@@ -19,14 +19,14 @@ def available_cores() -> int:
 
 
 def started(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, without the warning of Python 3.12 and later about fork beside threads: no worker uses any."""
+    """`iter(loader)`, without Python 3.12's warning about fork beside threads: the workers use none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         return iter(loader)
 
 
 def in_order(items: Dataset, num_items: int, workers: int) -> Iterator:
-    """The items of a data set one by one, made by `workers` processes (at most one a core) where that pays."""
+    """The items of a data set one by one, made by `workers` processes (at most one a core) where it pays."""
     num_workers = min(workers, available_cores()) if num_items >= PARALLEL_FROM else 0
     # A generator of its own, because a DataLoader draws a seed from the global one otherwise.
     loader = DataLoader(

@@ -1,0 +1,150 @@
+"""The pictures as a torch data set."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.data import ImageSet
+from finetune.errors import DataError
+
+
+@pytest.mark.parametrize("kind", ["", ".zip"])
+def test_items_in_the_order_of_names(eight, noise, kind):
+    images = ImageSet(eight(kind), resolution=8, channels=3)
+    assert len(images) == 8 and images.names == [f"{'ab'[i // 4]}/{i}.png" for i in range(8)]
+    assert (images.name, images.resolution, images.channels, images.num_classes) == ("eight", 8, 3, 0)
+    for i in range(8):
+        pixels, label = images[i]
+        assert np.array_equal(pixels, noise(8, 8, 3, seed=i).transpose(2, 0, 1)) and label.shape == (0,)
+    assert np.array_equal(images[-1][0], images[7][0])
+    with pytest.raises(IndexError):
+        images[8]
+
+
+def test_mirror_appends_flipped_items(eight):
+    plain, mirrored = (
+        ImageSet(eight(), resolution=8, channels=3, mirror=m, use_labels=True) for m in (False, True)
+    )
+    assert len(mirrored) == 16
+    for i in range(8):
+        assert np.array_equal(mirrored[i][0], plain[i][0])
+        assert np.array_equal(mirrored[8 + i][0], plain[i][0][:, :, ::-1])
+        assert np.array_equal(mirrored[8 + i][1], plain[i][1])
+    torch.from_numpy(mirrored[8][0])  # no negative strides
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_items_may_be_written_to(eight, preload):
+    images = ImageSet(eight(), resolution=8, channels=3, mirror=True)
+    if preload:
+        assert images.preload()
+    for index in (0, 8):
+        before = images[index][0].copy()
+        images[index][0][:] = 0
+        assert np.array_equal(images[index][0], before)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_follow_the_network(eight, channels):
+    images = ImageSet(eight(), resolution=4, channels=channels, fit="crop")
+    assert images[0][0].shape == (channels, 4, 4)
+
+
+def test_impossible_channels_and_fits(eight):
+    with pytest.raises(DataError, match="2 channels"):
+        ImageSet(eight(), resolution=8, channels=2)
+    with pytest.raises(ValueError, match="squash"):
+        ImageSet(eight(), resolution=8, channels=3, fit="squash")
+
+
+def test_limit_is_a_seeded_choice(eight):
+    def names(**options):
+        return ImageSet(eight(), resolution=8, channels=3, **options).names
+
+    assert names(limit=8) == names(limit=99) == names()
+    five = names(limit=5, seed=1)
+    assert len(five) == 5 and five == sorted(five) == names(limit=5, seed=1) and set(five) <= set(names())
+    assert len({tuple(names(limit=5, seed=seed)) for seed in range(8)}) > 1
+    assert len(ImageSet(eight(), resolution=8, channels=3, limit=5, mirror=True)) == 10
+    with pytest.raises(ValueError, match="limit=0"):
+        names(limit=0)
+
+
+def test_labels_stay_with_their_pictures_under_a_limit(eight):
+    everything = ImageSet(eight(), resolution=8, channels=3, use_labels=True)
+    some = ImageSet(eight(), resolution=8, channels=3, use_labels=True, num_classes=3, limit=4, seed=2)
+    for i, name in enumerate(some.names):
+        assert np.array_equal(some.label(i), everything.label(everything.names.index(name)))
+
+
+def test_unchecked_problems_name_the_file(eight):
+    path = eight()
+    images = ImageSet(path, resolution=4, channels=3)
+    with pytest.raises(DataError, match=r"a/0.png has another size: 8×8"):
+        images[0]
+    (path / "a/1.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"a/1.png cannot be read"):
+        images[1]
+
+
+@pytest.mark.parametrize("kind", ["", ".zip"])
+def test_pickles(eight, kind):
+    images = ImageSet(eight(kind), resolution=8, channels=3, use_labels=True)
+    images.preload()
+    data = pickle.dumps(images)
+    again = pickle.loads(data)
+    assert len(data) < 3000, "the preloaded pixels or an open file travel along"
+    for i in (0, 7):
+        assert all(np.array_equal(a, b) for a, b in zip(again[i], images[i]))
+    assert again.content_hash() == images.content_hash()
+
+
+def test_preload_reads_each_picture_once(eight, monkeypatch):
+    path = eight()
+    images = ImageSet(path, resolution=8, channels=3, mirror=True)
+    before = [images[i][0] for i in range(16)]
+    assert not images.preload(8 * 3 * 8 * 8 - 1) and images.preload(8 * 3 * 8 * 8)
+    shutil.rmtree(path)
+    assert all(np.array_equal(images[i][0], before[i]) for i in range(16)) and images.preload(0)
+
+
+def test_preload_reports_what_cannot_be_read(eight):
+    path = eight()
+    (path / "a/2.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"a/2\.png"):
+        ImageSet(path, resolution=8, channels=3).preload()
+
+
+def test_content_hash_follows_everything_that_matters(eight, encode):
+    def digest(path=None, **options):
+        return ImageSet(path or eight(), **{"resolution": 8, "channels": 3, **options}).content_hash()
+
+    base = digest()
+    assert base == digest() == digest(eight(".zip")), "equal content, equal hash"
+    others = [
+        digest(channels=1),
+        digest(mirror=True),
+        digest(limit=4),
+        digest(resolution=4),
+        digest(fit="crop"),
+        digest(use_labels=True),
+        digest(use_labels=True, num_classes=4),
+    ]
+    path = eight()
+    picture = Image.open(path / "b/5.png").copy()
+    picture.putpixel((0, 0), (1, 2, 3))
+    (path / "b/5.png").write_bytes(encode(picture))
+    others.append(digest(path))
+    (path / "b/5.png").rename(path / "b/9.png")
+    others.append(digest(path))
+    assert len({base, *others}) == 1 + len(others)
+    images = ImageSet(path, resolution=8, channels=3)
+    (path / "b/9.png").unlink()
+    with pytest.raises(DataError, match=r"b/9\.png"):
+        images.content_hash()

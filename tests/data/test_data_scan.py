@@ -1,0 +1,130 @@
+"""Everything that is wrong with a set is told at once, before training."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from finetune.data import scan, workers
+from finetune.data.problems import SHOWN_PER_KIND
+from finetune.errors import DataError
+
+
+def message(found) -> str:
+    with pytest.raises(DataError) as caught:
+        found.raise_for_problems()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["set", "set.zip"])
+def test_a_good_set_is_described(write_set, encode, noise, name):
+    path = write_set(
+        {
+            "a.png": encode(noise(8, 8, 3)),
+            "b.png": encode(noise(8, 8)),
+            "c.png": encode(noise(8, 6, 3)),
+            "d.txt": b"",
+        },
+        name,
+    )
+    found = scan(path)
+    found.raise_for_problems()
+    assert (found.num_images, found.num_ignored) == (3, 1)
+    assert found.sizes == {(8, 8): 2, (6, 8): 1} and found.modes == {"RGB": 2, "L": 1}
+    scan(path, resolution=16, fit="crop").raise_for_problems()
+    assert scan(path, resolution=8, fit="crop").notes == [
+        "1 pictures are smaller than 8 pixels on a side and get enlarged."
+    ]
+
+
+def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    good = encode(noise(8, 8, 3))
+    path = write_set(
+        {
+            "good.png": good,
+            "sub/cut.png": good[:60],
+            "empty.jpg": b"",
+            "page.webp": b"<html>404</html>",
+            "bomb.png": encode(noise(40, 40)),
+            "depth.tif": encode(noise(8, 8).astype("float32"), "TIFF"),
+            "big1.png": encode(noise(16, 16, 3)),
+            "big2.png": encode(noise(16, 16, 3)),
+            "wide.png": encode(noise(8, 12, 3)),
+        }
+    )
+    text = message(scan(path, resolution=8))
+    assert text.splitlines()[0] == f"{path}: 8 of 9 pictures cannot be used."
+    for expected in (
+        "  cannot be read: 3\n",
+        "    empty.jpg: is empty\n",
+        "    page.webp: is a web page",
+        "    sub/cut.png: damaged: ",
+        "  has too many pixels: 1\n    bomb.png: 1,600 pixels, 1,000 are allowed\n",
+        "  has pixel values without a rule: 1\n    depth.tif: 32-bit",
+        "  has another size: 3\n",
+        "    16×16 instead of 8×8: 2 (big1.png, big2.png)\n",
+        "    12×8 instead of 8×8: 1 (wide.png)\n",
+        "--fit crop",
+        "Repair or remove",
+    ):
+        assert expected in text
+    assert "good.png" not in text
+
+    fitted = message(scan(path, resolution=8, fit="pad"))
+    assert "5 of 9 pictures" in fitted and "size" not in fitted and "--fit" not in fitted
+
+
+def test_only_sizes_differ(write_set, encode, noise):
+    path = write_set({f"{i}.png": encode(noise(16, 16, 3)) for i in range(5)})
+    text = message(scan(path, resolution=8))
+    assert "5 of 5" in text and "16×16 instead of 8×8: 5 (0.png, 1.png, 2.png, …)" in text
+    assert text.count("\n") == 3 and "Repair" not in text
+
+
+def test_long_lists_are_cut_and_say_so(write_set):
+    path = write_set({f"{i:03}.png": b"" for i in range(SHOWN_PER_KIND + 7)})
+    found = scan(path)
+    assert len(found.problems) == SHOWN_PER_KIND + 7
+    text = message(found)
+    assert (
+        f"cannot be read: {SHOWN_PER_KIND + 7}" in text and "… and 7 more" in text and "106.png" not in text
+    )
+
+
+def test_names_that_no_terminal_prints(tmp_path):
+    bad = tmp_path / "set" / "a\udcff.png"
+    bad.parent.mkdir()
+    try:
+        bad.write_bytes(b"")
+    except OSError:
+        pytest.skip("the file system takes only valid names")
+    message(scan(tmp_path / "set")).encode("utf-8")
+
+
+def test_limit_looks_at_the_pictures_that_are_used(eight):
+    from finetune.data import ImageSet
+
+    path = eight()
+    chosen = ImageSet(path, resolution=8, channels=3, limit=3, seed=5).names
+    for name in set(ImageSet(path, resolution=8, channels=3).names) - set(chosen):
+        (path / name).write_bytes(b"")
+    found = scan(path, limit=3, seed=5)
+    found.raise_for_problems()
+    assert found.num_images == 3 and len(scan(path).problems) == 5
+
+
+@pytest.mark.parametrize("kind", ["", ".zip"])
+def test_workers_find_the_same(eight, kind, monkeypatch):
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(workers, "available_cores", lambda: 2)
+    seen = []
+    path = eight(kind)
+    parallel = scan(path, resolution=4, workers=2, progress=lambda done, total: seen.append((done, total)))
+    assert parallel == scan(path, resolution=4, workers=0) and len(parallel.problems) == 8
+    assert seen == [(i, 8) for i in range(1, 9)]
+
+
+def test_unknown_fit_is_a_mistake_of_the_program(eight):
+    with pytest.raises(ValueError, match="squash"):
+        scan(eight(), fit="squash")
