@@ -7,11 +7,12 @@ tensors, and the globals in `ALLOWED_GLOBALS`; the written file is scanned for o
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +21,9 @@ import torch
 
 from finetune.errors import ExportError
 from finetune.export.atomic import atomic_write
-from finetune.version import __version__
+from finetune.export.provenance import complete_entry
 from torch_utils import persistence
 
-FORMAT = 1  # of the entry "finetune"
 PROTOCOL = 4  # the newest that Python 3.8 writes by default
 
 #: All that a file of ours may name; every one of them exists in torch 1.9 and in both code bases.
@@ -68,13 +68,15 @@ def save_stylegan_pickle(
     augment_pipe: torch.nn.Module | None = None,
     training_set_kwargs: Mapping | None = None,
     provenance: Mapping | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write networks as one pickle; a network that is None is left out.
 
     `provenance` becomes the plain entry "finetune" (`source`, `training`, `nimg`; `format` and `version` are
     added), which other readers ignore. The networks given are not changed: copies are saved on the CPU, in
-    evaluation mode, without gradients. Raises ExportError where the file cannot be written or a network holds
-    what no reader knows; a file that was at `path` before is then untouched.
+    evaluation mode, without gradients. `check` is called with the finished temporary file before it takes its
+    name. Raises ExportError where the file cannot be written or a network holds what no reader knows; a file
+    that was at `path` before is then untouched.
     """
     networks = {"G": G, "D": D, "G_ema": G_ema}
     present = {name: network for name, network in networks.items() if network is not None}
@@ -86,13 +88,14 @@ def save_stylegan_pickle(
         None if augment_pipe is None else _describe(augment_pipe, shared, "augment_pipe")
     )
     content["training_set_kwargs"] = plain(training_set_kwargs, "training_set_kwargs")
-    entry = {"format": FORMAT, "version": __version__, "source": None, "training": None, "nimg": None}
-    content["finetune"] = {**entry, **plain(dict(provenance or {}), "provenance")}
+    content["finetune"] = plain(complete_entry(provenance or {}), "provenance")
     with atomic_write(path) as stream:
         pickle.dump(content, stream, protocol=PROTOCOL)
         stream.flush()
         with open(stream.name, "rb") as written:
             _refuse_other_globals(written, Path(path))
+        if check is not None:
+            check(Path(stream.name))
 
 
 class _Record:
@@ -113,7 +116,7 @@ def _describe(module: torch.nn.Module, shared: dict, where: str) -> _Record:
             hint="Only the networks of finetune.models can be written to a pickle.",
         )
     own = module.__reduce__()[1][0]
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = _constructor_arguments(module, where)
     for name, value in vars(module).items():
         if name in _HOOK_FIELDS:
             state[name] = OrderedDict()
@@ -126,10 +129,19 @@ def _describe(module: torch.nn.Module, shared: dict, where: str) -> _Record:
             )
         elif name in ("_parameters", "_buffers"):
             state[name] = OrderedDict((key, _tensor(tensor, shared)) for key, tensor in value.items())
-        elif name in _MODULE_FIELDS or name not in _BARE_MODULE_FIELDS:
+        elif name not in state and (name in _MODULE_FIELDS or name not in _BARE_MODULE_FIELDS):
             state[name] = plain(value, f"{where}.{name}", shared)
     meta = {key: own[key] for key in ("type", "version", "module_src", "class_name")}
     return _Record({**meta, "module_name": type(module).__module__, "state": state})
+
+
+def _constructor_arguments(module: torch.nn.Module, where: str) -> dict[str, Any]:
+    """All constructor arguments by name, so that a reader without our classes knows what each one is."""
+    by_name = inspect.signature(type(module)).bind_partial(*module.init_args).arguments
+    return {
+        "_init_args": (),
+        "_init_kwargs": plain({**by_name, **module.init_kwargs}, f"{where}.init_kwargs"),
+    }
 
 
 def _tensor(tensor: torch.Tensor | None, shared: dict) -> torch.Tensor | None:

@@ -1,0 +1,51 @@
+"""What a written file says about where its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.checkpoint import Checkpoint, Provenance
+from finetune.version import __version__
+
+FORMAT = 1
+
+
+def complete_entry(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry "finetune" of a file, with every key that readers look for."""
+    entry = {"format": FORMAT, "version": __version__, "source": None, "training": None, "nimg": None}
+    return {**entry, **given}
+
+
+def entry_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entry for an export of `checkpoint`, which is not a training step.
+
+    The export of a run's snapshot tells of the same source, options and images seen as the snapshot; the
+    export of a file from elsewhere names that file as its source. Either way it says which file was exported.
+    """
+    origin = checkpoint.provenance
+    exported = {"source": origin.source, "sha256": origin.sha256, "size": origin.size}
+    entry: dict[str, Any] = {"licence": origin.licence, "exported_from": exported}
+    if origin.generation == "finetune":
+        entry |= {"source": origin.parent, "training": origin.training, "nimg": origin.nimg}
+    else:
+        entry |= {"source": origin.to_dict()}
+    return complete_entry(entry)
+
+
+def provenance_of(entry: Mapping[str, Any], *, source: str, sha256: str, size: int) -> Provenance:
+    """The provenance of a file that carries `entry`; what is not of the expected type counts as not said."""
+
+    def said(key: str, kind: type) -> Any:
+        return entry[key] if type(entry.get(key)) is kind else None
+
+    return Provenance(
+        generation="finetune",
+        source=source,
+        sha256=sha256,
+        size=size,
+        licence=said("licence", str),
+        parent=said("source", dict),
+        training=said("training", dict),
+        nimg=said("nimg", int),
+    )
