@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from finetune.checkpoint import NETWORKS, Checkpoint, arguments
+from finetune.checkpoint import NETWORKS, Checkpoint, arguments, load
 from finetune.checkpoint.described import Described
 from finetune.checkpoint.rebuild import Allowance, build_on_meta, compare, fill, tensors_of
 from finetune.checkpoint.safe_pickle import Tensor
@@ -68,6 +68,12 @@ def save_safetensors(
 def _constructor_of(network: torch.nn.Module) -> dict[str, Any]:
     arguments = plain(network.init_kwargs, type(network).__name__)
     return {"module": type(network).__module__, "class": type(network).__name__, "init_kwargs": arguments}
+
+
+def load_any(path: str | os.PathLike, *, device: str | torch.device = "cpu") -> Checkpoint:
+    """Open what `--network` names: `.safetensors` as a file of ours, all else by `finetune.load`."""
+    suffix = Path(path).suffix.lower()
+    return (load_safetensors if suffix == ".safetensors" else load)(Path(path), device=device)
 
 
 def load_safetensors(path: str | os.PathLike, *, device: str | torch.device = "cpu") -> Checkpoint:

@@ -1,0 +1,74 @@
+"""`finetune export`: a checkpoint in a format that other programs open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune.cli.options import network_option
+from finetune.cli.progress import progress_bar
+from finetune.errors import ConfigError
+
+
+@click.command("export", short_help="Write a checkpoint for other programs, and check what was written.")
+@network_option()
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["stylegan-pkl", "safetensors"]),
+    default="stylegan-pkl",
+    show_default=True,
+    help="stylegan-pkl opens in the StyleGAN2-ADA and StyleGAN3 code bases; safetensors is tensors and JSON.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
+def command(network: Path, file_format: str, out: Path) -> None:
+    """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
+
+    FILE takes its name only when all agree. Where the weights come from, and their licence, travel along.
+    """
+    from finetune.checkpoint import resolve_network
+    from finetune.export.safetensors import load_any
+    from finetune.export.verify import export_checkpoint
+
+    source = resolve_network(network)
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; give the name of a file.")
+    if out.exists() and out.samefile(source):
+        raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
+    checkpoint = load_any(source)
+    with progress_bar("comparing images", 1) as progress:
+        result = export_checkpoint(out, checkpoint, file_format, progress=progress)
+
+    click.echo(f"Wrote {out} ({out.stat().st_size:,} bytes, {file_format}): {', '.join(result.networks)}.")
+    if checkpoint.missing:
+        click.echo(_what_is_missing(checkpoint.missing, file_format))
+    if file_format == "safetensors" and checkpoint.augment_pipe is not None:
+        click.echo("The augmentation pipe, which only training needs, is not in it.")
+    click.echo(
+        f"Read back and compared: {result.num_tensors} tensors equal, {result.num_images} images, "
+        f"largest difference {result.max_difference:.3g} (of values in -1 to 1)."
+    )
+    for line in provenance_lines(checkpoint.provenance.to_dict()):
+        click.echo(line)
+
+
+def _what_is_missing(missing: list[str], file_format: str) -> str:
+    text = f"The source has no {' and no '.join(missing)}, so the file has none either."
+    if file_format == "stylegan-pkl":
+        text += " Loaders that insist on G, D and G_ema will refuse it."
+    return text
+
+
+def provenance_lines(provenance: dict[str, Any]) -> list[str]:
+    """Where the weights come from, newest first, and the licence."""
+    lines = []
+    step: dict[str, Any] | None = provenance
+    word = "Source: "
+    while step:
+        seen = f", trained for {step['nimg'] / 1000:g} kimg" if step.get("nimg") is not None else ""
+        lines.append(f"{word}{step.get('source')} (sha256 {step.get('sha256')}){seen}")
+        step, word = step.get("parent"), "  from: "
+    lines.append(f"Licence: {provenance.get('licence') or 'not known; see where the source came from'}")
+    return lines

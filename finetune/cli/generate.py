@@ -1,0 +1,95 @@
+"""`finetune generate`: pictures from a checkpoint, one for each seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from finetune.cli.options import GridSize, device_option, network_option, outdir_option, seeds_option
+from finetune.cli.progress import progress_bar
+from finetune.errors import CheckpointError, ConfigError
+
+
+@click.command("generate", short_help="Make pictures from a checkpoint, one for each seed.")
+@network_option()
+@seeds_option()
+@outdir_option()
+@click.option(
+    "--trunc",
+    type=click.FloatRange(-10, 10),
+    default=1.0,
+    show_default=True,
+    metavar="PSI",
+    help="Truncation: 1 is full variety, 0 the average picture.",
+)
+@click.option(
+    "--trunc-cutoff",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Truncate only the first N rows of ws (coarse features).  [default: all]",
+)
+@click.option(
+    "--class", "class_index", type=int, metavar="N", help="Class, for a checkpoint that has classes."
+)
+@click.option("--grid", type=GridSize(), help="Also write grid.png, columns x rows, like 8x4.")
+@click.option(
+    "--noise-mode",
+    type=click.Choice(["const", "random", "none"]),
+    default="const",
+    show_default=True,
+    help="StyleGAN2's noise: the stored maps, maps drawn from the seed, or none.",
+)
+@device_option()
+def command(
+    network: Path,
+    seeds: list[int],
+    outdir: Path,
+    trunc: float,
+    trunc_cutoff: int | None,
+    class_index: int | None,
+    grid: tuple[int, int] | None,
+    noise_mode: str,
+    device: str,
+) -> None:
+    """Make one picture for each seed: OUTDIR/seed0000.png and so on.
+
+    A seed always gives the same picture, whatever other seeds are asked for.
+    """
+    if grid is not None and len(seeds) > grid[0] * grid[1]:
+        places = grid[0] * grid[1]
+        raise ConfigError(
+            f"--grid {grid[0]}x{grid[1]} has {places} places, --seeds names {len(seeds)} pictures."
+        )
+
+    from finetune.device import resolve_device
+    from finetune.export.safetensors import load_any
+    from finetune.sampling import generate, label_from_class, save_grid, to_image
+
+    checkpoint = load_any(network, device=resolve_device(device))
+    G = checkpoint.best
+    if G is None:
+        raise CheckpointError(f"{network} holds no generator, only D.")
+    label_from_class(G, class_index)  # says what is wrong before the folder is made
+    if checkpoint.G_ema is None:
+        click.echo("The checkpoint has no G_ema; the pictures come from G.", err=True)
+    outdir.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    with progress_bar("pictures", len(seeds)) as progress:
+        for seed, picture in generate(
+            G,
+            seeds,
+            class_index=class_index,
+            truncation_psi=trunc,
+            truncation_cutoff=trunc_cutoff,
+            noise_mode=noise_mode,
+            progress=progress,
+        ):
+            to_image(picture).save(outdir / f"seed{seed:04d}.png")
+            if grid is not None:
+                pictures.append(picture)
+    click.echo(
+        f"{len(set(seeds))} pictures: {outdir / f'seed{seeds[0]:04d}.png'}{' …' if len(seeds) > 1 else ''}"
+    )
+    if grid is not None:
+        click.echo(f"Grid: {save_grid(pictures, outdir / 'grid.png', grid=grid)}")
