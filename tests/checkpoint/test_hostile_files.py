@@ -204,7 +204,7 @@ def test_persistent_id():
 
 
 def test_source_inside_the_file_is_not_executed(trap, tmp_path):
-    """Embedded source is not even looked at; what is no network of ours is refused by the name of its class."""
+    """Embedded source is not even read; what is no network is refused by the name of its class."""
     source = f"import os\nos.system({trap!r})\nclass Evil: pass\n"
     state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
     path = tmp_path / "evil.pkl"

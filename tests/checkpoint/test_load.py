@@ -1,0 +1,511 @@
+"""`finetune.load`: what a file says becomes a network of ours, tensor by tensor, or is refused with every
+difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint import forge
+from conftest import GOLDEN_NETWORKS
+from tolerances import NETWORK_F32, assert_close
+
+import finetune
+from finetune.checkpoint import Provenance, catalog, newest_snapshot
+from finetune.checkpoint.arguments import MAPPING, SYNTHESIS2, SYNTHESIS3
+from finetune.checkpoint.described import MAX_MODULES, describe
+from finetune.checkpoint.rebuild import Allowance, fill, rebuild, tensors_of
+from finetune.checkpoint.safe_pickle import PersistentObject, Tensor, read_pickle
+from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
+from finetune.models import stylegan2
+
+
+def module_at(network: PersistentObject, path: str) -> dict:
+    """The state of a module inside a network that was read from a file."""
+    for name in path.split(".") if path else ():
+        network = network.state["_modules"][name]
+    return network.state
+
+
+@pytest.fixture
+def opened(golden_dir):
+    """The entries of a golden file, to be changed."""
+    return lambda name: dict(read_pickle(golden_dir / f"{name}.pkl").root)
+
+
+@pytest.fixture
+def reload(tmp_path):
+    """Write entries to a file and load it."""
+
+    def write_and_load(entries, name="network.pkl"):
+        (tmp_path / name).write_bytes(forge.dumps(entries))
+        return finetune.load(tmp_path / name)
+
+    return write_and_load
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def spread(arguments: dict) -> dict:
+    """Constructor arguments with those of the synthesis network spread out, as ours take them."""
+    return {**arguments, **arguments.get("synthesis_kwargs", {})}
+
+
+@pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+class TestGoldenFiles:
+    def test_every_weight(self, name, golden_dir, golden_network):
+        facts, arrays = golden_network(name)
+        checkpoint = finetune.load(golden_dir / f"{name}.pkl")
+        found = {}
+        for entry in ("G_ema", "D"):
+            for key, tensor in tensors_of(getattr(checkpoint, entry)).items():
+                assert tensor.dtype == torch.float32 and not tensor.requires_grad and not tensor.is_meta
+                found[f"{entry}/{key}"] = digest(tensor)
+        stored = {key: value for key, value in found.items() if key in facts["weights"]}
+        assert stored == {key: sha256 for key, (_, sha256) in facts["weights"].items()}
+        # Only filters, which the TensorFlow generation does not store, may be ours alone.
+        assert all(key.endswith("resample_filter") for key in found.keys() - stored.keys())
+        assert name.startswith("stylegan2-tf") or found.keys() == stored.keys()
+        if "G/param_sums" in arrays:
+            sums = [float(parameter.double().sum()) for parameter in checkpoint.G.parameters()]
+            assert_close(np.array(sums), arrays["G/param_sums"], 1e-9, "sums of the parameters of G")
+        differing = [
+            key for key, tensor in tensors_of(checkpoint.G).items() if digest(tensor) != found[f"G_ema/{key}"]
+        ]
+        assert differing, "G and G_ema are two networks"
+
+    def test_pictures_and_logits(self, name, golden_dir, golden_network):
+        _, arrays = golden_network(name)
+        checkpoint = finetune.load(golden_dir / f"{name}.pkl")
+        z, c = torch.from_numpy(arrays["z"]), torch.from_numpy(arrays["c"])
+        img = checkpoint.G_ema(z, c, noise_mode="const")
+        assert_close(img, arrays["img"], NETWORK_F32, "img")
+        if "logits_fake" in arrays:
+            assert_close(checkpoint.D(img, c), arrays["logits_fake"], NETWORK_F32, "logits")
+
+    def test_arguments_and_identity(self, name, golden_dir, golden_network):
+        facts, _ = golden_network(name)
+        path = golden_dir / f"{name}.pkl"
+        checkpoint = finetune.load(path)
+        for network, given in (
+            (checkpoint.G_ema, facts["generator"]),
+            (checkpoint.D, facts["discriminator"]),
+        ):
+            assert not network.training
+            kwargs = network.init_kwargs
+            for key, value in spread(given).items():
+                if key == "synthesis_kwargs" or key.endswith("_kwargs") or key == "cmap_dim":
+                    continue
+                assert kwargs[key] == value, key
+            for key, value in given.get("mapping_kwargs", {}).items():
+                assert value is None or kwargs["mapping_kwargs"].get(key, value) == value, key
+        assert checkpoint.family == facts["architecture"]
+        assert checkpoint.provenance == Provenance(
+            generation=facts["era"],
+            source=path.name,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            size=path.stat().st_size,
+        )
+        assert checkpoint.missing == [] and checkpoint.notes == ()
+        resolution = checkpoint.training_set_kwargs.get("resolution")
+        assert resolution == (None if facts["era"] == "tf" else checkpoint.best.img_resolution)
+
+
+def test_what_an_attribute_says_wins_over_arguments_and_defaults(opened, reload):
+    """Defaults differ by generation: the attribute is what the network was."""
+    root = opened("stylegan2-ada-32")
+    network = root["G_ema"]
+    del network.state["_init_kwargs"]["synthesis_kwargs"]["conv_clamp"]
+    del network.state["_init_kwargs"]["synthesis_kwargs"]["num_fp16_res"]
+    for state in each_module(network):
+        if state.get("conv_clamp", 0):
+            state["conv_clamp"] = 128
+        if "use_fp16" in state:
+            state["use_fp16"] = state["resolution"] >= 16
+    module_at(network, "mapping")["w_avg_beta"] = 0.5
+    kwargs = reload({"G_ema": network}).G_ema.init_kwargs
+    assert kwargs["conv_clamp"] == 128 and kwargs["num_fp16_res"] == 2
+    assert kwargs["mapping_kwargs"]["w_avg_beta"] == 0.5
+
+
+def each_module(network: PersistentObject):
+    yield network.state
+    for child in network.state["_modules"].values():
+        if child is not None:
+            yield from each_module(child)
+
+
+def test_buffers_that_carry_data_come_from_the_file(opened, reload):
+    root = opened("stylegan2-ada-32")
+    changed = {}
+    for entry, path in (
+        ("G_ema", "synthesis.b8.conv0.noise_const"),
+        ("G_ema", "synthesis.b8.conv0.resample_filter"),
+        ("G_ema", "mapping.w_avg"),
+        ("D", "b16.conv1.resample_filter"),
+        ("augment_pipe", "p"),
+        ("augment_pipe", "Hz_fbank"),
+    ):
+        module, _, name = path.rpartition(".")
+        buffers = module_at(root[entry], module)["_buffers"]
+        value = np.asarray(np.random.randn(*buffers[name].array.shape), "<f4")
+        buffers[name] = Tensor(value, "float32", 0)
+        changed[entry, path] = value
+    checkpoint = reload(root)
+    for (entry, path), value in changed.items():
+        assert np.array_equal(tensors_of(getattr(checkpoint, entry))[path].numpy(), value), path
+
+
+def test_every_strength_of_the_augmentation_pipe(opened, reload):
+    root = opened("stylegan2-ada-32")
+    pipe = root["augment_pipe"]
+    strengths = [name for name, value in pipe.state.items() if type(value) is float]
+    for i, name in enumerate(strengths):
+        pipe.state[name] = i / 64
+    loaded = reload(root).augment_pipe
+    assert len(strengths) > 20
+    assert {name: getattr(loaded, name) for name in strengths} == {
+        name: i / 64 for i, name in enumerate(strengths)
+    }
+
+
+class TestMismatch:
+    def test_every_difference_is_listed(self, opened, reload):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        conv = module_at(network, "synthesis.b8.conv0")
+        conv["_parameters"]["weigth"] = conv["_parameters"].pop("weight")
+        affine = module_at(network, "synthesis.b16.conv1.affine")
+        affine["_parameters"]["bias"].array = np.zeros(5, "<f4")
+        w_avg = module_at(network, "mapping")["_buffers"]["w_avg"]
+        w_avg.array = w_avg.array.astype("<f8")
+        w_avg.dtype = "float64"
+        del module_at(network, "synthesis.b32.torgb")["_parameters"]["bias"]
+        with pytest.raises(CheckpointMismatch) as mismatch:
+            reload({"G_ema": network})
+        assert mismatch.value.differences == [
+            "mapping.w_avg is float64 in the file and float32 in the network",
+            "synthesis.b16.conv1.affine.bias is [5] in the file and [32] in the network",
+            "synthesis.b32.torgb.bias [3] is not in the file",
+            "synthesis.b8.conv0.weight [32, 32, 3, 3] is not in the file",
+            "synthesis.b8.conv0.weigth [32, 32, 3, 3] is in the file and not in the network",
+        ]
+        assert all(line in str(mismatch.value) for line in mismatch.value.differences)
+        assert "network.pkl" in str(mismatch.value)
+
+    def test_a_module_too_many(self, opened, reload):
+        discriminator = opened("stylegan2-ada-32")["D"]
+        blocks = discriminator.state["_modules"]
+        blocks["b64"] = blocks["b32"]
+        with pytest.raises(CheckpointMismatch) as mismatch:
+            reload({"D": discriminator})
+        assert all("b64." in line and "not in the network" in line for line in mismatch.value.differences)
+        assert len(mismatch.value.differences) == len(
+            [x for x in describe(discriminator).tensors if "b64" in x]
+        )
+
+    @pytest.mark.parametrize(
+        "path, name, value",
+        [
+            ("synthesis.b8.conv0", "act_gain", 1.0),
+            ("synthesis.b8.conv0", "up", 1),
+            ("synthesis.b16.torgb", "conv_clamp", None),
+            ("synthesis.b16.conv1", "activation", "relu"),
+            ("mapping.fc1", "weight_gain", 0.5),
+            ("mapping.fc1", "bias_gain", 1),
+            ("synthesis.b32", "architecture", "resnet"),
+        ],
+    )
+    def test_equal_tensors_in_another_network(self, opened, reload, path, name, value):
+        """Attributes change what is computed without changing a tensor; they are compared too."""
+        network = opened("stylegan2-ada-32")["G_ema"]
+        assert name in module_at(network, path)
+        module_at(network, path)[name] = value
+        with pytest.raises(CheckpointMismatch) as mismatch:
+            reload({"G_ema": network})
+        assert len(mismatch.value.differences) == 1
+        assert mismatch.value.differences[0].startswith(f"{path}.{name} = {value!r} in the file and ")
+
+
+class TestPartialFiles:
+    @pytest.mark.parametrize(
+        "entries", [("G_ema",), ("G",), ("D",), ("G_ema", "D"), ("G", "D", "augment_pipe")], ids=" ".join
+    )
+    def test_what_is_there_is_loaded_and_the_rest_named(self, opened, reload, entries):
+        root = opened("stylegan2-ada-32")
+        checkpoint = reload({entry: root[entry] for entry in entries})
+        for entry in ("G", "D", "G_ema", "augment_pipe"):
+            assert (getattr(checkpoint, entry) is not None) == (entry in entries)
+        assert checkpoint.missing == [entry for entry in ("G", "D", "G_ema") if entry not in entries]
+        assert checkpoint.best is (checkpoint.G_ema or checkpoint.G)
+        assert checkpoint.training_set_kwargs == {}
+
+    def test_a_network_alone(self, opened, reload):
+        root = opened("stylegan2-ada-32")
+        assert reload(root["G_ema"]).missing == ["G", "D"]
+        assert reload(root["D"]).missing == ["G", "G_ema"]
+
+    def test_a_tensorflow_network_alone(self, golden_dir, reload):
+        _, D, Gs = read_pickle(golden_dir / "stylegan2-tf-32.pkl").root
+        assert reload(Gs).missing == ["G", "D"]
+        assert reload(D).missing == ["G", "G_ema"]
+        assert reload((None, D, Gs)).missing == ["G"]
+
+    @pytest.mark.parametrize(
+        "root", [{}, {"model": {}}, [], "text", None, {"G_ema": {}}, {"G_ema": None}, ([], [], [])]
+    )
+    def test_no_network_at_all(self, reload, root):
+        with pytest.raises(PickleRefused):
+            reload(root)
+
+
+def test_layers_frozen_in_training_load_and_are_reported(opened, reload):
+    """FreezeD turns parameters into buffers; the names stay."""
+    root = opened("stylegan2-ada-32")
+    before = tensors_of(reload({"D": root["D"]}).D)
+    root["D"].state["_init_kwargs"]["block_kwargs"] = {"freeze_layers": 2}
+    for layer in ("fromrgb", "conv0"):
+        state = module_at(root["D"], f"b32.{layer}")
+        for name in ("weight", "bias"):
+            tensor = state["_parameters"].pop(name)
+            state["_buffers"][name] = Tensor(tensor.array, "float32", 0)
+    checkpoint = reload({"D": root["D"]})
+    after = tensors_of(checkpoint.D)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert "b32.fromrgb.weight" in dict(checkpoint.D.named_parameters())
+    assert checkpoint.notes == ("D: 2 layers were frozen in training; they can be trained again",)
+
+
+def test_positional_arguments(opened, reload):
+    state = opened("stylegan2-ada-32")["G_ema"].state
+    given = state["_init_kwargs"]
+    state["_init_args"] = tuple(given.pop(name) for name in ("z_dim", "c_dim", "w_dim", "img_resolution"))
+    assert reload(PersistentObject("Generator", state, 0)).G_ema.img_resolution == 32
+
+
+def test_unknown_attributes_and_entries_are_reported(opened, reload):
+    root = opened("stylegan2-ada-32")
+    module_at(root["G_ema"], "synthesis.b8")["my_trick"] = 3
+    root["G_ema"].state["_init_kwargs"]["more"] = 1
+    checkpoint = reload({"G_ema": root["G_ema"], "progress": 5, "D": None})
+    assert checkpoint.notes == (
+        "G_ema: attributes without meaning here: my_trick",
+        "G_ema: constructor arguments without meaning here: more",
+        "entries without meaning here: progress",
+    )
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_what_this_python_and_torch_write(tmp_path, protocol):
+    """Parameters, strided weights and numpy's numbers, as the installed versions pickle them."""
+    torch.manual_seed(1)
+    discriminator = stylegan2.Discriminator(0, 16, 1, channel_base=64, channel_max=4, num_fp16_res=1)
+    weight = discriminator.b16.conv0.weight
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    path = tmp_path / "D.pkl"
+    path.write_bytes(pickle.dumps({"D": discriminator, "augment_pipe": None}, protocol))
+    loaded = tensors_of(finetune.load(path).D)
+    wanted = tensors_of(discriminator)
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
+class TestNonsense:
+    """Values that would take long or much memory to build from are refused before anything is built."""
+
+    @pytest.mark.parametrize("value", [-1, 2**62, float("nan"), float("inf"), "x", None, [1], {}], ids=repr)
+    @pytest.mark.parametrize("name", ["z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"])
+    def test_sizes(self, opened, name, value):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        network.state[name] = value
+        with pytest.raises(PickleRefused, match=name):
+            rebuild("G_ema", network, Allowance(10**9))
+
+    @pytest.mark.parametrize(
+        "family, name",
+        [
+            *(("stylegan2-ada-32", name) for name in sorted({*MAPPING, *SYNTHESIS2})),
+            *(("stylegan3-r-32", name) for name in sorted({*MAPPING, *SYNTHESIS3})),
+        ],
+    )
+    def test_arguments(self, opened, family, name):
+        network = opened(family)["G_ema"]
+        kwargs = network.state["_init_kwargs"]
+        kwargs["mapping_kwargs"] = {}
+        (kwargs if name in SYNTHESIS2 + SYNTHESIS3 else kwargs["mapping_kwargs"])[name] = 2**62
+        for state in each_module(network):
+            if name in state:
+                state[name] = 2**62
+            if name == "lr_multiplier" and "bias_gain" in state:
+                state["bias_gain"] = 2**62
+        with pytest.raises(PickleRefused, match=name):
+            rebuild("G_ema", network, Allowance(10**9))
+
+    def test_an_image_size_that_is_no_power_of_two(self, opened):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        network.state["img_resolution"] = 48
+        with pytest.raises(PickleRefused, match=r"cannot be built: .*48"):
+            rebuild("G_ema", network, Allowance(10**9))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"lrelu_upsampling": 16, "filter_size": 32},
+            {"num_layers": 2, "num_critical": 1, "first_stopband": 0.01, "filter_size": 32},
+        ],
+    )
+    def test_filters_of_endless_taps(self, opened, changes):
+        network = opened("stylegan3-r-32")["G_ema"]
+        network.state["_init_kwargs"].update(changes)
+        module_at(network, "synthesis").update(changes)
+        with pytest.raises(PickleRefused, match="the size of its filters"):
+            rebuild("G_ema", network, Allowance(10**9))
+
+    def test_modules_without_end(self):
+        state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+        ring = PersistentObject("Generator", state, 7)
+        state["_modules"]["ring"] = ring
+        with pytest.raises(PickleRefused, match="without end"):
+            describe(ring)
+        tree = PersistentObject("Leaf", {"_parameters": {}, "_buffers": {}, "_modules": {}}, 7)
+        for _ in range(14):
+            modules = {f"m{i}": tree for i in range(10)}
+            tree = PersistentObject("Node", {"_parameters": {}, "_buffers": {}, "_modules": modules}, 7)
+        with pytest.raises(PickleRefused, match="without end"):
+            describe(tree)
+        assert 10**14 > MAX_MODULES
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            {},
+            {"_parameters": [], "_buffers": {}, "_modules": {}},
+            {"_parameters": {"a": 1}, "_buffers": {}, "_modules": {}},
+            {"_parameters": {}, "_buffers": {5: None}, "_modules": {}},
+            {"_parameters": {}, "_buffers": {}, "_modules": {"a.b": None}},
+            {"_parameters": {}, "_buffers": {}, "_modules": {"a": {}}},
+        ],
+    )
+    def test_states_that_are_no_module(self, state):
+        with pytest.raises(PickleRefused):
+            describe(PersistentObject("Generator", state, 7))
+
+    def test_memory_is_bounded_by_the_file(self, opened):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        allowance = Allowance(10**6)
+        module = rebuild("G_ema", network, allowance).module
+        size = 4 * sum(tensor.numel() for tensor in tensors_of(module).values())
+        assert allowance.left == 10**6 - size
+        with pytest.raises(PickleRefused, match="several times its size"):
+            fill(module, describe(network).tensors, Allowance(size - 1), 0)
+
+
+class TestProvenance:
+    SOURCE = Provenance("sg3", "ffhq.pkl", "ab" * 32, 5, licence="non-commercial").to_dict()
+
+    def entry(self, **values):
+        return {
+            "format": 1,
+            "version": "1.2.3",
+            "source": self.SOURCE,
+            "training": {"kimg": 0.5},
+            "nimg": 500,
+            **values,
+        }
+
+    def test_a_file_of_ours_says_where_its_weights_came_from(self, opened, reload):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        seen = reload({"G_ema": network, "finetune": self.entry()}, "out.pkl").provenance
+        assert (seen.generation, seen.source) == ("finetune", "out.pkl")
+        assert (seen.parent, seen.training, seen.nimg) == (self.SOURCE, {"kimg": 0.5}, 500)
+        assert seen.licence == "non-commercial", "a descendant has the licence of its source"
+        assert Provenance.from_dict(seen.to_dict()) == seen
+        assert Provenance.from_dict({**seen.to_dict(), "of tomorrow": 1}) == seen
+
+    def test_a_file_of_ours_without_source(self, opened, reload):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        seen = reload(
+            {"G_ema": network, "finetune": self.entry(source=None, training=None, nimg=None)}
+        ).provenance
+        assert (seen.generation, seen.parent, seen.training, seen.nimg, seen.licence) == (
+            "finetune",
+            *[None] * 4,
+        )
+
+    def test_many_ancestors(self, opened, reload):
+        network, parent = opened("stylegan2-ada-32")["G_ema"], self.SOURCE
+        for _ in range(60):
+            parent = Provenance(
+                "finetune", "run.pkl", "cd" * 32, 5, "non-commercial", parent, {"kimg": 1}
+            ).to_dict()
+        assert reload({"G_ema": network, "finetune": self.entry(source=parent)}).provenance.parent == parent
+
+    def test_nonsense_where_provenance_should_be(self, opened, reload):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        entry = self.entry(source="x", training=[1], nimg="many")
+        seen = reload({"G_ema": network, "finetune": entry}).provenance
+        assert (seen.generation, seen.parent, seen.training, seen.nimg, seen.licence) == (
+            "finetune",
+            *[None] * 4,
+        )
+
+    def test_the_licence_of_a_public_checkpoint(self, opened, reload, monkeypatch):
+        network = opened("stylegan2-ada-32")["G_ema"]
+        sha256 = hashlib.sha256(forge.dumps({"G_ema": network})).hexdigest()
+        known = {
+            "url": "https://example.org/a.pkl",
+            "sha256": sha256,
+            "size": None,
+            "resolution": 32,
+            "licence": "L1",
+        }
+        other = {**known, "url": "https://example.org/b.pkl?x", "sha256": None, "licence": "L2"}
+        monkeypatch.setattr(catalog, "catalogue", lambda: {"a": known, "b": other})
+        assert reload({"G_ema": network}, "any.pkl").provenance.licence == "L1"
+        monkeypatch.setattr(catalog, "catalogue", lambda: {"b": other})
+        assert (
+            reload({"G_ema": network}, "b.pkl").provenance.licence == "L2 (recognised by the file name alone)"
+        )
+        assert reload({"G_ema": network}, "c.pkl").provenance.licence is None
+        monkeypatch.setattr(catalog, "catalogue", lambda: {"b": other, "c": {**other, "licence": "L3"}})
+        assert reload({"G_ema": network}, "b.pkl").provenance.licence is None, "two files of one name"
+
+
+class TestRunFolders:
+    def test_the_newest_snapshot_counts(self, golden_dir, tmp_path):
+        for kimg in ("000000", "000020", "000003.5"):
+            (tmp_path / f"network-snapshot-{kimg}.pkl").write_bytes(b"")
+        (tmp_path / "network-snapshot-000099.pkl.part").write_bytes(b"")
+        newest = newest_snapshot(tmp_path)
+        assert newest.name == "network-snapshot-000020.pkl"
+        newest.write_bytes((golden_dir / "stylegan2-ada-32.pkl").read_bytes())
+        assert finetune.load(tmp_path).provenance.source == newest.name
+
+    def test_where_there_is_none(self, tmp_path):
+        with pytest.raises(CheckpointError, match="holds no network-snapshot"):
+            finetune.load(tmp_path)
+        with pytest.raises(CheckpointError, match="does not exist"):
+            finetune.load(tmp_path / "missing.pkl")
+
+
+def test_the_catalogue_states_what_is_known():
+    entries = catalog.catalogue()
+    assert len(entries) > 100
+    for name, entry in entries.items():
+        assert entry["url"].startswith("https://"), name
+        assert entry["sha256"] is None or (len(entry["sha256"]) == 64 and int(entry["sha256"], 16)), name
+        assert entry["size"] is None or entry["size"] > 10**6, name
+    assert Path(catalog.__file__).parents[2].joinpath(catalog.NAME).stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_device(golden_dir, device):
+    checkpoint = finetune.load(golden_dir / "stylegan2-ada-32.pkl", device=device)
+    for network in (checkpoint.G, checkpoint.D, checkpoint.G_ema, checkpoint.augment_pipe):
+        assert all(tensor.device.type == device for tensor in tensors_of(network).values())
