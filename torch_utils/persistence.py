@@ -11,32 +11,33 @@ same source is already installed here as one of its own models, and leaves every
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import importlib
 import inspect
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 FORMAT_VERSION = 6
 MODELS = "finetune.models."  # the only modules whose classes are rebuilt
 
+_Class = TypeVar("_Class", bound=type)
 _classes: set[type] = set()
 _sources: dict[str, str | None] = {}  # module name -> source text, read when the module was imported
 
 
-def persistent_class(cls: type) -> type:
+def persistent_class(cls: _Class) -> _Class:
     """Make the instances of a class remember their constructor arguments and pickle with their source.
 
     Adds the read-only properties `init_args` (tuple) and `init_kwargs` (dict), which return copies.
     """
-    module = cls.__module__
+    target: Any = cls
+    module = target.__module__
     # Read now: by the time of pickling the file may have been edited, and objects live by what was imported.
     _sources[module] = _read_source(module)
-    cls.__init__ = _recording(cls.__init__)
-    cls.__reduce__ = _reduce
-    cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
-    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
+    target.__init__ = _recording(target.__init__)
+    target.__reduce__ = _reduce
+    target.init_args = property(lambda self: copy.deepcopy(self._init_args))
+    target.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
     _classes.add(cls)
     return cls
 
@@ -55,8 +56,12 @@ def _recording(constructor):
 
 def _reduce(self):
     if type(self) not in _classes:  # an undecorated subclass pickles by reference, like any other class
-        return copyreg.__newobj__, (type(self),), self.__dict__
+        return _blank, (type(self),), self.__dict__
     return _reconstruct_persistent_obj, (_describe(self),)
+
+
+def _blank(cls: Any) -> Any:
+    return cls.__new__(cls)
 
 
 def is_persistent(obj: Any) -> bool:
@@ -85,7 +90,7 @@ def _reconstruct_persistent_obj(meta: dict) -> Any:
     Raises RuntimeError for everything else, and says what to use instead.
     """
     cls = _find_class(meta)
-    obj = cls.__new__(cls)
+    obj = _blank(cls)
     if hasattr(obj, "__setstate__"):
         obj.__setstate__(meta["state"])
     else:
