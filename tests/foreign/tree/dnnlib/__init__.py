@@ -1,0 +1,2 @@
+from . import util  # noqa: F401
+from .util import EasyDict  # noqa: F401
