@@ -1,7 +1,8 @@
 """The options of a training run: one frozen dataclass that checks itself and goes to JSON and back.
 
-A field, its flag (`--sd-weight` for `sd_weight`) and its key in `config.json` carry one name. `None` means "decided
-from the checkpoint, the resolution and the data" (`finetune.recipes`); every other default stands here alone.
+A field, its flag (`--sd-weight` for `sd_weight`) and its key in `config.json` carry one name. `None` means
+"decided from the checkpoint, the resolution and the data" (`finetune.recipes`); every other default stands
+here alone.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def flag(field: str) -> str:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a person can say about a training run. Counts of images are in kimg (1000 images seen by D)."""
+    """Everything a person can say about a training run. Lengths are in kimg (1000 images seen by D)."""
 
     data: str
     outdir: str = "runs"
@@ -100,7 +101,7 @@ class TrainConfig:
     snap: int | None = None
 
     def validate(self) -> None:
-        """Raise one ConfigError that lists every problem, each with its flag, the value seen and what to do."""
+        """Raise one ConfigError that lists every problem: its flag, the value seen and what to do."""
         problems = [*_range_problems(self), *_choice_problems(self), *_combination_problems(self)]
         if problems:
             raise ConfigError(problems)
@@ -148,7 +149,17 @@ def _type_name(hint: object) -> str:
 
 def _range_problems(config: TrainConfig) -> list[str]:
     """Numbers outside what they mean; None passes, NaN and infinity never do."""
-    positive = ("kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "sd_interval", "sd_resolution", "tick")
+    positive = (
+        "kimg",
+        "batch",
+        "batch_gpu",
+        "glr",
+        "dlr",
+        "ema_kimg",
+        "sd_interval",
+        "sd_resolution",
+        "tick",
+    )
     positive += ("snap", "cbase", "cmax", "map_depth", "z_dim", "w_dim")
     not_negative = ("gamma", "freezed", "sd_weight", "sd_warmup_kimg", "workers", "seed")
     problems = []
@@ -193,7 +204,9 @@ def _combination_problems(config: TrainConfig) -> list[str]:
     if not config.data:
         problems.append("--data: name the folder or zip with the pictures.")
     if (config.resume is None) == (config.scratch is None):
-        problems.append("Say either --resume PICKLE (go on from a checkpoint) or --scratch FAMILY (start without one).")
+        problems.append(
+            "Say either --resume PICKLE (go on from a checkpoint) or --scratch FAMILY (start without one)."
+        )
     if config.scratch is None:
         problems += [
             f"{flag(name)} {getattr(config, name)}: only for --scratch; a checkpoint says what it is."

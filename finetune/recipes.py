@@ -1,4 +1,4 @@
-"""Where every default of a training run comes from: the checkpoint, the resolution and the size of the data set."""
+"""The defaults of a training run, each from the checkpoint, the resolution or the size of the data set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune.config import TrainConfig
 
-# Provisional: of the range that the pilot looked at (0.05 to 0.2, where small weights already helped); to be settled
-# by the A/B runs.
+# Provisional: of the range that the pilot looked at (0.05 to 0.2, where small weights already helped); to be
+# settled by the A/B runs.
 SD_WEIGHT = 0.1
 ADA_TARGET = 0.6
 
@@ -38,7 +38,8 @@ class Reason:
 
 
 def r1_gamma(family: str, resolution: int, batch: int) -> float:
-    """R1 weight: 0.0002 res²/batch for StyleGAN2; StyleGAN3's 0.5, 2, 8, 32 at 128…1024 px (batch 32) as one formula.
+    """R1 weight: 0.0002 res²/batch for StyleGAN2; StyleGAN3's 0.5, 2, 8, 32 at 128…1024 px (batch 32) as one
+    formula.
 
     Source: the published settings follow weight ∝ pixels / batch in both families.
     """
@@ -75,7 +76,11 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     settle("gamma", gamma, f"{formula} at {facts.resolution} px, batch {batch}")
     settle("glr", 0.002 if stylegan2 else 0.0025, f"published rate for {facts.family}")
     settle("dlr", 0.002, "published rate for the discriminator")
-    settle("ema_kimg", batch * 10 / 32, f"half-life of the exported average: batch·10/32 = {batch * 10 / 32:g} kimg")
+    settle(
+        "ema_kimg",
+        batch * 10 / 32,
+        f"half-life of the exported average: batch·10/32 = {batch * 10 / 32:g} kimg",
+    )
     if config.aug == "ada":
         settle("target", ADA_TARGET, "share of real images D should be sure of (ADA)")
     if config.aug != "noaug":
@@ -85,12 +90,18 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         _settle_distillation(settle, config, facts)
     tick = settle("tick", *_tick(kimg))
     settle("snap", max(1, round(kimg / tick / 5)), "ticks between snapshots: about five in this run")
-    settle("workers", min(4, facts.cpu_count) if on_gpu else 0, "GPU: decode beside it" if on_gpu else "CPU is busy")
+    settle(
+        "workers",
+        min(4, facts.cpu_count) if on_gpu else 0,
+        "GPU: decode beside it" if on_gpu else "CPU is busy",
+    )
     return dataclasses.replace(config, **filled), reasons
 
 
 def _settle_architecture(settle: Any, facts: Facts) -> None:
-    settle("cbase", 32768 if facts.resolution >= 512 or facts.family != "stylegan2" else 16384, "published size")
+    settle(
+        "cbase", 32768 if facts.resolution >= 512 or facts.family != "stylegan2" else 16384, "published size"
+    )
     settle("cmax", 512, "published size")
     settle("map_depth", 8 if facts.family == "stylegan2" else 2, f"mapping layers of {facts.family}")
     settle("z_dim", 512, "published size")
@@ -101,7 +112,11 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     cheap = config.sd_backbone == "l2"
     settle("sd_backbone", None, "perceptual distance of the self-distillation")
     settle("sd_teacher", None, "which network the student is held to")
-    settle("sd_interval", 1 if cheap else 2, "every step: l2 is cheap" if cheap else "every 2nd step, counted twice")
+    settle(
+        "sd_interval",
+        1 if cheap else 2,
+        "every step: l2 is cheap" if cheap else "every 2nd step, counted twice",
+    )
     settle("sd_resolution", min(facts.resolution, 256), "distances are taken at 256 px or less")
 
 

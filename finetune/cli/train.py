@@ -21,14 +21,24 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
         kind = click.Choice(kind)
     shown = default is not None and not isinstance(default, bool)
     return click.option(
-        settings.pop("flag", choices.flag(name)), name, type=kind, default=default, show_default=shown, help=help, **settings
-    )  # fmt: skip
+        settings.pop("flag", choices.flag(name)),
+        name,
+        type=kind,
+        default=default,
+        show_default=shown,
+        help=help,
+        **settings,
+    )
 
 
 @click.command("train", short_help="Fine-tune a checkpoint to a folder of pictures, with self-distillation.")
-@option("resume", click.Path(), "Checkpoint to start from: a StyleGAN2 or StyleGAN3 pickle.", metavar="PICKLE")
+@option(
+    "resume", click.Path(), "Checkpoint to start from: a StyleGAN2 or StyleGAN3 pickle.", metavar="PICKLE"
+)
 @option("scratch", choices.FAMILIES, "Start without a checkpoint, from random weights.")
-@click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="Pictures: a folder or a zip.")
+@click.option(
+    "--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="Pictures: a folder or a zip."
+)
 @option("outdir", click.Path(file_okay=False), "Where the run folder is made.", metavar="DIR")
 @option("kimg", float, "Length in thousands of images seen; fractions are fine.")
 @option("batch", int, "Images a step.")
@@ -38,7 +48,11 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("aug", choices.AUGMENTATIONS, "Augmentation: adaptive, none, or with a fixed probability --p.")
 @option("target", float, "Target of --aug ada.")
 @option("p", float, "Probability of --aug fixed.")
-@option("augpipe", tuple(choices.AUGPIPES), "What augmentation may do: blit, geometry, colour, filter, noise, cutout.")
+@option(
+    "augpipe",
+    tuple(choices.AUGPIPES),
+    "What augmentation may do: blit, geometry, colour, filter, noise, cutout.",
+)
 @option("freezed", int, "Freeze the first layers of the discriminator (FreezeD).")
 @option("cond", None, "Train with the labels of dataset.json.", flag="--cond/--no-cond")
 @option("fit", choices.FITS, "How pictures of another size are brought to the network's.")
@@ -64,16 +78,22 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("workers", int, "Processes that decode pictures; 0 decodes in between.")
 @option("desc", str, "Words to add to the name of the run folder.")
 @device_option()
-@option("precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything, print all options with their reasons, and stop.")
+@option(
+    "precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere."
+)
+@click.option(
+    "-n", "--dry-run", is_flag=True, help="Check everything, print all options with their reasons, and stop."
+)
 def command(dry_run: bool, **options: Any) -> None:
     """Go on training a checkpoint on pictures of yours, and hold it to its own average while it learns.
 
-    `finetune train --resume ffhq.pkl --data pictures/ --outdir runs` needs nothing else: what is not said is settled
-    from the checkpoint, the resolution and the number of pictures, and printed with the reason.
+    `finetune train --resume ffhq.pkl --data pictures/ --outdir runs` needs nothing else: what is not said is
+    settled from the checkpoint, the resolution and the number of pictures, and printed with the reason.
     The run folder gets config.json, log.jsonl, sheets of pictures and snapshots that open everywhere.
     """
-    config = TrainConfig(**{name: str(value) if isinstance(value, Path) else value for name, value in options.items()})
+    config = TrainConfig(
+        **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    )
     config.validate()
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Training: `run(config)` takes a checkpoint and pictures and leaves a run folder with a better checkpoint."""
+"""Training: `run(config)` turns a checkpoint and pictures into a run folder with a better checkpoint."""
 
 from finetune.train.run import RunResult, prepare, run
 

@@ -30,7 +30,7 @@ class AdaController:
             self.count += real_logits.numel()
 
     def update(self, step: int, batch: int) -> float:
-        """After step number `step` (from 1) of `batch` images: the probability to use from now on, within 0 and 1."""
+        """The probability to use from now on, after step number `step` (from 1) of `batch` images."""
         if self.target is not None and step % INTERVAL == 0 and self.count:
             mean_sign = float(self.sign_sum) / self.count
             direction = (mean_sign > self.target) - (mean_sign < self.target)

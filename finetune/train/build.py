@@ -26,13 +26,16 @@ BETAS = (0.0, 0.99)
 R1_INTERVAL = 16
 PATH_INTERVAL = 4
 ADA_SWING_KIMG = {True: 500.0, False: 100.0}  # from scratch; fine-tuning
-BLUR_SIGMA, BLUR_KIMG = 10.0, 200.0  # Source: Karras et al. 2021 (2106.12423), appendix: config R from scratch
+BLUR_SIGMA, BLUR_KIMG = (
+    10.0,
+    200.0,
+)  # Source: Karras et al. 2021 (2106.12423), appendix: config R from scratch
 
 
 def build_state(
     config: TrainConfig, facts: Facts, checkpoint: Checkpoint | None, device: torch.device
 ) -> TrainState:
-    """The networks (from the checkpoint, or new), their average, and the optimisers. Consumes torch's random state."""
+    """The networks (from the checkpoint, or new), their average, and the optimisers. Draws random numbers."""
     if checkpoint is None:
         G, D = new_networks(config, facts)
         G_ema = copy.deepcopy(G)
@@ -100,7 +103,8 @@ def build_plan(
         blur_nimg=BLUR_KIMG * 1000,
         distillation=distillation,
         labels=labels,
-        # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the student.
+        # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
+        # student.
         synthesis={"noise_mode": "random", "fused_modconv": False, "force_fp32": force_fp32},
         discriminator={"force_fp32": force_fp32},
     )
@@ -116,7 +120,11 @@ def new_networks(config: TrainConfig, facts: Facts) -> tuple[torch.nn.Module, to
     c = required(config)
     shape = {"c_dim": facts.c_dim, "img_resolution": facts.resolution, "img_channels": facts.channels}
     size = {"channel_base": c["cbase"], "channel_max": c["cmax"]}
-    options: dict[str, Any] = {"mapping_kwargs": {"num_layers": c["map_depth"]}, "num_fp16_res": 4, "conv_clamp": 256}
+    options: dict[str, Any] = {
+        "mapping_kwargs": {"num_layers": c["map_depth"]},
+        "num_fp16_res": 4,
+        "conv_clamp": 256,
+    }
     if facts.family != "stylegan2":
         options["magnitude_ema_beta"] = magnitude_beta(c["batch"])
     if facts.family == "stylegan3-r":
@@ -133,7 +141,7 @@ def new_networks(config: TrainConfig, facts: Facts) -> tuple[torch.nn.Module, to
 def networks_from(
     checkpoint: Checkpoint, config: TrainConfig, facts: Facts
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """Copies of a checkpoint's networks with the recipe's switches set; G stands in for G_ema and the other way round."""
+    """A checkpoint's G, D and G_ema, copied with the recipe's switches; a missing generator is the other."""
     start = checkpoint.G if checkpoint.G is not None else checkpoint.G_ema
     changes: dict[str, Any] = {}
     if facts.family != "stylegan2":
@@ -148,13 +156,16 @@ def networks_from(
     if half and not checkpoint.D.init_kwargs.get("num_fp16_res", 4):
         changes |= half
     D = rebuild(checkpoint.D, changes)
-    if not any(parameter.numel() for parameter in D.parameters()):
-        raise ConfigError(f"--freezed {config.freezed}: nothing of the discriminator would be left to train.")
+    layers = sum(getattr(D, f"b{size}").num_layers for size in D.block_resolutions)
+    if config.freezed > layers:
+        raise ConfigError(
+            f"--freezed {config.freezed}: this discriminator has {layers} layers that can be frozen."
+        )
     return G, D, G_ema
 
 
 def rebuild(network: torch.nn.Module, changes: dict[str, Any]) -> torch.nn.Module:
-    """A new network with the constructor arguments and all tensors of `network`, but for the arguments in `changes`."""
+    """A new network with all tensors and constructor arguments of `network`, but for those in `changes`."""
     kwargs = network.init_kwargs
     for name, value in changes.items():
         nested = kwargs.get("synthesis_kwargs")
@@ -177,7 +188,9 @@ def build_augment_pipe(config: TrainConfig, device: torch.device) -> torch.nn.Mo
 
 def adam(network: torch.nn.Module, lr: float | None, lazy_interval: int | None) -> torch.optim.Adam:
     """Adam over all parameters of a network, corrected for lazy regularisation."""
-    return torch.optim.Adam(list(network.parameters()), eps=1e-8, **lazy_adam(lr or 0.0, BETAS, lazy_interval))
+    return torch.optim.Adam(
+        list(network.parameters()), eps=1e-8, **lazy_adam(lr or 0.0, BETAS, lazy_interval)
+    )
 
 
 def magnitude_beta(batch: int) -> float:

@@ -2,8 +2,9 @@
 
     L_G = E[softplus(-D(G(z)))] + λ E[d(G(z), stopgrad(G_ema(z)))]
 
-Source: Nowinowski & Krawiec 2026 (2605.08577). Student and teacher are given the same z, c, mixing cut, second
-latent, noise maps, convolution order and precision, so that equal weights give a distance of exactly 0.
+Source: Nowinowski & Krawiec 2026 (2605.08577). Student and teacher are given the same z, c, mixing cut,
+second latent, noise maps, convolution order and precision, so that equal weights give a distance of exactly
+0.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from finetune.train.perceptual import Distance
 class Distillation:
     """When and how strongly the student is held to the teacher.
 
-    weight: λ. interval: computed every k-th step and counted k times. warmup_nimg: images over which λ grows from 0.
-    batch_share: part of each batch that is compared. resolution: pixels at which it is compared, if fewer than the image has.
+    weight: λ. interval: computed every k-th step and counted k times. warmup_nimg: images over which λ grows
+    from 0. batch_share: part of each batch that is compared. resolution: pixels at which it is compared, if
+    fewer than the image has.
     """
 
     teacher: torch.nn.Module
@@ -46,10 +48,11 @@ class Distillation:
     def image_gradient(
         self, img: torch.Tensor, draw: Draw, replay: NoiseReplay, nimg: int, synthesis: dict
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the distances.
+        """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the
+        distances.
 
-        img: `[N, C, H, W]`, detached. The teacher makes the whole batch even where a share is compared: noise maps and
-        StyleGAN3's style normalisation depend on it. Returns (`[N, C, H, W]`, `[M]`).
+        img: `[N, C, H, W]`, detached. The teacher makes the whole batch even where a share is compared: noise
+        maps and StyleGAN3's style normalisation depend on it. Returns (`[N, C, H, W]`, `[M]`).
         """
         with torch.no_grad():
             ws = map_latents(self.teacher, draw)
@@ -57,7 +60,9 @@ class Distillation:
                 target = self.teacher.synthesis(ws, **synthesis)
         count = math.ceil(len(img) * self.batch_share)
         part = img[:count].detach().requires_grad_()
-        distances = self.distance(area_resize(part, self.resolution), area_resize(target[:count], self.resolution))
+        distances = self.distance(
+            area_resize(part, self.resolution), area_resize(target[:count], self.resolution)
+        )
         (gradient,) = torch.autograd.grad(distances.mean() * self.weight_at(nimg), part)
         return F.pad(gradient, [0, 0] * 3 + [0, len(img) - count]), distances.detach()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -50,11 +51,18 @@ def grid_size(resolution: int, num_images: int) -> tuple[int, int]:
 
 
 class RunFolder:
-    """Writes everything that a run leaves behind. Sheets show the same latents, and the same reals, every time."""
+    """Writes everything that a run leaves behind. All sheets show the same latents."""
 
     def __init__(
-        self, path: Path, config: TrainConfig, image_set: ImageSet, *, source: dict | None, chunk: int, device: torch.device
-    ) -> None:  # fmt: skip
+        self,
+        path: Path,
+        config: TrainConfig,
+        image_set: ImageSet,
+        *,
+        source: dict | None,
+        chunk: int,
+        device: torch.device,
+    ) -> None:
         self.path = path
         self.config = config
         self.image_set = image_set
@@ -74,7 +82,7 @@ class RunFolder:
         return f"{nimg // 1000:06d}"
 
     def write_reals(self) -> None:
-        """`reals.png`: pictures as D sees them before augmentation; fixes the latents and labels of all sheets."""
+        """`reals.png`: pictures as D sees them before augmentation. Settles the labels of all sheets."""
         rng = np.random.default_rng(self.config.seed)
         columns, rows = self.grid = grid_size(self.image_set.resolution, len(self.image_set))
         chosen = rng.permutation(len(self.image_set))[: columns * rows]
@@ -94,8 +102,12 @@ class RunFolder:
         """`network-snapshot-….pkl`, refused where a weight is not finite."""
         for name, network in (("G", state.G), ("D", state.D), ("G_ema", state.G_ema)):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
-                raise TrainingError(f"{name} has weights that are not finite at {state.nimg / 1000:g} kimg; not saved.")
+                raise TrainingError(
+                    f"{name} has weights that are not finite at {state.nimg / 1000:g} kimg; not saved."
+                )
         path = self.path / f"network-snapshot-{self.stem(state.nimg)}.pkl"
+        if path.exists():  # stopped between two whole kimg: never write over an earlier snapshot
+            path = path.with_name(f"network-snapshot-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.pkl")
         if state.augment_pipe is not None:
             state.augment_pipe.p.fill_(state.ada.p)
         save_stylegan_pickle(
@@ -105,7 +117,11 @@ class RunFolder:
             G_ema=state.G_ema,
             augment_pipe=state.augment_pipe,
             training_set_kwargs=self._training_set_kwargs(),
-            provenance={"source": self.source, "training": json.loads(self.config.to_json()), "nimg": state.nimg},
+            provenance={
+                "source": self.source,
+                "training": json.loads(self.config.to_json()),
+                "nimg": state.nimg,
+            },
         )
         self.last_snapshot = path
         return path
@@ -126,6 +142,13 @@ class RunFolder:
             "max_size": len(images),
             "xflip": self.config.mirror,
         }
+
+
+def public_options(config: TrainConfig) -> dict:
+    """The options as they travel with a checkpoint: of paths only the last part, which names nobody."""
+    options = dataclasses.asdict(config)
+    del options["outdir"]
+    return options | {name: Path(options[name]).name for name in ("data", "resume") if options[name]}
 
 
 def _rounded(value):
@@ -171,7 +194,10 @@ class Display:
             note = f"{rate:.1f} img/s"
             old = self.progress.tasks[0].fields["note"].split(" · ")
             self.progress.update(
-                self.task, completed=state.nimg, kimg=f"{state.nimg / 1000:.2f}", note=" · ".join([note, *old[1:]])
+                self.task,
+                completed=state.nimg,
+                kimg=f"{state.nimg / 1000:.2f}",
+                note=" · ".join([note, *old[1:]]),
             )
 
     def tick(self, state: TrainState, numbers: dict) -> None:

@@ -1,7 +1,7 @@
 """What a generated batch depends on, drawn once so that student and teacher can be given exactly the same.
 
-A `Draw` holds z, c, the style-mixing cut and the second latent; `NoiseReplay` lets a second network draw the same
-noise maps by starting from the same random state, and leaves that state as if it had never run.
+A `Draw` holds z, c, the style-mixing cut and the second latent; `NoiseReplay` lets a second network draw the
+same noise maps by starting from the same random state, and leaves that state as if it had never run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch of latents: `z [N, z_dim]`, `c [N, c_dim]`; with style mixing `z2` is used from row `cut` on."""
+    """One batch of latents: `z [N, z_dim]`, `c [N, c_dim]`; with mixing, `z2` rules from row `cut` on."""
 
     z: torch.Tensor
     c: torch.Tensor
@@ -54,7 +54,7 @@ class NoiseReplay:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Inside the block random numbers come as they came after construction; outside nothing has happened."""
+        """Inside, random numbers come as they came after construction; outside, nothing has happened."""
         now = _get_state(self.device)
         _set_state(self.device, self.state)
         try:

@@ -16,7 +16,9 @@ from finetune.train.watch import Watch
 Reals = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def train(state: TrainState, plan: Plan, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], watch: Watch) -> None:
+def train(
+    state: TrainState, plan: Plan, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], watch: Watch
+) -> None:
     """Train until `plan.total_nimg` images were seen or `watch` asks to stop.
 
     `batches` yields uint8 images `[batch, C, H, W]` and float32 labels `[batch, c_dim]`, on any device.
@@ -46,7 +48,7 @@ def train(state: TrainState, plan: Plan, batches: Iterator[tuple[torch.Tensor, t
 
 
 def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
-    """Gmain: fool D and, where distillation is due, stay near the teacher: one backward pass through G for both."""
+    """Gmain: fool D and, where distillation is due, stay near the teacher; one backward pass through G."""
     with watch.phase("Gmain"), optimise(state.G, state.opt_G):
         for size in micro_batches(plan):
             draw = draw_latents(state.G, plan.labels(size), plan.mixing)
@@ -133,7 +135,7 @@ def micro_batches(plan: Plan) -> list[int]:
 
 @contextlib.contextmanager
 def optimise(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Gradients of this network, and of no other, are collected inside the block; then the optimiser takes a step."""
+    """Collect gradients of this network, and of no other, inside the block; then take a step."""
     optimizer.zero_grad(set_to_none=True)
     network.requires_grad_(True)
     yield

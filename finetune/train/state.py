@@ -21,8 +21,8 @@ class TrainState:
     G: torch.nn.Module
     D: torch.nn.Module
     G_ema: torch.nn.Module
-    opt_G: torch.optim.Optimizer
-    opt_D: torch.optim.Optimizer
+    opt_G: torch.optim.Optimizer  # noqa: N815
+    opt_D: torch.optim.Optimizer  # noqa: N815
     augment_pipe: torch.nn.Module | None
     ada: AdaController
     path_mean: torch.Tensor
@@ -54,5 +54,5 @@ class Plan:
     discriminator: dict = field(default_factory=dict)
 
     def blur_at(self, nimg: int) -> float:
-        """Standard deviation in pixels of the blur before D, fading linearly (0 unless StyleGAN3-R from scratch)."""
+        """Standard deviation in pixels of the blur of D's input, fading linearly."""
         return self.blur_sigma * max(0.0, 1 - nimg / self.blur_nimg) if self.blur_sigma else 0.0

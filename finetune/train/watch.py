@@ -19,7 +19,8 @@ CHECK_EVERY = 16  # steps between looks for non-finite losses on a device that w
 
 
 class Watch:
-    """Collects numbers between ticks, calls `on_tick(state, numbers)` on each, and stops where a loss is not finite.
+    """Collects numbers between ticks, calls `on_tick(state, numbers)` on each, and stops where a loss is not
+    finite.
 
     Times are seconds spent in each phase; nested phases are subtracted from the one around them.
     """
@@ -66,8 +67,9 @@ class Watch:
         for name, total in self.sums.items():
             if not bool(torch.isfinite(total)):
                 raise TrainingError(
-                    f"{name} became {float(total)} in phase {self.phase_of[name]} at {state.nimg / 1000:g} kimg.",
-                    hint="The last snapshot is untouched. Try a smaller --glr and --dlr, a larger --gamma, or --precision fp32.",
+                    f"{name} became {float(total)} in {self.phase_of[name]} at {state.nimg / 1000:g} kimg.",
+                    hint="The last snapshot is untouched. Try a smaller --glr and --dlr, a larger --gamma, "
+                    "or --precision fp32.",
                 )
 
     def tick(self, state: TrainState) -> None:
@@ -153,7 +155,7 @@ class PhaseClock:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the device on CUDA, of this process elsewhere (0 where the system does not say)."""
+    """Peak memory so far: of the device on CUDA, else of this process (0 where unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":

@@ -1,0 +1,130 @@
+"""Distances: zero, range checks, channels, agreement with the package lpips, and missing weights."""
+
+import warnings
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from finetune.config import BACKBONES
+from finetune.errors import ConfigError, FinetuneError, WeightsMissing
+from finetune.train import perceptual
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def distances():
+    """backbone -> distance with a random trunk where weights would have to be fetched, built once."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = ("lpips-alex", "lpips-squeeze", "efficientnet-lite0", "l2")
+        return {name: perceptual.build_distance(name, 3, CPU, random_trunk=True) for name in names}
+
+
+def pictures(count=2, channels=3, resolution=32):
+    return torch.rand(count, channels, resolution, resolution) * 2 - 1
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "lpips-vgg"])
+@pytest.mark.parametrize("channels, resolution", [(3, 32), (1, 16), (4, 48)])
+def test_zero_for_equal_images_and_a_gradient_for_others(distances, backbone, channels, resolution):
+    distance = distances[backbone]
+    a, b = pictures(2, channels, resolution), pictures(2, channels, resolution).requires_grad_()
+    assert torch.equal(distance(a, a.clone()), torch.zeros(2))
+    values = distance(b, a)
+    assert values.shape == (2,) and (values > 0).all()
+    (gradient,) = torch.autograd.grad(values.sum(), b)
+    assert torch.isfinite(gradient).all()
+    assert all(gradient[:, channel].abs().max() > 0 for channel in range(channels))
+
+
+def test_lpips_vgg_is_the_packages_number():
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(5)
+        package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    torch.manual_seed(5)
+    ours = perceptual.build_distance("lpips-vgg", 3, CPU, random_trunk=True)
+    a, b = pictures(), pictures()
+    with torch.no_grad():
+        assert_close(ours(a, b), package(a, b).flatten(), 1e-4)
+
+
+def test_a_position_without_any_feature_has_a_finite_gradient():
+    x = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    unit = perceptual.unit_length(x)
+    (gradient,) = torch.autograd.grad((unit - 1).square().sum(), x)
+    assert torch.equal(unit, torch.zeros_like(unit)) and torch.isfinite(gradient).all()
+
+
+def test_feature_distance_is_the_formula():
+    distance = perceptual.FeatureDistance(lambda img: [img[:, :2]], [torch.tensor([2.0, 3.0])])
+    a, b = pictures(), pictures()
+    unit_a, unit_b = (x[:, :2] / x[:, :2].norm(dim=1, keepdim=True) for x in (a, b))
+    expected = ((unit_a - unit_b) ** 2 * torch.tensor([2.0, 3.0]).reshape(1, 2, 1, 1)).sum(1).mean([1, 2])
+    assert_close(distance(a, b), expected, 1e-5)
+
+
+def test_the_fourth_channel_is_compared_by_its_absolute_difference():
+    distance = perceptual.FeatureDistance(lambda img: [img * 0])
+    a, b = pictures(channels=4), pictures(channels=4)
+    assert_close(distance(a, b), (a[:, 3] - b[:, 3]).abs().mean([1, 2]), 1e-6)
+
+
+def test_gray_images_are_repeated_to_three_channels(distances):
+    distance = distances["lpips-squeeze"]
+    a, b = pictures(channels=1), pictures(channels=1)
+    assert torch.equal(distance(a, b), distance(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    "img, message",
+    [
+        (torch.randint(0, 256, [2, 3, 8, 8], dtype=torch.uint8), "torch.uint8"),
+        (torch.rand(2, 3, 8, 8) * 255, "0 to 255"),
+        (torch.rand(2, 3, 8, 8), r"range 0 to 1"),
+    ],
+)
+def test_images_in_another_range_are_refused(img, message):
+    distance = perceptual.build_distance("l2", 3, CPU)
+    with pytest.raises(ConfigError, match=message):
+        distance(pictures(resolution=8), img)
+
+
+def test_overshooting_images_are_taken_as_they_are():
+    distance = perceptual.build_distance("l2", 3, CPU)
+    a, b = pictures(resolution=8) * 1.7, pictures(resolution=8)
+    assert_close(distance(a, b), (a - b).square().mean([1, 2, 3]), 1e-6)
+
+
+def test_channels_that_no_backbone_knows():
+    with pytest.raises(ConfigError, match="2-channel"):
+        perceptual.build_distance("lpips-vgg", 2, CPU)
+
+
+@pytest.mark.parametrize("backbone", ["lpips-vgg", "lpips-alex", "lpips-squeeze"])
+def test_missing_weights_say_which_file_where_and_what_needs_none(backbone, monkeypatch, tmp_path):
+    monkeypatch.setenv("FINETUNE_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(WeightsMissing) as caught:
+        perceptual.ensure_weights(backbone)
+    message = str(caught.value)
+    assert perceptual.WEIGHTS[backbone][0] in message and str(tmp_path / "checkpoints") in message
+    assert "efficientnet-lite0" in message and "l2" in message
+
+
+def test_damaged_weights_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    name = perceptual.WEIGHTS["lpips-alex"][0]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / name).write_bytes(b"not the weights")
+    with pytest.raises(FinetuneError, match=name):
+        perceptual.ensure_weights("lpips-alex")
+
+
+def test_backbones_without_download_need_nothing():
+    assert perceptual.ensure_weights("l2") is None
+    assert perceptual.ensure_weights("efficientnet-lite0") is None
