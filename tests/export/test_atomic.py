@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from finetune.errors import ExportError
+from finetune.export.atomic import atomic_write
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_new_content_takes_the_place_of_the_old(tmp_path):
+    path = tmp_path / "net.pkl"
+    path.write_bytes(b"old")
+    with atomic_write(path) as stream:
+        stream.write(b"new")
+        stream.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["net.pkl"]
+
+
+def test_folders_are_made(tmp_path):
+    with atomic_write(tmp_path / "a" / "b" / "net.pkl") as stream:
+        stream.write(b"x")
+    assert (tmp_path / "a" / "b" / "net.pkl").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_an_interrupted_write_changes_nothing(tmp_path, error):
+    path = tmp_path / "net.pkl"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as stream:
+        stream.write(b"half of the n")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["net.pkl"]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_full_disk(tmp_path, monkeypatch, step, existed):
+    """Wherever the system runs out of space, the message says so and the folder looks as before."""
+    path = tmp_path / "net.pkl"
+    if existed:
+        path.write_bytes(b"old")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if step != "write":
+        monkeypatch.setattr(os, step, full)
+    with pytest.raises(ExportError) as caught, atomic_write(path) as stream:
+        stream.write(b"new")
+        if step == "write":
+            full()
+    message = str(caught.value)
+    assert "No space left" in message and "net.pkl" in message
+    assert ("previous file is untouched" in message) == existed
+    assert names(tmp_path) == (["net.pkl"] if existed else [])
+    assert not existed or path.read_bytes() == b"old"
+
+
+def test_the_target_is_a_folder(tmp_path):
+    with pytest.raises(ExportError, match="is a folder"), atomic_write(tmp_path):
+        raise AssertionError("never reached")
+
+
+def test_the_parent_is_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ExportError, match=r"file.net\.pkl"), atomic_write(tmp_path / "file" / "net.pkl"):
+        raise AssertionError("never reached")
+
+
+def test_not_allowed(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with (
+        pytest.raises(ExportError, match="Not allowed to write"),
+        atomic_write(tmp_path / "net.pkl") as stream,
+    ):
+        stream.write(b"x")
+    assert names(tmp_path) == []
+
+
+def test_a_link_stays_a_link(tmp_path):
+    target, link = tmp_path / "target.pkl", tmp_path / "link.pkl"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    with atomic_write(link) as stream:
+        stream.write(b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    with atomic_write(tmp_path / "net.pkl") as stream:
+        stream.write(b"x")
+    (tmp_path / "plain").write_bytes(b"x")
+    assert (tmp_path / "net.pkl").stat().st_mode == (tmp_path / "plain").stat().st_mode
