@@ -34,6 +34,9 @@ SYNTHESIS3 = (
     *("last_stopband_rel", "margin_size", "output_scale", "num_fp16_res", "conv_kernel", "filter_size"),
     *("lrelu_upsampling", "use_radial_filters", "conv_clamp", "magnitude_ema_beta"),
 )
+# Positional arguments of the two parts of a generator; its own are handed on to them.
+MAPPING_CALL = ("z_dim", "c_dim", "w_dim", "num_ws", *MAPPING)
+SYNTHESIS_CALL = ("w_dim", "img_resolution", "img_channels", "channel_base", "channel_max")
 BLOCK = ("activation", "resample_filter", "freeze_layers", "fp16_channels_last")
 EPILOGUE = ("mbstd_group_size", "mbstd_num_channels", "activation")
 
@@ -171,7 +174,10 @@ def _given_dict(net: Described, value: Any) -> dict[str, Any]:
 
 def _mapping(net: Described, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the mapping network at `mapping`; D has one only where there are classes."""
-    found = {**given, **{name: value for name, value in net.arguments("mapping").items() if name in MAPPING}}
+    found = {
+        **given,
+        **{name: value for name, value in net.arguments("mapping", MAPPING_CALL).items() if name in MAPPING},
+    }
     for name in ("num_layers", "w_avg_beta"):
         found[name] = net.get("mapping", name, found.get(name, MISSING))
     found["activation"] = net.get("mapping.fc0", "activation", found.get("activation", MISSING))
@@ -215,7 +221,11 @@ def _num_fp16_res(net: Described, path: str, given: Any) -> Any:
 def _synthesis3(net: Described, given: dict[str, Any]) -> dict[str, Any]:
     found = {
         **given,
-        **{name: value for name, value in net.arguments("synthesis").items() if name in SYNTHESIS3},
+        **{
+            name: value
+            for name, value in net.arguments("synthesis", SYNTHESIS_CALL).items()
+            if name in SYNTHESIS3
+        },
     }
     for name in ("num_layers", "num_critical", "margin_size", "output_scale", "num_fp16_res"):
         found[name] = net.get("synthesis", name, found.get(name, MISSING))

@@ -308,12 +308,14 @@ def test_what_this_python_and_torch_write(tmp_path, protocol):
     discriminator = stylegan2.Discriminator(0, 16, 1, channel_base=64, channel_max=4, num_fp16_res=1)
     weight = discriminator.b16.conv0.weight
     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    path = tmp_path / "D.pkl"
-    path.write_bytes(pickle.dumps({"D": discriminator, "augment_pipe": None}, protocol))
-    loaded = tensors_of(finetune.load(path).D)
-    wanted = tensors_of(discriminator)
-    assert loaded.keys() == wanted.keys()
-    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+    generator = stylegan2.Generator(4, 2, 4, 16, 1, {"num_layers": 1}, channel_base=64, channel_max=4)
+    path = tmp_path / "new.pkl"
+    path.write_bytes(pickle.dumps({"D": discriminator, "G_ema": generator, "augment_pipe": None}, protocol))
+    checkpoint = finetune.load(path)
+    for theirs, ours in ((checkpoint.D, discriminator), (checkpoint.G_ema, generator)):
+        loaded, wanted = tensors_of(theirs), tensors_of(ours)
+        assert loaded.keys() == wanted.keys()
+        assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
 
 class TestNonsense:
