@@ -119,7 +119,7 @@ class RunFolder:
             training_set_kwargs=self._training_set_kwargs(),
             provenance={
                 "source": self.source,
-                "training": json.loads(self.config.to_json()),
+                "training": public_options(self.config),
                 "nimg": state.nimg,
             },
         )

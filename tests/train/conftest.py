@@ -13,7 +13,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Call with (resolution, num_classes): a zip of 12 pictures of coloured discs, with labels if there are classes."""
+    """Call with (resolution, num_classes): a zip of 12 coloured discs, with labels if there are classes."""
     made = {}
 
     def make(resolution: int, num_classes: int = 0):

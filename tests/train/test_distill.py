@@ -1,0 +1,130 @@
+"""Self-distillation: exactly 0 for equal networks, and its schedule, share and resolution."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+
+from finetune.train.distill import Distillation, area_resize
+from finetune.train.latents import Draw, NoiseReplay, draw_latents, map_latents
+from finetune.train.perceptual import mean_squared
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SYNTHESIS = {"noise_mode": "random", "fused_modconv": False, "force_fp32": False}
+
+
+def generator(family, c_dim=0, device="cpu"):
+    shape = {"z_dim": 8, "c_dim": c_dim, "w_dim": 8, "img_resolution": 16, "img_channels": 3}
+    if family == "stylegan2":
+        from finetune.models.stylegan2 import Generator
+
+        G = Generator(**shape, channel_base=256, channel_max=16, mapping_kwargs={"num_layers": 2})
+        for name, parameter in G.named_parameters():
+            if name.endswith("noise_strength"):
+                torch.nn.init.constant_(parameter, 0.5)
+    else:
+        from finetune.models.stylegan3 import Generator
+
+        radial = {"use_radial_filters": True, "conv_kernel": 1} if family == "stylegan3-r" else {}
+        G = Generator(**shape, channel_base=256, channel_max=16, mapping_kwargs={"num_layers": 2}, **radial)
+    return G.to(device).train().requires_grad_(False)
+
+
+def distillation(teacher, **changes):
+    settings = {"weight": 1.0, "interval": 1, "warmup_nimg": 0, "batch_share": 1.0, "resolution": 256}
+    return Distillation(teacher=teacher, distance=mean_squared, **(settings | changes))
+
+
+def student_images(G, draw, device="cpu"):
+    replay = NoiseReplay(torch.device(device))
+    G.requires_grad_(True)
+    img = G.synthesis(map_latents(G, draw), **SYNTHESIS)
+    G.requires_grad_(False)
+    return img.detach(), replay
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_equal_teacher_gives_exactly_zero(family, share, device):
+    G = generator(family, c_dim=2, device=device)
+    teacher = copy.deepcopy(G).eval()
+    c = F.one_hot(torch.tensor([0, 1, 1, 0]), 2).float().to(device)
+    z = torch.randn(4, 8, device=device)
+    draw = Draw(z, c, torch.randn_like(z), cut=3)
+    img, replay = student_images(G, draw, device)
+    gradient, distances = distillation(teacher, batch_share=share).image_gradient(
+        img, draw, replay, 0, SYNTHESIS
+    )
+    assert torch.equal(distances, torch.zeros(math.ceil(4 * share), device=device))
+    assert torch.equal(gradient, torch.zeros_like(img))
+
+
+def test_the_zero_comes_from_shared_noise_and_a_shared_cut():
+    G = generator("stylegan2")
+    z, z2 = torch.randn(2, 2, 8)
+    draw = Draw(z, torch.zeros(2, 0), z2, cut=2)
+    img, replay = student_images(G, draw)
+    teacher = copy.deepcopy(G).eval()
+    other_noise = NoiseReplay(torch.device("cpu"))
+    other_cut = Draw(z, torch.zeros(2, 0), z2, cut=1)
+    for changed in ((draw, other_noise), (other_cut, replay)):
+        _, distances = distillation(teacher).image_gradient(img, *changed, 0, SYNTHESIS)
+        assert (distances > 1e-6).all()
+
+
+def test_the_teacher_leaves_no_trace_in_the_random_numbers():
+    G = generator("stylegan2")
+    draw = draw_latents(G, torch.zeros(2, 0), mixing=0.9)
+    img, replay = student_images(G, draw)
+    before = torch.get_rng_state()
+    distillation(copy.deepcopy(G).eval()).image_gradient(img, draw, replay, 0, SYNTHESIS)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_gradient_is_the_weighted_gradient_of_the_distance():
+    G, teacher = generator("stylegan2"), generator("stylegan2").eval()
+    draw = draw_latents(G, torch.zeros(4, 0), mixing=0)
+    img, replay = student_images(G, draw)
+    distil = distillation(teacher, weight=0.3, interval=4, batch_share=0.5)
+    gradient, distances = distil.image_gradient(img, draw, replay, 0, SYNTHESIS)
+    with replay.again():
+        target = teacher.synthesis(map_latents(teacher, draw), **SYNTHESIS)
+    assert_close(distances, (img - target)[:2].square().mean([1, 2, 3]), 1e-6)
+    expected = 0.3 * 4 * 2 * (img - target)[:2] / img[:2].numel()
+    assert_close(gradient[:2], expected, 1e-5)
+    assert torch.equal(gradient[2:], torch.zeros_like(img[2:]))
+
+
+def test_lazy_steps_count_as_often_as_they_are_skipped():
+    distil = distillation(None, weight=0.2, interval=4)
+    assert [step for step in range(12) if distil.due(step)] == [0, 4, 8]
+    weights = [distil.weight_at(10**6) if distil.due(step) else 0.0 for step in range(12)]
+    assert sum(weights) / 12 == pytest.approx(0.2)
+
+
+def test_the_weight_grows_over_the_warm_up():
+    distil = distillation(None, weight=0.2, warmup_nimg=1000)
+    assert [distil.weight_at(nimg) for nimg in (0, 500, 1000, 5000)] == [0.0, 0.1, 0.2, 0.2]
+
+
+def test_images_are_averaged_down_never_up():
+    img = torch.randn(2, 3, 8, 8)
+    assert_close(area_resize(img, 4), F.avg_pool2d(img, 2), 1e-6)
+    assert area_resize(img, 16) is img
+
+
+def test_style_mixing_takes_the_second_latent_from_the_cut_on():
+    G = generator("stylegan2")
+    z, z2 = torch.randn(2, 3, 8)
+    c = torch.zeros(3, 0)
+    ws = map_latents(G, Draw(z, c, z2, cut=2))
+    assert torch.equal(ws[:, :2], G.mapping(z, c)[:, :2])
+    assert torch.equal(ws[:, 2:], G.mapping(z2, c)[:, 2:])
+    cuts = [draw_latents(G, c, mixing=0.9).cut for _ in range(200)]
+    assert set(cuts) == {None, *range(1, G.num_ws)}
+    assert 5 <= cuts.count(None) <= 40
+    assert draw_latents(G, c, mixing=0).z2 is None

@@ -1,0 +1,117 @@
+"""The options: JSON both ways, all problems at once, and defaults with their reasons."""
+
+import dataclasses
+import json
+
+import pytest
+
+from finetune import recipes
+from finetune.config import TrainConfig, flag
+from finetune.errors import ConfigError
+
+FACTS = recipes.Facts("stylegan2", 256, 3, 0, 1500, "cpu", 2, from_scratch=False)
+
+
+def problems(**options):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**({"data": "pictures", "resume": "a.pkl"} | options)).validate()
+    return caught.value.problems
+
+
+def test_a_config_survives_json():
+    config = TrainConfig(data="pictures", resume="a.pkl", kimg=1.5, batch=8, sd_weight=0.05, mirror=True)
+    assert TrainConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["sd_weight"] == 0.05
+
+
+def test_a_bad_json_config_names_every_entry():
+    text = json.dumps({"batch": "eight", "colour": 1, "mirror": 1})
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_json(text)
+    message = str(caught.value)
+    assert all(name in message for name in ("batch", "'eight'", "colour", "mirror", "data"))
+    with pytest.raises(ConfigError, match="not JSON"):
+        TrainConfig.from_json("{")
+
+
+def test_every_problem_is_reported_at_once_with_its_flag():
+    found = problems(kimg=-1, p=2.0, target=float("nan"), sd_backbone="vgg", batch=10, batch_gpu=4)
+    text = "\n".join(found)
+    assert all(name in text for name in ("--kimg", "--p 2.0", "--target", "--sd-backbone vgg", "--batch 10"))
+    assert len(found) >= 5
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"resume": None}, "--scratch"),
+        ({"scratch": "stylegan2", "resolution": 64}, "either --resume"),
+        ({"cbase": 1024}, "--cbase"),
+        ({"resume": None, "scratch": "stylegan2"}, "--resolution: needed"),
+        ({"resume": None, "scratch": "stylegan2", "resolution": 48}, "power of two"),
+        ({"resume": None, "scratch": "stylegan2", "resolution": 64, "sd_teacher": "initial"}, "--sd-teacher"),
+        ({"resume": None, "scratch": "stylegan2", "resolution": 64, "freezed": 2}, "--freezed"),
+        ({"aug": "fixed"}, "--p"),
+        ({"p": 0.2}, "no effect"),
+        ({"aug": "noaug", "target": 0.5}, "no effect"),
+        ({"aug": "noaug", "augpipe": "bgc"}, "no effect"),
+        ({"sd_batch_share": 0.0}, "--sd-batch-share"),
+        ({"fit": "squeeze"}, "--fit squeeze"),
+    ],
+)
+def test_combinations_that_cannot_work(options, words):
+    assert any(words in problem for problem in problems(**options))
+
+
+def test_defaults_come_from_the_facts_and_have_reasons():
+    config, reasons = recipes.resolve(TrainConfig(data="pictures", resume="a.pkl"), FACTS)
+    config.validate()
+    table = {reason.name: reason for reason in reasons}
+    assert all(reason.why for reason in reasons)
+    assert all(getattr(config, name) == reason.value for name, reason in table.items())
+    assert config.batch == 16 and config.gamma == pytest.approx(0.0002 * 256**2 / 16, rel=1e-3)
+    assert config.ema_kimg == 16 * 10 / 32
+    assert "256 px" in table["gamma"].why and "1500 pictures" in table["kimg"].why
+    assert config.cbase is None  # the checkpoint says it
+
+
+def test_what_is_set_by_hand_stays_and_moves_what_depends_on_it():
+    config, reasons = recipes.resolve(TrainConfig(data="x", resume="a.pkl", batch=64, glr=0.01), FACTS)
+    assert (config.batch, config.glr) == (64, 0.01)
+    assert config.gamma == pytest.approx(0.0002 * 256**2 / 64, rel=1e-3)
+    assert next(reason.why for reason in reasons if reason.name == "batch") == "set by hand"
+
+
+@pytest.mark.parametrize("resolution, gamma", [(128, 0.5), (256, 2), (512, 8), (1024, 32)])
+def test_stylegan3_gamma_is_the_published_one(resolution, gamma):
+    assert recipes.r1_gamma("stylegan3-t", resolution, batch=32) == pytest.approx(gamma)
+
+
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
+@pytest.mark.parametrize("resolution", [16, 64, 256, 1024])
+@pytest.mark.parametrize("batch", [None, 7])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("scratch", [False, True])
+def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, device_type, scratch):
+    facts = recipes.Facts(family, resolution, 3, 0, 100, device_type, 8, from_scratch=scratch)
+    start = {"scratch": family, "resolution": resolution} if scratch else {"resume": "a.pkl"}
+    config, _ = recipes.resolve(TrainConfig(data="x", batch=batch, **start), facts)
+    config.validate()
+    assert config.batch % config.batch_gpu == 0
+    optional = {"resume", "scratch", "desc", "fit", "p"} | ({"seed"} if scratch else set())
+    optional |= set() if scratch else {"resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim"}
+    unset = {name for name, value in dataclasses.asdict(config).items() if value is None}
+    assert unset <= optional
+
+
+def test_options_without_effect_are_not_listed():
+    off, reasons = recipes.resolve(TrainConfig(data="x", resume="a", sd_weight=0.0, aug="noaug"), FACTS)
+    names = {reason.name for reason in reasons}
+    assert not names & {"sd_backbone", "sd_interval", "augpipe", "target"}
+    assert off.sd_weight == 0.0
+    on, _ = recipes.resolve(TrainConfig(data="x", resume="a", sd_backbone="l2"), FACTS)
+    assert on.sd_weight == recipes.SD_WEIGHT and on.sd_interval == 1
+
+
+def test_flags_spell_fields():
+    assert flag("sd_batch_share") == "--sd-batch-share"

@@ -1,0 +1,374 @@
+"""Whole runs on tiny networks: what they leave behind, what moves, and what they refuse."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import finetune
+from finetune.config import TrainConfig
+from finetune.errors import ConfigError, DataError, TrainingError, WeightsMissing
+from finetune.sampling import to_uint8, z_from_seeds
+from finetune.train import loop
+from finetune.train.build import build_plan
+from finetune.train.perceptual import mean_squared
+from finetune.train.run import prepare, run, start
+from finetune.train.watch import Watch
+
+FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
+CPU = torch.device("cpu")
+
+
+def options(pictures, tmp_path, family="stylegan2", **changes):
+    tiny = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "w_dim": 8, "map_depth": 2}
+    if changes.get("resume"):
+        tiny, family = {}, None
+    short = {"kimg": 0.032, "batch": 4, "tick": 0.016, "snap": 1, "device": "cpu", "workers": 0}
+    distil = {"sd_backbone": "l2", "sd_weight": 0.5}
+    settings = {"data": str(pictures(16)), "outdir": str(tmp_path / "runs"), "scratch": family}
+    return TrainConfig(**(settings | tiny | short | distil | changes))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=100)
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def weights(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def moved(before, network):
+    return {name for name, tensor in network.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+def train_steps(prepared, num_steps, plan=None):
+    """The loop alone, without a run folder."""
+    plan = dataclasses.replace(plan or prepared.plan, total_nimg=num_steps * prepared.plan.batch)
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
+    shape = [plan.batch, 3, prepared.facts.resolution, prepared.facts.resolution]
+    labels = prepared.image_set.random_labels(plan.batch)
+
+    def batches():
+        while True:
+            yield torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), labels
+
+    loop.train(prepared.state, plan, batches(), Watch(CPU, 10**9, lambda state, numbers: None))
+    return prepared.state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_leaves_everything_behind(family, pictures, tmp_path):
+    ticks = []
+    config = options(pictures, tmp_path, family, aug="fixed", p=0.5, desc="first try")
+    result = run(config, console=quiet(), on_tick=lambda state, numbers: ticks.append(numbers))
+
+    names = {path.name for path in result.run_dir.iterdir()}
+    stems = ("000000.016", "000000.032")
+    assert names == {"config.json", "log.jsonl", "reals.png", "fakes-init.png"} | {
+        name for stem in stems for name in (f"fakes{stem}.png", f"network-snapshot-{stem}.pkl")
+    }
+    assert result.run_dir.name == f"00000-discs16-0-{family}-16-first-try"
+    assert TrainConfig.read(result.run_dir / "config.json") == result.config
+    sizes = {read(result.run_dir / name).shape for name in names if name.endswith(".png")}
+    assert sizes == {(16, 12 * 16, 3)}
+
+    lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
+    assert [line["nimg"] for line in lines] == [16, 32] and len(ticks) == 2
+    for line in lines:
+        assert line["p"] == 0.5 and line["img_per_sec"] > 0
+        measured = {"loss_G", "loss_D", "loss_sd", "score_fake", "score_real", "sign_real", "sign_fake"}
+        assert measured | ({"path_length"} if family == "stylegan2" else set()) <= line.keys()
+        assert all(np.isfinite(value) for value in line.values() if isinstance(value, float))
+        assert {"Gmain", "Gdistill", "Dmain", "data"} <= line["sec_per_phase"].keys()
+    assert "r1_penalty" in lines[0] and "r1_penalty" not in lines[1]
+
+    checkpoint = finetune.load(result.snapshot)
+    assert checkpoint.missing == [] and checkpoint.family == family
+    assert checkpoint.provenance.nimg == 32 == result.nimg
+    assert checkpoint.provenance.training["sd_weight"] == 0.5
+    assert "/" not in checkpoint.provenance.training["data"]
+    img = checkpoint.G_ema(z_from_seeds([0], 8), torch.zeros(1, 0), noise_mode="const")
+    sheet = read(result.run_dir / "fakes000000.032.png")
+    np.testing.assert_allclose(to_uint8(img)[0].astype(int), sheet[:16, :16].astype(int), atol=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_move_and_the_average_follows(family, pictures, tmp_path):
+    prepared = prepare(options(pictures, tmp_path, family, ema_kimg=0.004))
+    state = prepared.state
+    before = {name: weights(getattr(state, name)) for name in ("G", "D", "G_ema")}
+    train_steps(prepared, 5)
+    for name in ("G", "D"):
+        network = getattr(state, name)
+        still = {key for key, _ in network.named_parameters()} - moved(before[name], network)
+        assert not still, f"{name} stood still in {still}"
+    for (key, mean), value in zip(state.G_ema.named_parameters(), state.G.parameters()):
+        start_, now, average = before["G_ema"][key], value.detach(), mean.detach()
+        assert (average - now).norm() < (start_ - now).norm(), key
+        assert not torch.equal(average, now), key
+    for (key, mean), value in zip(state.G_ema.named_buffers(), state.G.buffers()):
+        assert torch.equal(mean, value), key
+    averages = [key for key in moved(before["G"], state.G) if key.endswith(("w_avg", "magnitude_ema"))]
+    assert len(averages) == (1 if family == "stylegan2" else 1 + 15)
+
+
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
+@pytest.mark.parametrize("weight", [0.0, 1e-35])
+def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, pictures, tmp_path):
+    """A distillation that pulls with no (or vanishing) force changes no weight: it draws no random number."""
+    plain = prepare(options(pictures, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
+    assert plain.plan.distillation is None
+    distilled = prepare(options(pictures, tmp_path, family, aug="fixed", p=0.3))
+    config = dataclasses.replace(distilled.config, sd_weight=weight)
+    arguments = config, distilled.facts, distilled.state, mean_squared, distilled.plan.labels, CPU
+    plan = build_plan(*arguments)
+    assert plan.distillation is not None
+    train_steps(plain, 5)
+    train_steps(distilled, 5, plan)
+    for name in ("G", "D", "G_ema"):
+        expected = weights(getattr(plain.state, name))
+        assert moved(expected, getattr(distilled.state, name)) == set()
+
+
+def test_distillation_changes_the_outcome(pictures, tmp_path):
+    plain = train_steps(prepare(options(pictures, tmp_path, sd_weight=0.0)), 3)
+    distilled = train_steps(prepare(options(pictures, tmp_path, sd_weight=10.0)), 3)
+    assert moved(weights(plain.G), distilled.G)
+
+
+def test_a_run_repeats_itself(pictures, tmp_path):
+    first, second = (run(options(pictures, tmp_path, seed=7), console=quiet()) for _ in range(2))
+    assert (first.run_dir.name[:5], second.run_dir.name[:5]) == ("00000", "00001")
+    a, b = finetune.load(first.snapshot), finetune.load(second.snapshot)
+    for name in ("G", "D", "G_ema"):
+        assert moved(weights(getattr(a, name)), getattr(b, name)) == set()
+
+
+def test_resuming_starts_from_the_weights_and_says_so(pictures, tmp_path):
+    parent = run(options(pictures, tmp_path), console=quiet())
+    checkpoint = finetune.load(parent.snapshot)
+    console = quiet()
+    config = options(
+        pictures,
+        tmp_path,
+        resume=str(parent.snapshot),
+        freezed=2,
+        aug="noaug",
+        mirror=True,
+        sd_teacher="initial",
+    )
+    prepared = prepare(config)
+    for name in ("G", "D", "G_ema"):
+        assert moved(weights(getattr(checkpoint, name)), getattr(prepared.state, name)) == set()
+    result = run(config, console=console)
+    text = console.file.getvalue()
+    assert "Weights only" in text and "24 pictures" not in text and "12 pictures" in text
+    assert "--gamma" in text and "set by hand" in text
+    child = finetune.load(result.snapshot)
+    changed = moved(weights(checkpoint.D), child.D)
+    frozen = {"b16.fromrgb.weight", "b16.fromrgb.bias", "b16.conv0.weight", "b16.conv0.bias"}
+    assert not changed & frozen and "b16.conv1.weight" in changed
+    assert child.provenance.parent["sha256"] == checkpoint.provenance.sha256
+    assert child.augment_pipe is None
+
+
+def test_a_frozen_discriminator_thaws(pictures, tmp_path):
+    frozen = run(options(pictures, tmp_path, sd_weight=0.0), console=quiet())
+    frozen = run(options(pictures, tmp_path, resume=str(frozen.snapshot), freezed=3), console=quiet())
+    prepared = prepare(options(pictures, tmp_path, resume=str(frozen.snapshot)))
+    before = weights(prepared.state.D)
+    train_steps(prepared, 2)
+    assert "b16.fromrgb.weight" in moved(before, prepared.state.D)
+
+
+def test_the_initial_teacher_stays_as_it_was(pictures, tmp_path):
+    parent = run(options(pictures, tmp_path), console=quiet())
+    prepared = prepare(options(pictures, tmp_path, resume=str(parent.snapshot), sd_teacher="initial"))
+    teacher = prepared.plan.distillation.teacher
+    before = weights(teacher)
+    train_steps(prepared, 3)
+    assert moved(before, teacher) == set() and moved(before, prepared.state.G_ema)
+
+
+@pytest.mark.parametrize("name", ["stylegan2-ada-32", "stylegan2-tf-32", "stylegan3-t-32", "stylegan3-r-32"])
+def test_public_checkpoints_train(name, golden_dir, pictures, tmp_path):
+    changes = {"data": str(pictures(32)), "resume": str(golden_dir / f"{name}.pkl"), "fit": "stretch"}
+    c_dim = finetune.load(golden_dir / f"{name}.pkl").best.c_dim
+    if c_dim:
+        changes["data"] = str(pictures(32, c_dim))
+    prepared = prepare(options(pictures, tmp_path, kimg=0.004, batch=2, **changes))
+    before = {key: weights(getattr(prepared.state, key)) for key in ("G", "D", "G_ema")}
+    train_steps(prepared, 2)
+    for key, values in before.items():
+        assert moved(values, getattr(prepared.state, key)), key
+
+
+def test_conditional_training(pictures, tmp_path):
+    config = options(pictures, tmp_path, data=str(pictures(16, 3)), cond=True)
+    result = run(config, console=quiet())
+    G = finetune.load(result.snapshot).G_ema
+    assert G.c_dim == 3
+    with pytest.raises(ConfigError, match="--no-cond: the checkpoint has 3 classes"):
+        prepare(options(pictures, tmp_path, resume=str(result.snapshot), cond=False))
+    with pytest.raises(DataError):
+        prepare(options(pictures, tmp_path, resume=str(result.snapshot)))  # pictures without labels
+    with pytest.raises(DataError):
+        prepare(options(pictures, tmp_path, resume=str(result.snapshot), data=str(pictures(16, 4))))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_accumulated_parts_make_the_gradient_of_the_batch(parts, pictures, tmp_path):
+    prepared = prepare(options(pictures, tmp_path, sd_weight=0.0, aug="noaug"))
+    plan = dataclasses.replace(prepared.plan, batch_gpu=4 // parts, gamma=2.0)
+    critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 1), torch.nn.Softplus())
+    critic = critic.requires_grad_(False)
+    state = dataclasses.replace(
+        prepared.state, D=_Critic(critic), opt_D=torch.optim.SGD(critic.parameters(), lr=1.0)
+    )
+    img, c = torch.randn(4, 3, 16, 16), torch.zeros(4, 0)
+    reals = list(zip(img.split(plan.batch_gpu), c.split(plan.batch_gpu)))
+
+    reference = {name: value.clone().requires_grad_() for name, value in critic.named_parameters()}
+    x = img.clone().requires_grad_()
+    logits = torch.func.functional_call(critic, reference, x)
+    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    loss = 2.0 / 2 * 16 * gradient.square().sum([1, 2, 3]).mean()
+    expected = torch.autograd.grad(loss, list(reference.values()))
+
+    before = [value.clone() for value in critic.parameters()]
+    loop.r1_step(state, plan, reals, Watch(CPU, 10**9, lambda state, numbers: None))
+    for old, new, grad in zip(before, critic.parameters(), expected):
+        torch.testing.assert_close(old - new, grad, rtol=1e-3, atol=1e-6)
+
+
+class _Critic(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, img, c, force_fp32=False):
+        return self.layers(img)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(pictures, tmp_path):
+    def interrupt(state, numbers):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(options(pictures, tmp_path, kimg=10, snap=100), console=quiet(), on_tick=interrupt)
+    (snapshot,) = (tmp_path / "runs").glob("*/network-snapshot-*.pkl")
+    assert finetune.load(snapshot).provenance.nimg == 16
+
+
+def test_divergence_ends_the_run_and_spares_the_snapshot(pictures, tmp_path):
+    config = options(pictures, tmp_path, kimg=1, tick=0.008, snap=1, glr=1e-4, dlr=1e-4)
+
+    def poison(state, numbers):
+        if state.nimg >= 16:
+            next(iter(state.G.parameters())).fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match=r"loss_G became nan in Gmain at 0\.0\d+ kimg"):
+        run(config, console=quiet(), on_tick=poison)
+    snapshots = sorted((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
+    assert len(snapshots) == 2
+    for network in (finetune.load(snapshots[-1]).G, finetune.load(snapshots[-1]).G_ema):
+        assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
+
+
+def test_a_snapshot_of_broken_weights_is_not_written(pictures, tmp_path):
+    def poison(state, numbers):
+        state.G_ema.mapping.fc0.weight.fill_(float("inf"))
+
+    config = options(pictures, tmp_path, kimg=0.016, tick=0.016, sd_weight=0.0)
+    with pytest.raises(TrainingError, match="G_ema has weights that are not finite"):
+        run(config, console=quiet(), on_tick=poison)
+    assert not list((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
+
+
+def test_a_run_folder_is_not_continued_yet_and_its_snapshot_is_named(pictures, tmp_path):
+    result = run(options(pictures, tmp_path), console=quiet())
+    with pytest.raises(ConfigError, match=result.snapshot.name):
+        prepare(options(pictures, tmp_path, resume=str(result.run_dir)))
+
+
+def test_a_checkpoint_without_discriminator_is_refused(pictures, tmp_path):
+    from finetune.export.stylegan_pickle import save_stylegan_pickle
+
+    prepared = prepare(options(pictures, tmp_path))
+    path = tmp_path / "generator.pkl"
+    save_stylegan_pickle(path, G=None, D=None, G_ema=prepared.state.G_ema, provenance={})
+    with pytest.raises(ConfigError, match="holds G_ema but no discriminator"):
+        prepare(options(pictures, tmp_path, resume=str(path)))
+
+
+def test_a_missing_generator_is_the_other_one(pictures, tmp_path):
+    from finetune.export.stylegan_pickle import save_stylegan_pickle
+
+    state = prepare(options(pictures, tmp_path)).state
+    path = tmp_path / "pair.pkl"
+    save_stylegan_pickle(path, G=None, D=state.D, G_ema=state.G_ema, provenance={})
+    console = quiet()
+    config = options(pictures, tmp_path, resume=str(path), kimg=0.004)
+    assert moved(weights(state.G_ema), prepare(config).state.G) == set()
+    run(config, console=console)
+    assert "has no G" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"precision": "fp16"}, ConfigError, "need CUDA"),
+        ({"sd_backbone": "lpips-vgg"}, WeightsMissing, "vgg16-397923af.pth"),
+        ({"data": "nowhere"}, DataError, "nowhere"),
+        ({"resolution": 32}, DataError, "16"),
+        ({"kimg": -1.0}, ConfigError, "--kimg"),
+        ({"device": "tpu"}, ConfigError, "--device"),
+    ],
+)
+def test_nothing_is_written_before_everything_fits(changes, error, words, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(error, match=words):
+        run(options(pictures, tmp_path, **changes), console=quiet())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_many_frozen_layers(pictures, tmp_path):
+    parent = run(options(pictures, tmp_path, kimg=0.004), console=quiet())
+    with pytest.raises(ConfigError, match="--freezed 99: this discriminator has 7 layers"):
+        prepare(options(pictures, tmp_path, resume=str(parent.snapshot), freezed=99))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_cuda(family, precision, pictures, tmp_path):
+    result = run(options(pictures, tmp_path, family, device="cuda", precision=precision), console=quiet())
+    assert finetune.load(result.snapshot).missing == []
+
+
+def test_start_keeps_an_earlier_snapshot_when_stopped_in_between(pictures, tmp_path):
+    prepared = prepare(options(pictures, tmp_path, kimg=100, tick=1, snap=1))
+
+    def stop(state, numbers):
+        if state.nimg >= 1000:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    prepared.state.nimg = 996  # as if the run had come to the first whole kimg
+    with pytest.raises(KeyboardInterrupt):
+        start(prepared, console=quiet(), on_tick=stop)
+    names = sorted(path.name for path in (tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
+    assert names == ["network-snapshot-000001.000.pkl", "network-snapshot-000001.pkl"]
