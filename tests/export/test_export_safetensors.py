@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from conftest import GOLDEN_NETWORKS
+from tolerances import NETWORK_F32, assert_close
+
+from finetune.errors import CheckpointError, CheckpointMismatch
+from finetune.export.safetensors import load_any, load_safetensors, save_safetensors
+
+NAME = "stylegan2-64-cond"
+
+
+@pytest.fixture(scope="module")
+def exported(golden_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("safetensors") / "net.safetensors"
+    save_safetensors(path, golden_checkpoint(NAME))
+    return path
+
+
+def header_of(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return dict(file.metadata())
+
+
+def rewrite(path, target, change_tensors=None, change_header=None):
+    """Copy a file with its tensors and header changed by the functions given."""
+    tensors, header = safetensors.numpy.load_file(path), header_of(path)
+    for function, value in ((change_tensors, tensors), (change_header, header)):
+        if function is not None:
+            function(value)
+    safetensors.numpy.save_file(tensors, target, header)
+    return target
+
+
+@pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+def test_golden_numbers_survive(golden_checkpoint, golden_network, tmp_path, name):
+    path = tmp_path / "net.safetensors"
+    save_safetensors(path, golden_checkpoint(name))
+    again = load_any(path)
+    _, golden = golden_network(name)
+    z, c, real = (torch.from_numpy(golden[key]) for key in ("z", "c", "real"))
+    assert again.missing == [] and again.family == golden_checkpoint(name).family
+    assert_close(again.G_ema(z, c, noise_mode="const"), golden["img"], NETWORK_F32, "img")
+    assert_close(again.D(real, c), golden["logits_real"], NETWORK_F32, "logits_real")
+    for network in ("G", "D", "G_ema"):
+        module = getattr(again, network)
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_any_reader_understands_the_file(exported, golden_checkpoint):
+    """Tensors under their dotted names, and a header that is strings and JSON."""
+    checkpoint, header = golden_checkpoint(NAME), header_of(exported)
+    tensors = safetensors.numpy.load_file(exported)
+    np.testing.assert_array_equal(
+        tensors["G_ema.synthesis.b4.const"], checkpoint.G_ema.synthesis.b4.const.numpy()
+    )
+    assert {name.split(".")[0] for name in tensors} == {"G", "D", "G_ema"}
+    networks = json.loads(header["networks"])
+    assert networks["G_ema"]["class"] == "Generator"
+    assert networks["G_ema"]["init_kwargs"] == json.loads(json.dumps(checkpoint.G_ema.init_kwargs))
+    assert header["family"] == "stylegan2"
+    assert json.loads(header["finetune"])["source"]["sha256"] == checkpoint.provenance.sha256
+
+
+def test_provenance(exported, golden_checkpoint):
+    provenance = load_safetensors(exported).provenance
+    assert provenance.generation == "finetune"
+    assert provenance.parent == golden_checkpoint(NAME).provenance.to_dict()
+    assert provenance.size == exported.stat().st_size
+
+
+def test_a_missing_and_a_stray_tensor(exported, tmp_path):
+    def change(tensors):
+        tensors["G.mapping.fc9.weight"] = tensors.pop("G.mapping.fc0.weight")
+
+    path = rewrite(exported, tmp_path / "x.safetensors", change)
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_safetensors(path)
+    assert any("mapping.fc0.weight" in line for line in caught.value.differences)
+    assert any("mapping.fc9.weight" in line for line in caught.value.differences)
+
+
+def test_another_shape_and_dtype(exported, tmp_path):
+    def change(tensors):
+        tensors["D.b4.out.weight"] = tensors["D.b4.out.weight"][:, :-1].copy()
+        tensors["D.b4.fc.bias"] = tensors["D.b4.fc.bias"].astype(np.float16)
+
+    path = rewrite(exported, tmp_path / "x.safetensors", change)
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_safetensors(path)
+    assert len(caught.value.differences) == 2
+
+
+def test_tensors_of_no_network(exported, tmp_path):
+    path = rewrite(exported, tmp_path / "x.safetensors", lambda tensors: tensors.update(E=np.zeros(1)))
+    with pytest.raises(CheckpointError, match="what is no network: E"):
+        load_safetensors(path)
+
+
+def change_arguments(**changes):
+    def change(header):
+        networks = json.loads(header["networks"])
+        networks["G"]["init_kwargs"].update(changes)
+        header["networks"] = json.dumps(networks)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_arguments(img_resolution=1 << 40),
+        change_arguments(w_dim="512"),
+        change_arguments(channel_max=-1),
+        lambda header: header.update(networks='{"G": 1, "D": 1, "G_ema": 1}'),
+        lambda header: header.update(networks='{"G": '),
+        lambda header: header.update(networks="[" * 100_000),
+        lambda header: header.update(networks="{}"),
+        lambda header: header.update(finetune="[1]"),
+        lambda header: header.update(format="pt"),
+    ],
+)
+def test_hostile_headers(exported, tmp_path, change):
+    path = rewrite(exported, tmp_path / "x.safetensors", change_header=change)
+    with pytest.raises(CheckpointError):
+        load_safetensors(path)
+
+
+def test_no_such_file_and_no_such_format(exported, tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_safetensors(tmp_path / "absent.safetensors")
+    for content in (b"", b"no tensors", exported.read_bytes()[:-5]):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_safetensors(tmp_path / "x.safetensors")
+
+
+def test_safetensors_of_others_are_refused(tmp_path):
+    safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / "x.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="has the format 'pt'"):
+        load_safetensors(tmp_path / "x.safetensors")
