@@ -111,7 +111,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
         provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
     notes = [note for item in rebuilt.values() for note in item.notes]
     if unknown := sorted(printable(str(key)) for key in extras.keys() - set(ENTRIES)):
-        notes.append(f"entries without meaning here: {', '.join(unknown)}")
+        notes.append(f"entries without meaning here: {', '.join(unknown[:20])}")
     options = plain(extras.get("training_set_kwargs"), 0)
     modules = {name: item.module.to(device) for name, item in rebuilt.items()}
     return Checkpoint(

@@ -8,9 +8,11 @@ from typing import Any
 from finetune.checkpoint.safe_pickle import Array, PersistentObject, Tensor, damaged, printable
 
 MAX_MODULES = 5_000  # the largest public network has about 200
+MAX_ENTRIES = 50_000  # attributes and tensors of all its modules; the largest has about 5,000
 MAX_DEPTH = 16
 MAX_VALUES = 1_000  # in the arguments of one constructor, one attribute, or the training options
 
+GROUPS = ("_parameters", "_buffers", "_modules")
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING", "__slots__": ()})()
 
 
@@ -49,16 +51,17 @@ def describe(network: PersistentObject) -> Described:
     """
     found = Described(network.class_name, network.offset)
     todo = [("", network)]
+    num_entries = 0  # one dict may be the state of many modules, so the file's size bounds nothing here
     while todo:
         path, module = todo.pop()
+        tables = (module.state, *(module.state.get(group) for group in GROUPS))
+        num_entries += sum(len(table) for table in tables if type(table) is dict)
+        if num_entries > MAX_ENTRIES:
+            damaged("its modules have attributes without end", network.offset)
         if path.count(".") >= MAX_DEPTH or len(found.modules) >= MAX_MODULES:
             damaged("its modules are nested without end", network.offset)
         prefix = path + "." if path else ""
-        found.modules[path] = {
-            name: value
-            for name, value in module.state.items()
-            if name not in ("_parameters", "_buffers", "_modules")
-        }
+        found.modules[path] = {name: value for name, value in module.state.items() if name not in GROUPS}
         for group in ("_parameters", "_buffers"):
             for name, tensor in _children(module, group, Tensor):
                 found.tensors[prefix + name] = tensor

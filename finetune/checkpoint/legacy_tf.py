@@ -31,6 +31,7 @@ from torch_utils.ops import upfirdn2d
 OLDEST_VERSION = 4
 UNUSED = {"lod"}  # left over from progressive growing
 MAX_COMPONENTS = 16
+MAX_VARIABLES = 10_000  # of a component; the largest has about 200
 
 # Option of the file -> (argument of ours, the value where the file has none).
 GENERATOR_OPTIONS: dict[str, tuple[str, Any]] = {
@@ -131,7 +132,7 @@ def _components(network: TFNetwork) -> dict[str, TFNetwork]:
 
 def _variables(network: TFNetwork, offset: int) -> dict[str, np.ndarray]:
     variables = network.state.get("variables")
-    if type(variables) is not list:
+    if type(variables) is not list or len(variables) > MAX_VARIABLES:
         damaged("a TensorFlow network without variables", offset)
     found: dict[str, np.ndarray] = {}
     for item in variables:

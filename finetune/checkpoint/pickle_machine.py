@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,13 +169,14 @@ class Machine:
             size *= 4
 
     def text(self, raw: memoryview) -> str:
-        self.budget.copy(len(raw), self.at)
         if len(raw) > MAX_TEXT and NOT_LATIN1.search(raw):  # would take four bytes a character
             raise self.refuse(f"a text of {len(raw):,} bytes, which is neither code nor packed bytes")
         try:
-            return str(raw, "utf-8", "surrogatepass")
+            text = str(raw, "utf-8", "surrogatepass")
         except UnicodeDecodeError:
             raise self.refuse("a text is not UTF-8") from None
+        self.budget.copy(sys.getsizeof(text) - sys.getsizeof(""), self.at)
+        return text
 
     # The stack.
 

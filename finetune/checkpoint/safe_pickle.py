@@ -125,7 +125,7 @@ def read_pickle(path: Path) -> PickleFile:
 
 def loads(data: bytes) -> Any:
     """The stand-ins that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
-    budget = Budget(steps=MAX_OPCODES, copied=2 * len(data) + (1 << 20))
+    budget = Budget(steps=MAX_OPCODES, copied=len(data) * 3 // 2 + (1 << 20))
     machine = Machine(memoryview(data), CheckpointWorld(budget), budget)
     root = machine.run()
     if machine.position != len(data):

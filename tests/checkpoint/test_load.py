@@ -342,8 +342,9 @@ class TestNonsense:
         kwargs["mapping_kwargs"] = {}
         (kwargs if name in SYNTHESIS2 + SYNTHESIS3 else kwargs["mapping_kwargs"])[name] = 2**62
         for state in each_module(network):
-            if name in state:
-                state[name] = 2**62
+            for values in (state, state["_init_kwargs"]):
+                if name in values:
+                    values[name] = 2**62
             if name == "lr_multiplier" and "bias_gain" in state:
                 state["bias_gain"] = 2**62
         with pytest.raises(PickleRefused, match=name):
@@ -382,6 +383,14 @@ class TestNonsense:
         with pytest.raises(PickleRefused, match="without end"):
             describe(tree)
         assert 10**14 > MAX_MODULES
+
+    def test_attributes_without_end(self):
+        """One dict as the state of many modules costs a file little, and reading it often must not cost much."""
+        many = {f"a{i}": None for i in range(30_000)}
+        leaf = PersistentObject("Leaf", {"_parameters": many, "_buffers": many, "_modules": {}}, 7)
+        tree = PersistentObject("Tree", {**leaf.state, "_modules": {f"m{i}": leaf for i in range(1000)}}, 7)
+        with pytest.raises(PickleRefused, match="attributes without end"):
+            describe(tree)
 
     @pytest.mark.parametrize(
         "state",
