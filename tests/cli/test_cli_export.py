@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+
+import pytest
+from click.testing import CliRunner
+
+import finetune
+from finetune.cli import cli
+from finetune.export.safetensors import load_safetensors
+from finetune.export.stylegan_pickle import save_stylegan_pickle
+
+NAME = "stylegan2-64-cond"
+
+
+@pytest.fixture
+def source(golden_dir):
+    return golden_dir / f"{NAME}.pkl"
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(cli, ["export", *map(str, args)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("file_format", "load"), [("stylegan-pkl", finetune.load), ("safetensors", load_safetensors)]
+)
+def test_export(source, tmp_path, file_format, load):
+    out = tmp_path / f"net.{file_format}"
+    output = run("--network", source, "--format", file_format, "--out", out)
+    again = load(out)
+    sha256 = finetune.load(source).provenance.sha256
+    assert again.missing == [] and again.provenance.parent["sha256"] == sha256
+    assert "264 tensors equal, 16 images, largest difference 0" in output
+    assert f"Source: {source.name} (sha256 {sha256})" in output
+    assert "Licence: not known" in output
+
+
+def test_lineage_and_licence_are_printed(source, tmp_path):
+    checkpoint = finetune.load(source)
+    parent = {
+        "generation": "sg3",
+        "source": "ffhq.pkl",
+        "sha256": "ab" * 32,
+        "size": 1,
+        "licence": "CC-BY-NC-4.0",
+    }
+    snapshot = tmp_path / "snapshot.pkl"
+    save_stylegan_pickle(
+        snapshot,
+        G=None,
+        D=None,
+        G_ema=checkpoint.G_ema,
+        provenance={"source": parent, "training": {}, "nimg": 2500},
+    )
+    output = run("--network", snapshot, "--out", tmp_path / "out.pkl")
+    assert "trained for 2.5 kimg" in output
+    assert f"from: ffhq.pkl (sha256 {'ab' * 32})" in output
+    assert "Licence: CC-BY-NC-4.0" in output
+    assert "The source has no G and no D" in output and "Loaders that insist on G, D and G_ema" in output
+    assert finetune.load(tmp_path / "out.pkl").provenance.licence == "CC-BY-NC-4.0"
+
+
+def test_between_formats_and_back(source, tmp_path):
+    run("--network", source, "--format", "safetensors", "--out", tmp_path / "a.safetensors")
+    run("--network", tmp_path / "a.safetensors", "--out", tmp_path / "b.pkl")
+    ours, theirs = (finetune.load(path).G_ema.state_dict() for path in (source, tmp_path / "b.pkl"))
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert finetune.load(tmp_path / "b.pkl").provenance.parent["source"] == source.name
+
+
+@pytest.mark.parametrize("way", ["same", "relative", "link"])
+def test_the_input_is_not_overwritten(source, tmp_path, monkeypatch, way):
+    copy = tmp_path / "net.pkl"
+    copy.write_bytes(source.read_bytes())
+    link = tmp_path / "link.pkl"
+    link.symlink_to(copy)
+    monkeypatch.chdir(tmp_path)
+    out = {"same": copy, "relative": "./net.pkl", "link": link}[way]
+    output = run("--network", copy, "--out", out, code=2)
+    assert "is the checkpoint itself" in output
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def test_the_newest_snapshot_of_a_run_is_not_overwritten(source, tmp_path):
+    snapshot = tmp_path / "network-snapshot-000001.pkl"
+    snapshot.write_bytes(source.read_bytes())
+    output = run("--network", tmp_path, "--out", snapshot, code=2)
+    assert "is the checkpoint itself" in output
+
+
+def test_a_full_disk(source, tmp_path, monkeypatch):
+    out = tmp_path / "net.pkl"
+    out.write_bytes(b"old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    output = run("--network", source, "--out", out, code=2)
+    assert "No space left" in output and "previous file is untouched" in output
+    assert out.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pkl"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--network", "absent.pkl", "--out", "x.pkl"], "absent.pkl does not exist"),
+        (["--network", "{source}", "--out", "."], "is a folder"),
+        (["--network", "{source}", "--out", "x.onnx", "--format", "onnx"], "onnx"),
+        (["--network", "{source}"], "--out"),
+    ],
+)
+def test_errors(source, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    output = run(*(arg.format(source=source) for arg in args), code=2)
+    assert message in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_leave_out_the_augmentation_pipe(golden_dir, tmp_path):
+    source = golden_dir / "stylegan2-32.pkl"
+    assert finetune.load(source).augment_pipe is not None
+    output = run("--network", source, "--format", "safetensors", "--out", tmp_path / "x.safetensors")
+    assert "augmentation pipe" in output
+    pickle = run("--network", source, "--out", tmp_path / "x.pkl")
+    assert "augmentation pipe" not in pickle
+    assert finetune.load(tmp_path / "x.pkl").augment_pipe is not None
+
+
+def test_a_discriminator_alone(source, tmp_path):
+    checkpoint = dataclasses.replace(finetune.load(source), G=None, G_ema=None)
+    save_stylegan_pickle(tmp_path / "d.pkl", G=None, D=checkpoint.D, G_ema=None)
+    output = run("--network", tmp_path / "d.pkl", "--out", tmp_path / "out.pkl")
+    assert "0 images" in output and "no G and no G_ema" in output

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import finetune
+from finetune.cli import cli
+from finetune.export.stylegan_pickle import save_stylegan_pickle
+
+
+@pytest.fixture
+def run(golden_dir, tmp_path):
+    """Call with the arguments after `generate --network … --outdir …`."""
+
+    def invoke(*args, code=0, network="stylegan2-32"):
+        outdir = tmp_path / "out"
+        arguments = [
+            "generate",
+            "--network",
+            str(golden_dir / f"{network}.pkl"),
+            "--outdir",
+            str(outdir),
+            *args,
+        ]
+        result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        assert result.exit_code == code, result.output
+        return result, outdir
+
+    return invoke
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_one_picture_a_seed(run, golden_network):
+    result, outdir = run("--seeds", "0-1,42", "--trunc", "0.7")
+    assert sorted(path.name for path in outdir.iterdir()) == ["seed0000.png", "seed0001.png", "seed0042.png"]
+    assert "3 pictures" in result.output and "seed0000.png" in result.output
+    first = pixels(outdir / "seed0042.png")
+    assert first.shape == (32, 32, 3)
+    run("--seeds", "42", "--trunc", "0.7")
+    np.testing.assert_array_equal(pixels(outdir / "seed0042.png"), first)
+    run("--seeds", "42", "--trunc", "0.7", "--trunc-cutoff", "1")
+    assert not np.array_equal(pixels(outdir / "seed0042.png"), first)
+
+
+def test_grid(run):
+    result, outdir = run("--seeds", "0-4", "--grid", "3x2")
+    sheet = pixels(outdir / "grid.png")
+    assert sheet.shape == (64, 96, 3)
+    np.testing.assert_array_equal(sheet[32:, 32:64], pixels(outdir / "seed0004.png"))
+    assert not sheet[32:, 64:].any()
+    assert "grid.png" in result.output
+
+
+def test_a_grid_without_room(run):
+    result, outdir = run("--seeds", "0-4", "--grid", "2x2", code=2)
+    assert "--grid 2x2 has 4 places, --seeds names 5 pictures" in result.output
+    assert not outdir.exists()
+
+
+def test_classes(run):
+    _, outdir = run("--seeds", "0", "--class", "1", network="stylegan2-64-cond")
+    one = pixels(outdir / "seed0000.png")
+    run("--seeds", "0", "--class", "2", network="stylegan2-64-cond")
+    assert not np.array_equal(pixels(outdir / "seed0000.png"), one)
+
+
+@pytest.mark.parametrize(
+    ("network", "args", "message"),
+    [
+        ("stylegan2-64-cond", [], "this network has 5 classes: choose one with --class 0 to 4"),
+        ("stylegan2-64-cond", ["--class", "9"], "--class 9 is not a class of this network; it has 0 to 4"),
+        ("stylegan2-32", ["--class", "0"], "this network has no classes"),
+        ("absent", [], "does not exist"),
+        ("stylegan2-32", ["--device", "cuda:99"], "--device cuda:99"),
+        ("stylegan2-32", ["--noise-mode", "loud"], "--noise-mode"),
+        ("stylegan2-32", ["--grid", "0x3"], "--grid"),
+    ],
+)
+def test_errors(run, network, args, message):
+    result, outdir = run("--seeds", "0", *args, network=network, code=2)
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not outdir.exists()
+
+
+def test_noise_modes(run):
+    _, outdir = run("--seeds", "0")
+    pictures = {}
+    for mode in ("const", "random", "none"):
+        run("--seeds", "0", "--noise-mode", mode)
+        pictures[mode] = pixels(outdir / "seed0000.png")
+    assert not np.array_equal(pictures["const"], pictures["random"])
+    assert not np.array_equal(pictures["const"], pictures["none"])
+    run("--seeds", "1,0", "--noise-mode", "random")
+    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), pictures["random"])
+
+
+def test_a_run_folder_and_a_file_without_g_ema(golden_dir, tmp_path):
+    checkpoint = dataclasses.replace(finetune.load(golden_dir / "stylegan2-32.pkl"), G_ema=None)
+    run_dir = tmp_path / "00000-run"
+    save_stylegan_pickle(run_dir / "network-snapshot-000010.pkl", G=checkpoint.G, D=checkpoint.D, G_ema=None)
+    save_stylegan_pickle(run_dir / "network-snapshot-000002.pkl", G=None, D=checkpoint.D, G_ema=None)
+    arguments = ["generate", "--network", str(run_dir), "--seeds", "0", "--outdir", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert "has no G_ema; the pictures come from G" in result.output
+
+    arguments[2] = str(run_dir / "network-snapshot-000002.pkl")
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2 and "holds no generator, only D" in result.output
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_gray_and_rgba_networks(tmp_path, channels, mode):
+    from finetune.models.stylegan2 import Generator
+
+    G = Generator(8, 0, 8, 16, channels, channel_base=128, channel_max=8)
+    save_stylegan_pickle(tmp_path / "net.pkl", G=None, D=None, G_ema=G)
+    arguments = [
+        "generate",
+        "--network",
+        str(tmp_path / "net.pkl"),
+        "--seeds",
+        "0-1",
+        "--outdir",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(cli, [*arguments, "--grid", "2x1"])
+    assert result.exit_code == 0, result.output
+    for name, size in (("seed0001.png", (16, 16)), ("grid.png", (32, 16))):
+        with Image.open(tmp_path / name) as image:
+            assert (image.mode, image.size) == (mode, size)
