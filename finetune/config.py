@@ -92,6 +92,7 @@ class TrainConfig:
     sd_batch_share: float = 1.0
     sd_resolution: int | None = None
     sd_teacher: str = "ema"
+    sd_teacher_kimg: float | None = None
     # The machine and the records.
     device: str = "auto"
     precision: str = "auto"
@@ -156,6 +157,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
         "glr",
         "dlr",
         "ema_kimg",
+        "sd_teacher_kimg",
         "sd_interval",
         "sd_resolution",
         "tick",
@@ -220,6 +222,8 @@ def _combination_problems(config: TrainConfig) -> list[str]:
             problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch; use ema.")
         if config.freezed:
             problems.append(f"--freezed {config.freezed}: would freeze random layers; only for --resume.")
+    if config.sd_teacher == "initial" and config.sd_teacher_kimg is not None:
+        problems.append(f"--sd-teacher-kimg {config.sd_teacher_kimg}: no effect with --sd-teacher initial.")
     if config.aug == "fixed" and config.p is None:
         problems.append("--aug fixed: say the probability with --p, such as --p 0.2.")
     if config.aug != "fixed" and config.p is not None:

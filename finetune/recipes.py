@@ -112,6 +112,8 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     cheap = config.sd_backbone == "l2"
     settle("sd_backbone", None, "perceptual distance of the self-distillation")
     settle("sd_teacher", None, "which network the student is held to")
+    if config.sd_teacher_kimg is not None:
+        settle("sd_teacher_kimg", None, "half-life of a teacher of its own")
     settle(
         "sd_interval",
         1 if cheap else 2,

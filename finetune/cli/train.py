@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -66,6 +65,9 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("sd_batch_share", float, "Part of each batch that is compared.")
 @option("sd_resolution", int, "Compare at this many pixels at most.")
 @option("sd_teacher", choices.TEACHERS, "The moving average, or the checkpoint as it was.")
+@option(
+    "sd_teacher_kimg", float, "Half-life of an average for the teacher alone; without it: the exported one."
+)
 @option("resolution", int, "For --scratch: pixels, a power of two.")
 @option("cbase", int, "For --scratch: channels times resolution.")
 @option("cmax", int, "For --scratch: most channels in a layer.")
@@ -91,16 +93,14 @@ def command(dry_run: bool, **options: Any) -> None:
     settled from the checkpoint, the resolution and the number of pictures, and printed with the reason.
     The run folder gets config.json, log.jsonl, sheets of pictures and snapshots that open everywhere.
     """
-    config = TrainConfig(
-        **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    )
+    config = TrainConfig(**options)
     config.validate()
     from rich.console import Console
 
     from finetune.train.run import prepare, show, start
 
     console = Console()
-    prepared = prepare(config)
+    prepared = prepare(config, console)
     show(prepared, console)
     if dry_run:
         console.print("Dry run: everything fits; nothing was written.", highlight=False)

@@ -45,10 +45,12 @@ def build_state(
         network.train().requires_grad_(False).to(device)
     G_ema.eval().requires_grad_(False).to(device)
     path_interval = PATH_INTERVAL if facts.family == "stylegan2" else None
+    own_teacher = bool(config.sd_weight) and (config.sd_teacher == "initial" or config.sd_teacher_kimg)
     return TrainState(
         G=G,
         D=D,
         G_ema=G_ema,
+        teacher=copy.deepcopy(G_ema) if own_teacher else G_ema,
         opt_G=adam(G, config.glr, path_interval),
         opt_D=adam(D, config.dlr, R1_INTERVAL if config.gamma else None),
         augment_pipe=build_augment_pipe(config, device),
@@ -64,7 +66,6 @@ def build_state(
 def build_plan(
     config: TrainConfig,
     facts: Facts,
-    state: TrainState,
     distance: Distance | None,
     labels: Callable[[int], torch.Tensor],
     device: torch.device,
@@ -76,9 +77,7 @@ def build_plan(
     force_fp32 = config.precision == "fp32"
     distillation = None
     if distance is not None:
-        frozen = config.sd_teacher == "initial"
         distillation = Distillation(
-            teacher=copy.deepcopy(state.G_ema) if frozen else state.G_ema,
             distance=distance,
             weight=c["sd_weight"],
             interval=c["sd_interval"],
@@ -99,6 +98,7 @@ def build_plan(
         path_decay=0.01,
         ema_nimg=c["ema_kimg"] * 1000,
         ema_rampup=0.05 if facts.from_scratch else None,
+        teacher_nimg=config.sd_teacher_kimg * 1000 if distance and config.sd_teacher_kimg else None,
         blur_sigma=BLUR_SIGMA if blurred else 0.0,
         blur_nimg=BLUR_KIMG * 1000,
         distillation=distillation,

@@ -28,7 +28,6 @@ class Distillation:
     fewer than the image has.
     """
 
-    teacher: torch.nn.Module
     distance: Distance
     weight: float
     interval: int
@@ -46,7 +45,13 @@ class Distillation:
         return self.weight * ramp * self.interval
 
     def image_gradient(
-        self, img: torch.Tensor, draw: Draw, replay: NoiseReplay, nimg: int, synthesis: dict
+        self,
+        teacher: torch.nn.Module,
+        img: torch.Tensor,
+        draw: Draw,
+        replay: NoiseReplay,
+        nimg: int,
+        synthesis: dict,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the
         distances.
@@ -55,9 +60,9 @@ class Distillation:
         maps and StyleGAN3's style normalisation depend on it. Returns (`[N, C, H, W]`, `[M]`).
         """
         with torch.no_grad():
-            ws = map_latents(self.teacher, draw)
+            ws = map_latents(teacher, draw)
             with replay.again():
-                target = self.teacher.synthesis(ws, **synthesis)
+                target = teacher.synthesis(ws, **synthesis)
         count = math.ceil(len(img) * self.batch_share)
         part = img[:count].detach().requires_grad_()
         distances = self.distance(

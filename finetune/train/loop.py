@@ -38,11 +38,11 @@ def train(
 
         state.step += 1
         state.nimg += plan.batch
-        update_average(
-            state.G_ema,
-            state.G,
-            ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup),
-        )
+        decay = ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+        update_average(state.G_ema, state.G, decay)
+        if plan.teacher_nimg is not None:
+            decay = ema_decay(plan.batch, plan.teacher_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+            update_average(state.teacher, state.G, decay)
         state.ada.update(state.step, plan.batch)
         watch.end_of_step(state)
 
@@ -65,7 +65,7 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
             if plan.distillation and plan.distillation.due(state.step):
                 with watch.phase("Gdistill"):
                     pull, distances = plan.distillation.image_gradient(
-                        leaf, draw, replay, state.nimg, plan.synthesis
+                        state.teacher, leaf, draw, replay, state.nimg, plan.synthesis
                     )
                     gradient = gradient + pull
                     watch.record("Gdistill", loss_sd=distances)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -41,10 +41,11 @@ class Distance(Protocol):
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: ...
 
 
-def ensure_weights(backbone: str) -> Path | None:
+def ensure_weights(backbone: str, tell: Callable[[str], None] = lambda text: None) -> Path | None:
     """Find or fetch the file that a backbone needs, and verify it; None where it needs none.
 
-    Raises WeightsMissing, which says which file goes into which folder and which backbones need no file.
+    `tell` hears how far a download is. Raises WeightsMissing, which says which file goes into
+    which folder and which backbones need no file.
     """
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
@@ -57,9 +58,13 @@ def ensure_weights(backbone: str) -> Path | None:
 
     name, digest = WEIGHTS[backbone]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
+
+    def progress(done: int, total: int | None) -> None:
+        tell(f"Fetching {name}: {done >> 20} MB" + (f" of {total >> 20} MB" if total else ""))
+
     check = {"sha256": digest} if len(digest) == 64 else {"sha256_prefix": digest}
     try:
-        return fetch(WEIGHTS_URL + name, folder / name, **check)
+        return fetch(WEIGHTS_URL + name, folder / name, progress=progress, **check)
     except (FinetuneError, OSError) as error:
         hint = f"Put {name} from {WEIGHTS_URL}{name} into {folder}, or choose another backbone. {NEED_NONE}"
         raise WeightsMissing(

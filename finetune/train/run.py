@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -61,13 +62,18 @@ def run(
     stop.
     """
     console = console if console is not None else Console()
-    prepared = prepare(config)
+    prepared = prepare(config, console)
     show(prepared, console)
     return start(prepared, console=console, on_tick=on_tick)
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, console: Console | None = None) -> Prepared:
     """Check options, backbone weights, checkpoint and pictures; settle all defaults; build the networks."""
+    with (console or Console(quiet=True)).status("Checking …") as status:
+        return _prepare(config, lambda text: status.update(text))
+
+
+def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     config.validate()
     device = resolve_device(config.device)
     if config.precision == "fp16" and device.type != "cuda":
@@ -75,9 +81,14 @@ def prepare(config: TrainConfig) -> Prepared:
             f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto."
         )
     if (recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight) > 0:
-        ensure_weights(config.sd_backbone)
-    checkpoint = None if config.resume is None else load_for_training(config.resume)
-    image_set, facts = read_data(config, checkpoint, device)
+        tell(f"Checking the weights of {config.sd_backbone} …")
+        ensure_weights(config.sd_backbone, tell)
+    checkpoint = None
+    if config.resume is not None:
+        tell(f"Loading {config.resume} …")
+        checkpoint = load_for_training(config.resume)
+    image_set, facts = read_data(config, checkpoint, device, tell)
+    tell("Building the networks …")
     config, reasons = recipes.resolve(config, facts)
     config.validate()
 
@@ -93,7 +104,7 @@ def prepare(config: TrainConfig) -> Prepared:
     def labels(count: int) -> torch.Tensor:
         return image_set.random_labels(count, generator).to(device)
 
-    plan = build_plan(config, facts, state, distance, labels, device)
+    plan = build_plan(config, facts, distance, labels, device)
     return Prepared(config, facts, reasons, checkpoint, image_set, state, plan)
 
 
@@ -114,7 +125,7 @@ def load_for_training(path: str) -> Checkpoint:
             "and training needs the D that belongs to the generator.",
             hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema).",
         )
-    G, D = checkpoint.best, checkpoint.D
+    G, D = checkpoint.best, checkpoint.D  # `best` refuses a file without any generator
     problems = [
         f"--resume {path}: {name} is {getattr(G, name)} in G and {getattr(D, name)} in D: not a pair."
         for name in ("img_resolution", "img_channels", "c_dim")
@@ -126,11 +137,11 @@ def load_for_training(path: str) -> Checkpoint:
 
 
 def read_data(
-    config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device
+    config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device, tell: Callable[[str], None]
 ) -> tuple[ImageSet, Facts]:
     """Look at every picture, compare data and network, and return the set with the facts of the run."""
     if checkpoint is not None:
-        G = checkpoint.best
+        G: Any = checkpoint.best
         family, resolution, channels, c_dim = checkpoint.family, G.img_resolution, G.img_channels, G.c_dim
         if config.cond is not None and config.cond != (c_dim > 0):
             kind = f"has {c_dim} classes" if c_dim else "has no classes"
@@ -148,6 +159,7 @@ def read_data(
         use_labels=use_labels,
         num_classes=c_dim or None,
         workers=config.workers,
+        progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
     ).raise_for_problems()
     image_set = ImageSet(
         config.data,

@@ -15,12 +15,14 @@ from finetune.train.distill import Distillation
 class TrainState:
     """What training changes. What is not in here (or in torch's random state and the sampler) does not exist.
 
-    One clock: `nimg`, the images D has seen; `step` counts iterations.
+    One clock: `nimg`, the images D has seen; `step` counts iterations. `teacher` is G_ema itself unless
+    another one was asked for.
     """
 
     G: torch.nn.Module
     D: torch.nn.Module
     G_ema: torch.nn.Module
+    teacher: torch.nn.Module
     opt_G: torch.optim.Optimizer  # noqa: N815
     opt_D: torch.optim.Optimizer  # noqa: N815
     augment_pipe: torch.nn.Module | None
@@ -46,6 +48,7 @@ class Plan:
     path_decay: float
     ema_nimg: float
     ema_rampup: float | None
+    teacher_nimg: float | None
     blur_sigma: float
     blur_nimg: float
     distillation: Distillation | None

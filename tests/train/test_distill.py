@@ -33,9 +33,9 @@ def generator(family, c_dim=0, device="cpu"):
     return G.to(device).train().requires_grad_(False)
 
 
-def distillation(teacher, **changes):
+def distillation(**changes):
     settings = {"weight": 1.0, "interval": 1, "warmup_nimg": 0, "batch_share": 1.0, "resolution": 256}
-    return Distillation(teacher=teacher, distance=mean_squared, **(settings | changes))
+    return Distillation(distance=mean_squared, **(settings | changes))
 
 
 def student_images(G, draw, device="cpu"):
@@ -56,9 +56,8 @@ def test_an_equal_teacher_gives_exactly_zero(family, share, device):
     z = torch.randn(4, 8, device=device)
     draw = Draw(z, c, torch.randn_like(z), cut=3)
     img, replay = student_images(G, draw, device)
-    gradient, distances = distillation(teacher, batch_share=share).image_gradient(
-        img, draw, replay, 0, SYNTHESIS
-    )
+    distil = distillation(batch_share=share)
+    gradient, distances = distil.image_gradient(teacher, img, draw, replay, 0, SYNTHESIS)
     assert torch.equal(distances, torch.zeros(math.ceil(4 * share), device=device))
     assert torch.equal(gradient, torch.zeros_like(img))
 
@@ -72,7 +71,7 @@ def test_the_zero_comes_from_shared_noise_and_a_shared_cut():
     other_noise = NoiseReplay(torch.device("cpu"))
     other_cut = Draw(z, torch.zeros(2, 0), z2, cut=1)
     for changed in ((draw, other_noise), (other_cut, replay)):
-        _, distances = distillation(teacher).image_gradient(img, *changed, 0, SYNTHESIS)
+        _, distances = distillation().image_gradient(teacher, img, *changed, 0, SYNTHESIS)
         assert (distances > 1e-6).all()
 
 
@@ -81,7 +80,7 @@ def test_the_teacher_leaves_no_trace_in_the_random_numbers():
     draw = draw_latents(G, torch.zeros(2, 0), mixing=0.9)
     img, replay = student_images(G, draw)
     before = torch.get_rng_state()
-    distillation(copy.deepcopy(G).eval()).image_gradient(img, draw, replay, 0, SYNTHESIS)
+    distillation().image_gradient(copy.deepcopy(G).eval(), img, draw, replay, 0, SYNTHESIS)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -89,8 +88,8 @@ def test_the_gradient_is_the_weighted_gradient_of_the_distance():
     G, teacher = generator("stylegan2"), generator("stylegan2").eval()
     draw = draw_latents(G, torch.zeros(4, 0), mixing=0)
     img, replay = student_images(G, draw)
-    distil = distillation(teacher, weight=0.3, interval=4, batch_share=0.5)
-    gradient, distances = distil.image_gradient(img, draw, replay, 0, SYNTHESIS)
+    distil = distillation(weight=0.3, interval=4, batch_share=0.5)
+    gradient, distances = distil.image_gradient(teacher, img, draw, replay, 0, SYNTHESIS)
     with replay.again():
         target = teacher.synthesis(map_latents(teacher, draw), **SYNTHESIS)
     assert_close(distances, (img - target)[:2].square().mean([1, 2, 3]), 1e-6)
@@ -100,14 +99,14 @@ def test_the_gradient_is_the_weighted_gradient_of_the_distance():
 
 
 def test_lazy_steps_count_as_often_as_they_are_skipped():
-    distil = distillation(None, weight=0.2, interval=4)
+    distil = distillation(weight=0.2, interval=4)
     assert [step for step in range(12) if distil.due(step)] == [0, 4, 8]
     weights = [distil.weight_at(10**6) if distil.due(step) else 0.0 for step in range(12)]
     assert sum(weights) / 12 == pytest.approx(0.2)
 
 
 def test_the_weight_grows_over_the_warm_up():
-    distil = distillation(None, weight=0.2, warmup_nimg=1000)
+    distil = distillation(weight=0.2, warmup_nimg=1000)
     assert [distil.weight_at(nimg) for nimg in (0, 500, 1000, 5000)] == [0.0, 0.1, 0.2, 0.2]
 
 

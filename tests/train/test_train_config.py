@@ -57,6 +57,7 @@ def test_every_problem_is_reported_at_once_with_its_flag():
         ({"aug": "noaug", "augpipe": "bgc"}, "no effect"),
         ({"sd_batch_share": 0.0}, "--sd-batch-share"),
         ({"fit": "squeeze"}, "--fit squeeze"),
+        ({"sd_teacher": "initial", "sd_teacher_kimg": 5.0}, "--sd-teacher-kimg"),
     ],
 )
 def test_combinations_that_cannot_work(options, words):
@@ -98,7 +99,7 @@ def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, 
     config, _ = recipes.resolve(TrainConfig(data="x", batch=batch, **start), facts)
     config.validate()
     assert config.batch % config.batch_gpu == 0
-    optional = {"resume", "scratch", "desc", "fit", "p"} | ({"seed"} if scratch else set())
+    optional = {"resume", "scratch", "desc", "fit", "p", "sd_teacher_kimg"}
     optional |= set() if scratch else {"resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim"}
     unset = {name for name, value in dataclasses.asdict(config).items() if value is None}
     assert unset <= optional

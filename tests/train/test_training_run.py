@@ -133,7 +133,7 @@ def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, pictures, t
     assert plain.plan.distillation is None
     distilled = prepare(options(pictures, tmp_path, family, aug="fixed", p=0.3))
     config = dataclasses.replace(distilled.config, sd_weight=weight)
-    arguments = config, distilled.facts, distilled.state, mean_squared, distilled.plan.labels, CPU
+    arguments = config, distilled.facts, mean_squared, distilled.plan.labels, CPU
     plan = build_plan(*arguments)
     assert plan.distillation is not None
     train_steps(plain, 5)
@@ -197,10 +197,22 @@ def test_a_frozen_discriminator_thaws(pictures, tmp_path):
 def test_the_initial_teacher_stays_as_it_was(pictures, tmp_path):
     parent = run(options(pictures, tmp_path), console=quiet())
     prepared = prepare(options(pictures, tmp_path, resume=str(parent.snapshot), sd_teacher="initial"))
-    teacher = prepared.plan.distillation.teacher
+    teacher = prepared.state.teacher
     before = weights(teacher)
     train_steps(prepared, 3)
     assert moved(before, teacher) == set() and moved(before, prepared.state.G_ema)
+
+
+def test_a_teacher_of_its_own_follows_at_its_own_pace(pictures, tmp_path):
+    state = prepare(options(pictures, tmp_path)).state
+    assert state.teacher is state.G_ema
+    prepared = prepare(options(pictures, tmp_path, ema_kimg=0.01, sd_teacher_kimg=1.0))
+    state = train_steps(prepared, 3, dataclasses.replace(prepared.plan, ema_rampup=None))
+    gaps = [
+        sum(float((p - q).norm()) for p, q in zip(average.parameters(), state.G.parameters()))
+        for average in (state.teacher, state.G_ema)
+    ]
+    assert gaps[0] > gaps[1] > 0
 
 
 @pytest.mark.parametrize("name", ["stylegan2-ada-32", "stylegan2-tf-32", "stylegan3-t-32", "stylegan3-r-32"])
