@@ -30,8 +30,9 @@ class Distance:
 class Evaluation:
     """The real side of `distances`, computed once and compared with as many generators as wanted.
 
-    `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fd-effnet`: `EfficientNetLite0.pooled`.
-    Raises ConfigError for an unknown metric, and WeightsMissing for `fd-effnet` without its package.
+    `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fd-effnet`: the Fréchet distance
+    in `EfficientNetLite0.pooled`. Raises ConfigError for an unknown metric, WeightsMissing for `fd-effnet`
+    without its package.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class Evaluation:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, Distance]:
-        """Compare `num` pictures of `G` (no truncation, stored noise, labels as in the set) with the real ones.
+        """Compare `num` pictures of `G` (no truncation, stored noise, labels as in the set) with the real.
 
-        The same seed draws the same latents and labels for every generator. Distances grow as `num` shrinks, so
-        only those of equal `num` can be compared. `progress(done, total)` counts pictures.
+        The same seed draws the same latents and labels for every generator. Distances grow as `num` shrinks,
+        so only those of equal `num` can be compared. `progress(done, total)` counts pictures.
         """
         if num < 2:
             raise ConfigError(f"a distance needs at least 2 generated pictures, not {num}.")

@@ -11,6 +11,7 @@ import importlib.util
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -165,9 +166,9 @@ class RandomFeatures(nn.Module):
 
     Definition (version 1; numbers of different versions are not comparable): the image is resized to 64×64;
     five times a 3×3 convolution with zero padding, ReLU and, after the first four, 2×2 mean pooling, with 32,
-    64, 128, 128, 128 channels; the 4×4 map that remains is flattened and projected to 64 numbers. All weights are
-    normal with variance 2/fan-in (projection: 1/fan-in), no biases, drawn in this order on the CPU from
-    `torch.Generator().manual_seed(seed)`.
+    64, 128, 128, 128 channels; the 4×4 map that remains is flattened and projected to 64 numbers. All weights
+    are normal with variance 2/fan-in (projection: 1/fan-in), no biases, drawn in this order from
+    numpy's `RandomState(seed)`, whose stream is frozen, unlike torch's.
     Source: Naeem et al. 2020 (2002.09797), who use a random VGG16 with 64 features.
     """
 
@@ -176,16 +177,19 @@ class RandomFeatures(nn.Module):
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        rng = np.random.RandomState(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
         channels = 3
         self.weights = nn.ParameterList()
         for channels_out in self.CHANNELS:
-            weight = torch.randn([channels_out, channels, 3, 3], generator=generator)
-            self.weights.append(nn.Parameter(weight * (2 / (channels * 9)) ** 0.5, requires_grad=False))
+            weight = normal(channels_out, channels, 3, 3) * (2 / (channels * 9)) ** 0.5
+            self.weights.append(nn.Parameter(weight, requires_grad=False))
             channels = channels_out
         fan_in = channels * 16
-        projection = torch.randn([fan_in, 64], generator=generator) / fan_in**0.5
-        self.projection = nn.Parameter(projection, requires_grad=False)
+        self.projection = nn.Parameter(normal(fan_in, 64) / fan_in**0.5, requires_grad=False)
         self.to(device)
 
     def forward(self, img: torch.Tensor) -> torch.Tensor:

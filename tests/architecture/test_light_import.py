@@ -1,0 +1,57 @@
+"""`import finetune`, `finetune --help` and every command's help load nothing heavy."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "torchvision", "numpy", "PIL", "scipy", "lpips", "rich", "requests", "safetensors")
+
+
+def loaded_by(code: str) -> list[str]:
+    """The heavy modules that are loaded in a fresh process after `code`."""
+    report = f"import json, sys; print(); print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"{code}\n{report}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    print(f"{time.perf_counter() - started:.3f} s, process and interpreter included")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_cli(*args: str) -> str:
+    return f"from finetune.cli import cli\ncli({list(args)!r}, standalone_mode=False)"
+
+
+def test_importing_the_package_is_light():
+    assert loaded_by("import finetune; finetune.__version__; dir(finetune); finetune.FinetuneError") == []
+
+
+def test_the_package_passes_on_what_is_heavy_when_it_is_asked_for():
+    import finetune
+    import finetune.checkpoint
+
+    assert finetune.load is finetune.checkpoint.load
+    assert finetune.Checkpoint is finetune.checkpoint.Checkpoint
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = finetune.lod
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], []], ids=["help", "version", "bare"])
+def test_the_program_answers_without_loading_anything(args):
+    code = run_cli(*args)
+    if not args:  # bare `finetune` shows the help and fails
+        code = f"import click\ntry:\n    exec({code!r})\nexcept click.exceptions.NoArgsIsHelpError:\n    pass"
+    assert loaded_by(code) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_is_light(name):
+    assert loaded_by(run_cli(name, "--help")) == []

@@ -1,0 +1,170 @@
+"""The frame of the program: commands by name, errors as messages with exit codes, shared option types."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import finetune.cli
+from finetune.cli import COMMANDS, cli
+from finetune.cli.options import GridSize, SeedRange, parse_seeds
+from finetune.errors import ConfigError, FinetuneError
+from finetune.version import __version__
+
+ROOT = Path(__file__).parents[2]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+def run_raising(monkeypatch, error, *args):
+    """Run a command whose body raises `error`."""
+
+    @click.command("demo")
+    def command():
+        raise error
+
+    monkeypatch.setattr("finetune.cli.demo.command", command)
+    return CliRunner().invoke(cli, [*args, "demo"])
+
+
+def test_help_lists_every_command_with_one_line():
+    result = CliRunner().invoke(cli, ["--help"], terminal_width=100)
+    assert result.exit_code == 0
+    lines = result.output.split("Commands:\n")[1].splitlines()[: len(COMMANDS)]
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(line.rstrip().endswith(".") and len(line.split()) > 3 for line in lines), lines
+
+
+def test_every_command_file_is_a_listed_command():
+    folder = Path(finetune.cli.__file__).parent
+    defining = {
+        path.stem for path in folder.glob("*.py") if "\ndef command(" in path.read_text(encoding="utf-8")
+    }
+    assert defining == set(COMMANDS)
+
+
+def test_an_unknown_command_and_the_version():
+    result = CliRunner().invoke(cli, ["tran"])
+    assert result.exit_code == 2
+    assert "No such command 'tran'" in result.output
+    assert CliRunner().invoke(cli, ["--version"]).output == f"finetune {__version__}\n"
+
+
+def test_a_problem_of_the_user_is_a_message_on_stderr_and_exit_code_2(monkeypatch):
+    error = ConfigError(
+        ["--kimg 0: must be greater than 0.", "--batch 3: must be even."], hint="Read the help."
+    )
+    result = run_raising(monkeypatch, error)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert (
+        result.stderr
+        == "Error: --kimg 0: must be greater than 0.\n--batch 3: must be even.\nRead the help.\n"
+    )
+
+
+def test_a_file_that_cannot_be_used_is_a_problem_of_the_user(monkeypatch):
+    result = run_raising(monkeypatch, PermissionError(13, "Permission denied", "/root/runs"))
+    assert (result.exit_code, result.stderr) == (2, "Error: /root/runs: Permission denied.\n")
+
+
+def test_out_of_memory_names_the_option_to_lower(monkeypatch):
+    result = run_raising(
+        monkeypatch, OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong tail")
+    )
+    assert result.exit_code == 2
+    assert "Tried to allocate 2 GiB" in result.stderr
+    assert "--batch-gpu" in result.stderr
+    assert "long tail" not in result.stderr
+
+
+def test_a_defect_says_so_and_shows_its_traceback_only_on_request(monkeypatch):
+    quiet = run_raising(monkeypatch, KeyError("missing key"))
+    assert quiet.exit_code == 1
+    assert "KeyError: 'missing key'\nThis is a defect of finetune" in quiet.stderr
+    assert "finetune --debug" in quiet.stderr
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in run_raising(monkeypatch, KeyError("missing key"), "--debug").stderr
+    monkeypatch.setenv("FINETUNE_DEBUG", "1")
+    assert "Traceback" in run_raising(monkeypatch, FinetuneError("no")).stderr
+
+
+def test_an_interrupted_command_ends_with_130(monkeypatch):
+    result = run_raising(monkeypatch, KeyboardInterrupt())
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "Interrupted."
+
+
+def test_python_m_finetune_is_the_same_program():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "finetune", "generate", "--network", "no-such-file.pkl"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Missing option" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX signal")
+def test_a_real_interrupt_reaches_the_frame():
+    code = (
+        "import os, signal, click, finetune.cli.demo as demo\n"
+        "from finetune.cli import main\n"
+        "import sys; sys.argv = ['finetune', 'demo']\n"
+        "demo.command = click.Command('demo', callback=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("7", [7]),
+        ("0-3,42", [0, 1, 2, 3, 42]),
+        (" 5 , 1 - 2", [5, 1, 2]),
+        ("4294967295", [2**32 - 1]),
+        ("3-3", [3]),
+    ],
+)
+def test_seeds_are_read(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'' is not a seed"),
+        ("1,,2", "'' is not a seed"),
+        ("1-", "'1-' is not a seed"),
+        ("-3", "'-3' is not a seed"),
+        ("1.5", "'1.5' is not a seed"),
+        ("a-b", "'a-b' is not a seed"),
+        ("9-2", "runs backwards; write 2-9"),
+        ("4294967296", "above the largest one, 4294967295"),
+        ("0-99999999", "more than 1,000,000 seeds"),
+    ],
+)
+def test_seeds_that_cannot_be_read_say_why(text, says):
+    with pytest.raises(ValueError, match=says):
+        parse_seeds(text)
+    with pytest.raises(click.BadParameter, match=says):
+        SeedRange().convert(text, None, None)
+
+
+def test_grid_sizes():
+    assert GridSize().convert("8x4", None, None) == (8, 4)
+    assert GridSize().convert("1X2", None, None) == (1, 2)
+    for wrong in ("8", "8x", "x4", "0x4", "8x-1", "8*4"):
+        with pytest.raises(click.BadParameter, match="columns x rows, like 8x4"):
+            GridSize().convert(wrong, None, None)
