@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from finetune.config import TrainConfig
@@ -165,18 +165,13 @@ class Display:
         self.console = console
         self.total_nimg = total_nimg
         self.started = time.perf_counter()
+        self.losses = ""
         self.progress: Progress | None = None
         if console.is_terminal and not console.quiet:
-            self.progress = Progress(
-                TextColumn("{task.fields[kimg]} kimg"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f}% · {task.fields[note]} ·"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=console,
-            )
-            self.task = self.progress.add_task("train", total=total_nimg, kimg="0", note="starting")
+            # One text column, so that a narrow terminal cuts off its end and not a piece of each number.
+            columns = (TextColumn("{task.description}"), BarColumn(10), TextColumn("{task.fields[note]}"))
+            self.progress = Progress(*columns, console=console)
+            self.task = self.progress.add_task("0 kimg", total=total_nimg, note="starting")
 
     def __enter__(self) -> Display:
         if self.progress is not None:
@@ -190,30 +185,23 @@ class Display:
     def step(self, state: TrainState) -> None:
         """Move the bar."""
         if self.progress is not None:
-            rate = state.nimg / (time.perf_counter() - self.started)
-            note = f"{rate:.1f} img/s"
-            old = self.progress.tasks[0].fields["note"].split(" · ")
-            self.progress.update(
-                self.task,
-                completed=state.nimg,
-                kimg=f"{state.nimg / 1000:.2f}",
-                note=" · ".join([note, *old[1:]]),
-            )
+            seconds = time.perf_counter() - self.started
+            note = f"{state.nimg / seconds:.1f} img/s · {self._left(state)} · {self.losses}"
+            kimg = f"{state.nimg / 1000:.2f}/{self.total_nimg / 1000:g} kimg"
+            self.progress.update(self.task, completed=state.nimg, description=kimg, note=note)
 
     def tick(self, state: TrainState, numbers: dict) -> None:
         """Show the averages of a tick."""
-        if self.progress is not None:
-            note = f"{numbers['img_per_sec']:.1f} img/s · {_losses(numbers, state)}"
-            self.progress.update(self.task, note=note)
-            return
-        elapsed = time.perf_counter() - self.started
-        left = elapsed / state.nimg * max(0, self.total_nimg - state.nimg)
-        self.console.print(
-            f"{state.nimg / 1000:8.2f} kimg  {numbers['img_per_sec']:6.1f} img/s  "
-            f"{_duration(elapsed)} gone, {_duration(left)} left  {_losses(numbers, state)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.losses = _losses(numbers, state)
+        if self.progress is None:
+            self.say(
+                f"{state.nimg / 1000:8.2f} kimg  {numbers['img_per_sec']:6.1f} img/s  "
+                f"{_duration(time.perf_counter() - self.started)} gone, {self._left(state)}  {self.losses}"
+            )
+
+    def _left(self, state: TrainState) -> str:
+        seconds = time.perf_counter() - self.started
+        return _duration(seconds / state.nimg * max(0, self.total_nimg - state.nimg)) + " left"
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""

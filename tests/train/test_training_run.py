@@ -275,6 +275,13 @@ class _Critic(torch.nn.Module):
         return self.layers(img)
 
 
+def test_a_terminal_shows_a_bar_with_rate_time_left_and_losses(pictures, tmp_path):
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    run(options(pictures, tmp_path), console=console)
+    last = [line for line in console.file.getvalue().splitlines() if "0.03/0.032 kimg" in line][-1]
+    assert all(words in last for words in ("img/s", "0:00 left", "G ", "D ", "SD ", "p 0.0"))
+
+
 def test_ctrl_c_finishes_the_step_and_saves(pictures, tmp_path):
     def interrupt(state, numbers):
         os.kill(os.getpid(), signal.SIGINT)
