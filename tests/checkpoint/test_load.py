@@ -385,7 +385,7 @@ class TestNonsense:
         assert 10**14 > MAX_MODULES
 
     def test_attributes_without_end(self):
-        """One dict as the state of many modules costs a file little, and reading it often must not cost much."""
+        """One dict can be the state of many modules: cheap for a file, so it must be cheap to refuse."""
         many = {f"a{i}": None for i in range(30_000)}
         leaf = PersistentObject("Leaf", {"_parameters": many, "_buffers": many, "_modules": {}}, 7)
         tree = PersistentObject("Tree", {**leaf.state, "_modules": {f"m{i}": leaf for i in range(1000)}}, 7)
