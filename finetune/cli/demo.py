@@ -27,6 +27,6 @@ def command(outdir: Path, kimg: float | None, seed: int, device: str) -> None:
     """
     from finetune.demo.run import run_demo
 
-    result = run_demo(outdir, kimg=kimg, seed=seed, device=device, echo=click.echo)
+    result = run_demo(outdir, kimg=kimg, seed=seed, device=device)
     if not result.improved:
         raise SystemExit(1)

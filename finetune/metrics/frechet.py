@@ -57,7 +57,9 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
     """
     mu1, cov1, mu2, cov2 = (value.detach().cpu().to(torch.float64) for value in (mu1, cov1, mu2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    # Directions in which cov1 has no extent but rounding add nothing; without them the second step is small.
+    kept = values > values.amax() * len(values) * torch.finfo(torch.float64).eps
+    root = vectors[:, kept] * values[kept].sqrt()
+    overlap = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap
     return max(float(distance), 0.0)  # rounding can leave a tiny negative number where the two are equal
