@@ -54,9 +54,10 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
 
     def settle(name: str, default: Any, why: str) -> Any:
         given = getattr(config, name)
+        by_hand = given is not None and given != getattr(TrainConfig, name)
         value = default if given is None else given
         filled[name] = value
-        reasons.append(Reason(name, value, why if given is None else "set by hand"))
+        reasons.append(Reason(name, value, "set by hand" if by_hand else why))
         return value
 
     on_gpu = facts.device_type == "cuda"
@@ -81,6 +82,12 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         batch * 10 / 32,
         f"half-life of the exported average: batch·10/32 = {batch * 10 / 32:g} kimg",
     )
+    settle("mirror", None, "pictures are shown mirrored only on request")
+    if not facts.from_scratch:
+        settle("freezed", None, "all of the discriminator learns")
+    settle("aug", None, "as much augmentation as D needs not to learn the pictures by heart")
+    if config.aug == "fixed":
+        settle("p", None, "probability of augmentation")
     if config.aug == "ada":
         settle("target", ADA_TARGET, "share of real images D should be sure of (ADA)")
     if config.aug != "noaug":
@@ -88,6 +95,11 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     weight = settle("sd_weight", SD_WEIGHT, "provisional: inside the range a pilot found useful")
     if weight > 0:
         _settle_distillation(settle, config, facts)
+    settle(
+        "precision",
+        None,
+        "float16 layers as the networks have them" if on_gpu else f"float32 on {facts.device_type}",
+    )
     tick = settle("tick", *_tick(kimg))
     settle("snap", max(1, round(kimg / tick / 5)), "ticks between snapshots: about five in this run")
     settle(
@@ -114,6 +126,8 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     settle("sd_teacher", None, "which network the student is held to")
     if config.sd_teacher_kimg is not None:
         settle("sd_teacher_kimg", None, "half-life of a teacher of its own")
+    settle("sd_warmup_kimg", None, "no warm-up: student and teacher start equal")
+    settle("sd_batch_share", None, "the whole batch is compared")
     settle(
         "sd_interval",
         1 if cheap else 2,

@@ -67,9 +67,8 @@ def ensure_weights(backbone: str, tell: Callable[[str], None] = lambda text: Non
         return fetch(WEIGHTS_URL + name, folder / name, progress=progress, **check)
     except (FinetuneError, OSError) as error:
         hint = f"Put {name} from {WEIGHTS_URL}{name} into {folder}, or choose another backbone. {NEED_NONE}"
-        raise WeightsMissing(
-            f"--sd-backbone {backbone}: its weights are not on this machine ({error}).", hint=hint
-        ) from None
+        what = error.what if isinstance(error, FinetuneError) else str(error)
+        raise WeightsMissing(f"--sd-backbone {backbone}: no weights for it: {what}.", hint=hint) from None
 
 
 def build_distance(

@@ -72,6 +72,7 @@ def test_defaults_come_from_the_facts_and_have_reasons():
     assert all(getattr(config, name) == reason.value for name, reason in table.items())
     assert config.batch == 16 and config.gamma == pytest.approx(0.0002 * 256**2 / 16, rel=1e-3)
     assert config.ema_kimg == 16 * 10 / 32
+    assert "set by hand" not in {reason.why for reason in reasons}
     assert "256 px" in table["gamma"].why and "1500 pictures" in table["kimg"].why
     assert config.cbase is None  # the checkpoint says it
 
