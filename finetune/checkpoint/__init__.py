@@ -31,6 +31,7 @@ ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
 Generation = Literal["tf", "ada", "sg3", "finetune"]
+Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,16 @@ class Checkpoint:
     `notes` says what else was found in the file, one sentence each.
     """
 
-    G: torch.nn.Module | None
-    D: torch.nn.Module | None
-    G_ema: torch.nn.Module | None
-    augment_pipe: torch.nn.Module | None
+    G: Network | None
+    D: Network | None
+    G_ema: Network | None
+    augment_pipe: Network | None
     training_set_kwargs: dict[str, Any]
     provenance: Provenance
     notes: tuple[str, ...] = ()
 
     @property
-    def best(self) -> torch.nn.Module | None:
+    def best(self) -> Network | None:
         """The generator to make pictures with: G_ema, or G where there is no G_ema, or None."""
         return self.G_ema if self.G_ema is not None else self.G
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.checkpoint.described import MISSING, Described
-from finetune.checkpoint.safe_pickle import PickleRefused, printable
+from finetune.checkpoint.safe_pickle import printable
+from finetune.errors import PickleRefused
 
 GENERATOR = (
     "z_dim",

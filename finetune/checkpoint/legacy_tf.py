@@ -25,7 +25,8 @@ from finetune.checkpoint.arguments import (
     check_arguments,
 )
 from finetune.checkpoint.described import MISSING, Described, plain
-from finetune.checkpoint.safe_pickle import Array, PickleRefused, Tensor, TFNetwork, damaged, printable
+from finetune.checkpoint.safe_pickle import Array, Tensor, TFNetwork, damaged, printable
+from finetune.errors import PickleRefused
 from torch_utils.ops import upfirdn2d
 
 OLDEST_VERSION = 4
@@ -240,7 +241,7 @@ def _translated(options: dict[str, Any], table: dict[str, tuple[str, Any]]) -> d
     found = {ours: options.get(theirs, default) for theirs, (ours, default) in table.items()}
     if "channel_base" in found and type(found["channel_base"]) in (int, float):
         found["channel_base"] *= 2  # theirs counts from half the resolution
-    taps = found.get("resample_filter")
+    taps: Any = found.get("resample_filter")
     if type(taps) in (list, tuple) and len(taps) > MAX_TAPS:
         found["resample_filter"] = MISSING
     return found

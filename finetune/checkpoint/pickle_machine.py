@@ -25,6 +25,7 @@ MAX_LONG = 64  # bytes of one integer
 MAX_MARKS = 10_000  # open at once; a checkpoint has a few dozen
 MAX_PROTOCOL = 5
 
+DAMAGED = "If it should be one, compare its size and SHA-256 with the source's, or download it again."
 NOT_LATIN1 = re.compile(rb"[\xc4-\xff]")  # first bytes of UTF-8 sequences above U+00FF
 
 
@@ -129,9 +130,8 @@ class Machine:
         return self.base + self.opcode_at
 
     def refuse(self, why: str) -> PickleRefused:
-        return PickleRefused(
-            f"the pickle is damaged or not a checkpoint: {why} (at byte {self.at})", offset=self.at
-        )
+        what = f"the pickle is damaged or not a checkpoint: {why} (at byte {self.at})"
+        return PickleRefused(what, offset=self.at, hint=DAMAGED)
 
     def _result(self) -> Any:
         if self.marks or len(self.stack) != 1:
@@ -250,6 +250,9 @@ UNSUPPORTED = {
     0x97: "NEXT_BUFFER",
     0x98: "READONLY_BUFFER",
 }
+
+
+_code: str | int
 
 
 def opcode(code: str | int):

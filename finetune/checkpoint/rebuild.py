@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ import torch
 from finetune.checkpoint import arguments
 from finetune.checkpoint.described import MISSING, Described, describe
 from finetune.checkpoint.legacy_tf import add_filters, describe_tf
-from finetune.checkpoint.safe_pickle import PersistentObject, PickleRefused, Tensor, TFNetwork, printable
-from finetune.errors import CheckpointMismatch
+from finetune.checkpoint.safe_pickle import PersistentObject, Tensor, TFNetwork, printable
+from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 
 MAX_GROWTH = 4  # times the size of the file, for all its networks together; one file may say a network twice
@@ -85,9 +85,9 @@ class Allowance:
 class Rebuilt:
     """A module of ours, and what of the file it has no place for, one sentence each."""
 
-    module: torch.nn.Module
+    module: Any  # torch.nn.Module
     notes: list[str]
-    generation: str
+    generation: Literal["tf", "ada", "sg3"]
 
 
 def rebuild(name: str, network: PersistentObject, allowance: Allowance) -> Rebuilt:
@@ -254,7 +254,7 @@ def _notes(name: str, net: Described, module: torch.nn.Module) -> list[str]:
     return notes
 
 
-def _generation(net: Described) -> str:
+def _generation(net: Described) -> Literal["ada", "sg3"]:
     """'sg3' or 'ada', told apart by what their fully connected layers remember."""
     if "synthesis_kwargs" in net.arguments("", arguments.GENERATOR):
         return "ada"

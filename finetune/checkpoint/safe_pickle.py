@@ -19,7 +19,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from finetune.checkpoint.pickle_machine import MAX_OPCODES, Blob, Budget, Global, Machine, is_key, kind
+from finetune.checkpoint.pickle_machine import (
+    DAMAGED,
+    MAX_OPCODES,
+    Blob,
+    Budget,
+    Global,
+    Machine,
+    is_key,
+    kind,
+)
 from finetune.errors import CheckpointError, PickleRefused
 
 MAX_FILE = 16 << 30  # bytes
@@ -231,7 +240,7 @@ class CheckpointWorld:
             damaged("bytes above 255", offset)
 
     def _dtype(self, args: tuple, offset: int) -> Dtype:
-        code = args[0] if args and len(args) <= 3 else None
+        code: Any = args[0] if args and len(args) <= 3 else None
         expect(type(code) is str, "a numpy dtype without a code", offset)
         if not re.fullmatch(r"[<|=]?(f[248]|[iu][1248]|b1)", code):
             block(f"numpy.dtype {printable(code)}", offset)  # object arrays above all
@@ -243,13 +252,15 @@ class CheckpointWorld:
         return Array()
 
     def _scalar(self, args: tuple, offset: int) -> Any:
+        dtype: Any
+        raw: Any
         dtype, raw = args if len(args) == 2 else (None, None)
         expect(type(dtype) is Dtype and type(raw) is Blob, "a numpy number without bytes", offset)
         expect(len(raw) == dtype.value.itemsize, "a numpy number of the wrong size", offset)
         return np.frombuffer(raw.view, dtype.value)[0].item()
 
     def _storage(self, args: tuple, offset: int) -> Storage:
-        blob = args[0] if len(args) == 1 else None
+        blob: Any = args[0] if len(args) == 1 else None
         expect(type(blob) is Blob, "a tensor storage without bytes", offset)
         try:
             return read_storage(blob, self.budget)
@@ -404,7 +415,9 @@ def block(name: str, offset: int, why: str = "is not on the list of what a check
 
 def damaged(why: str, offset: int) -> NoReturn:
     """Refuse values that no checkpoint holds."""
-    raise PickleRefused(f"the pickle is damaged or not a checkpoint: {why} (at byte {offset})", offset=offset)
+    raise PickleRefused(
+        f"the pickle is damaged or not a checkpoint: {why} (at byte {offset})", offset=offset, hint=DAMAGED
+    )
 
 
 def expect(condition: bool, why: str, offset: int) -> None:

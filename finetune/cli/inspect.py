@@ -31,7 +31,7 @@ def command(network: Path, as_json: bool) -> None:
 def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The facts about a checkpoint as plain values; its keys are a contract with scripts."""
     generator = checkpoint.best
-    network = generator if generator is not None else checkpoint.D
+    network: Any = generator if generator is not None else checkpoint.D
     options = network.init_kwargs  # the constructor arguments, all of them by name
     present = {name: getattr(checkpoint, name) for name in ("G", "D", "G_ema")}
     return {
