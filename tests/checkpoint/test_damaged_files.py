@@ -107,7 +107,7 @@ def test_memory_while_damaged(real_files):
     """Reading, whatever the damage, stays near the size of the file."""
     rng = random.Random("memory")
     for data, places in real_files.values():
-        for _ in range(10):
+        for _ in range(4):
             damaged = damage(data, places, rng)
             tracemalloc.start()
             with guard(), contextlib.suppress(PickleRefused):
