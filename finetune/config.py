@@ -150,24 +150,14 @@ def _type_name(hint: object) -> str:
 
 def _range_problems(config: TrainConfig) -> list[str]:
     """Numbers outside what they mean; None passes, NaN and infinity never do."""
-    positive = (
-        "kimg",
-        "batch",
-        "batch_gpu",
-        "glr",
-        "dlr",
-        "ema_kimg",
-        "sd_teacher_kimg",
-        "sd_interval",
-        "sd_resolution",
-        "tick",
-    )
-    positive += ("snap", "cbase", "cmax", "map_depth", "z_dim", "w_dim")
-    not_negative = ("gamma", "freezed", "sd_weight", "sd_warmup_kimg", "workers", "seed")
+    positive = {"kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "tick", "snap", *SCRATCH_ONLY}
+    positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg"}
+    positive -= {"resolution"}  # has a rule of its own
+    not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "workers", "seed"}
     problems = []
-    for name in (*positive, *not_negative, "target", "p", "sd_batch_share"):
+    for name in TrainConfig.__dataclass_fields__:
         value = getattr(config, name)
-        if value is None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if not math.isfinite(value):
             problems.append(f"{flag(name)} {value}: must be a finite number.")

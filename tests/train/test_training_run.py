@@ -125,8 +125,7 @@ def test_networks_move_and_the_average_follows(family, pictures, tmp_path):
     assert len(averages) == (1 if family == "stylegan2" else 1 + 15)
 
 
-@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-@pytest.mark.parametrize("weight", [0.0, 1e-35])
+@pytest.mark.parametrize("family, weight", [("stylegan2", 0.0), ("stylegan2", 1e-35), ("stylegan3-t", 1e-35)])
 def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, pictures, tmp_path):
     """A distillation that pulls with no (or vanishing) force changes no weight: it draws no random number."""
     plain = prepare(options(pictures, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
@@ -241,7 +240,7 @@ def test_conditional_training(pictures, tmp_path):
         prepare(options(pictures, tmp_path, resume=str(result.snapshot), data=str(pictures(16, 4))))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 4])
 def test_accumulated_parts_make_the_gradient_of_the_batch(parts, pictures, tmp_path):
     prepared = prepare(options(pictures, tmp_path, sd_weight=0.0, aug="noaug"))
     plan = dataclasses.replace(prepared.plan, batch_gpu=4 // parts, gamma=2.0)
