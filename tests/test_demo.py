@@ -1,4 +1,4 @@
-"""The demo on a stand-in: it runs whole, measures honestly, says where everything is, and fails when it must."""
+"""The demo on a stand-in: it runs whole, measures honestly, says where all is, and fails when it must."""
 
 import dataclasses
 import io
@@ -65,8 +65,9 @@ def test_the_demo_measures_both_distances_before_and_after(finished):
 
 
 def test_the_demo_says_what_it_did_and_where(finished):
-    outdir, result, text = finished
-    assert "Fine-tuned for 0.032 kimg with self-distillation: weight 0.1, backbone efficientnet-lite0" in text
+    _, result, text = finished
+    options = "weight 0.1, backbone efficientnet-lite0"
+    assert f"Fine-tuned for 0.032 kimg with self-distillation: {options}" in text
     assert ("every distance dropped." in text) == result.improved
     for name in ("before.png", "after.png", "fine-tuned.pkl", "ATTRIBUTION.md"):
         assert name in text

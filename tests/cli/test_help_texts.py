@@ -1,0 +1,47 @@
+"""docs/help holds what `--help` prints. Write it again with: python tests/cli/test_help_texts.py"""
+
+from pathlib import Path
+
+import click
+import pytest
+
+from finetune.cli import COMMANDS, cli
+
+FOLDER = Path(__file__).parents[2] / "docs" / "help"
+
+
+def help_texts() -> dict[str, str]:
+    """File name -> help text, 100 columns wide whatever the terminal."""
+    texts = {"finetune.txt": text_of(cli, "finetune", None)}
+    parent = click.Context(cli, info_name="finetune", **cli.context_settings)
+    for name in COMMANDS:
+        command = cli.get_command(parent, name)
+        texts[f"{name}.txt"] = text_of(command, name, parent)
+    return texts
+
+
+def text_of(command: click.Command, name: str, parent: click.Context | None) -> str:
+    settings = {**command.context_settings, "terminal_width": 100, "max_content_width": 100}
+    return command.get_help(click.Context(command, info_name=name, parent=parent, **settings)) + "\n"
+
+
+def words(text: str) -> list[str]:
+    """What the text says; versions of click differ in how they break lines."""
+    return text.split()
+
+
+@pytest.mark.parametrize("name", help_texts())
+def test_the_documented_help_is_the_real_one(name):
+    again = "write it again with: python tests/cli/test_help_texts.py"
+    assert (FOLDER / name).is_file(), again
+    assert words((FOLDER / name).read_text(encoding="utf-8")) == words(help_texts()[name]), again
+
+
+def test_no_help_text_is_left_over():
+    assert {path.name for path in FOLDER.iterdir()} == set(help_texts())
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in help_texts().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

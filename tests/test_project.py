@@ -1,0 +1,90 @@
+"""The project's own files agree with each other: environment.yml, pyproject.toml, the README, the scripts."""
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"]
+
+
+def wanted_by_pyproject() -> set[str]:
+    extras = PROJECT["optional-dependencies"]
+    everything = [*PROJECT["dependencies"], *(line for extra in extras.values() for line in extra)]
+    return {line for line in everything if not line.startswith(PROJECT["name"])}
+
+
+def test_environment_yml_installs_what_pyproject_names():
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    conda, pip = text.split("  - pip:\n")
+    assert sorted(line.removeprefix("      - ") for line in pip.splitlines()) == sorted(wanted_by_pyproject())
+    assert f"  - python{PROJECT['requires-python']}\n" in conda
+
+
+def test_the_development_extra_holds_every_other_extra():
+    extras = PROJECT["optional-dependencies"]
+    match = re.fullmatch(rf"{PROJECT['name']}\[(.*)\]", extras["dev"][0])
+    assert match, extras["dev"][0]
+    assert set(match[1].split(",")) == set(extras) - {"dev"}
+
+
+def test_what_the_package_promises_is_there():
+    assert PROJECT["scripts"]["finetune"] == "finetune.cli:main"
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/architecture.md"):
+        assert (ROOT / name).stat().st_size > 500, name
+
+
+def test_the_readme_starts_with_the_two_commands_and_names_every_command():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+    commands = [line.split("#")[0].strip() for line in blocks[0].splitlines() if line]
+    assert commands[:2] == ["scripts/demo", "scripts/test"]
+    for name in COMMANDS:
+        assert f"`finetune {name}" in text, name
+
+
+def test_links_in_the_documents_lead_somewhere():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(documents) > 6
+    broken = []
+    for document in documents:
+        targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+        for target in targets:
+            if "://" not in target and not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_can_be_run_and_stop_at_errors(name):
+    path = ROOT / name
+    assert os.access(path, os.X_OK)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_without_a_new_enough_python_the_scripts_say_what_to_install(tmp_path):
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "test"],
+        env={"PATH": str(tmp_path), "FINETUNE_VENV": str(tmp_path / "venv"), "CI": "true"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "No Python 3.11 or newer on the PATH" in done.stderr
+    assert not (tmp_path / "venv").exists()
