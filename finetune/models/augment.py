@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adaptive discriminator augmentation: a chain of random, differentiable image transformations.
 
 Source: Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (arXiv 2006.06676),
@@ -405,7 +406,7 @@ class AugmentPipe(torch.nn.Module):
     # ---- Filter and corruptions
 
     def _filter_octaves(self, images, draws):
-        """Amplify or attenuate octaves of the image, keeping the expected power of natural images."""
+        """Amplify or attenuate octaves of the image; each step keeps the power of natural images."""
         if not self.imgfilter > 0:
             return images
         num_bands = self.Hz_fbank.shape[0]
