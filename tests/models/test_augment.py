@@ -184,6 +184,18 @@ def test_cutout_blanks_a_square():
     assert torch.equal(grad, expected)
 
 
+def test_cutout_is_anywhere():
+    """The middle of the hole is uniform along x and y, independently."""
+    kept = pipe("cutout", cutout_size=1 / 16)(torch.ones(500, 1, 16, 16))
+    assert not kept.flatten(1).all(dim=1).any()
+    hole = (kept == 0).flatten(1).float().argmax(dim=1)
+    row, column = (hole // 16).float(), (hole % 16).float()
+    for middle in (row, column):
+        assert abs(middle.mean() - 7.5) < 5 * (16**2 / 12 / 500) ** 0.5
+        assert middle.min() == 0 and middle.max() >= 14
+    assert abs(np.corrcoef(row.numpy(), column.numpy())[0, 1]) < 5 / 500**0.5
+
+
 # Geometry
 
 

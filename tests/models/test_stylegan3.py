@@ -174,7 +174,7 @@ def test_modulated_convolution_follows_its_equations(fused):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_float16_does_not_overflow(fused):
-    x, weight, styles = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3) * 1e4, torch.randn(2, 8) * 1e3
+    x, weight, styles = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3) * 1e4, torch.randn(2, 8) * 1e5
     gain = torch.tensor(1.0)
     expected = stylegan3.modulated_conv2d(x, weight, styles, gain, fused=fused)
     actual = stylegan3.modulated_conv2d(x.half(), weight, styles, gain, fused=fused)
@@ -356,6 +356,29 @@ def test_labels_choose_the_picture():
     G = generator(c_dim=3)
     ws = G.mapping(torch.randn(1, 8).repeat(3, 1), torch.eye(3))
     assert not torch.equal(ws[0], ws[1]) and not torch.equal(ws[1], ws[2])
+
+
+def test_output_scale():
+    G, other = generator(output_scale=0.25), generator(output_scale=2.0)
+    other.load_state_dict(G.state_dict())
+    z = torch.randn(2, 8)
+    assert torch.equal(other(z, None), 8 * G(z, None))
+
+
+def test_every_layer_is_clamped():
+    """Between the filters; ToRGB has none, so its clamp is that of the picture."""
+    free, clamped = generator(conv_clamp=None), generator(conv_clamp=0.05)
+    clamped.load_state_dict(free.state_dict())
+    z = torch.randn(2, 8)
+    assert free(z, None).abs().max() > 0.25 * 0.05
+    assert clamped(z, None).abs().max() == 0.25 * torch.tensor(0.05)
+    x = torch.ones(2, 12, 36, 36)
+    for layer in (layers(free)[0], layers(clamped)[0]):
+        with torch.no_grad():
+            layer.bias.fill_(10)  # far above the limit everywhere, and filters pass constants
+    w = torch.randn(2, 8)
+    assert_close(layers(clamped)[0](x, w)[:, :, 12:24, 12:24], torch.full([2, 12, 12, 12], 0.05), NETWORK_F32)
+    assert layers(free)[0](x, w).max() > 1
 
 
 def test_a_batch_of_none():
