@@ -18,6 +18,7 @@ from finetune.data import ImageSet, build_loader, scan
 from finetune.device import resolve_device
 from finetune.errors import ConfigError, FinetuneError
 from finetune.recipes import Facts, Reason
+from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_state
 from finetune.train.hooks import Display, RunFolder, make_run_dir, print_reasons
 from finetune.train.loop import train
@@ -218,6 +219,8 @@ def start(
 ) -> RunResult:
     """Make the run folder and train."""
     config, image_set, state, plan = prepared.config, prepared.image_set, prepared.state, prepared.plan
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     source = None if prepared.checkpoint is None else prepared.checkpoint.provenance.to_dict()
     desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
     run_dir = make_run_dir(config.outdir, f"{desc}-{config.desc}" if config.desc else desc)

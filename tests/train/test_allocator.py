@@ -1,0 +1,67 @@
+"""The tuning of the allocator: done where it can be, left alone where somebody tuned it, never an error."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.train.allocator import keep_freed_memory
+
+ROOT = Path(__file__).parents[2]
+GLIBC = hasattr(os, "confstr") and "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+FAULTS = """
+import resource, torch
+from finetune.train.allocator import keep_freed_memory
+told = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(8 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(told, faults())
+"""
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc is tuned")
+def test_large_tensors_reuse_their_pages(untuned):
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    told, faults = done.stdout.split()
+    # 32 MiB twenty times is far more than this where each is mapped anew, even in pages of 2 MiB.
+    assert told == "True" and int(faults) < 20
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("MALLOC_MMAP_THRESHOLD_", "1000000"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1")],
+)
+def test_what_the_environment_tunes_is_left_alone(name, value, untuned, monkeypatch):
+    def no_library(path):
+        raise AssertionError("the allocator was touched")
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setenv(name, value)
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_other_systems_are_no_error(error, untuned, monkeypatch):
+    def missing(*arguments):
+        raise error("no such library")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert keep_freed_memory() is False
+    monkeypatch.delattr(os, "confstr", raising=False)
+    assert keep_freed_memory() is False
