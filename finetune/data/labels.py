@@ -38,7 +38,7 @@ def read_labels(
     `num_classes` is what the network expects; None takes it from the labels (largest class + 1, or the length
     of the vectors). Raises DataError where there is no usable `dataset.json` at all.
     """
-    table = _read_table(source)
+    table = _read_table(source, num_classes)
     found = [(name, table.get(source.label_key(name), MISSING)) for name in names]
     as_vectors = any(isinstance(value, list) for _, value in found)
     if as_vectors:
@@ -55,9 +55,13 @@ def read_labels(
     return Labels(values, num_classes or int(values.max()) + 1), []
 
 
-def _read_table(source: Source) -> dict[str, Any]:
+def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
     """Picture name -> label as the file has it; names with forward slashes."""
-    advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}, or train without labels.'
+    advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}'
+    if num_classes is None:
+        advice += ", or train without labels."
+    else:
+        advice += f": the network has {num_classes} classes, so every picture needs one (maybe the same)."
     if source.labels_name is None:
         raise DataError(f"{source.path}: labels are needed, but there is no {LABELS_NAME}.", hint=advice)
     where = f"{source.path}: {source.labels_name}"

@@ -22,7 +22,7 @@ HINTS = {
     NO_RULE: "Save such pictures with 8 or 16 bits a channel.",
     WRONG_SIZE: "Say how pictures are brought to size: --fit crop (centre square), --fit pad (white margins) "
     "or --fit stretch.",
-    BAD_LABEL: "Correct dataset.json, or train without labels.",
+    BAD_LABEL: "Correct dataset.json: every picture needs a label in it.",
 }
 
 

@@ -94,6 +94,15 @@ def test_missing_labels_are_listed_with_unreadable_pictures(labelled):
         ImageSet(path, resolution=4, channels=3, use_labels=True)
 
 
+def test_doing_without_labels_is_advised_only_where_the_network_can(labelled):
+    path = labelled(None)
+    with pytest.raises(DataError, match="or train without labels"):
+        scan(path, use_labels=True)
+    with pytest.raises(DataError, match="the network has 5 classes, so every picture needs one") as caught:
+        scan(path, use_labels=True, num_classes=5)
+    assert "without labels" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "content, word",
     [
