@@ -23,7 +23,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise ConfigError(f"--device {name}: this machine shows torch {count} CUDA devices; use --device auto.")
+            raise ConfigError(
+                f"--device {name}: this machine shows torch {count} CUDA devices; use --device auto."
+            )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("--device mps: torch sees no Apple GPU here; use --device auto.")

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Only `finetune.cli` prints them; every one of them ends a command with exit code 2.
+"""The errors a user can meet. Only `finetune.cli` prints them; every one of them ends a command with code 2.
 
     FinetuneError
     ├── ConfigError          an option, or a combination of options, that cannot work
@@ -29,7 +29,7 @@ class FinetuneError(Exception):
 
 
 class ConfigError(FinetuneError):
-    """An option, or a combination of options, cannot work; `problems` holds all of them, one sentence each."""
+    """An option, or a combination of options, cannot work; `problems` holds all of them, a sentence each."""
 
     def __init__(self, problems: str | list[str], *, hint: str | None = None) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -51,14 +51,16 @@ class PickleRefused(CheckpointError):
     `offset` the position in the file, in bytes, at which reading stopped.
     """
 
-    def __init__(self, what: str, *, offset: int, blocked: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, offset: int, blocked: str | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(what, hint=hint)
         self.offset = offset
         self.blocked = blocked
 
 
 class CheckpointMismatch(CheckpointError):
-    """The tensors of a file are not exactly those of the network it describes; `differences` lists all of them."""
+    """The tensors of a file are not exactly those of the network it describes; `differences` lists all."""
 
     def __init__(self, what: str, differences: list[str], *, hint: str | None = None) -> None:
         super().__init__("\n".join([what, *(f"  {line}" for line in differences)]), hint=hint)

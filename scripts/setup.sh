@@ -43,6 +43,6 @@ setup() {
         return
     fi
     say "Installing finetune[$extra] and what it needs into $VENV (the first time several minutes: PyTorch is large) …"
-    "$VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check --editable ".[$extra]" >&2
+    "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check --editable ".[$extra]" >&2
     cp pyproject.toml "$VENV/installed-$extra"
 }

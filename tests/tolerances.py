@@ -19,9 +19,11 @@ NETWORK_F16 = 2e-2
 
 
 def assert_close(actual, expected, rel: float, name: str = "") -> None:
-    """Assert that two arrays have one shape and differ by at most `rel` times the largest magnitude expected."""
-    actual = np.asarray(actual.detach().cpu() if hasattr(actual, "detach") else actual, dtype=np.float64)
-    expected = np.asarray(expected.detach().cpu() if hasattr(expected, "detach") else expected, dtype=np.float64)
+    """Assert that two arrays have one shape and differ by at most `rel` times the largest value expected."""
+    actual, expected = (
+        np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, dtype=np.float64)
+        for value in (actual, expected)
+    )
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if expected.size == 0:
         return

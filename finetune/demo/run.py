@@ -57,7 +57,7 @@ def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float | None, s
         batch=8,
         ema_kimg=0.5,
         mirror=True,
-        augpipe="color",  # geometry costs as much as everything else together on a CPU
+        augpipe="color",  # geometry is dear on a CPU
         sd_backbone="efficientnet-lite0",
         seed=seed,
         workers=0,
