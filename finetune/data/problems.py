@@ -35,7 +35,7 @@ class Problem:
     detail: str
 
 
-class Unusable(Exception): (a finding, not a failure)
+class Unusable(Exception):  # a finding, not a failure
     """A picture cannot be used; the caller knows its name. `kind` is one of KINDS."""
 
     def __init__(self, kind: str, detail: str) -> None:
