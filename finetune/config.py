@@ -44,6 +44,7 @@ AUGPIPES = {
     "bgcfn": ("blit", "geom", "color", "filter", "noise"),
     "bgcfnc": ("blit", "geom", "color", "filter", "noise", "cutout"),
 }
+MAX_SEED = 2**32 - 1  # what all generators of random numbers take
 SCRATCH_ONLY = ("resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim")
 
 
@@ -165,6 +166,8 @@ def _range_problems(config: TrainConfig) -> list[str]:
             problems.append(f"{flag(name)} {value}: must be greater than 0.")
         elif name in not_negative and value < 0:
             problems.append(f"{flag(name)} {value}: must be 0 or more.")
+        elif name == "seed" and value > MAX_SEED:
+            problems.append(f"--seed {value}: must be at most {MAX_SEED}.")
         elif name in ("target", "p") and not 0 <= value <= 1:
             problems.append(f"{flag(name)} {value}: must lie between 0 and 1.")
         elif name == "sd_batch_share" and not 0 < value <= 1:
@@ -195,6 +198,8 @@ def _combination_problems(config: TrainConfig) -> list[str]:
     problems = []
     if not config.data:
         problems.append("--data: name the folder or zip with the pictures.")
+    if config.resume == "":
+        problems.append("--resume: name the checkpoint to start from.")
     if (config.resume is None) == (config.scratch is None):
         problems.append(
             "Say either --resume PICKLE (go on from a checkpoint) or --scratch FAMILY (start without one)."

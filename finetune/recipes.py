@@ -16,7 +16,11 @@ ADA_TARGET = 0.6
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a run before it starts; `num_images` counts the pictures before mirroring."""
+    """What is known about a run before it starts.
+
+    num_images: pictures before mirroring. group_size: images that D compares with each other (minibatch
+    standard deviation), 1 where every number of them goes.
+    """
 
     family: str
     resolution: int
@@ -26,6 +30,7 @@ class Facts:
     device_type: str
     cpu_count: int
     from_scratch: bool
+    group_size: int = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ def r1_gamma(family: str, resolution: int, batch: int) -> float:
     """
     per_pixel = 0.0002 if family == "stylegan2" else 0.5 * 32 / 128**2
     return per_pixel * resolution**2 / batch
+
+
+def can_group(count: int, group_size: int) -> bool:
+    """Whether D can take `count` images at once: they make one group, or fill groups of `group_size`."""
+    return count <= group_size or count % group_size == 0
 
 
 def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason]]:
@@ -68,10 +78,14 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     settle("cond", facts.c_dim > 0, origin)
     kimg = settle("kimg", *_length(facts))
     batch = settle("batch", *_batch(facts))
-    # A batch given by hand is cut into parts that divide it; the parts only bound memory.
+    # A batch given by hand is cut into parts that divide it, and that D can group; they only bound memory.
     limit = max(4, min(32, 4096 // facts.resolution)) if on_gpu else 32
-    part = max(size for size in range(1, min(batch, limit) + 1) if batch % size == 0)
-    settle("batch_gpu", part, "images in memory at once" + (f", for {facts.resolution} px" if on_gpu else ""))
+    sizes = range(1, min(batch, limit) + 1)
+    part = max(size for size in sizes if batch % size == 0 and can_group(size, facts.group_size))
+    why = "images in memory at once" + (f", for {facts.resolution} px" if on_gpu else "")
+    if part < min(batch, facts.group_size):
+        why += f"; batch {batch} does not divide into the groups of {facts.group_size} that D compares"
+    settle("batch_gpu", part, why)
     formula = "0.0002 res²/batch" if stylegan2 else "res²/(1024 batch)"
     gamma = float(f"{r1_gamma(facts.family, facts.resolution, batch):.4g}")
     settle("gamma", gamma, f"{formula} at {facts.resolution} px, batch {batch}")
@@ -95,6 +109,12 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     weight = settle("sd_weight", SD_WEIGHT, "provisional: inside the range a pilot found useful")
     if weight > 0:
         _settle_distillation(settle, config, facts)
+    else:
+        reasons += [
+            Reason(name, getattr(config, name), "no effect: --sd-weight is 0")
+            for name, field in TrainConfig.__dataclass_fields__.items()
+            if name.startswith("sd_") and name != "sd_weight" and getattr(config, name) != field.default
+        ]
     settle(
         "precision",
         None,
@@ -126,7 +146,7 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     settle("sd_teacher", None, "which network the student is held to")
     if config.sd_teacher_kimg is not None:
         settle("sd_teacher_kimg", None, "half-life of a teacher of its own")
-    settle("sd_warmup_kimg", None, "no warm-up: student and teacher start equal")
+    settle("sd_warmup_kimg", None, "no warm-up: the weight counts from the first step")
     settle("sd_batch_share", None, "the whole batch is compared")
     settle(
         "sd_interval",

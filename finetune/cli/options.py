@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-MAX_SEED = 2**32 - 1  # what numpy's RandomState takes
+from finetune.config import MAX_SEED
+
 MAX_SEEDS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
 
 

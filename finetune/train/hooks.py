@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from finetune.config import TrainConfig
-from finetune.errors import TrainingError
+from finetune.data import images_to_float
+from finetune.errors import ConfigError, TrainingError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.recipes import Reason
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
@@ -25,6 +28,30 @@ from finetune.train.state import TrainState
 
 if TYPE_CHECKING:
     from finetune.data import ImageSet
+
+
+def check_outdir(config: TrainConfig, networks: list[torch.nn.Module]) -> None:
+    """Raise ConfigError where `--outdir` cannot be written to, or the snapshots of the run do not fit."""
+    place = Path(config.outdir).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"--outdir {config.outdir}: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--outdir {config.outdir}: nothing can be written to {place}; choose another folder."
+        )
+    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    between = (config.tick or 1) * (config.snap or 1)  # kimg
+    needed = size * max(1, math.ceil((config.kimg or 0) / between))
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ConfigError(
+            f"--outdir {config.outdir}: the snapshots of this run take about {needed / 2**30:.2g} GiB "
+            f"({size / 2**20:.4g} MiB each), and {free / 2**30:.2g} GiB are free there.",
+            hint="Make room, choose another folder, or save less often with a larger --snap.",
+        )
 
 
 def make_run_dir(outdir: str | Path, desc: str) -> Path:
@@ -87,7 +114,7 @@ class RunFolder:
         columns, rows = self.grid = grid_size(self.image_set.resolution, len(self.image_set))
         chosen = rng.permutation(len(self.image_set))[: columns * rows]
         items = [self.image_set[int(index)] for index in chosen]
-        pictures = torch.from_numpy(np.stack([picture for picture, _ in items])).to(torch.float32) / 127.5 - 1
+        pictures = images_to_float(torch.from_numpy(np.stack([picture for picture, _ in items])))
         self.labels = torch.from_numpy(np.stack([label for _, label in items]))
         save_grid(pictures, self.path / "reals.png", grid=self.grid)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from finetune.data import images_to_float
 from finetune.train import losses
 from finetune.train.ema import ema_decay, update_average
 from finetune.train.latents import NoiseReplay, draw_latents, map_latents
@@ -26,7 +27,7 @@ def train(
     while state.nimg < plan.total_nimg and not watch.stop_requested:
         with watch.phase("data"):
             img, c = next(batches)
-            img, c = img.to(plan.device, torch.float32) / 127.5 - 1, c.to(plan.device)
+            img, c = images_to_float(img.to(plan.device)), c.to(plan.device)
             reals = list(zip(img.split(plan.batch_gpu), c.split(plan.batch_gpu), strict=True))
 
         generator_step(state, plan, watch)

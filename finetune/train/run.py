@@ -20,7 +20,7 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.recipes import Facts, Reason
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_state
-from finetune.train.hooks import Display, RunFolder, make_run_dir, print_reasons
+from finetune.train.hooks import Display, RunFolder, check_outdir, make_run_dir, print_reasons
 from finetune.train.loop import train
 from finetune.train.perceptual import build_distance, ensure_weights
 from finetune.train.state import Plan, TrainState
@@ -38,6 +38,7 @@ class Prepared:
     image_set: ImageSet
     state: TrainState
     plan: Plan
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,19 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     if config.resume is not None:
         tell(f"Loading {config.resume} …")
         checkpoint = load_for_training(config.resume)
-    image_set, facts = read_data(config, checkpoint, device, tell)
+    image_set, facts, notes = read_data(config, checkpoint, device, tell)
     tell("Building the networks …")
     config, reasons = recipes.resolve(config, facts)
     config.validate()
+    if not recipes.can_group(config.batch_gpu or 1, facts.group_size):
+        raise ConfigError(
+            f"--batch-gpu {config.batch_gpu}: the discriminator compares images in groups of "
+            f"{facts.group_size}; use a multiple of {facts.group_size}."
+        )
 
     torch.manual_seed(config.seed)
     state = build_state(config, facts, checkpoint, device)
+    check_outdir(config, [state.G, state.D, state.G_ema])
     distance = None
     if config.sd_weight:
         # Building a network draws random numbers even where its weights are then loaded.
@@ -106,18 +113,20 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         return image_set.random_labels(count, generator).to(device)
 
     plan = build_plan(config, facts, distance, labels, device)
-    return Prepared(config, facts, reasons, checkpoint, image_set, state, plan)
+    return Prepared(config, facts, reasons, checkpoint, image_set, state, plan, notes)
 
 
 def load_for_training(path: str) -> Checkpoint:
     """Load the checkpoint of `--resume`, and refuse what training cannot start from."""
     if Path(path).is_dir():
-        message = f"--resume {path}: this is a run folder, and continuing a run exactly is not possible yet."
         try:
-            hint = f"To start from its weights alone: --resume {newest_snapshot(Path(path))}"
+            snapshot = newest_snapshot(Path(path))
         except FinetuneError:
-            hint = "It holds no snapshot to start from either."
-        raise ConfigError(message, hint=hint)
+            raise ConfigError(f"--resume {path}: this is a folder without snapshots; name a file.") from None
+        raise ConfigError(
+            f"--resume {path}: this is a run folder, and continuing a run exactly is not possible yet.",
+            hint=f"To start from its weights alone: --resume {snapshot}",
+        )
     checkpoint = load(path)
     if checkpoint.D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
@@ -139,10 +148,13 @@ def load_for_training(path: str) -> Checkpoint:
 
 def read_data(
     config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device, tell: Callable[[str], None]
-) -> tuple[ImageSet, Facts]:
-    """Look at every picture, compare data and network, and return the set with the facts of the run."""
+) -> tuple[ImageSet, Facts, list[str]]:
+    """Look at every picture, compare data and network; the set, the facts of the run, and what is worth
+    knowing."""
+    group_size = Facts.group_size
     if checkpoint is not None:
         G: Any = checkpoint.best
+        group_size = group_size_of(checkpoint.D)
         family, resolution, channels, c_dim = checkpoint.family, G.img_resolution, G.img_channels, G.c_dim
         if config.cond is not None and config.cond != (c_dim > 0):
             kind = f"has {c_dim} classes" if c_dim else "has no classes"
@@ -153,7 +165,7 @@ def read_data(
     else:
         family, resolution, channels, c_dim = config.scratch, config.resolution, 3, 0
         use_labels = bool(config.cond)
-    scan(
+    found = scan(
         config.data,
         resolution=resolution,
         fit=config.fit,
@@ -161,7 +173,8 @@ def read_data(
         num_classes=c_dim or None,
         workers=config.workers,
         progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
-    ).raise_for_problems()
+    )
+    found.raise_for_problems()
     image_set = ImageSet(
         config.data,
         resolution=resolution,
@@ -183,8 +196,14 @@ def read_data(
         device_type=device.type,
         cpu_count=os.cpu_count() or 1,
         from_scratch=checkpoint is None,
+        group_size=group_size,
     )
-    return image_set, facts
+    return image_set, facts, found.notes
+
+
+def group_size_of(D: Any) -> int:
+    """How many images the last block of D compares with each other, 1 where every number of them goes."""
+    return (D.b4.mbstd.group_size or 1) if D.b4.mbstd is not None else 1
 
 
 def show(prepared: Prepared, console: Console) -> None:
@@ -200,6 +219,8 @@ def show(prepared: Prepared, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for note in prepared.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if prepared.checkpoint is not None:
         missing = [name for name in prepared.checkpoint.missing if name in ("G", "G_ema")]
         console.print(

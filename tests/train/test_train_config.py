@@ -58,6 +58,8 @@ def test_every_problem_is_reported_at_once_with_its_flag():
         ({"sd_batch_share": 0.0}, "--sd-batch-share"),
         ({"fit": "squeeze"}, "--fit squeeze"),
         ({"sd_teacher": "initial", "sd_teacher_kimg": 5.0}, "--sd-teacher-kimg"),
+        ({"resume": ""}, "--resume: name the checkpoint"),
+        ({"seed": 2**32}, "--seed 4294967296: must be at most 4294967295"),
     ],
 )
 def test_combinations_that_cannot_work(options, words):
@@ -111,8 +113,23 @@ def test_options_without_effect_are_not_listed():
     names = {reason.name for reason in reasons}
     assert not names & {"sd_backbone", "sd_interval", "augpipe", "target"}
     assert off.sd_weight == 0.0
+    by_hand = TrainConfig(data="x", resume="a", sd_weight=0.0, sd_interval=4, sd_backbone="l2")
+    table = {reason.name: reason for reason in recipes.resolve(by_hand, FACTS)[1]}
+    assert {name for name in table if name.startswith("sd_")} == {"sd_weight", "sd_interval", "sd_backbone"}
+    assert table["sd_interval"].value == 4 and "--sd-weight is 0" in table["sd_interval"].why
     on, _ = recipes.resolve(TrainConfig(data="x", resume="a", sd_backbone="l2"), FACTS)
     assert on.sd_weight == recipes.SD_WEIGHT and on.sd_interval == 1
+
+
+@pytest.mark.parametrize(
+    "batch, group_size, part", [(32, 4, 32), (7, 4, 1), (6, 4, 3), (100, 4, 20), (12, 8, 6), (7, 1, 7)]
+)
+def test_parts_of_a_batch_are_of_a_size_that_the_discriminator_can_group(batch, group_size, part):
+    facts = dataclasses.replace(FACTS, group_size=group_size)
+    config, reasons = recipes.resolve(TrainConfig(data="x", resume="a", batch=batch), facts)
+    assert config.batch_gpu == part
+    why = next(reason.why for reason in reasons if reason.name == "batch_gpu")
+    assert ("does not divide" in why) == (part < min(batch, group_size))
 
 
 def test_flags_spell_fields():

@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -354,6 +356,7 @@ def test_a_missing_generator_is_the_other_one(pictures, tmp_path):
         ({"resolution": 32}, DataError, "16"),
         ({"kimg": -1.0}, ConfigError, "--kimg"),
         ({"device": "tpu"}, ConfigError, "--device"),
+        ({"batch": 6, "batch_gpu": 6}, ConfigError, "--batch-gpu 6: .* groups of 4; use a multiple of 4"),
     ],
 )
 def test_nothing_is_written_before_everything_fits(changes, error, words, pictures, tmp_path, monkeypatch):
@@ -368,6 +371,55 @@ def test_too_many_frozen_layers(pictures, tmp_path):
     parent = run(options(pictures, tmp_path, kimg=0.004), console=quiet())
     with pytest.raises(ConfigError, match="--freezed 99: this discriminator has 7 layers"):
         prepare(options(pictures, tmp_path, resume=str(parent.snapshot), freezed=99))
+
+
+def test_a_batch_that_groups_do_not_fill_trains_in_smaller_parts(pictures, tmp_path):
+    prepared = prepare(options(pictures, tmp_path, batch=6))
+    assert prepared.plan.batch_gpu == 3
+    train_steps(prepared, 1)
+
+
+def test_the_groups_of_a_checkpoint_count(golden_dir, pictures, tmp_path):
+    resume = str(golden_dir / "stylegan2-32.pkl")
+    D = finetune.load(resume).D
+    config = options(pictures, tmp_path, resume=resume, data=str(pictures(32, D.c_dim)))
+    assert prepare(config).facts.group_size == D.b4.mbstd.group_size
+
+
+def test_an_outdir_that_cannot_be_used_is_found_before_training(pictures, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    for outdir in ("file", "file/runs"):
+        with pytest.raises(ConfigError, match="file is a file, not a folder"):
+            prepare(options(pictures, tmp_path, outdir=str(tmp_path / outdir)))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=f"nothing can be written to {tmp_path}"):
+        prepare(options(pictures, tmp_path))
+
+
+def test_snapshots_that_do_not_fit_are_found_before_training(pictures, tmp_path, monkeypatch):
+    config = options(pictures, tmp_path)
+    state = prepare(config).state
+    tensors = [t for net in (state.G, state.D, state.G_ema) for t in net.state_dict().values()]
+    needed = 2 * sum(tensor.nbytes for tensor in tensors)  # at 16 and 32 images
+    for free, fits in ((needed, True), (needed - 1, False)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            prepare(config)
+            continue
+        with pytest.raises(ConfigError, match="larger --snap"):
+            prepare(config)
+
+
+def test_pictures_that_get_enlarged_are_mentioned(pictures, tmp_path):
+    console = quiet()
+    run(options(pictures, tmp_path, resolution=32, fit="stretch", kimg=0.004), console=console)
+    assert "12 pictures are smaller than 32 pixels on a side and get enlarged." in console.file.getvalue()
+
+
+def test_a_folder_without_snapshots_is_no_run(pictures, tmp_path):
+    with pytest.raises(ConfigError, match="a folder without snapshots"):
+        prepare(options(pictures, tmp_path, resume=str(tmp_path)))
 
 
 @pytest.mark.gpu
