@@ -202,3 +202,70 @@ def test_the_discriminator_sees_the_range_from_minus_1_to_1(monkeypatch):
     loop.train(state, plan, iter([(pixels, no_labels(8))]), quiet_watch())
     ((img, _),) = seen[0]
     assert (img[:4] == -1).all() and (img[4:] == 1).all()
+
+
+@pytest.mark.parametrize("batch_gpu", [8, 2])
+def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gpu, monkeypatch):
+    state, plan = parts_of_run("stylegan2", aug="ada", batch_gpu=batch_gpu)
+    plan = dataclasses.replace(plan, synthesis={**plan.synthesis, "noise_mode": "const"})
+    critic = Critic().requires_grad_(False)
+    state = dataclasses.replace(state, D=critic, opt_D=torch.optim.SGD(critic.parameters(), lr=0.0))
+    z, real = torch.randn(8, 8), torch.randn(8, 3, 16, 16)
+    parts = iter(z.split(batch_gpu))
+    monkeypatch.setattr(loop, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
+    fake = state.G(z, no_labels(8), noise_mode="const")
+    weight = critic.weight.detach().clone().requires_grad_()
+    logits = [(img * weight).mean(dim=[1, 2, 3]) for img in (fake, real)]
+    loss = torch.nn.functional.softplus(logits[0]).mean() + torch.nn.functional.softplus(-logits[1]).mean()
+    (expected,) = torch.autograd.grad(loss, weight)
+
+    reals = [(part, no_labels(len(part))) for part in real.split(batch_gpu)]
+    loop.discriminator_step(state, plan, reals, quiet_watch())
+    assert_close(critic.weight.grad, expected, GRADIENT_F32)
+    assert all(parameter.grad is None for parameter in state.G.parameters())
+    assert (state.ada.count, float(state.ada.sign_sum)) == (8, int(logits[1].detach().sign().sum()))
+
+
+def test_augmentation_grows_where_the_discriminator_is_sure_of_real_images():
+    state, plan = parts_of_run("stylegan2")
+    plan = dataclasses.replace(plan, total_nimg=4 * 8)
+    critic = Critic().requires_grad_(False)
+    critic.weight.fill_(1.0)
+    state = dataclasses.replace(state, D=critic, opt_D=torch.optim.SGD(critic.parameters(), lr=0.0))
+    white = torch.full([8, 3, 16, 16], 255, dtype=torch.uint8)
+    loop.train(state, plan, iter([(white, no_labels(8))] * 4), quiet_watch())
+    assert state.ada.p == pytest.approx(4 * 8 / 500_000)
+
+
+def test_what_the_discriminator_sees_is_blurred_and_then_augmented():
+    state, plan = parts_of_run("stylegan3-r")
+    seen = []
+    pipe = torch.nn.Identity()
+    pipe.register_buffer("p", torch.zeros([]))
+    pipe.register_forward_hook(lambda module, args, out: out + 1)
+    state = dataclasses.replace(
+        state, D=lambda img, c, **kwargs: seen.append(img), augment_pipe=pipe, nimg=100_000
+    )
+    img = torch.randn(2, 3, 16, 16)
+    loop.score(state, plan, img, no_labels(2))
+    state.ada.p = 0.25
+    loop.score(state, plan, img, no_labels(2))
+    state.nimg = 200_000
+    loop.score(state, plan, img, no_labels(2))
+    blurred = loop.losses.blur(img, 5.0)
+    for found, expected in zip(seen, (blurred, blurred + 1, img + 1), strict=True):
+        assert torch.equal(found, expected)
+    assert float(pipe.p) == 0.25
+
+
+def test_regularisation_comes_every_16th_and_every_4th_step(monkeypatch):
+    state, plan = parts_of_run("stylegan2", aug="noaug")
+    plan = dataclasses.replace(plan, total_nimg=33 * 8)
+    steps = {"r1_step": [], "path_length_step": []}
+    for name, found in steps.items():
+        monkeypatch.setattr(loop, name, lambda state, *rest, found=found: found.append(state.step))
+    for name in ("generator_step", "discriminator_step"):
+        monkeypatch.setattr(loop, name, lambda *args: None)
+    batch = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), no_labels(8)
+    loop.train(state, plan, iter([batch] * 33), quiet_watch())
+    assert steps == {"r1_step": [0, 16, 32], "path_length_step": list(range(0, 33, 4))}
