@@ -88,3 +88,12 @@ def test_without_a_new_enough_python_the_scripts_say_what_to_install(tmp_path):
     assert done.returncode != 0
     assert "No Python 3.11 or newer on the PATH" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_the_architecture_page_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[A-Za-z_0-9]+", text))
+    modules = [path for top in ("finetune", "torch_utils", "dnnlib") for path in (ROOT / top).rglob("*.py")]
+    named = {path.parent.name if path.stem == "__init__" else path.stem for path in modules}
+    commands = set(COMMANDS)  # "one file a command"
+    assert sorted(named - words - commands) == []

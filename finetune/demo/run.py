@@ -47,14 +47,17 @@ class DemoResult:
 
 
 def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float | None, seed: int) -> TrainConfig:
-    """The training run of the demo: short, so with a small batch and an average that follows within it."""
+    """The training run of the demo: short, so with small batches, large steps and an average that follows."""
     return TrainConfig(
         data=str(pictures),
         outdir=str(outdir / "runs"),
         resume=str(checkpoint),
         desc="demo",
-        kimg=6.0 if kimg is None else kimg,
+        kimg=3.0 if kimg is None else kimg,
         batch=8,
+        gamma=0.2,
+        glr=0.004,
+        dlr=0.004,
         ema_kimg=0.5,
         mirror=True,
         augpipe="color",  # geometry is dear on a CPU
