@@ -72,6 +72,14 @@ def test_the_published_settings(family, scratch, golden_dir):
                 assert layer.magnitude_ema_beta ** (20_000 / 8) == pytest.approx(0.5)
 
 
+def test_stylegan3_r_has_1x1_kernels_and_twice_the_channels():
+    kwargs = [parts_of_run(family)[0].G.init_kwargs for family in ("stylegan3-t", "stylegan3-r")]
+    for name, value in (("channel_base", 128), ("channel_max", 8)):
+        assert [each[name] for each in kwargs] == [value, 2 * value]
+    assert (kwargs[1]["conv_kernel"], kwargs[1]["use_radial_filters"]) == (1, True)
+    assert "conv_kernel" not in kwargs[0]
+
+
 def test_without_r1_the_discriminator_takes_no_extra_steps():
     state, _ = parts_of_run("stylegan2", gamma=0.0)
     assert state.opt_D.param_groups[0]["lr"] == 0.002
