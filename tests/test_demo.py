@@ -142,11 +142,19 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path, finished):
     assert seen == {"outdir": tmp_path, "kimg": 0.5, "seed": 3, "device": "cuda:1"}
 
 
+def test_the_bundled_checkpoint_is_whole_small_and_ours():
+    assert demo.CHECKPOINT.stat().st_size < 8_000_000
+    checkpoint = load(demo.CHECKPOINT)
+    assert (checkpoint.best.img_resolution, checkpoint.best.img_channels) == (64, 3)
+    assert not {"G", "D", "G_ema"} & set(checkpoint.missing)
+    assert checkpoint.provenance.generation == "finetune"
+
+
 def test_the_bundled_files_are_small_and_licensed():
     sets = [demo.PICTURES, demo.FOLDER / "faces-3d.zip"]
     assert sum(path.stat().st_size for path in sets) < 4_000_000
     text = (demo.FOLDER / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    assert all(path.name in text for path in sets)
+    assert all(path.name in text for path in [*sets, demo.CHECKPOINT])
     for path in sets:
         with zipfile.ZipFile(path) as archive:
             assert len([name for name in archive.namelist() if name.endswith(".png")]) >= 200
