@@ -109,7 +109,7 @@ def test_without_the_offline_extra_it_goes_on_with_l2_and_one_metric(monkeypatch
 
     monkeypatch.setattr(demo, "EfficientNetLite0", missing)
     lines = []
-    config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.PICTURES, None, 0)
+    config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.PICTURES, 1.0, 0)
     changed, metrics = demo.what_is_possible(config, lines.append)
     assert config.sd_backbone == "efficientnet-lite0"
     assert changed == dataclasses.replace(config, sd_backbone="l2")

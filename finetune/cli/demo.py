@@ -7,18 +7,25 @@ from pathlib import Path
 import click
 
 from finetune.cli.options import device_option, outdir_option
+from finetune.demo import KIMG
 
 
 @click.command(
     "demo", short_help="Fine-tune the bundled checkpoint to the bundled pictures; needs no network."
 )
 @outdir_option(required=False, default=Path("demo-out"), show_default=True)
-@click.option("--kimg", type=click.FloatRange(min=0, min_open=True), help="Thousands of images to train on.")
+@click.option(
+    "--kimg",
+    type=click.FloatRange(min=0, min_open=True),
+    default=KIMG,
+    show_default=True,
+    help="Thousands of images to train on.",
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the whole run."
 )
 @device_option(default="cpu")
-def command(outdir: Path, kimg: float | None, seed: int, device: str) -> None:
+def command(outdir: Path, kimg: float, seed: int, device: str) -> None:
     """Fine-tune the bundled checkpoint to the bundled pictures with self-distillation.
 
     Writes before.png and after.png (the same seeds before and after), the run folder and the exported pickle

@@ -14,6 +14,7 @@ from torch import nn
 from finetune.checkpoint import load
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
+from finetune.demo import KIMG
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.verify import export_checkpoint
@@ -46,14 +47,14 @@ class DemoResult:
         return all(self.after[name].value < self.before[name].value for name in self.before)
 
 
-def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float | None, seed: int) -> TrainConfig:
+def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float, seed: int) -> TrainConfig:
     """The training run of the demo: short, so with small batches, large steps and an average that follows."""
     return TrainConfig(
         data=str(pictures),
         outdir=str(outdir / "runs"),
         resume=str(checkpoint),
         desc="demo",
-        kimg=3.0 if kimg is None else kimg,
+        kimg=kimg,
         batch=8,
         gamma=0.2,
         glr=0.004,
@@ -70,7 +71,7 @@ def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float | None, s
 def run_demo(
     outdir: Path,
     *,
-    kimg: float | None = None,
+    kimg: float = KIMG,
     seed: int = 0,
     device: str = "cpu",
     checkpoint: Path = CHECKPOINT,
