@@ -13,7 +13,10 @@ from finetune.cli import COMMANDS
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"]
+SCRIPTS = [
+    ".ci/run",
+    *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").iterdir()) if not path.suffix),
+]
 
 
 def wanted_by_pyproject() -> set[str]:
