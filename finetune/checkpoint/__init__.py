@@ -22,11 +22,11 @@ from finetune.checkpoint.safe_pickle import (
     printable,
     read_pickle,
 )
+from finetune.checkpoint.tensor_file import NETWORKS, is_tensor_file, read_tensor_file
 from finetune.errors import CheckpointMismatch, PickleRefused
 
 __all__ = ["Checkpoint", "Provenance", "load", "newest_snapshot", "resolve_network"]
 
-NETWORKS = ("G", "D", "G_ema")
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
-    """Open a checkpoint of any generation; a run folder stands for its newest snapshot.
+    """Open a pickle of any generation or a safetensors file of ours; a run folder is its newest snapshot.
 
     The networks are built from what the file says, and every tensor of the file lands in exactly one place of
     ours. Nothing in the file is executed. Raises CheckpointError where it is no checkpoint, PickleRefused
@@ -105,6 +105,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     of its networks.
     """
     path = resolve_network(path)
+    if is_tensor_file(path):
+        return _load_tensor_file(path, device)
     with _naming(path):
         file = read_pickle(path)
         networks, extras = _entries(file)
@@ -120,6 +122,17 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
         training_set_kwargs=options if type(options) is dict else {},
         provenance=provenance,
         notes=tuple(notes),
+    )
+
+
+def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
+    file = read_tensor_file(path)
+    identity = {"source": path.name, "sha256": file.sha256, "size": file.size}
+    return Checkpoint(
+        **{name: file.modules[name].to(device) if name in file.modules else None for name in NETWORKS},
+        augment_pipe=None,
+        training_set_kwargs=file.training_set_kwargs,
+        provenance=_stated(file.entry, identity),
     )
 
 
@@ -181,17 +194,41 @@ def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry
     identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
     entry = plain(entry, 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
     if type(entry) is dict:
-        parent, training, nimg = (entry.get(key) for key in ("source", "training", "nimg"))
-        parent = parent if type(parent) is dict else None
-        licence = parent.get("licence") if parent else entry.get("licence")
-        return Provenance(
-            **identity,
-            generation="finetune",
-            licence=licence if type(licence) is str else None,
-            parent=parent,
-            training=training if type(training) is dict else None,
-            nimg=nimg if type(nimg) is int else None,
-        )
+        return _stated(entry, identity)
     resolution = network.module.img_resolution
     licence = find_licence(sha256=file.sha256, file_name=path.name, size=file.size, resolution=resolution)
     return Provenance(**identity, generation=network.generation, licence=licence)
+
+
+def _stated(entry: dict[str, Any], identity: dict[str, Any]) -> Provenance:
+    """The provenance of a file of ours; a descendant has the licence of its source."""
+    parent = _lineage(entry.get("source"))
+    said = _of_their_types(entry)
+    return Provenance(
+        **identity,
+        generation="finetune",
+        licence=(parent or {}).get("licence") or said["licence"],
+        parent=parent,
+        training=said["training"],
+        nimg=said["nimg"],
+    )
+
+
+def _lineage(entry: Any) -> dict[str, Any] | None:
+    """What a file says of its source, its source's source and so on, as `Provenance.to_dict` gives it."""
+    lineage = []
+    while type(entry) is dict:
+        lineage.append(_of_their_types(entry))
+        entry = entry.get("parent")
+    parent = None
+    for step in reversed(lineage):
+        parent = {**step, "parent": parent}
+    return parent
+
+
+def _of_their_types(entry: dict[str, Any]) -> dict[str, Any]:
+    """The known values of an entry; what is of another type counts as not said, and texts are one line."""
+    types = {"generation": str, "source": str, "sha256": str, "size": int, "licence": str}
+    types |= {"training": dict, "nimg": int}
+    said = {key: entry[key] if type(entry.get(key)) is kind else None for key, kind in types.items()}
+    return {key: printable(value) if type(value) is str else value for key, value in said.items()}

@@ -27,7 +27,9 @@ def resolve_network(path: str | Path) -> Path:
     """The checkpoint file that `path` means: itself, or the newest snapshot where it is a run folder."""
     path = Path(path).expanduser()
     if path.is_dir():
-        return newest_snapshot(path)
+        path = newest_snapshot(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", hint="Give a checkpoint file or a run folder.")
+    if not path.is_file():  # a pipe or a device may have no end
+        raise CheckpointError(f"{path} is not a file", hint="Save what it gives as a file first.")
     return path

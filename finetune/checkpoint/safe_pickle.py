@@ -427,6 +427,7 @@ def expect(condition: bool, why: str, offset: int) -> None:
 
 # Files that are no pickles.
 
+SAFETENSORS = rb".{8}\{\s*\""  # the length of a JSON header, then that header
 OTHER_FORMATS = (
     (
         rb"PK\x03\x04",
@@ -438,7 +439,7 @@ OTHER_FORMATS = (
         rb"\s*<(!doctype|html|\?xml)",
         "a web page, as a failed download leaves behind; download the file again",
     ),
-    (rb".{8}\{\s*\"", "a safetensors file"),
+    (SAFETENSORS, "a safetensors file"),
     (rb"\x1f\x8b", "gzip-compressed; unpack it first"),
     (rb"\x89HDF", "an HDF5 file"),
     (rb"\s*[{\[]\s*[\"}\]{\d]", "JSON text"),

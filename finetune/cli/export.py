@@ -11,6 +11,11 @@ from finetune.cli.options import network_option
 from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
 
+_ENDINGS = {
+    "stylegan-pkl": "give --format safetensors, or a name that ends in .pkl",
+    "safetensors": "give a name that ends in .safetensors",
+}
+
 
 @click.command("export", short_help="Write a checkpoint for other programs, and check what was written.")
 @network_option()
@@ -23,21 +28,28 @@ from finetune.errors import ConfigError
     help="stylegan-pkl opens in the StyleGAN2-ADA and StyleGAN3 code bases; safetensors is tensors and JSON.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
-def command(network: Path, file_format: str, out: Path) -> None:
+@click.option("--force", is_flag=True, help="Replace FILE where it exists.")
+def command(network: Path, file_format: str, out: Path, force: bool) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
     FILE takes its name only when all agree. Where the weights come from, and their licence, travel along.
     """
-    from finetune.checkpoint import resolve_network
-    from finetune.export.safetensors import load_any
+    from finetune.checkpoint import load, resolve_network
     from finetune.export.verify import export_checkpoint
 
     source = resolve_network(network)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file.")
-    if out.exists() and out.samefile(source):
-        raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
-    checkpoint = load_any(source)
+    if (out.suffix.lower() == ".safetensors") != (file_format == "safetensors"):
+        raise ConfigError(
+            f"--out {out} has not the ending of --format {file_format}; {_ENDINGS[file_format]}."
+        )
+    if out.exists():
+        if out.samefile(source):
+            raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
+        if not force:
+            raise ConfigError(f"--out {out} exists; give --force to replace it, or choose another name.")
+    checkpoint = load(source)
     with progress_bar("comparing images", 1) as progress:
         result = export_checkpoint(out, checkpoint, file_format, progress=progress)
 
@@ -67,8 +79,8 @@ def provenance_lines(provenance: dict[str, Any]) -> list[str]:
     step: dict[str, Any] | None = provenance
     word = "Source: "
     while step:
-        seen = f", trained for {step['nimg'] / 1000:g} kimg" if step.get("nimg") is not None else ""
-        lines.append(f"{word}{step.get('source')} (sha256 {step.get('sha256')}){seen}")
-        step, word = step.get("parent"), "  from: "
-    lines.append(f"Licence: {provenance.get('licence') or 'not known; see where the source came from'}")
+        seen = f", trained for {step['nimg'] / 1000:g} kimg" if step["nimg"] is not None else ""
+        lines.append(f"{word}{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'}){seen}")
+        step, word = step["parent"], "  from: "
+    lines.append(f"Licence: {provenance['licence'] or 'not known; see where the source came from'}")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -56,17 +57,19 @@ def command(
 
     A seed always gives the same picture, whatever other seeds are asked for.
     """
+    if math.isnan(trunc):
+        raise ConfigError("--trunc nan is not a number.")
     if grid is not None and len(seeds) > grid[0] * grid[1]:
         places = grid[0] * grid[1]
         raise ConfigError(
             f"--grid {grid[0]}x{grid[1]} has {places} places, --seeds names {len(seeds)} pictures."
         )
 
+    from finetune.checkpoint import load
     from finetune.device import resolve_device
-    from finetune.export.safetensors import load_any
     from finetune.sampling import generate, label_from_class, save_grid, to_image
 
-    checkpoint = load_any(network, device=resolve_device(device))
+    checkpoint = load(network, device=resolve_device(device))
     G = checkpoint.best
     if G is None:
         raise CheckpointError(f"{network} holds no generator, only D.")

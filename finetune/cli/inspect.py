@@ -25,7 +25,7 @@ def command(network: Path, as_json: bool) -> None:
 
     path = resolve_network(network)
     facts = describe(path, load(path))
-    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else as_text(facts))
+    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
 
 
 def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(("trained for", f"{source['nimg'] / 1000:,.1f} kimg"))
     for generation, parent in enumerate(_ancestors(source)):
         name = "started from" if generation == 0 else "before that"
-        lines.append((name, f"{parent.get('source')} (sha256 {parent.get('sha256')})"))
+        lines.append((name, f"{parent['source'] or 'unnamed'} (sha256 {parent['sha256'] or 'not known'})"))
     lines += [("note", note) for note in facts["notes"]]
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
 
@@ -116,8 +116,6 @@ def _precision(precision: dict[str, Any]) -> str:
 
 def _ancestors(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    parent = provenance["parent"]
-    while isinstance(parent, dict):
-        found.append(parent)
-        parent = parent.get("parent")
+    while provenance := provenance["parent"]:
+        found.append(provenance)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.checkpoint import Checkpoint, Provenance
+from finetune.checkpoint import Checkpoint
 from finetune.version import __version__
 
 FORMAT = 1
@@ -31,21 +31,3 @@ def entry_of(checkpoint: Checkpoint) -> dict[str, Any]:
     else:
         entry |= {"source": origin.to_dict()}
     return complete_entry(entry)
-
-
-def provenance_of(entry: Mapping[str, Any], *, source: str, sha256: str, size: int) -> Provenance:
-    """The provenance of a file that carries `entry`; what is not of the expected type counts as not said."""
-
-    def said(key: str, kind: type) -> Any:
-        return entry[key] if type(entry.get(key)) is kind else None
-
-    return Provenance(
-        generation="finetune",
-        source=source,
-        sha256=sha256,
-        size=size,
-        licence=said("licence", str),
-        parent=said("source", dict),
-        training=said("training", dict),
-        nimg=said("nimg", int),
-    )

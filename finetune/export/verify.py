@@ -13,7 +13,7 @@ from finetune.checkpoint import NETWORKS, Checkpoint, load
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.errors import CheckpointError, ExportError
 from finetune.export.provenance import entry_of
-from finetune.export.safetensors import load_safetensors, save_safetensors
+from finetune.export.safetensors import save_safetensors
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.sampling import device_of, z_from_seeds
 
@@ -80,7 +80,7 @@ def verify_export(
     """
     network = checkpoint.best if checkpoint.best is not None else checkpoint.D
     try:
-        again = (load_safetensors if file_format == "safetensors" else load)(path, device=device_of(network))
+        again = load(path, device=device_of(network))
     except CheckpointError as error:
         raise ExportError(f"The written file cannot be read again: {error}", hint=_REPORT) from error
     if again.missing != checkpoint.missing:

@@ -9,7 +9,6 @@ from click.testing import CliRunner
 
 import finetune
 from finetune.cli import cli
-from finetune.export.safetensors import load_safetensors
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 
 NAME = "stylegan2-64-cond"
@@ -27,13 +26,11 @@ def run(*args, code=0):
     return result.output
 
 
-@pytest.mark.parametrize(
-    ("file_format", "load"), [("stylegan-pkl", finetune.load), ("safetensors", load_safetensors)]
-)
-def test_export(source, tmp_path, file_format, load):
-    out = tmp_path / f"net.{file_format}"
+@pytest.mark.parametrize(("file_format", "ending"), [("stylegan-pkl", "pkl"), ("safetensors", "safetensors")])
+def test_export(source, tmp_path, file_format, ending):
+    out = tmp_path / f"net.{ending}"
     output = run("--network", source, "--format", file_format, "--out", out)
-    again = load(out)
+    again = finetune.load(out)
     sha256 = finetune.load(source).provenance.sha256
     assert again.missing == [] and again.provenance.parent["sha256"] == sha256
     assert "264 tensors equal, 16 images, largest difference 0" in output
@@ -94,6 +91,26 @@ def test_the_newest_snapshot_of_a_run_is_not_overwritten(source, tmp_path):
     assert "is the checkpoint itself" in output
 
 
+def test_a_file_is_replaced_only_on_request(source, tmp_path):
+    out = tmp_path / "net.pkl"
+    out.write_bytes(b"old")
+    output = run("--network", source, "--out", out, code=2)
+    assert "--force" in output and out.read_bytes() == b"old"
+    run("--network", source, "--out", out, "--force")
+    assert finetune.load(out).missing == []
+
+
+def test_a_lineage_made_up_by_a_file(source, tmp_path):
+    """Values of other types count as not said, and no text of a file can pass for a line of ours."""
+    entry = {"source": "x\x1b[2J\nLicence: MIT", "sha256": 5, "nimg": "many", "parent": ["x"]}
+    snapshot = tmp_path / "snapshot.pkl"
+    checkpoint = finetune.load(source)
+    save_stylegan_pickle(snapshot, G=None, D=None, G_ema=checkpoint.G_ema, provenance={"source": entry})
+    output = run("--network", snapshot, "--out", tmp_path / "out.pkl")
+    assert "from: x?[2J?Licence: MIT (sha256 not known)\n" in output
+    assert output.splitlines()[-1].startswith("Licence: not known")
+
+
 def test_a_full_disk(source, tmp_path, monkeypatch):
     out = tmp_path / "net.pkl"
     out.write_bytes(b"old")
@@ -102,7 +119,7 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    output = run("--network", source, "--out", out, code=2)
+    output = run("--network", source, "--out", out, "--force", code=2)
     assert "No space left" in output and "previous file is untouched" in output
     assert out.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["net.pkl"]
@@ -115,6 +132,9 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
         (["--network", "{source}", "--out", "."], "is a folder"),
         (["--network", "{source}", "--out", "x.onnx", "--format", "onnx"], "onnx"),
         (["--network", "{source}"], "--out"),
+        (["--network", "{source}", "--out", "x.safetensors"], "give --format safetensors"),
+        (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),
+        (["--network", "/dev/null", "--out", "x.pkl"], "is not a file"),
     ],
 )
 def test_errors(source, tmp_path, monkeypatch, args, message):

@@ -10,8 +10,10 @@ import pytest
 from checkpoint import forge
 from click.testing import CliRunner
 
+import finetune
 from finetune.checkpoint.safe_pickle import read_pickle
 from finetune.cli import cli
+from finetune.export.safetensors import save_safetensors
 
 
 @pytest.fixture
@@ -93,6 +95,34 @@ def test_a_discriminator_alone(inspect, golden_dir, tmp_path):
     result = inspect(tmp_path / "D.pkl")
     assert result.exit_code == 0
     assert "missing       G, G_ema" in result.stdout and "none (no generator)" in result.stdout
+
+
+def test_safetensors(inspect, golden_dir, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_safetensors(path, finetune.load(golden_dir / "stylegan3-t-32.pkl"))
+    result = inspect(path)
+    assert result.exit_code == 0
+    assert "architecture  stylegan3-t" in result.stdout
+    assert "started from  stylegan3-t-32.pkl (sha256 " in result.stdout
+
+
+def test_texts_that_no_terminal_can_show(inspect, golden_dir, tmp_path):
+    root = read_pickle(golden_dir / "stylegan2-ada-32.pkl").root
+    entry = {"source": {"source": "\x1b[31m\nlicence       free", "parent": [1]}}
+    data = {"G_ema": root["G_ema"], "finetune": entry, "training_set_kwargs": {"path": "\ud800\x1b"}}
+    (tmp_path / "net.pkl").write_bytes(forge.dumps(data))
+    result = inspect(tmp_path / "net.pkl")
+    assert "started from  ?[31m?licence       free (sha256 not known)\n" in result.stdout
+    assert json.loads(inspect(tmp_path / "net.pkl", "--json").stdout)["training_set_kwargs"] == {
+        "path": "\ud800\x1b"
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(inspect, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = inspect(tmp_path / "pipe")
+    assert result.exit_code == 2 and "is not a file" in result.stderr
 
 
 class Runs:

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from conftest import GOLDEN_NETWORKS
 from tolerances import NETWORK_F32, assert_close
 
+import finetune
 from finetune.errors import CheckpointError, CheckpointMismatch
-from finetune.export.safetensors import load_any, load_safetensors, save_safetensors
+from finetune.export.safetensors import save_safetensors
 
 NAME = "stylegan2-64-cond"
 
@@ -41,7 +43,7 @@ def rewrite(path, target, change_tensors=None, change_header=None):
 def test_golden_numbers_survive(golden_checkpoint, golden_network, tmp_path, name):
     path = tmp_path / "net.safetensors"
     save_safetensors(path, golden_checkpoint(name))
-    again = load_any(path)
+    again = finetune.load(path)
     _, golden = golden_network(name)
     z, c, real = (torch.from_numpy(golden[key]) for key in ("z", "c", "real"))
     assert again.missing == [] and again.family == golden_checkpoint(name).family
@@ -68,7 +70,7 @@ def test_any_reader_understands_the_file(exported, golden_checkpoint):
 
 
 def test_provenance(exported, golden_checkpoint):
-    provenance = load_safetensors(exported).provenance
+    provenance = finetune.load(exported).provenance
     assert provenance.generation == "finetune"
     assert provenance.parent == golden_checkpoint(NAME).provenance.to_dict()
     assert provenance.size == exported.stat().st_size
@@ -80,7 +82,7 @@ def test_a_missing_and_a_stray_tensor(exported, tmp_path):
 
     path = rewrite(exported, tmp_path / "x.safetensors", change)
     with pytest.raises(CheckpointMismatch) as caught:
-        load_safetensors(path)
+        finetune.load(path)
     assert any("mapping.fc0.weight" in line for line in caught.value.differences)
     assert any("mapping.fc9.weight" in line for line in caught.value.differences)
 
@@ -92,14 +94,36 @@ def test_another_shape_and_dtype(exported, tmp_path):
 
     path = rewrite(exported, tmp_path / "x.safetensors", change)
     with pytest.raises(CheckpointMismatch) as caught:
-        load_safetensors(path)
+        finetune.load(path)
     assert len(caught.value.differences) == 2
 
 
 def test_tensors_of_no_network(exported, tmp_path):
     path = rewrite(exported, tmp_path / "x.safetensors", lambda tensors: tensors.update(E=np.zeros(1)))
     with pytest.raises(CheckpointError, match="what is no network: E"):
-        load_safetensors(path)
+        finetune.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_numbers_that_numpy_does_not_know(exported, tmp_path, dtype):
+    tensors = safetensors.torch.load_file(exported)
+    tensors["D.b4.out.weight"] = tensors["D.b4.out.weight"].to(dtype)
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", header_of(exported))
+    with pytest.raises(CheckpointError, match=r"D\.b4\.out\.weight is (BF16|F8_E4M3), where"):
+        finetune.load(tmp_path / "x.safetensors")
+
+
+def test_the_content_decides_not_the_ending(exported, tmp_path):
+    path = tmp_path / "net.pkl"
+    path.write_bytes(exported.read_bytes())
+    assert finetune.load(path).missing == []
+
+
+def test_no_networks(tmp_path):
+    header = {"format": "stylegan-finetune/1", "networks": "{}"}
+    safetensors.numpy.save_file({}, tmp_path / "x.safetensors", header)
+    with pytest.raises(CheckpointError, match="none of G, D and G_ema"):
+        finetune.load(tmp_path / "x.safetensors")
 
 
 def change_arguments(**changes):
@@ -128,19 +152,24 @@ def change_arguments(**changes):
 def test_hostile_headers(exported, tmp_path, change):
     path = rewrite(exported, tmp_path / "x.safetensors", change_header=change)
     with pytest.raises(CheckpointError):
-        load_safetensors(path)
+        finetune.load(path)
 
 
 def test_no_such_file_and_no_such_format(exported, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        load_safetensors(tmp_path / "absent.safetensors")
-    for content in (b"", b"no tensors", exported.read_bytes()[:-5]):
+        finetune.load(tmp_path / "absent.safetensors")
+    for content, words in (
+        (b"", "is empty"),
+        (b"no tensors", "damaged"),
+        (exported.read_bytes()[:-5], "damaged safetensors file"),
+        (exported.read_bytes()[:100], "damaged safetensors file"),
+    ):
         (tmp_path / "x.safetensors").write_bytes(content)
-        with pytest.raises(CheckpointError, match="damaged"):
-            load_safetensors(tmp_path / "x.safetensors")
+        with pytest.raises(CheckpointError, match=words):
+            finetune.load(tmp_path / "x.safetensors")
 
 
 def test_safetensors_of_others_are_refused(tmp_path):
     safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / "x.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="has the format 'pt'"):
-        load_safetensors(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="format 'pt'"):
+        finetune.load(tmp_path / "x.safetensors")

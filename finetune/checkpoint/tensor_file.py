@@ -1,0 +1,153 @@
+"""Read the safetensors files that `finetune export` writes: tensors named `G_ema.synthesis.b4.const`, and a
+header of strings that says how to build the networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+from finetune.checkpoint import arguments
+from finetune.checkpoint.described import Described
+from finetune.checkpoint.rebuild import Allowance, build_on_meta, compare, fill
+from finetune.checkpoint.safe_pickle import SAFETENSORS, Tensor, printable
+from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
+from finetune.models import stylegan2
+
+FORMAT = "stylegan-finetune/1"
+NETWORKS = ("G", "D", "G_ema")
+DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # of safetensors, known to numpy
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """What a file holds: networks in eval mode without gradients, and the JSON of its header."""
+
+    modules: dict[str, Any]
+    training_set_kwargs: dict[str, Any]
+    entry: dict[str, Any]  # "finetune", as in our pickles
+    sha256: str
+    size: int
+
+
+def is_tensor_file(path: Path) -> bool:
+    """Whether the file begins as safetensors do; False where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return re.match(SAFETENSORS, stream.read(64), re.DOTALL) is not None
+    except OSError:
+        return False
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Rebuild the networks of a safetensors file under the same checks as those of a pickle.
+
+    Raises CheckpointError where the file is damaged or not one of ours, CheckpointMismatch where its tensors
+    are not exactly those of the networks that its header describes.
+    """
+    metadata, found = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is a safetensors file of another kind: "
+            f"format {metadata.get('format')!r:.80}, not {FORMAT!r}",
+            hint="Only safetensors files of `finetune export` say how to build their networks.",
+        )
+    networks = _read_json(path, metadata, "networks")
+    stray = sorted(name for name in found if name.split(".", 1)[0] not in networks)
+    if unknown := sorted(set(networks) - set(NETWORKS)) or stray:
+        names = ", ".join(map(printable, unknown[:20]))
+        raise CheckpointError(f"{path} holds what is no network: {names}")
+    if not networks:
+        raise CheckpointError(f"{path} holds none of G, D and G_ema")
+    size = path.stat().st_size
+    allowance = Allowance.for_file(size)
+    modules = {name: _rebuild(path, name, networks[name], found, allowance) for name in networks}
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return TensorFile(
+        modules=modules,
+        training_set_kwargs=_read_json(path, metadata, "training_set_kwargs"),
+        entry=_read_json(path, metadata, "finetune"),
+        sha256=digest,
+        size=size,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The strings of the header, and the tensors by name."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            found = {}
+            for name in file.keys():
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    raise CheckpointError(f"{path}: {printable(name)} is {dtype}, where a network has F32")
+                found[name] = file.get_tensor(name)
+            return file.metadata() or {}, found
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is a damaged safetensors file ({error})", hint="Download or copy it again."
+        ) from None
+
+
+def _read_json(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata.get(key) or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if value is None and metadata.get(key) == "null":
+        return {}
+    if type(value) is not dict:
+        raise CheckpointError(f"{path}: {key} in its header is no JSON object")
+    return value
+
+
+def _rebuild(
+    path: Path, name: str, constructor: Any, found: dict[str, np.ndarray], allowance: Allowance
+) -> torch.nn.Module:
+    """Build one network under the same checks as one from a pickle: arguments, then names, shapes, dtypes."""
+    given = constructor.get("init_kwargs") if type(constructor) is dict else None
+    if type(given) is not dict:
+        raise CheckpointError(f"{path}: the header does not say how {name} was built")
+    net = Described(class_name=str(constructor.get("class"))[:80], offset=0)
+    net.modules[""] = {"_init_kwargs": given}
+    prefix = name + "."
+    for key, array in found.items():
+        if key.startswith(prefix):
+            local = key.removeprefix(prefix)
+            net.tensors[local] = Tensor(array, array.dtype.name, offset=0)
+            while "." in local:
+                local = local.rpartition(".")[0]
+                net.modules.setdefault(local, {})
+    try:
+        cls, kwargs = _recognise(net)
+        module = build_on_meta(cls, kwargs, net)
+        differences = compare(net.tensors, module)
+        if differences:
+            raise CheckpointMismatch(
+                f"{path}: the tensors of {name} are not those it describes:", differences
+            )
+        fill(module, net.tensors, allowance, 0)
+    except PickleRefused as error:
+        raise CheckpointError(
+            f"{path}: {name} cannot be built from what the header says ({error.what})"
+        ) from None
+    return module
+
+
+def _recognise(net: Described) -> tuple[type, dict[str, Any]]:
+    if net.has("synthesis.input"):
+        from finetune.models import stylegan3
+
+        return stylegan3.Generator, arguments.generator_arguments(net)
+    if net.has("synthesis"):
+        return stylegan2.Generator, arguments.generator_arguments(net)
+    return stylegan2.Discriminator, arguments.discriminator_arguments(net)
