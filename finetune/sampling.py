@@ -150,10 +150,14 @@ def to_image(picture: np.ndarray) -> Image.Image:
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int) -> Image.Image:
-    """Lay uint8 pictures `[H, W, C]` of one size out in rows of `columns`; unfilled places stay black."""
+    """Lay uint8 pictures `[H, W, C]` of one size out in rows of `columns`, or of all where they are fewer.
+
+    Places that are left in the last row stay black.
+    """
     if len(images) == 0:
         raise ConfigError("a grid needs at least one picture.")
     height, width, channels = images[0].shape
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = np.zeros([rows * height, columns * width, channels], dtype=np.uint8)
     for i, picture in enumerate(images):

@@ -163,6 +163,11 @@ def test_grid_of_any_channels(channels, mode):
     assert [int(array[y, x, 0]) for y in (0, 2, 4) for x in (0, 3)] == [10, 20, 30, 40, 50, 0]
 
 
+def test_a_grid_is_no_wider_than_its_pictures():
+    pictures = [np.full([2, 2, 3], i, dtype=np.uint8) for i in range(3)]
+    assert image_grid(pictures, columns=10**9).size == (6, 2)
+
+
 def test_grids_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="2 channels"):
         image_grid([np.zeros([2, 2, 2], dtype=np.uint8)], 1)

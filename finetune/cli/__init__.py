@@ -65,6 +65,8 @@ def explain(error: Exception) -> CommandFailed:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return CommandFailed(f"{where}{error.strerror}.", 2)
+    if isinstance(error, MemoryError):
+        return CommandFailed("This machine has not enough memory for that; ask for less at a time.", 2)
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     if type(error).__name__ == "OutOfMemoryError":  # torch's; named, so that this file needs no torch
         first_line = what.splitlines()[0]

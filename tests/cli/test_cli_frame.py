@@ -85,6 +85,11 @@ def test_out_of_memory_names_the_option_to_lower(monkeypatch):
     assert "long tail" not in result.stderr
 
 
+def test_no_memory_left_is_no_defect(monkeypatch):
+    result = run_raising(monkeypatch, MemoryError("Unable to allocate 314. GiB"))
+    assert result.exit_code == 2 and "not enough memory" in result.stderr
+
+
 def test_a_defect_says_so_and_shows_its_traceback_only_on_request(monkeypatch):
     quiet = run_raising(monkeypatch, KeyError("missing key"))
     assert quiet.exit_code == 1

@@ -82,6 +82,7 @@ def test_classes(run):
         ("stylegan2-32", ["--device", "cuda:99"], "--device cuda:99"),
         ("stylegan2-32", ["--noise-mode", "loud"], "--noise-mode"),
         ("stylegan2-32", ["--grid", "0x3"], "--grid"),
+        ("stylegan2-32", ["--trunc", "nan"], "--trunc nan is not a number"),
     ],
 )
 def test_errors(run, network, args, message):
@@ -97,7 +98,8 @@ def test_noise_modes(run):
     for mode in ("const", "random", "none"):
         run("--seeds", "0", "--noise-mode", mode)
         pictures[mode] = pixels(outdir / "seed0000.png")
-    assert not np.array_equal(pictures["const"], pictures["random"])
+    for one, other in (("const", "random"), ("const", "none"), ("random", "none")):
+        assert not np.array_equal(pictures[one], pictures[other]), (one, other)
     assert not np.array_equal(pictures["const"], pictures["none"])
     run("--seeds", "1,0", "--noise-mode", "random")
     np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), pictures["random"])
