@@ -63,4 +63,9 @@ def _explain(error: OSError, path: Path, *, existed: bool) -> ExportError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "Choose another folder."
         return ExportError(f"Not allowed to write {path} ({error.strerror}). {kept}", hint=hint)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        hint = "Choose another folder."
+        return ExportError(
+            f"Could not write {path}: a part of its folder's name is a file. {kept}", hint=hint
+        )
     return ExportError(f"Could not write {path}: {error.strerror or error}. {kept}")

@@ -72,7 +72,10 @@ def test_the_target_is_a_folder(tmp_path):
 
 def test_the_parent_is_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(ExportError, match=r"file.net\.pkl"), atomic_write(tmp_path / "file" / "net.pkl"):
+    with (
+        pytest.raises(ExportError, match=r"file.net\.pkl: .* is a file"),
+        atomic_write(tmp_path / "file" / "net.pkl"),
+    ):
         raise AssertionError("never reached")
 
 
