@@ -34,6 +34,14 @@ def test_first_and_second_gradients(act, clamp):
     assert torch.autograd.gradgradcheck(op, (x, b))
 
 
+@pytest.mark.parametrize("alpha", [-0.3, 0.0, 1.0])
+def test_every_slope_has_gradients(alpha):
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: bias_act(x, act="lrelu", alpha=alpha), x)
+    expected = torch.where(x > 0, x, x * alpha) * math.sqrt(2)
+    assert_close(bias_act(x, act="lrelu", alpha=alpha), expected, OPS_F64)
+
+
 def test_default_gains():
     gains = {name: spec.def_gain for name, spec in activation_funcs.items()}
     root = math.sqrt(2)

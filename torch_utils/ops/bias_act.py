@@ -50,7 +50,7 @@ def bias_act(
     gain = float(spec.def_gain if gain is None else gain)
     if b is not None:
         b = b.to(x.dtype).reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
-    if act in _HOMOGENEOUS and gain > 0:
+    if act in _HOMOGENEOUS and gain > 0 and alpha >= 0:
         x = _scaled_sum(x, b, gain)
         x = _HOMOGENEOUS[act](x, alpha)
     else:
@@ -59,8 +59,8 @@ def bias_act(
     return x if clamp is None else limit(x, clamp)
 
 
-# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in
-# place.
+# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in place,
+# which torch can differentiate unless alpha is negative.
 _HOMOGENEOUS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "linear": lambda x, alpha: x,
     "relu": lambda x, alpha: F.relu(x, inplace=True),
