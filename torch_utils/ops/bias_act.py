@@ -59,8 +59,8 @@ def bias_act(
     return x if clamp is None else limit(x, clamp)
 
 
-# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in place,
-# which torch can differentiate unless alpha is negative.
+# For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in
+# place, which torch can differentiate unless alpha is negative.
 _HOMOGENEOUS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "linear": lambda x, alpha: x,
     "relu": lambda x, alpha: F.relu(x, inplace=True),
