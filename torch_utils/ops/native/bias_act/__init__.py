@@ -1,0 +1,1 @@
+"""Kernels of bias_act."""
