@@ -1,7 +1,7 @@
 """The structs that the kernels take, mirrored from the headers beside them.
 
-The same bytes go to a C++ function by address and to a CUDA kernel by value. A test compares sizes and offsets
-with what the compiler says.
+The same bytes go to a C++ function by address and to a CUDA kernel by value. A test compares sizes and
+offsets with what the compiler says.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Upfirdn2d(ctypes.Structure):
     _fields_ = [
         *_fields(_p, "x f y"),
         *_fields(_l * 4, "x_stride y_stride"),
-        *_fields(_i, "n c in_h in_w out_h out_w f_h f_w up_x up_y down_x down_y pad_x0 pad_y0 flip_filter dtype"),
+        *_fields(
+            _i, "n c in_h in_w out_h out_w f_h f_w up_x up_y down_x down_y pad_x0 pad_y0 flip_filter dtype"
+        ),
         *_fields(_d, "gain"),
         *_fields(_i, "num_threads reserved"),
     ]
