@@ -1,17 +1,126 @@
-"""Which implementation of an op runs: one place for the rule that every op follows."""
+"""Which implementation of an op runs: one place for the rule that every op follows.
+
+`impl=` of the call comes first, then `set_default_impl` (the option `--ops`), then the variable FINETUNE_OPS,
+then 'auto'. 'auto' decides once per process, op and kind of device, logs one line, and never fails; a name never
+falls back.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
+import warnings
+
+from torch_utils.ops.native.building import NativeUnavailable
+
 KNOWN = ("auto", "ref", "cpu", "cuda")
+VARIABLE = "FINETUNE_OPS"
+
+log = logging.getLogger("torch_utils.ops")
 
 
-def choose(op: str, impl: str) -> str:
-    """Return the implementation to run for `impl`; a named choice that cannot run raises, 'auto' never does.
+class SlowOpsWarning(UserWarning):
+    """An op runs in plain torch because its native kernels are not to be had here."""
 
-    Raises ValueError for a name that does not exist, RuntimeError for one that is not available.
+
+_decided: dict[tuple[str, str, str], str] = {}  # (op, impl, device type) -> implementation
+_default: str | None = None
+_lock = threading.RLock()
+
+
+def choose(op: str, impl: str, device_type: str = "cpu") -> str:
+    """Return 'ref', 'cpu' or 'cuda': what runs for `impl` on tensors of `device_type` (`x.device.type`).
+
+    One look into a dictionary, except the first time. Raises ValueError for a name that does not exist,
+    RuntimeError for one that cannot run; 'auto' never raises.
     """
-    if impl not in KNOWN:
-        raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, KNOWN))}, got {impl!r}")
-    if impl in ("cpu", "cuda"):
-        raise RuntimeError(f"{op}: impl={impl!r} is not part of this build; use 'auto' or 'ref'")
+    decided = _decided.get((op, impl, device_type))
+    return _decide(op, impl, device_type) if decided is None else decided
+
+
+# torch.compile takes the answer for a constant instead of tracing into locks, files and compilers.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def set_default_impl(impl: str | None) -> None:
+    """Let `impl` stand for 'auto' in this process, before FINETUNE_OPS; None takes that back.
+
+    Raises ValueError for a name that does not exist. Functions that torch.compile has compiled keep what they have.
+    """
+    global _default
+    if impl is not None:
+        _check_name(impl, "set_default_impl")
+    with _lock:
+        _default = impl
+        _decided.clear()
+
+
+def default_impl() -> str:
+    """What 'auto' means in this process: 'auto', or the name that was set for it."""
+    if _default is not None:
+        return _default
+    name = os.environ.get(VARIABLE, "").strip().lower() or "auto"
+    _check_name(name, f"the environment variable {VARIABLE}")
+    return name
+
+
+def fall_back(op: str, impl: str, device_type: str, error: NativeUnavailable) -> str:
+    """Return 'ref' and stay there, with one warning, after kernels that were chosen failed to build or load.
+
+    Raises RuntimeError where a name was given, which never falls back.
+    """
+    with _lock:
+        if (default_impl() if impl == "auto" else impl) != "auto":
+            raise RuntimeError(_refusal(op, device_type, device_type, error)) from error
+        key = (op, impl, device_type)
+        if _decided.get(key) != "ref":
+            _decided[key] = "ref"
+            log.info("%s on %s: plain torch (%s)", op, device_type, error.cause)
+            _warn(device_type, error)
+        return "ref"
+
+
+def _decide(op: str, impl: str, device_type: str) -> str:
+    _check_name(impl, op)
+    with _lock:
+        key = (op, impl, device_type)
+        if key not in _decided:
+            name = default_impl() if impl == "auto" else impl
+            _decided[key] = _automatic(op, device_type) if name == "auto" else _named(op, name, device_type)
+        return _decided[key]
+
+
+def _automatic(op: str, device_type: str) -> str:
     return "ref"
+
+
+def _named(op: str, name: str, device_type: str) -> str:
+    if name == "ref":
+        return name
+    raise RuntimeError(_refusal(op, name, device_type, NativeUnavailable("not part of this build")))
+
+
+def _check_name(impl: str, where: str) -> None:
+    if impl not in KNOWN:
+        raise ValueError(f"{where}: impl must be one of {', '.join(map(repr, KNOWN))}, got {impl!r}")
+
+
+def _refusal(op: str, name: str, device_type: str, error: NativeUnavailable) -> str:
+    return f"{op}: impl={name!r} cannot run on {device_type}: {error}. Or use 'auto' or 'ref'."
+
+
+_warned: set[str] = set()
+
+
+def _warn(device_type: str, error: NativeUnavailable) -> None:
+    """One warning per kind of device, whatever the number of ops and calls."""
+    if device_type in _warned:
+        return
+    _warned.add(device_type)
+    remedy = f" {error.remedy}" if error.remedy else ""
+    warnings.warn(
+        f"The ops run in plain torch on {device_type}, right but slow: {error.cause}.{remedy}",
+        SlowOpsWarning,
+        stacklevel=2,
+    )

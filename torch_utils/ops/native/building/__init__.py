@@ -1,0 +1,12 @@
+"""Finds compilers, compiles the kernels and keeps what they made: everything between a source and a loaded binary."""
+
+from __future__ import annotations
+
+
+class NativeUnavailable(RuntimeError):
+    """A kernel cannot be built or loaded here: `cause` says why, `remedy` what a person can do about it."""
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(f"{cause}; {remedy}" if remedy else cause)
+        self.cause = cause
+        self.remedy = remedy
