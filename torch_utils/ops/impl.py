@@ -1,8 +1,8 @@
 """Which implementation of an op runs: one place for the rule that every op follows.
 
 `impl=` of the call comes first, then `set_default_impl` (the option `--ops`), then the variable FINETUNE_OPS,
-then 'auto'. 'auto' decides once per process, op and kind of device, logs one line, and never fails; a name never
-falls back.
+then 'auto'. 'auto' decides once per process, op and kind of device, logs one line, and never fails; a name
+never falls back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def set_default_impl(impl: str | None) -> None:
     """Let `impl` stand for 'auto' in this process, before FINETUNE_OPS; None takes that back.
 
-    Raises ValueError for a name that does not exist. Functions that torch.compile has compiled keep what they have.
+    Raises ValueError for a name that does not exist. What torch.compile has compiled keeps what it has.
     """
     global _default
     if impl is not None:

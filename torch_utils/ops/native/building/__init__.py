@@ -1,4 +1,4 @@
-"""Finds compilers, compiles the kernels and keeps what they made: everything between a source and a loaded binary."""
+"""Finds compilers, compiles kernels, keeps what they made: everything between a source and a binary."""
 
 from __future__ import annotations
 
