@@ -1,0 +1,193 @@
+"""Give the networks of a checkpoint another number of classes, channels or pixels, or a discriminator.
+
+A network of the new shape is built, every tensor of the same name and shape is taken over, and what changed
+its shape is worked out so that the network computes what it did before as nearly as can be: the layers that
+see the change are solved for, not drawn. What had to be drawn is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finetune.checkpoint import Checkpoint
+from finetune.checkpoint.surgery import blocks, colours, labels
+from finetune.errors import ConfigError
+from finetune.models import stylegan2
+
+CLASSES = ("keep", "extend", "fresh")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The shape that the networks shall have; None leaves what the checkpoint has.
+
+    c_dim: number of classes, 0 for none. classes: how their embeddings follow from the old ones. new_d: make
+    a discriminator, because the file has none or has one that shall go.
+    """
+
+    c_dim: int | None = None
+    classes: str | None = None
+    channels: int | None = None
+    resolution: int | None = None
+    new_d: bool = False
+
+
+@dataclass
+class Operation:
+    """What was done to one network: names of tensors, and sentences for a person."""
+
+    network: str
+    what: str
+    kept: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
+    initialised: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report: how much was kept, and everything that was not, grouped by what was done."""
+        title = f"{self.network}, {self.what}"
+        lines = [f"{title}: {len(self.kept)} tensors kept as they are"]
+        by_what: dict[str, list[str]] = {}
+        for name, what in self.changed.items():
+            by_what.setdefault(what, []).append(name)
+        lines += [f"{title}: changed {_shorten(names)}: {what}" for what, names in by_what.items()]
+        if self.initialised:
+            lines.append(f"{title}: new, drawn at random: {_shorten(self.initialised)}")
+        return lines
+
+
+def operate(checkpoint: Checkpoint, wanted: Wanted, seed: int = 0) -> tuple[Checkpoint, list[Operation]]:
+    """Return a checkpoint of the shape wanted, and what was done to each network; the original stays as it
+    is.
+
+    Raises ConfigError, naming the option, for what cannot be done: another resolution of a StyleGAN3,
+    a number of channels other than 1, 3 and 4, fewer classes to keep than there are, more than can be
+    extended.
+    """
+    G = checkpoint.best
+    target = {
+        "c_dim": G.c_dim if wanted.c_dim is None else wanted.c_dim,
+        "img_channels": G.img_channels if wanted.channels is None else wanted.channels,
+        "img_resolution": G.img_resolution if wanted.resolution is None else wanted.resolution,
+    }
+    _check(checkpoint, wanted, target)
+    steps: list[dict[str, int]] = [{k: v} for k, v in target.items() if getattr(G, k) != v]
+    if wanted.classes == "fresh" and G.c_dim == target["c_dim"]:
+        steps.insert(0, {"c_dim": G.c_dim})
+    operations: list[Operation] = []
+    networks: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name in ("G", "G_ema", "D"):
+            network = getattr(checkpoint, name)
+            # The same draws for G and its average, so that what is new starts equal in both.
+            torch.manual_seed(seed + (name == "D"))
+            if name == "D" and wanted.new_d:
+                networks[name], done = _new_discriminator(G, target)
+                operations.append(done)
+            elif network is not None:
+                for step in steps:  # one after the other: each sees the network that the one before made
+                    network, done = _change(name, network, step, wanted.classes)
+                    operations.append(done)
+                networks[name] = network
+    return dataclasses.replace(checkpoint, **networks), operations
+
+
+def _check(checkpoint: Checkpoint, wanted: Wanted, target: dict[str, int]) -> None:
+    G = checkpoint.best
+    if target["img_channels"] not in colours.ALLOWED:
+        raise ConfigError(f"--channels {target['img_channels']}: must be 1 (gray), 3 (RGB) or 4 (RGBA).")
+    before, after = G.img_resolution, target["img_resolution"]
+    if before != after:
+        if checkpoint.family != "stylegan2":
+            raise ConfigError(
+                f"--resolution {after}: the layers of a StyleGAN3 are designed for one resolution, "
+                f"here {before}; only StyleGAN2 can add or drop blocks."
+            )
+        if after < 8 or after & (after - 1):
+            raise ConfigError(f"--resolution {after}: must be a power of two, 8 or more.")
+    old, new = G.c_dim, target["c_dim"]
+    if wanted.classes == "keep" and 0 < old < new:
+        raise ConfigError(
+            f"--classes keep: the checkpoint has {old} classes and the pictures have {new}; "
+            "use extend or fresh."
+        )
+    if wanted.classes == "extend" and 0 < new < old:
+        raise ConfigError(
+            f"--classes extend: the checkpoint has {old} classes, more than the {new} of the pictures; "
+            "use keep or fresh."
+        )
+
+
+def _new_discriminator(G: Any, target: dict[str, int]) -> tuple[torch.nn.Module, Operation]:
+    """A discriminator of the size that is published beside such a generator."""
+    settings = {**G.init_kwargs, **(G.init_kwargs.get("synthesis_kwargs") or {})}
+    size = {name: settings.get(name, {"channel_base": 32768, "channel_max": 512}[name]) for name in SIZES}
+    if settings.get("use_radial_filters"):  # configuration R doubles the generator alone
+        size = {name: value // 2 for name, value in size.items()}
+    D = stylegan2.Discriminator(
+        **target,
+        **size,
+        num_fp16_res=settings.get("num_fp16_res", 4),
+        conv_clamp=settings.get("conv_clamp", 256),
+    )
+    names = [name for name, _ in D.named_parameters()]
+    return D.eval().requires_grad_(False), Operation("D", "made anew", initialised=names)
+
+
+SIZES = ("channel_base", "channel_max")
+
+
+WORDS = {"c_dim": "classes", "img_channels": "channels", "img_resolution": "pixels"}
+
+
+def _change(
+    name: str, network: Any, changes: dict[str, int], classes: str | None
+) -> tuple[torch.nn.Module, Operation]:
+    """A network like `network` with other constructor arguments, filled as well as can be."""
+    kwargs = network.init_kwargs
+    kwargs.update(changes)
+    new = type(network)(*network.init_args, **kwargs)
+    ((option, value),) = changes.items()
+    before = getattr(network, option)
+    done = Operation(name, f"{WORDS[option]} {before} → {value}" if before != value else "fresh classes")
+    old_tensors, new_tensors = _tensors(network), _tensors(new)
+    for key, tensor in new_tensors.items():
+        source = old_tensors.get(_old_name(key, network, new))
+        if source is not None and source.shape == tensor.shape:
+            tensor.copy_(source)
+            done.kept.append(key)
+    if option == "c_dim":
+        labels.change(network, new, classes, done.changed)
+    if option == "img_channels":
+        colours.change(network, new, done.changed)
+    if option == "img_resolution":
+        blocks.change(network, new, done.changed)
+    drawn = {key for key, what in done.changed.items() if what == labels.DRAWN}
+    done.kept = [key for key in done.kept if key not in done.changed]
+    done.initialised = [
+        key
+        for key, _ in new.named_parameters()
+        if key not in done.kept and key not in done.changed.keys() - drawn
+    ]
+    done.changed = {key: what for key, what in done.changed.items() if key not in drawn}
+    return new.eval().requires_grad_(False), done
+
+
+def _old_name(key: str, old: Any, new: Any) -> str:
+    """The name of a tensor in the old network: StyleGAN3's last layer has its channels in its name."""
+    if not hasattr(getattr(new, "synthesis", None), "layer_names"):
+        return key
+    return key.replace(new.synthesis.layer_names[-1], old.synthesis.layer_names[-1])
+
+
+def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _shorten(names: list[str]) -> str:
+    """The layers of the tensors, each once; a long list by its first and its number."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    return ", ".join(layers) if len(layers) <= 12 else f"{', '.join(layers[:10])} and {len(layers) - 10} more"
