@@ -23,6 +23,9 @@ AUGMENTATIONS = ("ada", "noaug", "fixed")
 TEACHERS = ("ema", "initial")
 PRECISIONS = ("auto", "fp32", "fp16")
 FITS = ("crop", "pad", "stretch")
+RECIPES = ("auto", "improve", "adapt", "few-shot", "custom")
+CLASSES = ("keep", "extend", "fresh")
+CHANNELS = (1, 3, 4)
 AUGPIPE_PARTS = {
     "blit": {"xflip": 1, "rotate90": 1, "xint": 1},
     "geom": {"scale": 1, "rotate": 1, "aniso": 1, "xfrac": 1},
@@ -45,7 +48,8 @@ AUGPIPES = {
     "bgcfnc": ("blit", "geom", "color", "filter", "noise", "cutout"),
 }
 MAX_SEED = 2**32 - 1  # what all generators of random numbers take
-SCRATCH_ONLY = ("resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim")
+SCRATCH_ONLY = ("cbase", "cmax", "map_depth", "z_dim", "w_dim")
+RESUME_ONLY = ("freezed", "classes", "new_d", "d_warmup_kimg")
 
 
 def flag(field: str) -> str:
@@ -65,14 +69,19 @@ class TrainConfig:
     cond: bool | None = None
     mirror: bool = False
     fit: str | None = None
-    # The architecture, for --scratch only: a checkpoint says what it is.
+    # The shape. A checkpoint says what it is; with --resume these change it, and only these.
     resolution: int | None = None
+    channels: int | None = None
+    classes: str | None = None
+    new_d: bool = False
+    # The architecture, for --scratch only.
     cbase: int | None = None
     cmax: int | None = None
     map_depth: int | None = None
     z_dim: int | None = None
     w_dim: int | None = None
     # The recipe.
+    recipe: str = "auto"
     kimg: float | None = None
     batch: int | None = None
     batch_gpu: int | None = None
@@ -80,8 +89,9 @@ class TrainConfig:
     glr: float | None = None
     dlr: float | None = None
     ema_kimg: float | None = None
-    freezed: int = 0
-    aug: str = "ada"
+    d_warmup_kimg: float | None = None
+    freezed: int | None = None
+    aug: str | None = None
     target: float | None = None
     p: float | None = None
     augpipe: str | None = None
@@ -153,8 +163,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
     """Numbers outside what they mean; None passes, NaN and infinity never do."""
     positive = {"kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "tick", "snap", *SCRATCH_ONLY}
     positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg"}
-    positive -= {"resolution"}  # has a rule of its own
-    not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "workers", "seed"}
+    not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "d_warmup_kimg", "workers", "seed"}
     problems = []
     for name in TrainConfig.__dataclass_fields__:
         value = getattr(config, name)
@@ -182,12 +191,13 @@ def _range_problems(config: TrainConfig) -> list[str]:
 
 
 def _choice_problems(config: TrainConfig) -> list[str]:
-    choices: dict[str, typing.Collection[str]] = {
+    choices: dict[str, typing.Collection[object]] = {
         "scratch": FAMILIES, "fit": FITS, "aug": AUGMENTATIONS, "augpipe": AUGPIPES, "sd_backbone": BACKBONES,
-        "sd_teacher": TEACHERS, "precision": PRECISIONS,
+        "sd_teacher": TEACHERS, "precision": PRECISIONS, "recipe": RECIPES, "classes": CLASSES,
+        "channels": CHANNELS,
     }  # fmt: skip
     return [
-        f"{flag(name)} {getattr(config, name)}: must be one of {', '.join(allowed)}."
+        f"{flag(name)} {getattr(config, name)}: must be one of {', '.join(map(str, allowed))}."
         for name, allowed in choices.items()
         if getattr(config, name) is not None and getattr(config, name) not in allowed
     ]
@@ -215,15 +225,24 @@ def _combination_problems(config: TrainConfig) -> list[str]:
             problems.append("--resolution: needed with --scratch (there is no checkpoint to say it).")
         if config.sd_teacher == "initial":
             problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch; use ema.")
-        if config.freezed:
-            problems.append(f"--freezed {config.freezed}: would freeze random layers; only for --resume.")
+        problems += [
+            f"{flag(name)}{'' if name == 'new_d' else ' ' + str(getattr(config, name))}: only for --resume; "
+            "a network from scratch has nothing to keep."
+            for name in RESUME_ONLY
+            if getattr(config, name)
+        ]
+    if config.classes and config.cond is False:
+        problems.append(f"--classes {config.classes}: has no effect with --no-cond, which drops the classes.")
+    if config.new_d and config.freezed:
+        problems.append(f"--freezed {config.freezed}: would freeze random layers with --new-d.")
     if config.sd_teacher == "initial" and config.sd_teacher_kimg is not None:
         problems.append(f"--sd-teacher-kimg {config.sd_teacher_kimg}: no effect with --sd-teacher initial.")
     if config.aug == "fixed" and config.p is None:
         problems.append("--aug fixed: say the probability with --p, such as --p 0.2.")
     if config.aug != "fixed" and config.p is not None:
-        problems.append(f"--p {config.p}: has no effect with --aug {config.aug}; use --aug fixed.")
-    if config.aug != "ada" and config.target is not None:
+        other = f"with --aug {config.aug}" if config.aug else "without --aug fixed"
+        problems.append(f"--p {config.p}: has no effect {other}; use --aug fixed.")
+    if config.aug not in (None, "ada") and config.target is not None:
         problems.append(f"--target {config.target}: has no effect with --aug {config.aug}; use --aug ada.")
     if config.aug == "noaug" and config.augpipe is not None:
         problems.append(f"--augpipe {config.augpipe}: has no effect with --aug noaug.")

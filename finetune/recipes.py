@@ -1,8 +1,13 @@
-"""The defaults of a training run, each from the checkpoint, the resolution or the size of the data set."""
+"""The defaults of a training run, each from the checkpoint, the resolution, the machine or the data set.
+
+What depends on the job (`--recipe`) stands in `ROWS`, one row a number, with where the number comes from.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +20,29 @@ ADA_TARGET = 0.6
 
 
 @dataclass(frozen=True)
+class Published:
+    """What is publicly stated about the training of a checkpoint of the catalogue.
+
+    trained, finetune: (gamma, batch) of its own training, and of fine-tuning it; None where nothing is known.
+    """
+
+    name: str
+    trained: tuple[float, int] | None = None
+    finetune: tuple[float, int] | None = None
+
+    def gamma(self, which: str, batch: int) -> float | None:
+        """The R1 weight for another batch: the weight goes with 1/batch."""
+        known = getattr(self, which)
+        return None if known is None else float(f"{known[0] * known[1] / batch:.4g}")
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is known about a run before it starts.
 
     num_images: pictures before mirroring. group_size: images that D compares with each other (minibatch
-    standard deviation), 1 where every number of them goes.
+    standard deviation), 1 where every number of them goes. num_freezable: layers that FreezeD can freeze.
+    published: what the catalogue knows, for a checkpoint that is in it.
     """
 
     family: str
@@ -31,6 +54,9 @@ class Facts:
     cpu_count: int
     from_scratch: bool
     group_size: int = 4
+    num_freezable: int | None = None
+    gpu_memory_gib: float | None = None
+    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,90 @@ class Reason:
     name: str
     value: Any
     why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of a recipe. The first row whose recipe and condition fit gives an option its value.
+
+    `value` gets the facts and the batch; None passes on to the next row. `why` may quote fields of the facts.
+    """
+
+    option: str
+    recipes: tuple[str, ...]
+    value: Callable[[Facts, int], Any]
+    why: str
+    source: str
+    only_if: Callable[[Facts], bool] = lambda facts: True
+
+
+FEW_PICTURES, SOME_PICTURES, MANY_PICTURES = 1000, 2000, 50_000
+TRANSFER = ("adapt", "few-shot")
+EVERY = ("improve", "adapt", "few-shot", "custom")
+OURS = "our choice, not measured yet"
+
+ROWS = (
+    Row(
+        "kimg",
+        EVERY,
+        lambda facts, batch: 200.0,
+        "{num_images} pictures: few pictures are soon learnt by heart",
+        OURS,
+        lambda facts: facts.num_images < SOME_PICTURES,
+    ),
+    Row("kimg", EVERY, lambda facts, batch: 1000.0, "{num_images} pictures", OURS),
+    Row(
+        "gamma",
+        ("improve",),
+        lambda facts, batch: facts.published and facts.published.gamma("trained", batch),
+        "as this checkpoint was trained",
+        "published settings of {published}",
+    ),
+    Row(
+        "gamma",
+        TRANSFER,
+        lambda facts, batch: facts.published and facts.published.gamma("finetune", batch),
+        "as this checkpoint is fine-tuned",
+        "published settings of {published}",
+    ),
+    Row(
+        "aug",
+        ("improve",),
+        lambda facts, batch: "noaug",
+        "{num_images} pictures are too many to learn by heart",
+        "published runs on FFHQ (70,000 pictures)",
+        lambda facts: facts.num_images >= MANY_PICTURES,
+    ),
+    Row(
+        "freezed",
+        ("few-shot",),
+        lambda facts, batch: min(10, round(0.4 * (facts.num_freezable or 0))),
+        "the first of {num_freezable} layers of D know enough for {num_images} pictures",
+        "public practice: 10 of 25 layers at 1024 px",
+        lambda facts: bool(facts.num_freezable),
+    ),
+)
+
+
+def job_of(config: TrainConfig, facts: Facts) -> tuple[str, str]:
+    """The recipe that `--recipe` means for these facts, and why."""
+    if config.recipe != "auto":
+        return config.recipe, "set by hand"
+    if facts.num_images < FEW_PICTURES:
+        return "few-shot", f"{facts.num_images} pictures are fewer than {FEW_PICTURES}"
+    return "adapt", "say --recipe improve where the pictures are the checkpoint's own"
+
+
+def from_rows(option: str, job: str, facts: Facts, batch: int) -> tuple[Any, str] | None:
+    """The value that the recipe gives an option, with the reason and its source, or None."""
+    for row in ROWS:
+        if row.option != option or job not in row.recipes or not row.only_if(facts):
+            continue
+        value = row.value(facts, batch)
+        if value is not None:
+            words = {**vars(facts), "published": facts.published.name if facts.published else ""}
+            return value, f"{row.why.format(**words)} ({row.source.format(**words)})"
+    return None
 
 
 def r1_gamma(family: str, resolution: int, batch: int) -> float:
@@ -70,25 +180,38 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         reasons.append(Reason(name, value, "set by hand" if by_hand else why))
         return value
 
+    def settle_by_job(name: str, default: Any, why: str) -> Any:
+        row = None if facts.from_scratch else from_rows(name, job, facts, filled.get("batch") or 0)
+        return settle(name, *(row or (default, why)))
+
     on_gpu = facts.device_type == "cuda"
+    job = ""
+    if not facts.from_scratch:
+        job, why = job_of(config, facts)
+        filled["recipe"] = job
+        reasons.append(Reason("recipe", job, why))
     stylegan2 = facts.family == "stylegan2"
     if facts.from_scratch:
         _settle_architecture(settle, facts)
     origin = "from scratch: labels are used only on request" if facts.from_scratch else "as the checkpoint"
     settle("cond", facts.c_dim > 0, origin)
-    kimg = settle("kimg", *_length(facts))
+    _settle_shape(settle, config, facts)
+    kimg = settle_by_job("kimg", 5000.0, "from scratch")
     batch = settle("batch", *_batch(facts))
     # A batch given by hand is cut into parts that divide it, and that D can group; they only bound memory.
-    limit = max(4, min(32, 4096 // facts.resolution)) if on_gpu else 32
+    limit = _gpu_batch(facts) if on_gpu else 32
     sizes = range(1, min(batch, limit) + 1)
     part = max(size for size in sizes if batch % size == 0 and can_group(size, facts.group_size))
-    why = "images in memory at once" + (f", for {facts.resolution} px" if on_gpu else "")
+    why = "images in memory at once"
+    if on_gpu:
+        memory = f" and {facts.gpu_memory_gib:.0f} GiB" if facts.gpu_memory_gib else ""
+        why += f", for {facts.resolution} px{memory} (published sizes for 16 GiB, not measured here)"
     if part < min(batch, facts.group_size):
         why += f"; batch {batch} does not divide into the groups of {facts.group_size} that D compares"
     settle("batch_gpu", part, why)
     formula = "0.0002 res²/batch" if stylegan2 else "res²/(1024 batch)"
     gamma = float(f"{r1_gamma(facts.family, facts.resolution, batch):.4g}")
-    settle("gamma", gamma, f"{formula} at {facts.resolution} px, batch {batch}")
+    settle_by_job("gamma", gamma, f"{formula} at {facts.resolution} px, batch {batch}")
     settle("glr", 0.002 if stylegan2 else 0.0025, f"published rate for {facts.family}")
     settle("dlr", 0.002, "published rate for the discriminator")
     settle(
@@ -97,14 +220,21 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         f"half-life of the exported average: batch·10/32 = {batch * 10 / 32:g} kimg",
     )
     settle("mirror", None, "pictures are shown mirrored only on request")
-    if not facts.from_scratch:
-        settle("freezed", None, "all of the discriminator learns")
-    settle("aug", None, "as much augmentation as D needs not to learn the pictures by heart")
-    if config.aug == "fixed":
+    if facts.from_scratch:
+        filled["freezed"] = 0
+    else:
+        if config.new_d:
+            settle("d_warmup_kimg", min(10.0, kimg / 10), f"D learns alone before G joins ({OURS})")
+        if config.new_d:
+            settle("freezed", 0, "a new discriminator has nothing to keep")
+        else:
+            settle_by_job("freezed", 0, "all of the discriminator learns")
+    aug = settle_by_job("aug", "ada", "as much augmentation as D needs not to learn the pictures by heart")
+    if aug == "fixed":
         settle("p", None, "probability of augmentation")
-    if config.aug == "ada":
+    if aug == "ada":
         settle("target", ADA_TARGET, "share of real images D should be sure of (ADA)")
-    if config.aug != "noaug":
+    if aug != "noaug":
         settle("augpipe", "bgc", "flips, shifts, turns, scales and colours; the pipe of the ADA paper")
     weight = settle("sd_weight", SD_WEIGHT, "provisional: inside the range a pilot found useful")
     if weight > 0:
@@ -156,12 +286,18 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     settle("sd_resolution", min(facts.resolution, 256), "distances are taken at 256 px or less")
 
 
-def _length(facts: Facts) -> tuple[float, str]:
-    if facts.from_scratch:
-        return 5000.0, "from scratch"
-    if facts.num_images < 2000:
-        return 200.0, f"fine-tuning to {facts.num_images} pictures: few pictures are soon learnt by heart"
-    return 1000.0, f"fine-tuning to {facts.num_images} pictures"
+def _settle_shape(settle: Any, config: TrainConfig, facts: Facts) -> None:
+    """What changes the networks is listed where it was asked for."""
+    for name in ("resolution", "channels", "classes", "new_d"):
+        if not facts.from_scratch and getattr(config, name):
+            settle(name, None, "")
+
+
+def _gpu_batch(facts: Facts) -> int:
+    """Images at once on a GPU: the published sizes for 16 GiB, in proportion to its memory."""
+    per_16_gib = (2048 if facts.family == "stylegan3-r" else 4096) // facts.resolution
+    size = max(4, min(32, per_16_gib)) * (facts.gpu_memory_gib or 16) / 16
+    return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))
 
 
 def _batch(facts: Facts) -> tuple[int, str]:

@@ -39,12 +39,21 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
     "--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="Pictures: a folder or a zip."
 )
 @option("outdir", click.Path(file_okay=False), "Where the run folder is made.", metavar="DIR")
+@option(
+    "recipe",
+    choices.RECIPES,
+    "What the job is: the checkpoint's own pictures, others, very few, or nothing but published formulas.",
+)
 @option("kimg", float, "Length in thousands of images seen; fractions are fine.")
 @option("batch", int, "Images a step.")
 @option("batch_gpu", int, "Images in memory at once; --batch is cut into such parts.")
 @option("gamma", float, "Weight of the R1 penalty.")
 @option("mirror", None, "Show the pictures mirrored as well.", flag="--mirror/--no-mirror")
-@option("aug", choices.AUGMENTATIONS, "Augmentation: adaptive, none, or with a fixed probability --p.")
+@option(
+    "aug",
+    choices.AUGMENTATIONS,
+    "Augmentation: adaptive (by default, but for very many pictures), none, or with a fixed probability --p.",
+)
 @option("target", float, "Target of --aug ada.")
 @option("p", float, "Probability of --aug fixed.")
 @option(
@@ -53,7 +62,12 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
     "What augmentation may do: blit, geometry, colour, filter, noise, cutout.",
 )
 @option("freezed", int, "Freeze the first layers of the discriminator (FreezeD).")
-@option("cond", None, "Train with the labels of dataset.json.", flag="--cond/--no-cond")
+@option(
+    "cond",
+    None,
+    "Use the labels of dataset.json, or none; changes a checkpoint that has it otherwise.",
+    flag="--cond/--no-cond",
+)
 @option("fit", choices.FITS, "How pictures of another size are brought to the network's.")
 @option("glr", float, "Learning rate of the generator.")
 @option("dlr", float, "Learning rate of the discriminator.")
@@ -68,7 +82,23 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option(
     "sd_teacher_kimg", float, "Half-life of an average for the teacher alone; without it: the exported one."
 )
-@option("resolution", int, "For --scratch: pixels, a power of two.")
+@option(
+    "resolution", int, "Pixels, a power of two: of a network from --scratch, or to change a StyleGAN2 to."
+)
+@option(
+    "channels", int, "1 gray, 3 RGB, 4 RGBA: of a network from --scratch, or to change the checkpoint to."
+)
+@option(
+    "classes", choices.CLASSES, "With other classes than the checkpoint's: what becomes of its embeddings."
+)
+@option(
+    "new_d",
+    None,
+    "Begin with a new discriminator; needed where the file has none.",
+    flag="--new-d",
+    is_flag=True,
+)
+@option("d_warmup_kimg", float, "With --new-d: let it learn alone for so long.")
 @option("cbase", int, "For --scratch: channels times resolution.")
 @option("cmax", int, "For --scratch: most channels in a layer.")
 @option("map_depth", int, "For --scratch: layers of the mapping network.")

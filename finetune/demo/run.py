@@ -54,6 +54,7 @@ def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float, seed: in
         outdir=str(outdir / "runs"),
         resume=str(checkpoint),
         desc="demo",
+        recipe="adapt",  # few as the pictures are, another look needs all of D
         kimg=kimg,
         batch=8,
         gamma=0.2,

@@ -103,6 +103,7 @@ def build_plan(
         blur_nimg=BLUR_KIMG * 1000,
         distillation=distillation,
         labels=labels,
+        d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
         # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
         # student.
         synthesis={"noise_mode": "random", "fused_modconv": False, "force_fp32": force_fp32},
@@ -151,13 +152,13 @@ def networks_from(
         changes |= half
     G = rebuild(start, changes)
     G_ema = rebuild(checkpoint.best, changes)
-    blocks = {**(checkpoint.D.init_kwargs.get("block_kwargs") or {}), "freeze_layers": config.freezed}
+    blocks = {**(checkpoint.D.init_kwargs.get("block_kwargs") or {}), "freeze_layers": config.freezed or 0}
     changes = {"block_kwargs": blocks}
     if half and not checkpoint.D.init_kwargs.get("num_fp16_res", 4):
         changes |= half
     D = rebuild(checkpoint.D, changes)
-    layers = sum(getattr(D, f"b{size}").num_layers for size in D.block_resolutions)
-    if config.freezed > layers:
+    layers = facts.num_freezable or 0
+    if (config.freezed or 0) > layers:
         raise ConfigError(
             f"--freezed {config.freezed}: this discriminator has {layers} layers that can be frozen."
         )

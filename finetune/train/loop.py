@@ -30,22 +30,30 @@ def train(
             img, c = images_to_float(img.to(plan.device)), c.to(plan.device)
             reals = list(zip(img.split(plan.batch_gpu), c.split(plan.batch_gpu), strict=True))
 
-        generator_step(state, plan, watch)
-        if plan.path_interval and state.step % plan.path_interval == 0:
-            path_length_step(state, plan, watch)
+        learns_alone = state.nimg < plan.d_warmup_nimg  # a new D first finds out what is real
+        if not learns_alone:
+            generator_step(state, plan, watch)
+            if plan.path_interval and state.step % plan.path_interval == 0:
+                path_length_step(state, plan, watch)
         discriminator_step(state, plan, reals, watch)
         if state.step % plan.r1_interval == 0 and plan.gamma > 0:
             r1_step(state, plan, reals, watch)
 
         state.step += 1
         state.nimg += plan.batch
-        decay = ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
-        update_average(state.G_ema, state.G, decay)
-        if plan.teacher_nimg is not None:
-            decay = ema_decay(plan.batch, plan.teacher_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
-            update_average(state.teacher, state.G, decay)
+        if not learns_alone:
+            update_averages(state, plan)
         state.ada.update(state.step, plan.batch)
         watch.end_of_step(state)
+
+
+def update_averages(state: TrainState, plan: Plan) -> None:
+    """Move G_ema, and the teacher where it is another network, after G."""
+    decay = ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+    update_average(state.G_ema, state.G, decay)
+    if plan.teacher_nimg is not None:
+        decay = ema_decay(plan.batch, plan.teacher_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+        update_average(state.teacher, state.G, decay)
 
 
 def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:

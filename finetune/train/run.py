@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from rich.console import Console
 
 from finetune import recipes
 from finetune.checkpoint import Checkpoint, load, newest_snapshot
+from finetune.checkpoint.surgery import Operation, Wanted, operate
 from finetune.config import TrainConfig
 from finetune.data import ImageSet, build_loader, scan
 from finetune.device import resolve_device
-from finetune.errors import ConfigError, FinetuneError
+from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.recipes import Facts, Reason
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_state
@@ -39,6 +41,7 @@ class Prepared:
     state: TrainState
     plan: Plan
     notes: list[str]
+    operations: list[Operation]
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,14 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     checkpoint = None
     if config.resume is not None:
         tell(f"Loading {config.resume} …")
-        checkpoint = load_for_training(config.resume)
+        checkpoint = load_for_training(config.resume, new_d=config.new_d)
     image_set, facts, notes = read_data(config, checkpoint, device, tell)
     tell("Building the networks …")
+    operations: list[Operation] = []
+    if checkpoint is not None:
+        wanted = Wanted(facts.c_dim, config.classes, config.channels, config.resolution, config.new_d)
+        checkpoint, operations = operate(checkpoint, wanted, config.seed)
+        facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(config, facts)
     config.validate()
     if not recipes.can_group(config.batch_gpu or 1, facts.group_size):
@@ -113,10 +121,10 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         return image_set.random_labels(count, generator).to(device)
 
     plan = build_plan(config, facts, distance, labels, device)
-    return Prepared(config, facts, reasons, checkpoint, image_set, state, plan, notes)
+    return Prepared(config, facts, reasons, checkpoint, image_set, state, plan, notes, operations)
 
 
-def load_for_training(path: str) -> Checkpoint:
+def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     """Load the checkpoint of `--resume`, and refuse what training cannot start from."""
     if Path(path).is_dir():
         try:
@@ -128,14 +136,21 @@ def load_for_training(path: str) -> Checkpoint:
             hint=f"To start from its weights alone: --resume {snapshot}",
         )
     checkpoint = load(path)
+    if checkpoint.best is None:
+        raise ConfigError(
+            f"--resume {path}: the file holds a discriminator alone, and no generator to improve."
+        )
+    if new_d:
+        return checkpoint
     if checkpoint.D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
         raise ConfigError(
             f"--resume {path}: the file holds {have or 'no generator'} but no discriminator D, "
             "and training needs the D that belongs to the generator.",
-            hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema).",
+            hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema), or --new-d to "
+            "begin with a new discriminator that first learns alone.",
         )
-    G, D = checkpoint.best, checkpoint.D  # `best` refuses a file without any generator
+    G, D = checkpoint.best, checkpoint.D
     problems = [
         f"--resume {path}: {name} is {getattr(G, name)} in G and {getattr(D, name)} in D: not a pair."
         for name in ("img_resolution", "img_channels", "c_dim")
@@ -152,41 +167,44 @@ def read_data(
     """Look at every picture, compare data and network; the set, the facts of the run, and what is worth
     knowing."""
     group_size = Facts.group_size
+    family, resolution, channels = config.scratch, config.resolution, config.channels or 3
+    use_labels, num_classes = bool(config.cond), None
     if checkpoint is not None:
         G: Any = checkpoint.best
-        group_size = group_size_of(checkpoint.D)
-        family, resolution, channels, c_dim = checkpoint.family, G.img_resolution, G.img_channels, G.c_dim
-        if config.cond is not None and config.cond != (c_dim > 0):
-            kind = f"has {c_dim} classes" if c_dim else "has no classes"
+        if checkpoint.D is not None and not config.new_d:
+            group_size = group_size_of(checkpoint.D)
+        family = checkpoint.family
+        resolution, channels = config.resolution or G.img_resolution, config.channels or G.img_channels
+        use_labels = G.c_dim > 0 if config.cond is None else config.cond
+        # With --classes, or where labels are new, the pictures say how many classes there shall be.
+        num_classes = G.c_dim if use_labels and config.classes is None and G.c_dim else None
+        if config.classes and not use_labels:
             raise ConfigError(
-                f"--{'' if config.cond else 'no-'}cond: the checkpoint {kind}; leave the option out."
+                f"--classes {config.classes}: the checkpoint has no classes; use --cond to begin with those "
+                "of the pictures."
             )
-        use_labels = c_dim > 0
-    else:
-        family, resolution, channels, c_dim = config.scratch, config.resolution, 3, 0
-        use_labels = bool(config.cond)
-    found = scan(
-        config.data,
-        resolution=resolution,
-        fit=config.fit,
-        use_labels=use_labels,
-        num_classes=c_dim or None,
-        workers=config.workers,
-        progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
-    )
-    found.raise_for_problems()
+    with naming_the_ways_out(num_classes):
+        found = scan(
+            config.data,
+            resolution=resolution,
+            fit=config.fit,
+            use_labels=use_labels,
+            num_classes=num_classes,
+            workers=config.workers,
+            progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
+        )
+        found.raise_for_problems()
     image_set = ImageSet(
         config.data,
         resolution=resolution,
         channels=channels,
         fit=config.fit,
         use_labels=use_labels,
-        num_classes=c_dim or None,
+        num_classes=num_classes,
         mirror=config.mirror,
         seed=config.seed,
     )
-    if checkpoint is None:
-        c_dim = image_set.num_classes
+    c_dim = image_set.num_classes if use_labels else 0
     facts = Facts(
         family=family,
         resolution=resolution,
@@ -197,13 +215,41 @@ def read_data(
         cpu_count=os.cpu_count() or 1,
         from_scratch=checkpoint is None,
         group_size=group_size,
+        gpu_memory_gib=gpu_memory_gib(device),
     )
     return image_set, facts, found.notes
+
+
+@contextlib.contextmanager
+def naming_the_ways_out(num_classes: int | None) -> Iterator[None]:
+    """Where labels do not fit a checkpoint with classes, say which options change the checkpoint."""
+    try:
+        yield
+    except DataError as error:
+        if num_classes and "label" in error.what:
+            hint = (
+                f"The checkpoint has {num_classes} classes. To give it those of the pictures: --classes keep "
+                "(or extend, or fresh); to drop its classes: --no-cond."
+            )
+            error.hint = f"{error.hint}\n{hint}" if error.hint else hint
+        raise
 
 
 def group_size_of(D: Any) -> int:
     """How many images the last block of D compares with each other, 1 where every number of them goes."""
     return (D.b4.mbstd.group_size or 1) if D.b4.mbstd is not None else 1
+
+
+def num_freezable(D: Any) -> int:
+    """How many layers of D FreezeD can freeze."""
+    return sum(getattr(D, f"b{size}").num_layers for size in D.block_resolutions)
+
+
+def gpu_memory_gib(device: torch.device) -> float | None:
+    """Memory of a CUDA device in GiB, None for others."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def show(prepared: Prepared, console: Console) -> None:
@@ -221,6 +267,8 @@ def show(prepared: Prepared, console: Console) -> None:
     )
     for note in prepared.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
+    for line in (line for operation in prepared.operations for line in operation.lines()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if prepared.checkpoint is not None:
         missing = [name for name in prepared.checkpoint.missing if name in ("G", "G_ema")]
         console.print(

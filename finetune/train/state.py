@@ -34,7 +34,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Plan:
-    """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg)."""
+    """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg).
+
+    d_warmup_nimg: images over which D learns alone, because it is new.
+    """
 
     device: torch.device
     total_nimg: int
@@ -53,6 +56,7 @@ class Plan:
     blur_nimg: float
     distillation: Distillation | None
     labels: Callable[[int], torch.Tensor]
+    d_warmup_nimg: float = 0.0
     synthesis: dict = field(default_factory=dict)
     discriminator: dict = field(default_factory=dict)
 

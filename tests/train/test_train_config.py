@@ -102,7 +102,17 @@ def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, 
     config, _ = recipes.resolve(TrainConfig(data="x", batch=batch, **start), facts)
     config.validate()
     assert config.batch % config.batch_gpu == 0
-    optional = {"resume", "scratch", "desc", "fit", "p", "sd_teacher_kimg"}
+    optional = {
+        "resume",
+        "scratch",
+        "desc",
+        "fit",
+        "p",
+        "sd_teacher_kimg",
+        "channels",
+        "classes",
+        "d_warmup_kimg",
+    }
     optional |= set() if scratch else {"resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim"}
     unset = {name for name, value in dataclasses.asdict(config).items() if value is None}
     assert unset <= optional

@@ -1,0 +1,60 @@
+"""Training runs on tiny networks, for the tests that need one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from finetune.config import TrainConfig
+from finetune.train import loop
+from finetune.train.watch import Watch
+
+CPU = torch.device("cpu")
+
+
+def options(pictures, tmp_path, family="stylegan2", **changes):
+    tiny = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "w_dim": 8, "map_depth": 2}
+    if changes.get("resume"):
+        tiny, family = {}, None
+    short = {"kimg": 0.032, "batch": 4, "tick": 0.016, "snap": 1, "device": "cpu", "workers": 0}
+    distil = {"sd_backbone": "l2", "sd_weight": 0.5}
+    settings = {"data": str(pictures(16)), "outdir": str(tmp_path / "runs"), "scratch": family}
+    return TrainConfig(**(settings | tiny | short | distil | changes))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=100)
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def weights(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def moved(before, network):
+    return {name for name, tensor in network.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+def train_steps(prepared, num_steps, plan=None):
+    """The loop alone, without a run folder."""
+    plan = dataclasses.replace(plan or prepared.plan, total_nimg=num_steps * prepared.plan.batch)
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
+    shape = [plan.batch, prepared.facts.channels, prepared.facts.resolution, prepared.facts.resolution]
+    labels = prepared.image_set.random_labels(plan.batch)
+
+    def batches():
+        while True:
+            yield torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), labels
+
+    loop.train(prepared.state, plan, batches(), Watch(CPU, 10**9, lambda state, numbers: None))
+    return prepared.state

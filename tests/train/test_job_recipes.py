@@ -1,0 +1,86 @@
+"""--recipe: which numbers a job gets, from where, and that a flag overrides its row."""
+
+import dataclasses
+
+import pytest
+
+from finetune import recipes
+from finetune.config import RECIPES, TrainConfig
+
+BASE = recipes.Facts("stylegan2", 256, 3, 0, 5000, "cpu", 2, from_scratch=False, num_freezable=19)
+FFHQ = recipes.Published("stylegan3-t-ffhq-1024x1024", trained=(32.8, 32), finetune=(6.6, 32))
+
+
+def settle(facts=BASE, **options):
+    config, reasons = recipes.resolve(TrainConfig(data="x", resume="a.pkl", **options), facts)
+    return config, {reason.name: reason for reason in reasons}
+
+
+@pytest.mark.parametrize("num_images, job", [(999, "few-shot"), (1000, "adapt"), (70_000, "adapt")])
+def test_auto_looks_at_the_number_of_pictures(num_images, job):
+    config, table = settle(dataclasses.replace(BASE, num_images=num_images))
+    assert config.recipe == job == table["recipe"].value
+    assert str(num_images) in table["recipe"].why or "--recipe improve" in table["recipe"].why
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("num_images", [50, 1500, 70_000])
+def test_every_recipe_settles_everything_with_a_reason(recipe, num_images):
+    facts = dataclasses.replace(BASE, num_images=num_images, published=FFHQ)
+    config, table = settle(facts, recipe=recipe)
+    config.validate()
+    assert all(reason.why and "{" not in reason.why for reason in table.values())
+    for name in ("gamma", "glr", "dlr", "batch", "ema_kimg", "aug", "freezed", "sd_weight", "kimg"):
+        assert table[name].value == getattr(config, name) is not None
+
+
+def test_published_gamma_by_job_and_scaled_to_the_batch():
+    facts = dataclasses.replace(BASE, family="stylegan3-t", resolution=1024, published=FFHQ)
+    for recipe, gamma in (("improve", 32.8), ("adapt", 6.6), ("few-shot", 6.6)):
+        config, table = settle(facts, recipe=recipe)
+        assert config.batch == 32 and config.gamma == gamma
+        assert FFHQ.name in table["gamma"].why
+        assert settle(facts, recipe=recipe, batch=8)[0].gamma == pytest.approx(gamma * 4)
+    assert settle(facts, recipe="custom")[0].gamma == pytest.approx(32)
+    unknown = dataclasses.replace(facts, published=recipes.Published("other"))
+    assert settle(unknown, recipe="improve")[0].gamma == pytest.approx(32)
+
+
+def test_few_pictures_freeze_part_of_d_and_many_need_no_augmentation():
+    few, table = settle(dataclasses.replace(BASE, num_images=200))
+    assert (few.freezed, few.aug) == (8, "ada") and "19 layers" in table["freezed"].why
+    assert settle(dataclasses.replace(BASE, num_images=200, num_freezable=25))[0].freezed == 10
+    many = dataclasses.replace(BASE, num_images=70_000)
+    assert settle(many, recipe="improve")[0].aug == "noaug"
+    assert settle(many, recipe="adapt")[0].aug == "ada"
+    assert settle(recipe="improve")[0].freezed == 0
+
+
+def test_a_flag_overrides_its_row():
+    facts = dataclasses.replace(BASE, num_images=200, published=FFHQ)
+    config, table = settle(facts, freezed=0, gamma=3.0, aug="noaug", kimg=7.0)
+    assert (config.freezed, config.gamma, config.aug, config.kimg) == (0, 3.0, "noaug", 7.0)
+    assert {table[name].why for name in ("freezed", "gamma", "aug", "kimg")} == {"set by hand"}
+
+
+@pytest.mark.parametrize(
+    "family, resolution, memory, size",
+    [
+        ("stylegan2", 1024, 16, 4),
+        ("stylegan2", 256, 16, 16),
+        ("stylegan3-r", 256, 16, 8),
+        ("stylegan2", 1024, 80, 16),
+    ],
+)
+def test_more_memory_takes_more_images_at_once(family, resolution, memory, size):
+    facts = dataclasses.replace(
+        BASE, family=family, resolution=resolution, device_type="cuda", gpu_memory_gib=float(memory)
+    )
+    config, table = settle(facts, batch=32)
+    assert config.batch_gpu == size and f"{memory} GiB" in table["batch_gpu"].why
+
+
+def test_every_row_says_where_its_number_comes_from():
+    for row in recipes.ROWS:
+        assert row.source and set(row.recipes) <= set(RECIPES)
+        assert row.option in TrainConfig.__dataclass_fields__
