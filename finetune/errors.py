@@ -1,14 +1,14 @@
 """The errors a user can meet. Only `finetune.cli` prints them; every one of them ends a command with code 2.
 
-    FinetuneError
-    ├── ConfigError          an option, or a combination of options, that cannot work
-    ├── DataError            pictures or labels that cannot be used
-    ├── CheckpointError      a network file that cannot be used
-    │   ├── PickleRefused        it is damaged, or asks for something that is never executed
-    │   └── CheckpointMismatch   its tensors are not exactly those of the network that it describes
-    ├── WeightsMissing       a perceptual or metric network whose weights are not on this machine
-    ├── TrainingError        training cannot go on (non-finite loss, no space left)
-    └── ExportError          a written file did not read back as the network it was made from
+FinetuneError
+├── ConfigError          an option, or a combination of options, that cannot work
+├── DataError            pictures or labels that cannot be used
+├── CheckpointError      a network file that cannot be used
+│   ├── PickleRefused        it is damaged, or asks for something that is never executed
+│   └── CheckpointMismatch   its tensors are not exactly those of the network that it describes
+├── WeightsMissing       a perceptual or metric network whose weights are not on this machine
+├── TrainingError        training cannot go on (non-finite loss, no space left)
+└── ExportError          a written file did not read back as the network it was made from
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_a_halved_network_shows_what_it_made_on_the_way(load):
     img = pictures(after.G_ema, c)
     way = {}
     handle = checkpoint.G_ema.synthesis.b16.register_forward_hook(lambda m, i, o: way.update(img=o[1]))
-    before = pictures(checkpoint.G_ema, c)
+    pictures(checkpoint.G_ema, c)
     handle.remove()
     assert_close(img, way["img"], NETWORK_F32)
     # Plain colours score as they did; of what has edges nothing is promised.
