@@ -1,30 +1,38 @@
-"""Seconds of each phase of a training step, and images a second, for the three families.
+"""Seconds of each phase of a training step, images a second and peak memory, for the three families.
 
     python benchmarks/bench_step.py --out benchmarks/results/step_<machine>_<yyyymm>.md
 
-The phases of all families are measured in turn in one process, so that what else the machine does hits all
-of them alike; medians are reported. Images a second follow from the medians and the intervals of the lazy
-phases: batch / (Gmain + Greg/4 + Dmain + Dreg/16). Random weights, the bundled pictures, no augmentation.
+Arms: `naive` (benchmarks/naive.py, modulated convolutions grouped by sample: what plain-torch code bases
+of the family run), `ref` (our plain torch), `auto` (native kernels where there are any). The phases of all
+families and arms are measured in turn in one process, so that what else the machine does hits all of them
+alike; medians are reported. Images a second follow from the medians and the intervals of the lazy phases:
+batch / (Gmain + Greg/4 + Dmain + Dreg/16). Memory is that of a process of its own for each arm: what two
+steps need above the process that is ready to step. Random weights, the bundled pictures, no augmentation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import contextlib
+import dataclasses
 import statistics
-import time
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import naive
 import torch
+from measuring import ROOT, machine, seconds, table, write_report
 
-import finetune
 from finetune.config import FAMILIES, TrainConfig
 from finetune.train import loop
 from finetune.train.run import Prepared, prepare
 from finetune.train.watch import Watch
+from torch_utils.ops import impl
 
-ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("naive", "ref", "auto")
+PHASES = ("Gmain", "Greg", "Dmain", "Dreg")
 
 
 def build(family: str, options: argparse.Namespace) -> Prepared:
@@ -48,6 +56,22 @@ def build(family: str, options: argparse.Namespace) -> Prepared:
     )
 
 
+@contextlib.contextmanager
+def running(arm: str, prepared: Prepared) -> Iterator[Prepared]:
+    """Inside the block, the run steps as the arm does."""
+    if arm == "naive":
+        synthesis = {**prepared.plan.synthesis, "fused_modconv": True}
+        plan = dataclasses.replace(prepared.plan, synthesis=synthesis)
+        with naive.instead_of_ours():
+            yield dataclasses.replace(prepared, plan=plan)
+        return
+    impl.set_default_impl(arm)
+    try:
+        yield prepared
+    finally:
+        impl.set_default_impl(None)
+
+
 def measure(prepared: Prepared, repeats: dict[str, list[float]], device: torch.device) -> None:
     """Run every phase once and add its seconds to `repeats`."""
     state, plan = prepared.state, prepared.plan
@@ -62,13 +86,7 @@ def measure(prepared: Prepared, repeats: dict[str, list[float]], device: torch.d
     if plan.path_interval:
         phases["Greg"] = lambda: loop.path_length_step(state, plan, watch)
     for name, phase in phases.items():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        phase()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        repeats.setdefault(name, []).append(time.perf_counter() - started)
+        repeats.setdefault(name, []).append(seconds(phase, device))
 
 
 def summary(prepared: Prepared, repeats: dict[str, list[float]]) -> dict:
@@ -85,26 +103,85 @@ def summary(prepared: Prepared, repeats: dict[str, list[float]]) -> dict:
     }
 
 
-def machine(device: torch.device) -> dict:
-    """Where this was measured."""
-    cpu = platform.processor()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "finetune": finetune.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+def peak_memory(family: str, arm: str, options: argparse.Namespace) -> float:
+    """MiB that two steps need above a process that is ready to step, measured in a process of its own."""
+    command = [sys.executable, __file__, "--only-memory", "--families", family, "--arms", arm]
+    for name in (
+        "resolution",
+        "cbase",
+        "cmax",
+        "batch",
+        "sd_weight",
+        "sd_backbone",
+        "threads",
+        "device",
+        "seed",
+    ):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return float(done.stdout.split()[-1])
+
+
+def only_memory(options: argparse.Namespace, device: torch.device) -> None:
+    """Print the MiB of one family and arm: resident memory on a CPU, torch's allocations on a GPU."""
+    prepared = build(options.families[0], options)
+    with running(options.arms[0], prepared) as run:
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            for _ in range(2):
+                measure(run, {}, device)
+            print((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+            return
+        before = resident("VmRSS")
+        for _ in range(2):
+            measure(run, {}, device)
+        print(resident("VmHWM") - before)
+
+
+def resident(what: str) -> float:
+    """A line of /proc/self/status in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+
+
+def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, dict]]:
+    """Measure all families and arms in turn."""
+    runs = {family: build(family, options) for family in options.families}
+    pairs = [(family, arm) for family in runs for arm in options.arms]
+    repeats: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
+    for number in range(options.repeats + 1):  # the first round finds memory and kernels
+        for family, arm in pairs:
+            with running(arm, runs[family]) as prepared:
+                measure(prepared, repeats[family, arm] if number else {}, device)
+    results = {
+        family: {arm: summary(run, repeats[family, arm]) for arm in options.arms}
+        for family, run in runs.items()
     }
+    for family, arm in pairs:
+        results[family][arm]["peak_mib"] = (
+            round(peak_memory(family, arm, options)) if options.memory else None
+        )
+    return results
+
+
+def rows(results: dict[str, dict[str, dict]]) -> list[list[str]]:
+    """One row a family and arm, with what it gains over the first arm."""
+    found = []
+    for family, arms in results.items():
+        first = next(iter(arms.values()))
+        for arm, result in arms.items():
+            phases = [str(result["phases_ms"].get(name, "–")) for name in PHASES]
+            ratio = f"{result['img_per_sec'] / first['img_per_sec']:.1f}×"
+            memory = "–" if result["peak_mib"] is None else f"{result['peak_mib']}"
+            found.append([family, arm, str(result["img_per_sec"]), ratio, *phases, memory])
+    return found
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--cbase", type=int, default=4096, help="doubled for stylegan3-r")
     parser.add_argument("--cmax", type=int, default=128, help="doubled for stylegan3-r")
@@ -115,32 +192,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
+    parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if options.only_memory:
+        only_memory(options, device)
+        return
 
-    runs = {family: build(family, options) for family in options.families}
-    repeats: dict[str, dict[str, list[float]]] = {family: {} for family in runs}
-    for prepared in runs.values():  # the first pass finds memory and kernels
-        measure(prepared, {}, device)
-    for _ in range(options.repeats):
-        for family, prepared in runs.items():
-            measure(prepared, repeats[family], device)
-
-    results = {family: summary(prepared, repeats[family]) for family, prepared in runs.items()}
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
-    lines = ["| family | images a second | " + " | ".join(("Gmain", "Greg", "Dmain", "Dreg")) + " (ms) |"]
-    lines.append("| --- " * 6 + "|")
-    for family, result in results.items():
-        phases = [str(result["phases_ms"].get(name, "–")) for name in ("Gmain", "Greg", "Dmain", "Dreg")]
-        lines.append(f"| {family} | {result['img_per_sec']} | " + " | ".join(phases) + " |")
-    print("\n".join(lines))
+    results = results_of(options, device)
+    header = ["family", "arm", "images a second", f"against {options.arms[0]}"]
+    header += [f"{name} (ms)" for name in PHASES] + ["peak memory (MiB)"]
+    text = table(header, rows(results))
+    print(text)
     if options.out:
+        settings = {key: value for key, value in vars(options).items() if key not in ("out", "only_memory")}
         record = {"machine": machine(device), "settings": settings, "results": results}
-        text = "# Training step\n\n`python benchmarks/bench_step.py`; settings and versions stand below.\n\n"
-        text += "\n".join(lines) + "\n\n```json\n" + json.dumps(record, indent=1, default=str) + "\n```\n"
-        options.out.write_text(text, encoding="utf-8")
+        write_report(options.out, "Training step", f"python {' '.join(sys.argv)}", [text], record)
 
 
 if __name__ == "__main__":

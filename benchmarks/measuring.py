@@ -1,0 +1,95 @@
+"""What the benchmarks share: interleaved medians, the ceilings of the machine, and the files of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import finetune
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one call, on a GPU until its work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int, budget: float = 60.0
+) -> dict[str, float]:
+    """Median seconds of every call: one of each in turn, so that what else the machine does hits all alike.
+
+    The first round is not counted. `repeats` rounds, fewer (but three) once `budget` seconds are spent. A GPU
+    gets short calls in runs of twenty, or the launches would be measured.
+    """
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    inner = 20 if device.type == "cuda" else 1
+    started = time.perf_counter()
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            taken = seconds(lambda call=call: [call() for _ in range(inner)], device) / inner  # type: ignore[misc]
+            if number:
+                rounds[name].append(taken)
+        if number >= 3 and time.perf_counter() - started > budget:
+            break
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """What the machine can do at best: bytes a second of a large copy, flops a second of a large product."""
+    on_gpu = device.type == "cuda"
+    count = (1 << 30 if on_gpu else 1 << 26) // dtype.itemsize
+    source, target = (torch.ones(count, dtype=dtype, device=device) for _ in range(2))
+    size = 8192 if on_gpu else 2048
+    a, b = (torch.ones(size, size, dtype=torch.float32, device=device) for _ in range(2))
+    product = torch.empty_like(a)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
+    medians = interleaved(calls, device, repeats=10, budget=10)
+    return {
+        "bytes_per_sec": 2 * count * dtype.itemsize / medians["copy"],
+        "flops_per_sec": 2 * size**3 / medians["product"],
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where this was measured, and with what."""
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "finetune": finetune.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_report(path: Path, title: str, command: str, tables: list[str], record: dict[str, Any]) -> None:
+    """Write the tables, and below them everything as JSON."""
+    text = f"# {title}\n\n`{command}`; settings and versions stand below.\n\n"
+    text += "\n\n".join(tables) + "\n\n```json\n" + json.dumps(record, indent=1, default=str) + "\n```\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
