@@ -80,11 +80,14 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
     x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; gain [] scales x.
     Returns [N, O, H + 2 padding - k + 1, likewise W] in the dtype of x. `fused` builds the weights of every
     sample and runs one grouped convolution; otherwise the features are scaled before and after an ordinary
-    one: equal up to rounding. Source: StyleGAN2 (1912.04958), equations 1 and 3; StyleGAN3, section 3.2.
+    one: equal up to rounding. "pointwise" does the first where k is 1.
+    Source: StyleGAN2 (1912.04958), equations 1 and 3; StyleGAN3, section 3.2.
     """
     batch, channels_in, height, width = x.shape
     channels_out, _, kernel, _ = weight.shape
     misc.assert_shape(styles, [batch, channels_in])
+    if fused == "pointwise":
+        fused = kernel == 1
     demodulation = None
     if demodulate:
         # Demodulation cancels both factors; with them, numbers stay near 1 and float16 does not overflow.

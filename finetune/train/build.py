@@ -106,7 +106,11 @@ def build_plan(
         d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
         # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
         # student.
-        synthesis={"noise_mode": "random", "fused_modconv": False, "force_fp32": force_fp32},
+        synthesis={
+            "noise_mode": "random",
+            "fused_modconv": "pointwise" if device.type == "cpu" else False,
+            "force_fp32": force_fp32,
+        },
         discriminator={"force_fp32": force_fp32},
     )
 

@@ -87,7 +87,9 @@ def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
         for size in micro_batches(plan):
             draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
             ws = map_latents(state.G, draw)
-            lengths = losses.path_lengths(state.G.synthesis(ws, **plan.synthesis), ws)
+            # Not fused: the gradient goes to the styles and leaves the weights out, which fused are one.
+            img = state.G.synthesis(ws, **{**plan.synthesis, "fused_modconv": False})
+            lengths = losses.path_lengths(img, ws)
             penalty, state.path_mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
             weight = plan.path_weight * plan.path_interval * (size / plan.batch)
             (penalty.mean() * weight).backward()

@@ -56,6 +56,13 @@ def test_fused_and_unfused_agree_in_every_derivative(up, demodulate):
         assert_close(one, other, SAME_F64)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
+    x, weight, styles = torch.randn(2, 3, 5, 5), torch.randn(4, 3, kernel, kernel), torch.randn(2, 3)
+    actual = stylegan2.modulated_conv2d(x, weight, styles, fused="pointwise")
+    assert torch.equal(actual, stylegan2.modulated_conv2d(x, weight, styles, fused=kernel == 1))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_modulated_convolution_follows_its_equations(fused):
     """One sample at a time, with the weights of equations 1 and 3 written out."""

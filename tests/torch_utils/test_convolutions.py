@@ -125,6 +125,20 @@ def test_outside_the_block_the_convolutions_are_torchs():
         assert all(torch.equal(grad, same) for grad, same in zip(ours, torchs))
 
 
+def test_a_matrix_for_each_sample_is_the_grouped_pointwise_convolution():
+    x = torch.randn(1, 12, 5, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(6, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    y = conv2d_gradfix.conv2d(x, w, groups=3)
+    assert "Conv" not in type(y.grad_fn.next_functions[0][0]).__name__  # it went another way
+    expected = F.conv2d(x, w, groups=3)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    ours, torchs = (torch.autograd.grad(result, [x, w], dy) for result in (y, expected))
+    torch.testing.assert_close(ours, torchs)
+    assert torch.autograd.gradgradcheck(lambda x, w: conv2d_gradfix.conv2d(x, w, groups=3), (x, w))
+    assert conv2d_gradfix.conv2d(x[:, :, :0], w, groups=3).shape == (1, 6, 0, 6)
+
+
 def test_outside_the_block_second_gradients_are_right():
     x = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
