@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from dnnlib import EasyDict
 
 from . import impl as _impl
+from .native import library as native
+from .native.forms import NO_CLAMP, BiasActForm
 
 # Foreign pickles read `activation_funcs[name].def_gain` and `.def_alpha`; func is (x, alpha) -> y.
 activation_funcs = {
@@ -43,13 +45,21 @@ def bias_act(
     None for none; where it bites, the gradient is zero. First and second gradients exist for x and b.
     Raises TypeError, ValueError for arguments that are out of form.
     """
-    _impl.choose("bias_act", impl)
     _check(x, b, dim, act, clamp)
     spec = activation_funcs[act]
     alpha = float(spec.def_alpha if alpha is None else alpha)
     gain = float(spec.def_gain if gain is None else gain)
+    if b is not None and b.dtype != x.dtype:
+        b = b.to(x.dtype)
+    if _impl.choose("bias_act", impl, x.device.type) != "ref" and gain > 0 and alpha >= 0:
+        if not native.is_exporting():
+            limits = NO_CLAMP if clamp is None else float(clamp)
+            form = BiasActForm(0 if b is None else dim % x.ndim, act, alpha, gain, limits)
+            y = native.attempt(native.bias_act, "bias_act", impl, x, b, form)
+            if y is not None:
+                return y
     if b is not None:
-        b = b.to(x.dtype).reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
+        b = b.reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
     if act in _HOMOGENEOUS and gain > 0 and alpha >= 0:
         x = _scaled_sum(x, b, gain)
         x = _HOMOGENEOUS[act](x, alpha)
@@ -81,7 +91,8 @@ def limit(x: torch.Tensor, clamp: float) -> torch.Tensor:
     On the CPU the gradient of a clamp costs many times the clamp, so values that are all within the limit
     skip it.
     """
-    if x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.numel():
+    saves = x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.numel()
+    if saves and native.is_plain(x) and not native.is_exporting():
         values = x.detach()
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             values = values.permute(0, 2, 3, 1)  # in the order of memory
@@ -106,6 +117,8 @@ def _check(x, b, dim, act, clamp):
         raise TypeError(f"bias_act: b must be a tensor or None, got {type(b).__name__}")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"bias_act: dim {dim} does not exist in x of shape {list(x.shape)}")
+    if b.device != x.device:
+        raise ValueError(f"bias_act: b is on {b.device}, x on {x.device}")
     if b.ndim != 1 or b.shape[0] != x.shape[dim]:
         raise ValueError(
             f"bias_act: b must be [{x.shape[dim]}] for dim {dim} of {list(x.shape)}, got {list(b.shape)}"

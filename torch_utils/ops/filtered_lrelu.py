@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from . import impl as _impl
 from .bias_act import bias_act, limit
+from .native import library as native
+from .native.forms import NO_CLAMP, FilteredLreluForm
 from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, positive_int, upfirdn2d
 
 
@@ -40,11 +42,38 @@ def filtered_lrelu(
     `W' = (W*up + x0 + x1 - (taps_u - 1) - (taps_d - 1) + down - 1) // down`.
     Raises TypeError, ValueError for arguments that are out of form or leave no output pixel.
     """
-    _impl.choose("filtered_lrelu", impl)
     up, down = positive_int(up, "up"), positive_int(down, "down")
     padding = list(parse_padding(padding))
     _check(x, fu, fd, b, gain, slope, clamp)
     _check_size(x, fu, fd, up, padding)
+    if _impl.choose("filtered_lrelu", impl, x.device.type) != "ref" and not native.is_exporting():
+        y = native.attempt(
+            native.filtered_lrelu,
+            *("filtered_lrelu", impl, x, fu, fd, None if b is None else b.to(x.dtype)),
+            _form(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter),
+        )
+        if y is not None:
+            return y
+    return _reference(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter)
+
+
+def _form(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter):
+    px0, px1, py0, py1 = padding
+    (up_w, up_h), (down_w, down_h) = filter_size(fu), filter_size(fd)
+    out_h = (x.shape[2] * up + py0 + py1 - (up_h - 1) - (down_h - 1) + down - 1) // down
+    out_w = (x.shape[3] * up + px0 + px1 - (up_w - 1) - (down_w - 1) + down - 1) // down
+    limits = NO_CLAMP if clamp is None else float(clamp)
+    # A leaky ReLU commutes with a positive gain, so the first filter carries it.
+    return FilteredLreluForm(
+        *(up, down, px0, py0, out_h, out_w, bool(flip_filter)),
+        *(up**2 * float(gain), float(slope), limits),
+    )
+
+
+# ---- Reference
+
+
+def _reference(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter):
     dtype = x.dtype
     if x.device.type == "cpu":
         if dtype in (torch.float16, torch.bfloat16):  # rounded once, at the end
@@ -54,13 +83,15 @@ def filtered_lrelu(
             # copy.
             x = x.contiguous(memory_format=torch.channels_last)
     if b is not None:
-        x = bias_act(x, b)
+        x = bias_act(x, b, impl="ref")
     # A leaky ReLU commutes with a positive gain, so the filter carries it and no pass over the pixels is
     # spent.
-    x = upfirdn2d(x, fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2 * float(gain))
+    x = upfirdn2d(
+        x, fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2 * float(gain), impl="ref"
+    )
     x = _activate(x, float(slope), clamp)
     if fd is not None or down > 1:
-        x = upfirdn2d(x, fd, down=down, flip_filter=flip_filter)
+        x = upfirdn2d(x, fd, down=down, flip_filter=flip_filter, impl="ref")
     return x.to(dtype)
 
 
@@ -102,6 +133,8 @@ def _check(x, fu, fd, b, gain, slope, clamp):
     if b is not None and (not isinstance(b, torch.Tensor) or b.ndim != 1 or b.shape[0] != x.shape[1]):
         got = list(b.shape) if isinstance(b, torch.Tensor) else type(b).__name__
         raise ValueError(f"filtered_lrelu: b must be a tensor [{x.shape[1]}], got {got}")
+    if b is not None and b.device != x.device:
+        raise ValueError(f"filtered_lrelu: b is on {b.device}, x on {x.device}")
     if not gain > 0:
         raise ValueError(f"filtered_lrelu: gain must be above 0, got {gain!r}")
     if not slope >= 0:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from . import impl as _impl
+from .native import library as native
+from .native.forms import Upfirdn2dForm
 
 MIN_SEPARABLE_TAPS = 8  # a shorter 1-D filter is cheaper as one 2-D pass than as two 1-D passes
 
@@ -76,7 +78,6 @@ def upfirdn2d(
     Returns `[N, C, (H*up + y0 + y1 - ty) // down + 1, likewise W]` in the dtype of `x`.
     Raises TypeError, ValueError for arguments that are out of form or leave no output pixel.
     """
-    _impl.choose("upfirdn2d", impl)
     ux, uy = parse_scaling(up, "up")
     dx, dy = parse_scaling(down, "down")
     px0, px1, py0, py1 = parse_padding(padding)
@@ -90,6 +91,12 @@ def upfirdn2d(
                 f"upfirdn2d: {name} {size} with up {axis.up} and padding [{axis.pad0}, {axis.pad1}] becomes "
                 f"{size * axis.up + axis.pad0 + axis.pad1}, fewer than the {axis.taps} taps of the filter"
             )
+    if _impl.choose("upfirdn2d", impl, x.device.type) != "ref" and not native.is_exporting():
+        out_h, out_w = axes[0].num_outputs(x.shape[2]), axes[1].num_outputs(x.shape[3])
+        form = Upfirdn2dForm(ux, uy, dx, dy, px0, py0, out_h, out_w, bool(flip_filter), float(gain))
+        y = native.attempt(native.upfirdn2d, "upfirdn2d", impl, x, f, form)
+        if y is not None:
+            return y
     return _Upfirdn2d.call(x, f, axes, bool(flip_filter), float(gain))
 
 
@@ -214,6 +221,8 @@ class Axis(NamedTuple):
 class _Upfirdn2d(torch.autograd.Function):
     """The op as a linear map that knows its adjoint."""
 
+    generate_vmap_rule = True
+
     @classmethod
     def call(cls, x, f, axes, flip_filter, gain):
         if x.requires_grad and torch.is_grad_enabled():
@@ -221,16 +230,21 @@ class _Upfirdn2d(torch.autograd.Function):
         return _reference(x, f, axes, flip_filter, gain)
 
     @staticmethod
-    def forward(ctx, x, f, axes, flip_filter, gain):
-        ctx.save_for_backward(f)
-        ctx.size, ctx.axes, ctx.flip_filter, ctx.gain = x.shape[2:], axes, flip_filter, gain
+    def forward(x, f, axes, flip_filter, gain):
         return _reference(x, f, axes, flip_filter, gain)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, f, *ctx.options = inputs
+        ctx.save_for_backward(f)
+        ctx.size = x.shape[2:]
 
     @staticmethod
     def backward(ctx, dy):
         (f,) = ctx.saved_tensors
-        axes = tuple(axis.adjoint(size) for axis, size in zip(ctx.axes, ctx.size))
-        return _Upfirdn2d.call(dy, f, axes, not ctx.flip_filter, ctx.gain), None, None, None, None
+        axes, flip_filter, gain = ctx.options
+        axes = tuple(axis.adjoint(size) for axis, size in zip(axes, ctx.size))
+        return _Upfirdn2d.call(dy, f, axes, not flip_filter, gain), None, None, None, None
 
 
 def _reference(x, f, axes, flip_filter, gain):

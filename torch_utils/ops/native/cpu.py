@@ -1,0 +1,212 @@
+"""The kernels on the CPU: tensors in, tensors out, a C function with a struct in between.
+
+ctypes lets go of Python's lock while a kernel runs. What a struct holds besides pointers is worked out once
+for each form and shape and copied from then on. Half precision is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_utils import custom_ops
+
+from . import forms, params
+
+_HALF = (torch.float16, torch.bfloat16)
+_Tensors = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Unsupported(RuntimeError):
+    """A kernel has no code for this type, form or layout."""
+
+
+def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, form: forms.Upfirdn2dForm) -> torch.Tensor:
+    """Run the kernel on `[N, C, H, W]`; the layout of the result is that of `forms.empty_image`."""
+    y = forms.empty_image(x, form.out_h, form.out_w)
+    if x.numel() == 0 or y.numel() == 0:
+        return y.zero_()
+    if x.dtype in _HALF:
+        return y.copy_(upfirdn2d(x.float(), f, form))
+    f = forms.dense_taps(f, x.dtype)
+    if not _has_dense_rows(x):
+        x = x.contiguous()
+    p = forms.template(
+        forms.upfirdn2d_params, x.shape, x.stride(), y.stride(), x.dtype, None if f is None else f.shape, form
+    )
+    p.x, p.f, p.y = x.data_ptr(), _taps_pointer(f, x.dtype), y.data_ptr()
+    try:
+        _call("sg_upfirdn2d", p)
+    except Unsupported:
+        if x.is_contiguous() and y.is_contiguous():
+            raise
+        return y.copy_(upfirdn2d(x.contiguous(), f, form))
+    return y
+
+
+def filtered_lrelu(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    b: torch.Tensor | None,
+    form: forms.FilteredLreluForm,
+    record: bool,
+) -> _Tensors:
+    """Return the image, contiguous, and the bits of what happened to each upsampled element if `record`."""
+    mask = forms.empty_mask(x, fd, form) if record else None
+    mode = params.RECORD if record else params.ACTIVATE
+    return _filtered_lrelu(x, fu, fd, b, mask, form, mode), mask
+
+
+def filtered_lrelu_gate(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    form: forms.GateForm,
+) -> torch.Tensor:
+    """Filter, let recorded bits decide, filter."""
+    return _filtered_lrelu(x, fu, fd, None, mask, form, params.GATE)
+
+
+def _filtered_lrelu(x, fu, fd, b, mask, form, mode):
+    shape, dtype = x.shape, x.dtype
+    y = forms.empty_activated(x, form.out_h, form.out_w)
+    if x.numel() == 0 or y.numel() == 0:
+        return y.zero_()
+    if dtype in _HALF:
+        b = None if b is None else b.float()
+        return y.copy_(_filtered_lrelu(x.float(), fu, fd, b, mask, form, mode))
+    if not (x.is_contiguous() or x.stride(3) == 1):
+        x = x.contiguous()
+    fu, fd = forms.dense_taps(fu, dtype), forms.dense_taps(fd, dtype)
+    filter_shapes = (None if fu is None else fu.shape, None if fd is None else fd.shape)
+    mask_shape = None if mask is None else mask.shape
+    p = forms.template(
+        forms.filtered_lrelu_params,
+        *(shape, x.stride(), y.stride(), dtype, filter_shapes, mask_shape, form, mode),
+    )
+    p.x, p.y = x.data_ptr(), y.data_ptr()
+    p.fu, p.fd = _taps_pointer(fu, dtype), _taps_pointer(fd, dtype)
+    if b is not None:
+        b = b.contiguous()
+        p.b = b.data_ptr()
+    if mask is not None:
+        p.mask = mask.data_ptr()
+    _call("sg_filtered_lrelu", p)
+    return y
+
+
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, form: forms.BiasActForm) -> torch.Tensor:
+    """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
+    return _bias_act(x, None, None, b, form, 0, False)[0]
+
+
+def bias_act_grad(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    b: torch.Tensor | None,
+    y: torch.Tensor | None,
+    form: forms.BiasActForm,
+    with_db: bool,
+) -> _Tensors:
+    """Return the gradients of x and of b (or None), from what `form.needs()` of the inputs and the output."""
+    if form.act == "swish":
+        return _bias_act(dy, None, x, b, form, 1, with_db)
+    return _bias_act(dy, None, y, None, form, 1, with_db)
+
+
+def bias_act_grad2(
+    dy: torch.Tensor,
+    ddx: torch.Tensor,
+    x: torch.Tensor | None,
+    b: torch.Tensor | None,
+    y: torch.Tensor | None,
+    form: forms.BiasActForm,
+) -> torch.Tensor:
+    """Return the gradient of x that comes through the slope of the activation."""
+    if form.act == "swish":
+        return _bias_act(dy, ddx, x, b, form, 2, False)[0]
+    return _bias_act(dy, ddx, y, None, form, 2, False)[0]
+
+
+def _bias_act(input, in2, ref, b, form, order, with_db):
+    dtype = input.dtype
+    input, in2, ref = forms.one_layout(input, in2, ref)
+    if dtype in _HALF:
+        if form.clamp >= 0:  # as it stands in a half-precision output, which ref may be
+            form = form._replace(clamp=forms.rounded(form.clamp, dtype))
+        singles = (None if t is None else t.float() for t in (input, in2, ref, b))
+        out, db = _bias_act(*singles, form, order, with_db)
+        return out.to(dtype), None if db is None else db.to(dtype)
+    out = torch.empty_like(input)
+    db = torch.empty(input.shape[form.dim], dtype=dtype) if with_db else None
+    if out.numel() == 0:
+        return out, None if db is None else db.zero_()
+    p = forms.template(
+        forms.bias_act_params, input.shape, input.stride(), dtype, with_db or b is not None, form, order
+    )
+    p.input, p.out = input.data_ptr(), out.data_ptr()
+    if in2 is not None:
+        p.in2 = in2.data_ptr()
+    if ref is not None:
+        p.ref = ref.data_ptr()
+    if b is not None:
+        b = b.contiguous()
+        p.b = b.data_ptr()
+    if db is not None:
+        p.db = db.data_ptr()
+    _call("sg_bias_act", p)
+    return out, db
+
+
+# ---- Pointers and the library
+
+
+def _has_dense_rows(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or x.stride(3) == 1 or x.is_contiguous(memory_format=torch.channels_last)
+
+
+# The tap of an identity; the structs hold its address, so it must stay alive.
+_ONE = {torch.float32: (ctypes.c_float * 1)(1), torch.float64: (ctypes.c_double * 1)(1)}
+_ONE_POINTER = {dtype: ctypes.addressof(one) for dtype, one in _ONE.items()}
+
+
+def _taps_pointer(f: torch.Tensor | None, dtype: torch.dtype) -> int:
+    return _ONE_POINTER[dtype] if f is None else f.data_ptr()
+
+
+def _call(name: str, p: Any) -> None:
+    p.num_threads = torch.get_num_threads()
+    status = _functions()[name](ctypes.byref(p))
+    if status == params.OK:
+        return
+    if status == params.NO_MEMORY:
+        raise MemoryError(f"{name}: not enough memory for the tiles of {p.num_threads} threads")
+    raise Unsupported(f"{name}: this type, form or layout is not compiled in; use impl='ref' for it")
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    library = custom_ops.cpu_library()
+    runner = _torch_parallel()
+    if runner is not None:
+        library.sg_set_parallel_runner(ctypes.c_void_p(runner))
+    return {name: getattr(library, name) for name in ("sg_bias_act", "sg_upfirdn2d", "sg_filtered_lrelu")}
+
+
+def _torch_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch itself is linked with, if it has one.
+
+    One pool of threads serves both then; two would wake each other up from their waiting loops. Asking
+    torch's library for the name finds the right copy where a process has loaded several.
+    """
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(torch_cpu)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # another system, or a torch that brings its own threads
+        return None

@@ -1,0 +1,197 @@
+"""The kernels on CUDA: tensors in, tensors out, a launch through the driver in between.
+
+Binaries come from `custom_ops.cubin`, one for each specialisation that a plan names. Plan, binary, function
+and struct are worked out once for each device, form and shape; from then on a call copies the struct, fills
+in the pointers and launches on torch's current stream of the device.
+
+No tensor needs `record_stream`: results and temporaries are allocated under the stream that the kernel runs
+on, so the allocator, which hands memory on in the order of that stream, cannot give it away too early. The
+structs travel by value. Whoever passes tensors from one stream to another does it as with any op of torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_utils import custom_ops
+
+from . import driver, forms, params
+
+
+class _Launch(NamedTuple):
+    """All of a kernel call but the pointers."""
+
+    struct: ctypes.Structure
+    context: int
+    function: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+
+
+def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, form: forms.Upfirdn2dForm) -> torch.Tensor:
+    """Run the kernel on `[N, C, H, W]` of any strides; the result's layout is that of `forms.empty_image`."""
+    y = forms.empty_image(x, form.out_h, form.out_w)
+    if x.numel() == 0 or y.numel() == 0:
+        return y.zero_()
+    f = _taps(f, x)
+    pointers = {"x": x.data_ptr(), "f": f.data_ptr(), "y": y.data_ptr()}
+    _run("upfirdn2d", x, pointers, (x.shape, x.stride(), y.stride(), x.dtype, f.shape, form))
+    return y
+
+
+def filtered_lrelu(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    b: torch.Tensor | None,
+    form: forms.FilteredLreluForm,
+    record: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the image and, if `record`, the bits of what happened to each upsampled element."""
+    mask = forms.empty_mask(x, fd, form) if record else None
+    mode = params.RECORD if record else params.ACTIVATE
+    return _filtered_lrelu(x, fu, fd, b, mask, form, mode), mask
+
+
+def filtered_lrelu_gate(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    form: forms.GateForm,
+) -> torch.Tensor:
+    """Filter, let recorded bits decide, filter."""
+    return _filtered_lrelu(x, fu, fd, None, mask, form, params.GATE)
+
+
+def _filtered_lrelu(x, fu, fd, b, mask, form, mode):
+    y = forms.empty_activated(x, form.out_h, form.out_w)
+    if x.numel() == 0 or y.numel() == 0:
+        return y.zero_()
+    fu, fd, b = _taps(fu, x), _taps(fd, x), _dense(b)
+    pointers = {"x": x.data_ptr(), "fu": fu.data_ptr(), "fd": fd.data_ptr(), "y": y.data_ptr()}
+    if b is not None:
+        pointers["b"] = b.data_ptr()
+    if mask is not None:
+        pointers["mask"] = mask.data_ptr()
+    mask_shape = None if mask is None else mask.shape
+    numbers = (x.shape, x.stride(), y.stride(), x.dtype, (fu.shape, fd.shape), mask_shape, form, mode)
+    _run("filtered_lrelu", x, pointers, numbers)
+    return y
+
+
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, form: forms.BiasActForm) -> torch.Tensor:
+    """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
+    return _bias_act(x, None, None, b, form, 0)
+
+
+def bias_act_grad(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    b: torch.Tensor | None,
+    y: torch.Tensor | None,
+    form: forms.BiasActForm,
+    with_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of x and of b (or None), from what `form.needs()` of the inputs and the output."""
+    dx = _bias_act(dy, None, *((x, b) if form.act == "swish" else (y, None)), form, 1)
+    if not with_db:
+        return dx, None
+    others = [axis for axis in range(dx.ndim) if axis != form.dim]
+    return dx, dx.sum(others) if others else dx.clone()
+
+
+def bias_act_grad2(
+    dy: torch.Tensor,
+    ddx: torch.Tensor,
+    x: torch.Tensor | None,
+    b: torch.Tensor | None,
+    y: torch.Tensor | None,
+    form: forms.BiasActForm,
+) -> torch.Tensor:
+    """Return the gradient of x that comes through the slope of the activation."""
+    return _bias_act(dy, ddx, *((x, b) if form.act == "swish" else (y, None)), form, 2)
+
+
+def _bias_act(input, in2, ref, b, form, order):
+    input, in2, ref = forms.one_layout(input, in2, ref)
+    out, b = torch.empty_like(input), _dense(b)
+    if out.numel() == 0:
+        return out
+    pointers = {"input": input.data_ptr(), "out": out.data_ptr()}
+    for name, tensor in (("in2", in2), ("ref", ref), ("b", b)):
+        if tensor is not None:
+            pointers[name] = tensor.data_ptr()
+    numbers = (input.shape, input.stride(), input.dtype, b is not None, form, order)
+    _run("bias_act", input, pointers, numbers)
+    return out
+
+
+# ---- Plans and launches
+
+_MAKE = {
+    "bias_act": forms.bias_act_params,
+    "upfirdn2d": forms.upfirdn2d_params,
+    "filtered_lrelu": forms.filtered_lrelu_params,
+}
+_launches: dict[Any, _Launch] = {}
+_functions: dict[Any, int] = {}  # (device, plan) -> function of a module that stays loaded
+_MAX_LAUNCHES = 4096  # shapes that never come back must not pile up
+
+
+def _run(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
+    """Launch `op` on the device of `x`, on torch's current stream there."""
+    device = x.get_device()
+    # Wide loads want aligned memory, and which arguments there are is part of a specialisation.
+    alignment = tuple([(name, pointer & 15) for name, pointer in pointers.items()])
+    key = (op, device, alignment, numbers)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _prepare(op, device, pointers, numbers)
+        if len(_launches) >= _MAX_LAUNCHES:
+            _launches.clear()
+        _launches[key] = launch
+    p = type(launch.struct).from_buffer_copy(launch.struct)
+    for name, pointer in pointers.items():
+        setattr(p, name, pointer)
+    driver.launch(launch.context, launch.function, launch.grid, launch.block, launch.shared_bytes, device, p)
+
+
+def _prepare(op: str, device: int, pointers: dict[str, int], numbers: tuple[Any, ...]) -> _Launch:
+    make: Callable[..., Any] = _MAKE[op]
+    p = make(*numbers)
+    for name, pointer in pointers.items():
+        setattr(p, name, pointer)
+    capability = torch.cuda.get_device_capability(device)
+    plan = importlib.import_module(f"{__package__}.{op}.plan").plan(p, capability)
+    context = driver.primary_context(device)
+    key = (device, plan.source, plan.entry, plan.defines)
+    function = _functions.get(key)
+    if function is None:
+        binary = custom_ops.cubin(plan, capability)
+        function = _functions[key] = driver.load_function(context, binary, plan.entry)
+    driver.allow_shared_bytes(context, function, plan.shared_bytes)
+    return _Launch(p, context, function, plan.grid, plan.block, plan.shared_bytes)
+
+
+_ones: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+def _taps(f: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if f is not None:
+        return forms.dense_taps(f, x.dtype)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    key = (x.device, dtype)
+    if key not in _ones:
+        _ones[key] = torch.ones((1, 1), dtype=dtype, device=x.device)
+    return _ones[key]
+
+
+def _dense(b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if b is None else b.contiguous()

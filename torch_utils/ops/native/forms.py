@@ -1,0 +1,288 @@
+"""What a call says in numbers, one tuple an op: geometry, adjoint, and the struct a kernel takes.
+
+The tuples are flat so that `torch.library` can pass them on as they are: `op(*tensors, *form)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import params
+
+ROW_BYTES = 16  # rows of a mask start at multiples of this
+NO_CLAMP = -1.0
+
+
+class BiasActForm(NamedTuple):
+    """bias_act; dim counts from 0, clamp is negative for none."""
+
+    dim: int
+    act: str
+    alpha: float
+    gain: float
+    clamp: float
+
+    def needs(self) -> tuple[bool, bool]:
+        """What tells derivatives where they are: (the inputs, the output)."""
+        curved = self.act not in ("linear", "relu", "lrelu")
+        return curved, self.act != "swish" and (self.act != "linear" or self.clamp >= 0)
+
+
+class Upfirdn2dForm(NamedTuple):
+    """upfirdn2d; out_h and out_w stand for the padding behind the image."""
+
+    up_x: int
+    up_y: int
+    down_x: int
+    down_y: int
+    pad_x0: int
+    pad_y0: int
+    out_h: int
+    out_w: int
+    flip_filter: bool
+    gain: float
+
+    def adjoint(self, f: torch.Tensor | None, height: int, width: int) -> Upfirdn2dForm:
+        """The form that takes gradients back to images of that size."""
+        taps_h, taps_w = taps(f)
+        return Upfirdn2dForm(
+            self.down_x,
+            self.down_y,
+            self.up_x,
+            self.up_y,
+            taps_w - 1 - self.pad_x0,
+            taps_h - 1 - self.pad_y0,
+            height,
+            width,
+            not self.flip_filter,
+            self.gain,
+        )
+
+
+class FilteredLreluForm(NamedTuple):
+    """filtered_lrelu by value; up_gain is all that scales the upsampled image, clamp is negative for none."""
+
+    up: int
+    down: int
+    pad_x0: int
+    pad_y0: int
+    out_h: int
+    out_w: int
+    flip_filter: bool
+    up_gain: float
+    slope: float
+    clamp: float
+
+    def mask_size(self, fd: torch.Tensor | None) -> tuple[int, int, int]:
+        """(height, width, bytes a row) of the bits that are kept of the upsampled image."""
+        taps_h, taps_w = taps(fd)
+        width = (self.out_w - 1) * self.down + taps_w
+        height = (self.out_h - 1) * self.down + taps_h
+        return height, width, (width + 4 * ROW_BYTES - 1) // (4 * ROW_BYTES) * ROW_BYTES
+
+    def gate(self, fd: torch.Tensor | None) -> GateForm:
+        """The same geometry, with the recorded bits in place of values: what is linear about the op."""
+        mask_w = self.mask_size(fd)[1]
+        return GateForm(*self[:9], mask_w, 0, 0)
+
+
+class GateForm(NamedTuple):
+    """filtered_lrelu by recorded bits; element (h, w) of its grid has its bits at (h + off_y, w + off_x)."""
+
+    up: int
+    down: int
+    pad_x0: int
+    pad_y0: int
+    out_h: int
+    out_w: int
+    flip_filter: bool
+    up_gain: float
+    slope: float
+    mask_w: int
+    mask_off_x: int
+    mask_off_y: int
+
+    def adjoint(self, fu: torch.Tensor | None, fd: torch.Tensor | None, height: int, width: int) -> GateForm:
+        """The form, for exchanged filters, that takes gradients back to images of that size."""
+        (up_h, up_w), (down_h, down_w) = taps(fu), taps(fd)
+        return GateForm(
+            self.down,
+            self.up,
+            up_w + down_w - 2 - self.pad_x0,
+            up_h + down_h - 2 - self.pad_y0,
+            height,
+            width,
+            not self.flip_filter,
+            self.up_gain,
+            self.slope,
+            self.mask_w,
+            self.mask_off_x + self.pad_x0 - (up_w - 1),
+            self.mask_off_y + self.pad_y0 - (up_h - 1),
+        )
+
+
+def taps(f: torch.Tensor | None) -> tuple[int, int]:
+    """(height, width) of a filter."""
+    return (1, 1) if f is None else (f.shape[0], f.shape[-1])
+
+
+# ---- Memory
+
+
+def empty_image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Memory for a result of another size: channels-last if `x` is dense in that layout, else contiguous."""
+    layout = torch.contiguous_format
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    size = (x.shape[0], x.shape[1], height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def empty_activated(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Memory for a result of filtered_lrelu, which is contiguous on the CPU."""
+    if x.device.type == "cpu":
+        return torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device)
+    return empty_image(x, height, width)
+
+
+def empty_mask(x: torch.Tensor, fd: torch.Tensor | None, form: FilteredLreluForm) -> torch.Tensor:
+    """Memory for two bits of each element of the upsampled image."""
+    height, _, row_bytes = form.mask_size(fd)
+    return torch.empty((x.shape[0], x.shape[1], height, row_bytes), dtype=torch.uint8, device=x.device)
+
+
+def one_layout(
+    first: torch.Tensor, second: torch.Tensor | None, reference: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The same values, dense and in one order of memory: that of the reference, without one of the first."""
+    leader = first if reference is None else reference
+    if leader.is_contiguous():
+        strides = leader.stride()
+    else:
+        pattern = torch.empty_like(leader)  # keeps the order of axes and leaves no gaps
+        strides = pattern.stride()
+        leader = leader if leader.stride() == strides else pattern.copy_(leader)
+    if reference is None:
+        first = leader
+    elif first.stride() != strides:
+        first = torch.empty_like(leader, dtype=first.dtype).copy_(first)
+    if second is not None and second.stride() != strides:
+        second = torch.empty_like(leader, dtype=second.dtype).copy_(second)
+    return first, second, None if reference is None else leader
+
+
+def dense_taps(f: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Taps as kernels read them: float32, float64 for images of that type, dense."""
+    if f is None:
+        return None
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    return f.to(kind).contiguous() if f.dtype != kind or not f.is_contiguous() else f
+
+
+# ---- Structs
+
+_templates: dict[Any, Any] = {}
+_MAX_TEMPLATES = 4096  # of some hundred bytes each; shapes that never come back must not pile up
+
+
+def template(make: Callable[..., Any], *numbers: Any) -> Any:
+    """A copy of `make(*numbers)`, worked out when it is first asked for."""
+    key = (make, numbers)
+    found = _templates.get(key)
+    if found is None:
+        if len(_templates) >= _MAX_TEMPLATES:
+            _templates.clear()
+        found = _templates[key] = make(*numbers)
+    return type(found).from_buffer_copy(found)
+
+
+@functools.lru_cache(maxsize=256)
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as `dtype` holds it, so that a result equal to the clamp is seen to be."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+def _filter_sizes(shape: torch.Size | None) -> tuple[int, int]:
+    """(height, width) as the structs count them: height 0 for taps that are used along both axes."""
+    if shape is None:
+        return 1, 1
+    return (0, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+
+def _strides(strides: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """torch leaves the stride of an axis of one pixel open; kernels ask for 1 along w."""
+    return (*strides[:3], 1) if width == 1 else strides
+
+
+def bias_act_params(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    has_bias: bool,
+    form: BiasActForm,
+    order: int,
+) -> params.BiasAct:
+    """All of the struct but the pointers and the threads; the strides are those of dense memory."""
+    p = params.BiasAct()
+    p.size = shape.numel()
+    # Dense memory sorts its axes by stride, so one that is a stride of `s` away changes every `s` elements.
+    p.bias_size, p.bias_step = 1, 1
+    if has_bias:
+        p.bias_size, p.bias_step = shape[form.dim], max(strides[form.dim], 1)
+    p.alpha, p.gain = form.alpha, form.gain
+    p.clamp = rounded(form.clamp, dtype) if form.clamp >= 0 else NO_CLAMP
+    p.dtype, p.act, p.order = params.DTYPES[dtype], params.ACTIVATIONS[form.act], order
+    return p
+
+
+def upfirdn2d_params(
+    shape: torch.Size,
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    filter_shape: torch.Size | None,
+    form: Upfirdn2dForm,
+) -> params.Upfirdn2d:
+    """All of the struct but the pointers and the threads."""
+    p = params.Upfirdn2d()
+    p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, form.out_w)
+    p.n, p.c, p.in_h, p.in_w = shape
+    p.f_h, p.f_w = _filter_sizes(filter_shape)
+    p.up_x, p.up_y, p.down_x, p.down_y, p.pad_x0, p.pad_y0, p.out_h, p.out_w = form[:8]
+    p.flip_filter, p.gain, p.dtype = form.flip_filter, form.gain, params.DTYPES[dtype]
+    return p
+
+
+def filtered_lrelu_params(
+    shape: torch.Size,
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    filter_shapes: tuple[torch.Size | None, torch.Size | None],
+    mask_shape: torch.Size | None,
+    form: FilteredLreluForm | GateForm,
+    mode: int,
+) -> params.FilteredLrelu:
+    """All of the struct but the pointers and the threads."""
+    p = params.FilteredLrelu()
+    p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, form.out_w)
+    p.n, p.c, p.in_h, p.in_w = shape
+    p.fu_h, p.fu_w = _filter_sizes(filter_shapes[0])
+    p.fd_h, p.fd_w = _filter_sizes(filter_shapes[1])
+    p.up, p.down, p.pad_x0, p.pad_y0, p.out_h, p.out_w = form[:6]
+    p.flip_filter, p.up_gain, p.slope = form[6:9]
+    p.mode, p.dtype, p.clamp = mode, params.DTYPES[dtype], NO_CLAMP
+    if mask_shape is not None:
+        p.mask_h, p.mask_row_bytes = mask_shape[2:]
+    if isinstance(form, GateForm):
+        p.mask_w, p.mask_off_x, p.mask_off_y = form.mask_w, form.mask_off_x, form.mask_off_y
+    elif mask_shape is not None:
+        p.mask_w = (form.out_w - 1) * form.down + max(p.fd_w, 1)
+    if not isinstance(form, GateForm):
+        p.clamp = rounded(form.clamp, dtype) if form.clamp >= 0 else NO_CLAMP
+    return p
