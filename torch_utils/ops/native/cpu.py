@@ -53,34 +53,23 @@ def filtered_lrelu(
     fu: torch.Tensor | None,
     fd: torch.Tensor | None,
     b: torch.Tensor | None,
-    form: forms.FilteredLreluForm,
-    record: bool,
-) -> _Tensors:
-    """Return the image, contiguous, and the bits of what happened to each upsampled element if `record`."""
-    mask = forms.empty_mask(x, fd, form) if record else None
-    mode = params.RECORD if record else params.ACTIVATE
-    return _filtered_lrelu(x, fu, fd, b, mask, form, mode), mask
-
-
-def filtered_lrelu_gate(
-    x: torch.Tensor,
-    mask: torch.Tensor,
-    fu: torch.Tensor | None,
-    fd: torch.Tensor | None,
-    form: forms.GateForm,
+    mask: torch.Tensor | None,
+    form: forms.FilteredLreluForm | forms.GateForm,
 ) -> torch.Tensor:
-    """Filter, let recorded bits decide, filter."""
-    return _filtered_lrelu(x, fu, fd, None, mask, form, params.GATE)
+    """Run the kernel, which writes `mask` if there is one; a GateForm reads it instead.
 
-
-def _filtered_lrelu(x, fu, fd, b, mask, form, mode):
+    The result's layout is that of `forms.empty_activated`.
+    """
+    mode = params.ACTIVATE if mask is None else params.RECORD
+    if isinstance(form, forms.GateForm):
+        mode = params.GATE
     shape, dtype = x.shape, x.dtype
     y = forms.empty_activated(x, form.out_h, form.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
     if dtype in _HALF:
         b = None if b is None else b.float()
-        return y.copy_(_filtered_lrelu(x.float(), fu, fd, b, mask, form, mode))
+        return y.copy_(filtered_lrelu(x.float(), fu, fd, b, mask, form))
     if not (x.is_contiguous() or x.stride(3) == 1):
         x = x.contiguous()
     fu, fd = forms.dense_taps(fu, dtype), forms.dense_taps(fd, dtype)

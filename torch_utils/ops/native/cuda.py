@@ -50,27 +50,16 @@ def filtered_lrelu(
     fu: torch.Tensor | None,
     fd: torch.Tensor | None,
     b: torch.Tensor | None,
-    form: forms.FilteredLreluForm,
-    record: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the image and, if `record`, the bits of what happened to each upsampled element."""
-    mask = forms.empty_mask(x, fd, form) if record else None
-    mode = params.RECORD if record else params.ACTIVATE
-    return _filtered_lrelu(x, fu, fd, b, mask, form, mode), mask
-
-
-def filtered_lrelu_gate(
-    x: torch.Tensor,
-    mask: torch.Tensor,
-    fu: torch.Tensor | None,
-    fd: torch.Tensor | None,
-    form: forms.GateForm,
+    mask: torch.Tensor | None,
+    form: forms.FilteredLreluForm | forms.GateForm,
 ) -> torch.Tensor:
-    """Filter, let recorded bits decide, filter."""
-    return _filtered_lrelu(x, fu, fd, None, mask, form, params.GATE)
+    """Run the kernel, which writes `mask` if there is one; a GateForm reads it instead.
 
-
-def _filtered_lrelu(x, fu, fd, b, mask, form, mode):
+    The result's layout is that of `forms.empty_activated`.
+    """
+    mode = params.ACTIVATE if mask is None else params.RECORD
+    if isinstance(form, forms.GateForm):
+        mode = params.GATE
     y = forms.empty_activated(x, form.out_h, form.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
