@@ -1,0 +1,188 @@
+// The pool of threads behind parallel_for: OpenMP's where the process has one, else our own.
+#include "parallel.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace sg {
+namespace {
+
+struct Work {
+    task_function function;
+    void* context;
+    sg_int64 tasks;
+    std::atomic<sg_int64> next;
+};
+
+void take_tasks(void* data) {
+    Work& work = *static_cast<Work*>(data);
+    for (;;) {
+        sg_int64 task = work.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= work.tasks) return;
+        work.function(work.context, task);
+    }
+}
+
+typedef void (*gomp_parallel_function)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<gomp_parallel_function> gomp_parallel{nullptr};
+std::atomic<long> gomp_owner{0};
+
+long process() {
+#if defined(_WIN32)
+    return 0;
+#else
+    return static_cast<long>(getpid());
+#endif
+}
+
+// Threads that sleep between calls. One call at a time has them; a second one, from another thread of Python, works
+// alone instead of waiting. The pool is never destroyed: at exit its threads sleep and own nothing.
+class Pool {
+  public:
+    bool run(int helpers, Work& work) {
+        std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
+        if (!use.owns_lock()) return false;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            try {
+                while (threads_ < helpers) {
+                    std::thread(&Pool::live, this, threads_).detach();
+                    ++threads_;
+                }
+            } catch (...) {  // no more threads to be had: those that there are will do
+            }
+            work_ = &work;
+            wanted_ = helpers < threads_ ? helpers : threads_;
+            running_ = wanted_;
+            ++round_;
+        }
+        wake_.notify_all();
+        take_tasks(&work);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return running_ == 0; });
+        work_ = nullptr;
+        return true;
+    }
+
+  private:
+    void live(int index) {
+        uint64_t seen = 0;
+        for (;;) {
+            Work* work;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return round_ != seen; });
+                seen = round_;
+                if (index >= wanted_ || !work_) continue;
+                work = work_;
+            }
+            take_tasks(work);
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (--running_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex in_use_, mutex_;
+    std::condition_variable wake_, done_;
+    Work* work_ = nullptr;
+    int threads_ = 0, wanted_ = 0, running_ = 0;
+    uint64_t round_ = 0;
+};
+
+// A forked child has the memory of the pool but none of its threads, and perhaps its locks held: it gets a new one.
+Pool* pool() {
+    static std::atomic<Pool*> current{nullptr};
+    static std::atomic<long> owner{0};
+    Pool* found = current.load();
+    if (found && owner.load() == process()) return found;
+    Pool* fresh = new (std::nothrow) Pool;
+    if (!fresh) return nullptr;
+    if (current.compare_exchange_strong(found, fresh)) {
+        owner.store(process());
+        return fresh;
+    }
+    delete fresh;  // another thread was faster; ours has no threads yet
+    return current.load();
+}
+
+thread_local bool inside = false;  // a task that calls a kernel runs it alone
+
+struct Scratch {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    ~Scratch() { std::free(memory); }
+};
+thread_local Scratch own_scratch;
+
+}  // namespace
+
+void run_tasks(int num_threads, sg_int64 tasks, task_function function, void* context) {
+    Work work{function, context, tasks, {0}};
+    if (num_threads > tasks) num_threads = static_cast<int>(tasks);
+    if (num_threads <= 1 || inside) {
+        take_tasks(&work);
+        return;
+    }
+    inside = true;
+    gomp_parallel_function runner = gomp_parallel.load(std::memory_order_relaxed);
+    if (runner && gomp_owner.load(std::memory_order_relaxed) == process()) {  // OpenMP's threads do not survive a fork
+        runner(take_tasks, &work, static_cast<unsigned>(num_threads), 0);
+    } else {
+        Pool* threads = pool();
+        if (!threads || !threads->run(num_threads - 1, work)) take_tasks(&work);
+    }
+    inside = false;
+}
+
+void* scratch(size_t bytes) {
+    const size_t line = 64;
+    if (own_scratch.bytes < bytes) {
+        std::free(own_scratch.memory);
+        own_scratch.memory = std::malloc(bytes + line);
+        own_scratch.bytes = own_scratch.memory ? bytes : 0;
+    }
+    if (!own_scratch.memory) return nullptr;
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(own_scratch.memory) + line - 1) / line * line);
+}
+
+}  // namespace sg
+
+void sg_set_parallel_runner(void* gomp_parallel) {
+    sg::gomp_owner.store(sg::process());
+    sg::gomp_parallel.store(reinterpret_cast<sg::gomp_parallel_function>(gomp_parallel));
+}
+
+#define SG_TEXT(x) #x
+#define SG_TEXT_OF(x) SG_TEXT(x)
+
+const char* sg_build_info(void) {
+    return
+#if defined(__clang__)
+        "clang " __clang_version__
+#elif defined(__GNUC__)
+        "gcc " __VERSION__
+#elif defined(_MSC_VER)
+        "msvc " SG_TEXT_OF(_MSC_VER)
+#else
+        "an unknown compiler"
+#endif
+#if defined(__AVX512F__)
+        ", AVX-512";
+#elif defined(__AVX2__)
+        ", AVX2";
+#elif defined(__ARM_NEON)
+        ", NEON";
+#else
+        ", no wide vectors";
+#endif
+}

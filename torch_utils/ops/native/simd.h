@@ -1,0 +1,98 @@
+// Vectors of one element type, as wide as the machine has them, and the bits that comparisons give.
+#ifndef SG_SIMD_H
+#define SG_SIMD_H
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// GCC's and clang's vectors; a compiler without them cannot build the CPU library, and the ops run in plain torch.
+#if defined(__AVX512F__)
+#define SG_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define SG_VECTOR_BYTES 32
+#else
+#define SG_VECTOR_BYTES 16
+#endif
+#define SG_INLINE inline __attribute__((always_inline))
+
+namespace sg {
+
+template <class T>
+struct simd;
+
+template <>
+struct simd<float> {
+    typedef float vector __attribute__((vector_size(SG_VECTOR_BYTES), may_alias));
+    typedef int32_t integers __attribute__((vector_size(SG_VECTOR_BYTES), may_alias));
+    static constexpr int lanes = SG_VECTOR_BYTES / 4;
+};
+
+template <>
+struct simd<double> {
+    typedef double vector __attribute__((vector_size(SG_VECTOR_BYTES), may_alias));
+    typedef int64_t integers __attribute__((vector_size(SG_VECTOR_BYTES), may_alias));
+    static constexpr int lanes = SG_VECTOR_BYTES / 8;
+};
+
+template <class T>
+using vector_of = typename simd<T>::vector;
+
+template <class T>
+SG_INLINE vector_of<T> load(const T* p) {
+    vector_of<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T>
+SG_INLINE void store(T* p, vector_of<T> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+SG_INLINE vector_of<T> all(T value) {
+    return value - vector_of<T>{};
+}
+
+// The first `count` lanes alone.
+template <class T>
+SG_INLINE void store_some(T* p, vector_of<T> v, int64_t count) {
+    std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
+// One bit a lane, from a comparison (all ones or all zeros a lane).
+template <class T>
+SG_INLINE unsigned bits_of(typename simd<T>::integers c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return _mm512_test_epi32_mask((__m512i)c, (__m512i)c);
+    else return _mm512_test_epi64_mask((__m512i)c, (__m512i)c);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return static_cast<unsigned>(_mm256_movemask_ps((__m256)c));
+    else return static_cast<unsigned>(_mm256_movemask_pd((__m256d)c));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < simd<T>::lanes; ++i) bits |= static_cast<unsigned>(c[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// v where the bit is set, zero elsewhere.
+template <class T>
+SG_INLINE vector_of<T> where(unsigned bits, vector_of<T> v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return (vector_of<T>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+    else return (vector_of<T>)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v);
+#else
+    typedef typename simd<T>::integers integers;
+    integers place{};
+    for (int i = 0; i < simd<T>::lanes; ++i) place[i] = 1 << i;
+    integers chosen = ((static_cast<int>(bits) - integers{}) & place) == place;
+    return (vector_of<T>)((integers)v & chosen);
+#endif
+}
+
+}  // namespace sg
+#endif
