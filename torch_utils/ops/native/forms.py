@@ -6,6 +6,7 @@ The tuples are flat so that `torch.library` can pass them on as they are: `op(*t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,7 +83,10 @@ class FilteredLreluForm(NamedTuple):
         taps_h, taps_w = taps(fd)
         width = (self.out_w - 1) * self.down + taps_w
         height = (self.out_h - 1) * self.down + taps_h
-        return height, width, (width + 4 * ROW_BYTES - 1) // (4 * ROW_BYTES) * ROW_BYTES
+        # The CPU deals columns out to lcm(up, down) planes, whole words each, and reads words a little beyond.
+        planes = math.lcm(self.up, self.down)
+        needed = 4 * planes * -(-width // (16 * planes)) + 4
+        return height, width, (needed + ROW_BYTES - 1) // ROW_BYTES * ROW_BYTES
 
     def gate(self, fd: torch.Tensor | None) -> GateForm:
         """The same geometry, with the recorded bits in place of values: what is linear about the op."""

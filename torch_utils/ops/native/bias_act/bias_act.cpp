@@ -1,0 +1,242 @@
+// bias_act on the CPU: one pass over the memory, in rows that share a bias or that hold one number of every bias.
+#include "bias_act.h"
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "../parallel.h"
+#include "math.h"
+
+namespace sg {
+namespace {
+
+const sg_int64 TASK = 32768;  // elements, about
+
+template <class T>
+struct Call {
+    T gain, alpha, clamp;
+    bool clamps;
+};
+
+// act(u) * gain, clamped; its derivatives times what arrives. `at` is y, for swish u.
+template <class T, int ACT, int ORDER, class V>
+SG_INLINE V piecewise(const Call<T>& call, V in, V at) {
+    const V zero{};
+    if constexpr (ORDER == 0) {
+        V v = in;
+        if constexpr (ACT == SG_RELU) v = in > zero ? in : in * T(0);
+        if constexpr (ACT == SG_LRELU) v = in > zero ? in : in * call.alpha;
+        v = v * call.gain;
+        if (call.clamps) {
+            v = v > call.clamp ? zero + call.clamp : v;
+            v = v < -call.clamp ? zero - call.clamp : v;
+        }
+        return v;
+    } else {
+        V v = in * call.gain;
+        if constexpr (ACT == SG_RELU) v = at * call.gain > zero ? v : zero;
+        if constexpr (ACT == SG_LRELU) v = at * call.gain > zero ? v : v * call.alpha;
+        if (call.clamps) v = (at >= call.clamp) | (at <= -call.clamp) ? zero : v;
+        return v;
+    }
+}
+
+template <int ACT, int ORDER, class R>
+SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
+    if constexpr (ORDER == 0) {
+        R v = activated<ACT>(in) * call.gain;
+        if (call.clamps) {
+            v = v > call.clamp ? v * 0.0 + call.clamp : v;
+            v = v < -call.clamp ? v * 0.0 - call.clamp : v;
+        }
+        return v;
+    } else {
+        R y = at, a = at;
+        if constexpr (ACT == SG_SWISH) {
+            if (call.clamps) y = activated<ACT>(at) * call.gain;
+        } else {
+            a = at / call.gain;
+        }
+        R v;
+        if constexpr (ORDER == 1) v = in * (slope<ACT>(a) * call.gain);
+        else v = in * in2 * (curvature<ACT>(a) * call.gain);
+        if (call.clamps) v = y >= call.clamp ? v * 0.0 : y <= -call.clamp ? v * 0.0 : v;
+        return v;
+    }
+}
+
+// `count` elements whose bias is *b (step 0) or b[0], b[1], … (step 1).
+template <class T, int ACT, int ORDER, int STEP>
+void run_row(const Call<T>& call, const T* in, const T* in2, const T* ref, const T* b, T* out, sg_int64 count) {
+    constexpr bool simple = ACT == SG_LINEAR || ACT == SG_RELU || ACT == SG_LRELU;
+    constexpr int lanes = simd<T>::lanes;
+    if constexpr (simple && ORDER == 2) {
+        std::fill_n(out, count, T(0));
+        return;
+    } else if constexpr (simple) {
+        sg_int64 i = 0;
+        const vector_of<T> same = all(b ? *b : T(0));
+        auto step = [&](const T* from, const T* at, const T* bias, T* to) {
+            vector_of<T> v = load(from), y{};
+            if (ORDER == 0 && b) v += STEP ? load(bias) : same;
+            if (ORDER == 1 && ref) y = load(at);
+            store(to, piecewise<T, ACT, ORDER>(call, v, y));
+        };
+        for (; i + lanes <= count; i += lanes) step(in + i, ref + (ref ? i : 0), b + (b && STEP ? i : 0), out + i);
+        if (i < count) {
+            T parts[4][lanes] = {};
+            const size_t bytes = static_cast<size_t>(count - i) * sizeof(T);
+            std::memcpy(parts[0], in + i, bytes);
+            if (ref) std::memcpy(parts[1], ref + i, bytes);
+            if (b && STEP) std::memcpy(parts[2], b + i, bytes);
+            step(parts[0], parts[1], parts[2], parts[3]);
+            std::memcpy(out + i, parts[3], bytes);
+        }
+    } else if constexpr (sizeof(T) == 8) {
+        const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
+        for (sg_int64 i = 0; i < count; ++i) {
+            const double bias = b ? b[STEP ? i : 0] : 0.0;
+            const double at = ref ? ref[i] + (ACT == SG_SWISH ? bias : 0.0) : 0.0;
+            out[i] = smooth<ACT, ORDER, double>(wide_call, in[i] + (ORDER == 0 ? bias : 0.0), in2 ? in2[i] : 0.0, at);
+        }
+    } else {
+        const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
+        auto widen = [](const float* from, sg_int64 some) {
+            narrow v{};
+            std::memcpy(&v, from, static_cast<size_t>(some) * sizeof(float));
+            return __builtin_convertvector(v, wide);
+        };
+        for (sg_int64 i = 0; i < count; i += WIDE) {
+            const sg_int64 some = std::min<sg_int64>(WIDE, count - i);
+            wide bias{}, at{}, second{}, v = widen(in + i, some);
+            if (b) bias = STEP ? widen(b + i, some) : wide{} + static_cast<double>(*b);
+            if (ref) at = widen(ref + i, some);
+            if (in2) second = widen(in2 + i, some);
+            if (ORDER == 0) v += bias;
+            else if (ACT == SG_SWISH) at += bias;
+            const narrow result = __builtin_convertvector(smooth<ACT, ORDER, wide>(wide_call, v, second, at), narrow);
+            std::memcpy(out + i, &result, static_cast<size_t>(some) * sizeof(float));
+        }
+    }
+}
+
+template <class T>
+double sum_of(const T* values, sg_int64 count) {
+    // Short sums in the type itself, their sum in double: as exact as pairs of pairs, and as fast as reading.
+    constexpr int lanes = simd<T>::lanes;
+    const sg_int64 block = 16 * lanes;
+    double total = 0;
+    sg_int64 i = 0;
+    for (; i + block <= count; i += block) {
+        vector_of<T> sum = load(values + i);
+        for (int k = 1; k < 16; ++k) sum += load(values + i + k * lanes);
+        for (int k = 0; k < lanes; ++k) total += static_cast<double>(sum[k]);
+    }
+    for (; i < count; ++i) total += static_cast<double>(values[i]);
+    return total;
+}
+
+// Rows of bias_step elements share a bias. What is summed, and in which order, does not depend on the threads.
+template <class T, int ACT, int ORDER>
+void run_shared(const sg_bias_act_params& p, const Call<T>& call) {
+    const sg_int64 step = p.bias_size == 1 && !p.db ? p.size : p.bias_step;
+    const sg_int64 rows = (p.size + step - 1) / step;
+    const sg_int64 parts = p.db ? 1 : (step + TASK - 1) / TASK, part = (step + parts - 1) / parts;
+    const sg_int64 together = std::max<sg_int64>(1, TASK / step);  // short rows go in groups
+    std::vector<double> sums(p.db ? static_cast<size_t>(rows) : 0);
+    parallel_for(p.num_threads, (rows + together - 1) / together * parts, [&](sg_int64 task) {
+        const sg_int64 first = task / parts * together, last = std::min(first + together, rows);
+        for (sg_int64 row = first; row < last; ++row) {
+            const sg_int64 begin = row * step + task % parts * part;
+            const sg_int64 end = std::min({begin + part, (row + 1) * step, p.size});
+            if (begin >= end) continue;
+            auto at = [begin](const void* data) { return data ? static_cast<const T*>(data) + begin : nullptr; };
+            T* out = static_cast<T*>(p.out) + begin;
+            const T* b = p.b ? static_cast<const T*>(p.b) + row % p.bias_size : nullptr;
+            run_row<T, ACT, ORDER, 0>(call, at(p.in), at(p.in2), at(p.ref), b, out, end - begin);
+            if (p.db) sums[static_cast<size_t>(row)] = sum_of(out, end - begin);
+        }
+    });
+    if (!p.db) return;
+    for (sg_int64 k = 0; k < p.bias_size; ++k) {
+        double total = 0;
+        for (sg_int64 row = k; row < rows; row += p.bias_size) total += sums[static_cast<size_t>(row)];
+        static_cast<T*>(p.db)[k] = static_cast<T>(total);
+    }
+}
+
+// Neighbours have neighbouring biases: channels-last images, and plain matrices.
+template <class T, int ACT, int ORDER>
+void run_side_by_side(const sg_bias_act_params& p, const Call<T>& call) {
+    const sg_int64 width = p.bias_size, rows = (p.size + width - 1) / width;
+    // Few enough parts that their sums are small, the same number for every number of threads.
+    const sg_int64 together = std::max<sg_int64>({1, TASK / width, (rows + 255) / 256}), tasks = (rows + together - 1) / together;
+    std::vector<double> sums(p.db ? static_cast<size_t>(tasks * width) : 0);
+    parallel_for(p.num_threads, tasks, [&](sg_int64 task) {
+        const sg_int64 last = std::min((task + 1) * together, rows);
+        for (sg_int64 row = task * together; row < last; ++row) {
+            const sg_int64 begin = row * width, count = std::min(width, p.size - begin);
+            auto at = [begin](const void* data) { return data ? static_cast<const T*>(data) + begin : nullptr; };
+            T* out = static_cast<T*>(p.out) + begin;
+            run_row<T, ACT, ORDER, 1>(call, at(p.in), at(p.in2), at(p.ref), static_cast<const T*>(p.b), out, count);
+            if (!p.db) continue;
+            double* sum = sums.data() + task * width;
+            for (sg_int64 i = 0; i < count; ++i) sum[i] += static_cast<double>(out[i]);
+        }
+    });
+    if (!p.db) return;
+    for (sg_int64 k = 0; k < width; ++k) {
+        double total = 0;
+        for (sg_int64 task = 0; task < tasks; ++task) total += sums[static_cast<size_t>(task * width + k)];
+        static_cast<T*>(p.db)[k] = static_cast<T>(total);
+    }
+}
+
+template <class T, int ACT, int ORDER>
+int run(const sg_bias_act_params& p) {
+    const Call<T> call{static_cast<T>(p.gain), static_cast<T>(p.alpha), static_cast<T>(p.clamp), p.clamp >= 0};
+    if (p.bias_step == 1 && p.bias_size > 1) run_side_by_side<T, ACT, ORDER>(p, call);
+    else run_shared<T, ACT, ORDER>(p, call);
+    return SG_OK;
+}
+
+template <class T, int ACT>
+int run(const sg_bias_act_params& p) {
+    switch (p.order) {
+        case 0: return run<T, ACT, 0>(p);
+        case 1: return run<T, ACT, 1>(p);
+        case 2: return run<T, ACT, 2>(p);
+        default: return SG_UNSUPPORTED;
+    }
+}
+
+template <class T>
+int run(const sg_bias_act_params& p) {
+    switch (p.act) {
+        case SG_LINEAR: return run<T, SG_LINEAR>(p);
+        case SG_RELU: return run<T, SG_RELU>(p);
+        case SG_LRELU: return run<T, SG_LRELU>(p);
+        case SG_TANH: return run<T, SG_TANH>(p);
+        case SG_SIGMOID: return run<T, SG_SIGMOID>(p);
+        case SG_ELU: return run<T, SG_ELU>(p);
+        case SG_SELU: return run<T, SG_SELU>(p);
+        case SG_SOFTPLUS: return run<T, SG_SOFTPLUS>(p);
+        case SG_SWISH: return run<T, SG_SWISH>(p);
+        default: return SG_UNSUPPORTED;
+    }
+}
+
+}  // namespace
+}  // namespace sg
+
+SG_EXPORT int sg_bias_act(const sg_bias_act_params* p) {
+    if (p->size == 0) return SG_OK;
+    try {
+        if (p->dtype == SG_F32) return sg::run<float>(*p);
+        if (p->dtype == SG_F64) return sg::run<double>(*p);
+    } catch (const std::bad_alloc&) {
+        return SG_NO_MEMORY;
+    }
+    return SG_UNSUPPORTED;
+}
