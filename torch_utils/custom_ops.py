@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+import functools
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch_utils.ops.native.building import NativeUnavailable as NativeUnavailable
 
 if TYPE_CHECKING:
     from torch_utils.ops.native.plan import Plan
+
+_lock = threading.RLock()
+_library: ctypes.CDLL | NativeUnavailable | None = None
 
 
 def cpu_library() -> ctypes.CDLL:
@@ -16,12 +22,125 @@ def cpu_library() -> ctypes.CDLL:
 
     Raises NativeUnavailable with cause and remedy, the same one on every call.
     """
-    raise NativeUnavailable("the CPU library is not built yet")
+    global _library
+    with _lock:
+        if _library is None:
+            try:
+                _library = _load_library()
+            except NativeUnavailable as error:
+                _library = error
+        if isinstance(_library, NativeUnavailable):
+            raise _library
+        return _library
+
+
+def _load_library() -> ctypes.CDLL:
+    from torch_utils.ops.native import params
+    from torch_utils.ops.native.building import cpu_build
+
+    path = cpu_build.build()
+    try:
+        library = ctypes.CDLL(str(path))
+        library.sg_build_info.restype = ctypes.c_char_p
+        library.sg_struct_bytes.restype = ctypes.c_int
+        theirs = [library.sg_struct_bytes(op) for op in range(3)]
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"{path} cannot be loaded ({error})", CLEAN) from None
+    ours = [ctypes.sizeof(struct) for struct in (params.BiasAct, params.Upfirdn2d, params.FilteredLrelu)]
+    if theirs != ours:
+        raise NativeUnavailable(f"{path} takes structs of {theirs} bytes, not {ours}", CLEAN)
+    return library
+
+
+CLEAN = "Empty the cache with: finetune doctor --clean"
+
+
+def cpu_library_info() -> str:
+    """Compiler and instruction set of the CPU library. Raises NativeUnavailable."""
+    return cpu_library().sg_build_info().decode()
+
+
+@functools.cache
+def _cubin(plan: Plan, capability: tuple[int, int]) -> bytes | NativeUnavailable:
+    from torch_utils.ops.native.building import cuda_build
+
+    if (found := cuda_build.find(plan, capability)) is not None:
+        return found
+    try:
+        return cuda_build.nvrtc(plan, capability)
+    except NativeUnavailable as first:
+        try:
+            return cuda_build.nvcc([plan], capability)[0]
+        except NativeUnavailable as second:
+            return NativeUnavailable(f"{first.cause}; {second.cause}", first.remedy)
 
 
 def cubin(plan: Plan, capability: tuple[int, int]) -> bytes:
-    """Return the CUDA binary of one specialisation for devices of `capability`, from the cache or compiled now.
+    """Return the CUDA binary of one specialisation for devices of `capability`, from the cache or made now.
 
-    Raises NativeUnavailable with the compiler's own words.
+    NVRTC makes it, or nvcc where there is no NVRTC. Raises NativeUnavailable with the compilers' own words.
     """
-    raise NativeUnavailable("CUDA binaries are not built yet")
+    found = _cubin(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0), capability)
+    if isinstance(found, NativeUnavailable):
+        raise found
+    return found
+
+
+def build_cuda(plans: Sequence[Plan], capability: tuple[int, int], maker: str = "auto") -> str:
+    """Build many specialisations ahead of time; `maker`: auto, nvcc, nvrtc. Returns who made them.
+
+    Raises NativeUnavailable. 'auto' takes nvcc, which builds them side by side, where it works.
+    """
+    from torch_utils.ops.native.building import cuda_build
+
+    if maker != "nvrtc":
+        try:
+            cuda_build.nvcc(plans, capability)
+            return "nvcc"
+        except NativeUnavailable:
+            if maker == "nvcc":
+                raise
+    cuda_build.nvrtc_many(plans, capability)
+    return "nvrtc"
+
+
+def have_cuda_kernels() -> None:
+    """Say nothing, or raise NativeUnavailable: the ops have no CUDA kernels that could be built here."""
+    from torch_utils.ops.native.building import compilers, cpu_build, cuda_build
+
+    missing = [
+        op
+        for op in ("bias_act", "upfirdn2d", "filtered_lrelu")
+        if not (cpu_build.SOURCES / op / f"{op}.cu").is_file()
+    ]
+    if missing:
+        raise NativeUnavailable(f"there are no CUDA kernels of {', '.join(missing)} in this version")
+    try:
+        cuda_build.nvrtc_version()
+    except NativeUnavailable as first:
+        try:
+            compilers.nvcc()
+        except NativeUnavailable as second:
+            raise NativeUnavailable(f"{first.cause}; {second.cause}", first.remedy) from None
+
+
+def explain() -> dict[str, Any]:
+    """What a person wants to know when the ops do not run as hoped; every value is text, a number or a list."""
+    from torch_utils.ops.native.building import cache, compilers, cpu_build, cuda_build
+
+    def said(find: Any) -> dict[str, Any]:
+        try:
+            found = find()
+            return {"works": True, **(found if isinstance(found, dict) else {"version": str(found)})}
+        except NativeUnavailable as error:
+            return {"works": False, "cause": error.cause, "remedy": error.remedy}
+
+    files, size = cache.size()
+    return {
+        "cxx": said(lambda: compilers.cxx()._asdict()),
+        "nvcc": said(lambda: compilers.nvcc()._asdict()),
+        "nvrtc": said(cuda_build.nvrtc_version),
+        "ninja": cpu_build.find_ninja() or "",
+        "cpu_library": said(cpu_library_info),
+        "cache": {"folder": str(cache.ops_folder()), "files": files, "bytes": size},
+    }

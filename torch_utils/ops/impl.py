@@ -92,13 +92,41 @@ def _decide(op: str, impl: str, device_type: str) -> str:
 
 
 def _automatic(op: str, device_type: str) -> str:
-    return "ref"
+    try:
+        name, why = _native(device_type)
+    except NativeUnavailable as error:
+        log.info("%s on %s: plain torch (%s)", op, device_type, error.cause)
+        if device_type in NATIVE_DEVICES:
+            _warn(device_type, error)
+        return "ref"
+    log.info("%s on %s: native kernels (%s)", op, device_type, why)
+    return name
 
 
 def _named(op: str, name: str, device_type: str) -> str:
     if name == "ref":
         return name
-    raise RuntimeError(_refusal(op, name, device_type, NativeUnavailable("not part of this build")))
+    try:
+        if name != device_type:
+            raise NativeUnavailable(f"the {name} kernels work on {name} tensors alone")
+        return _native(device_type)[0]
+    except NativeUnavailable as error:
+        raise RuntimeError(_refusal(op, name, device_type, error)) from error
+
+
+NATIVE_DEVICES = ("cpu", "cuda")
+
+
+def _native(device_type: str) -> tuple[str, str]:
+    """The implementation in kernels for a kind of device, and what it is. Raises NativeUnavailable."""
+    from torch_utils import custom_ops
+
+    if device_type == "cpu":
+        return "cpu", custom_ops.cpu_library_info()
+    if device_type == "cuda":
+        custom_ops.have_cuda_kernels()
+        return "cuda", "compiled for each form at first use"
+    raise NativeUnavailable(f"there are no kernels for {device_type}")
 
 
 def _check_name(impl: str, where: str) -> None:

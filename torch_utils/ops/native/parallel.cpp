@@ -1,4 +1,5 @@
-// The pool of threads behind parallel_for: OpenMP's where the process has one, else our own.
+// The pool of threads behind parallel_for: OpenMP's where the process has one, else our own. And what the library says of
+// itself.
 #include "parallel.h"
 
 #include <atomic>
@@ -9,6 +10,10 @@
 #include <new>
 #include <thread>
 #include <vector>
+
+#include "bias_act/bias_act.h"
+#include "filtered_lrelu/filtered_lrelu.h"
+#include "upfirdn2d/upfirdn2d.h"
 
 #if !defined(_WIN32)
 #include <unistd.h>
@@ -160,6 +165,11 @@ void* scratch(size_t bytes) {
 void sg_set_parallel_runner(void* gomp_parallel) {
     sg::gomp_owner.store(sg::process());
     sg::gomp_parallel.store(reinterpret_cast<sg::gomp_parallel_function>(gomp_parallel));
+}
+
+int sg_struct_bytes(int op) {
+    const int bytes[] = {sizeof(sg_bias_act_params), sizeof(sg_upfirdn2d_params), sizeof(sg_filtered_lrelu_params)};
+    return op >= 0 && op < 3 ? bytes[op] : 0;
 }
 
 #define SG_TEXT(x) #x

@@ -33,6 +33,9 @@ void* scratch(size_t bytes);
 // ours. Null takes that back.
 SG_EXPORT void sg_set_parallel_runner(void* gomp_parallel);
 
+// Bytes of the struct that an op takes (0 bias_act, 1 upfirdn2d, 2 filtered_lrelu).
+SG_EXPORT int sg_struct_bytes(int op);
+
 // Compiler and instruction set, one line.
 SG_EXPORT const char* sg_build_info(void);
 

@@ -66,6 +66,39 @@ SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
     }
 }
 
+// As run_row, where an exponential is needed. One copy for both steps: this is what takes long to compile.
+template <int ACT, int ORDER>
+void run_smooth(const Call<double>& call, const double* in, const double* in2, const double* ref, const double* b, int step,
+                double* out, sg_int64 count) {
+    for (sg_int64 i = 0; i < count; ++i) {
+        const double bias = b ? b[step ? i : 0] : 0.0;
+        const double at = ref ? ref[i] + (ACT == SG_SWISH ? bias : 0.0) : 0.0;
+        out[i] = smooth<ACT, ORDER, double>(call, in[i] + (ORDER == 0 ? bias : 0.0), in2 ? in2[i] : 0.0, at);
+    }
+}
+
+template <int ACT, int ORDER>
+void run_smooth(const Call<float>& call, const float* in, const float* in2, const float* ref, const float* b, int step,
+                float* out, sg_int64 count) {
+    const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
+    auto widen = [](const float* from, sg_int64 some) {
+        narrow v{};
+        std::memcpy(&v, from, static_cast<size_t>(some) * sizeof(float));
+        return __builtin_convertvector(v, wide);
+    };
+    for (sg_int64 i = 0; i < count; i += WIDE) {
+        const sg_int64 some = std::min<sg_int64>(WIDE, count - i);
+        wide bias{}, at{}, second{}, v = widen(in + i, some);
+        if (b) bias = step ? widen(b + i, some) : wide{} + static_cast<double>(*b);
+        if (ref) at = widen(ref + i, some);
+        if (in2) second = widen(in2 + i, some);
+        if (ORDER == 0) v += bias;
+        else if (ACT == SG_SWISH) at += bias;
+        const narrow result = __builtin_convertvector(smooth<ACT, ORDER, wide>(wide_call, v, second, at), narrow);
+        std::memcpy(out + i, &result, static_cast<size_t>(some) * sizeof(float));
+    }
+}
+
 // `count` elements whose bias is *b (step 0) or b[0], b[1], … (step 1).
 template <class T, int ACT, int ORDER, int STEP>
 void run_row(const Call<T>& call, const T* in, const T* in2, const T* ref, const T* b, T* out, sg_int64 count) {
@@ -93,31 +126,8 @@ void run_row(const Call<T>& call, const T* in, const T* in2, const T* ref, const
             step(parts[0], parts[1], parts[2], parts[3]);
             std::memcpy(out + i, parts[3], bytes);
         }
-    } else if constexpr (sizeof(T) == 8) {
-        const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
-        for (sg_int64 i = 0; i < count; ++i) {
-            const double bias = b ? b[STEP ? i : 0] : 0.0;
-            const double at = ref ? ref[i] + (ACT == SG_SWISH ? bias : 0.0) : 0.0;
-            out[i] = smooth<ACT, ORDER, double>(wide_call, in[i] + (ORDER == 0 ? bias : 0.0), in2 ? in2[i] : 0.0, at);
-        }
     } else {
-        const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
-        auto widen = [](const float* from, sg_int64 some) {
-            narrow v{};
-            std::memcpy(&v, from, static_cast<size_t>(some) * sizeof(float));
-            return __builtin_convertvector(v, wide);
-        };
-        for (sg_int64 i = 0; i < count; i += WIDE) {
-            const sg_int64 some = std::min<sg_int64>(WIDE, count - i);
-            wide bias{}, at{}, second{}, v = widen(in + i, some);
-            if (b) bias = STEP ? widen(b + i, some) : wide{} + static_cast<double>(*b);
-            if (ref) at = widen(ref + i, some);
-            if (in2) second = widen(in2 + i, some);
-            if (ORDER == 0) v += bias;
-            else if (ACT == SG_SWISH) at += bias;
-            const narrow result = __builtin_convertvector(smooth<ACT, ORDER, wide>(wide_call, v, second, at), narrow);
-            std::memcpy(out + i, &result, static_cast<size_t>(some) * sizeof(float));
-        }
+        run_smooth<ACT, ORDER>(call, in, in2, ref, b, STEP, out, count);
     }
 }
 

@@ -234,20 +234,20 @@ void walk_any(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
 }
 
 template <class T, int UP, int DOWN, int STEPS, int TAPS, bool KEPT, int MODE>
-bool walk_by_shift(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
+void walk_by_shift(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     switch (g.row_shift) {
         case 0: walk<T, UP, DOWN, STEPS, TAPS, 0, KEPT, MODE>(g, s, plane); break;
-        case 1: walk<T, UP, DOWN, STEPS, TAPS, 1 % UP, KEPT, MODE>(g, s, plane); break;
-        case 2: walk<T, UP, DOWN, STEPS, TAPS, 2 % UP, KEPT, MODE>(g, s, plane); break;
-        default: walk<T, UP, DOWN, STEPS, TAPS, 3 % UP, KEPT, MODE>(g, s, plane); break;
+        case 1: walk<T, UP, DOWN, STEPS, TAPS, 1, KEPT, MODE>(g, s, plane); break;
+        case 2: walk<T, UP, DOWN, STEPS, TAPS, 2 % UP, KEPT, MODE>(g, s, plane); break;  // where UP is 2, never reached
+        default: walk<T, UP, DOWN, STEPS, TAPS, UP - 1, KEPT, MODE>(g, s, plane); break;
     }
-    return true;
 }
 
-// The filters of StyleGAN3 (6 taps that meet a pixel, on either side) have code of their own.
+// The filters of StyleGAN3 (6 taps that meet a pixel, on either side) have code of their own, in float32: float64 is
+// for tests, and every form costs time when this is compiled.
 template <class T>
 bool known_up(const Geometry<T>& g) {
-    return g.separable_u && g.steps_y == 6 && (g.up == 2 || g.up == 4);
+    return sizeof(T) == 4 && g.separable_u && g.steps_y == 6 && (g.up == 2 || g.up == 4);
 }
 
 template <class T>
@@ -258,16 +258,18 @@ bool fused(const Geometry<T>& g) {
 
 template <class T, int MODE>
 void filter_columns(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
-    if (fused(g)) {
-        if (g.up == 4) walk_by_shift<T, 4, 2, 6, 12, false, MODE>(g, s, plane);
-        else if (g.down == 2) walk_by_shift<T, 2, 2, 6, 12, false, MODE>(g, s, plane);
-        else walk_by_shift<T, 2, 4, 6, 24, false, MODE>(g, s, plane);
-    } else if (known_up(g)) {
-        if (g.up == 4) walk_by_shift<T, 4, 1, 6, 1, true, MODE>(g, s, plane);
-        else walk_by_shift<T, 2, 1, 6, 1, true, MODE>(g, s, plane);
-    } else {
-        walk_any<T, MODE>(g, s, plane);
+    if constexpr (sizeof(T) == 4) {
+        if (fused(g)) {
+            if (g.up == 4) return walk_by_shift<T, 4, 2, 6, 12, false, MODE>(g, s, plane);
+            if (g.down == 2) return walk_by_shift<T, 2, 2, 6, 12, false, MODE>(g, s, plane);
+            return walk_by_shift<T, 2, 4, 6, 24, false, MODE>(g, s, plane);
+        }
+        if (known_up(g)) {
+            if (g.up == 4) return walk_by_shift<T, 4, 1, 6, 1, true, MODE>(g, s, plane);
+            return walk_by_shift<T, 2, 1, 6, 1, true, MODE>(g, s, plane);
+        }
     }
+    walk_any<T, MODE>(g, s, plane);
 }
 
 // ---- Filters that are not separable

@@ -1,0 +1,146 @@
+"""Where binaries are kept: one folder for each key, complete or not there, checked whenever it is read.
+
+A key says everything that a binary depends on (sources, flags, compiler, architecture), so nothing in the
+cache is ever out of date, and processes, versions and machines can share one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+VARIABLE = "FINETUNE_CACHE"
+
+log = logging.getLogger("torch_utils.ops")
+
+
+def cache_root() -> Path:
+    """The folder of all caches of this program: $FINETUNE_CACHE, else where the platform keeps such things."""
+    if chosen := os.environ.get(VARIABLE, "").strip():
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "stylegan-finetune"
+
+
+def ops_folder() -> Path:
+    """Where the binaries of the ops are."""
+    return cache_root() / "ops"
+
+
+def key_of(parts: Iterable[str | bytes]) -> str:
+    """The name of a folder for everything that a binary depends on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:32]
+
+
+def find(key: str, name: str) -> Path | None:
+    """The file `name` of a key, or None; a file that is not what was written is removed, and said so."""
+    for folder in (ops_folder(), *_private_folders()):
+        path = folder / key / name
+        try:
+            data = path.read_bytes()
+            expected = path.with_name(name + ".sha256").read_text().strip()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            log.warning("%s cannot be read (%s) and is built again.", path, error)
+            continue
+        if hashlib.sha256(data).hexdigest() == expected:
+            return path
+        log.warning("%s is not what was written there and is built again.", path)
+        _remove(path.parent)
+    return None
+
+
+def publish(key: str, name: str, data: bytes) -> Path:
+    """Put a file where `find` finds it, all at once; in a folder of this process alone where the cache cannot
+    be written."""
+    try:
+        return _publish(ops_folder(), key, name, data)
+    except OSError as error:
+        private = _private_folder()
+        log.warning(
+            "The cache %s cannot be written (%s): the ops are kept for this process alone. Set %s to another folder.",
+            *(ops_folder(), error.strerror or error, VARIABLE),
+        )
+        return _publish(private, key, name, data)
+
+
+def _publish(folder: Path, key: str, name: str, data: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+    try:
+        for path, content in (
+            (making / name, data),
+            (making / (name + ".sha256"), hashlib.sha256(data).hexdigest().encode()),
+        ):
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        making.chmod(0o755)
+        target = folder / key
+        if target.exists() and find(key, name) is None:
+            _remove(target)
+        with contextlib.suppress(OSError):  # another process was faster, with the same binary
+            making.rename(target)
+        path = target / name
+        if not path.is_file():
+            raise FileNotFoundError(2, "it could not be renamed", str(target))
+        return path
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder away in one step, so that nobody sees half of it."""
+    gone = folder.with_name(f".gone-{os.getpid()}-{folder.name}")
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+_private: list[Path] = []
+
+
+def _private_folders() -> tuple[Path, ...]:
+    return tuple(_private)
+
+
+@functools.cache
+def _private_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="stylegan-finetune-ops-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _private.append(folder)
+    return folder
+
+
+def size() -> tuple[int, int]:
+    """Files and bytes in the cache."""
+    files = [path for path in ops_folder().rglob("*") if path.is_file()] if ops_folder().is_dir() else []
+    return len(files), sum(path.stat().st_size for path in files)
+
+
+def clean() -> tuple[int, int]:
+    """Empty the cache; what was in it, as `size` counts. Raises OSError where that is not allowed."""
+    found = size()
+    if ops_folder().is_dir():
+        shutil.rmtree(ops_folder())
+    return found

@@ -1,0 +1,118 @@
+"""Compilers that work, which is found out by compiling three lines, not by looking for a name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from . import NativeUnavailable
+
+CXX_NAMES = ("c++", "g++", "clang++")
+TRIAL_CXX = 'extern "C" int sg_trial(int a) {\n    return a + 1;\n}\n'
+TRIAL_CUDA = 'extern "C" __global__ void sg_trial(float* x) {\n    x[threadIdx.x] += 1.0f;\n}\n'
+TIME_OUT = 120  # seconds for a trial; a compiler that hangs is one that does not work
+
+NO_CXX = "Install one (Debian, Ubuntu: apt install g++; conda: conda install cxx-compiler) or set CXX."
+NO_NVCC = "Nothing is lost: NVRTC, which torch for CUDA brings along, builds the same kernels."
+
+
+class Compiler(NamedTuple):
+    """A compiler that has compiled something here."""
+
+    path: str
+    version: str
+
+
+@functools.cache
+def cxx() -> Compiler:
+    """The first C++ compiler that works: $CXX, else c++, g++, clang++ of the PATH.
+
+    Raises NativeUnavailable with what each said.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    names = (chosen,) if chosen else CXX_NAMES
+    library = "trial.dll" if sys.platform == "win32" else "trial.so"
+    return _first(
+        names, "C++ compiler", "trial.cpp", TRIAL_CXX, ["-shared", "-fPIC", "-o", library], library, NO_CXX
+    )
+
+
+@functools.cache
+def nvcc() -> Compiler:
+    """The first nvcc that works: $CUDACXX, the one of $CUDA_HOME, of the PATH, of /usr/local/cuda.
+
+    Raises NativeUnavailable with what each said.
+    """
+    names = [os.environ.get("CUDACXX", "").strip()]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable, "").strip():
+            names.append(str(Path(home) / "bin" / "nvcc"))
+    names += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    options = ["-cubin", "-o", "trial.cubin"]
+    return _first(tuple(filter(None, names)), "nvcc", "trial.cu", TRIAL_CUDA, options, "trial.cubin", NO_NVCC)
+
+
+def _first(
+    names: tuple[str, ...], kind: str, source: str, text: str, options: list[str], made: str, remedy: str
+) -> Compiler:
+    failures = []
+    for name in names:
+        path = shutil.which(name)
+        if path is None:
+            failures.append(f"{name}: not found")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / source).write_text(text)
+            said = run([path, source, *options], folder)
+            if said is None and (Path(folder) / made).is_file() and (Path(folder) / made).stat().st_size:
+                return Compiler(path, _version(path, folder))
+        failures.append(f"{path} cannot compile three lines: {said or 'it says nothing and writes nothing'}")
+    raise NativeUnavailable(f"no {kind} that works ({'; '.join(failures)})", remedy)
+
+
+def run(command: list[str], folder: str | Path, time_out: float = TIME_OUT) -> str | None:
+    """Run a compiler; None, or the line that says best why it failed."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=time_out,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else first_error(done.stdout + "\n" + done.stderr, done.returncode)
+
+
+def first_error(said: str, code: int) -> str:
+    """The first line that speaks of an error, else the last, else the exit code."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() and not line.startswith("FAILED")]
+    return (errors or lines[-1:] or [f"exit code {code}"])[0][:400]
+
+
+def _version(path: str, folder: str) -> str:
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIME_OUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown version"
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    # nvcc names itself in its first line and its version in the fourth.
+    return next((line for line in lines if "release" in line), lines[0] if lines else "unknown version")

@@ -1,0 +1,153 @@
+"""The CPU library: all C++ files of the ops, one shared library, built by ninja with the first compiler that works."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+from . import NativeUnavailable, cache, compilers
+from .lock import build_lock
+
+SOURCES = Path(__file__).resolve().parents[1]
+NAME = "libsg_ops.dll" if sys.platform == "win32" else "libsg_ops.so"
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
+    # Sums may become fused products and sums; nothing else that changes results is allowed.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+TIME_OUT = 600.0  # seconds
+
+log = logging.getLogger("torch_utils.ops")
+
+
+def build(sources: Path = SOURCES) -> Path:
+    """The library, from the cache or built now. Raises NativeUnavailable with the compiler's own words."""
+    texts = {path.relative_to(sources).as_posix(): path.read_bytes() for path in _files(sources)}
+    compiler = _compiler_of_last_time(texts)
+    if compiler is not None and (found := cache.find(_key(texts, compiler), NAME)):
+        return found
+    compiler = compilers.cxx()
+    key = _key(texts, compiler)
+    if found := cache.find(key, NAME):
+        return found
+    with build_lock(cache.ops_folder() / f"{key}.lock"):
+        if found := cache.find(key, NAME):  # by whoever held the lock
+            return found
+        started = time.perf_counter()
+        path = cache.publish(key, NAME, _compile(sources, compiler))
+        log.info("Built the CPU ops with %s in %.1f s.", compiler.version, time.perf_counter() - started)
+        return path
+
+
+def _files(sources: Path) -> list[Path]:
+    return sorted(path for path in sources.rglob("*") if path.suffix in (".cpp", ".h"))
+
+
+def _key(texts: dict[str, bytes], compiler: compilers.Compiler) -> str:
+    parts: list[str | bytes] = ["cpu", *FLAGS, compiler.path, compiler.version, machine()]
+    for name, text in texts.items():
+        parts += [name, text]
+    return cache.key_of(parts)
+
+
+def _compiler_of_last_time(texts: dict[str, bytes]) -> compilers.Compiler | None:
+    """The compiler that $CXX or the PATH names, as it was when it last worked: trying it takes longer than looking.
+
+    A compiler is known by its path, its size and the time it was changed.
+    """
+    names = (os.environ.get("CXX", "").strip(),) if os.environ.get("CXX", "").strip() else compilers.CXX_NAMES
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        return None
+    note = cache.find(_note_key(path), "compiler.txt")
+    if note is None:
+        try:
+            compiler = compilers.cxx()
+        except NativeUnavailable:
+            return None
+        cache.publish(_note_key(path), "compiler.txt", f"{compiler.path}\n{compiler.version}".encode())
+        return compiler
+    found, _, version = note.read_text().partition("\n")
+    return compilers.Compiler(found, version)
+
+
+def _note_key(path: str) -> str:
+    real = os.stat(path)
+    return cache.key_of(["compiler", path, os.path.realpath(path), str(real.st_size), str(real.st_mtime_ns)])
+
+
+@functools.cache
+def machine() -> str:
+    """What -march=native depends on: the processor's name and instruction sets."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(errors="replace").splitlines()
+        wanted = ("model name", "flags", "Features", "CPU part")
+        return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    return " ".join((platform.machine(), platform.processor(), platform.platform()))
+
+
+def _compile(sources: Path, compiler: compilers.Compiler) -> bytes:
+    """Build in a folder of its own; a compiler that does not know this machine's name gets no name."""
+    failures = []
+    for architecture in (["-march=native"], ["-mcpu=native"], []):
+        with tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder:
+            made = Path(folder) / NAME
+            said = _run(Path(folder), sources, compiler, [*FLAGS, *architecture])
+            if said is None and made.is_file():
+                return made.read_bytes()
+            failures.append(said or "it says nothing and writes nothing")
+            if architecture and not any(
+                word in failures[-1] for word in ("march", "mcpu", "native", "target")
+            ):
+                break
+    raise NativeUnavailable(
+        f"{compiler.path} ({compiler.version}) cannot compile the CPU ops: {failures[0]}",
+        "Another compiler is chosen with CXX=…; please report this.",
+    )
+
+
+def _run(folder: Path, sources: Path, compiler: compilers.Compiler, flags: list[str]) -> str | None:
+    files = [path for path in _files(sources) if path.suffix == ".cpp"]
+    ninja = find_ninja()
+    if ninja is None:
+        return compilers.run(
+            [compiler.path, *flags, "-shared", *map(str, files), "-o", NAME, "-pthread"], folder, TIME_OUT
+        )
+    (folder / "build.ninja").write_text(ninja_file(compiler.path, flags, files))
+    return compilers.run([ninja], folder, TIME_OUT)
+
+
+def ninja_file(compiler: str, flags: list[str], files: list[Path]) -> str:
+    """The build in ninja's language: one object a file, one library."""
+    objects = [f"{number}_{path.stem}.o" for number, path in enumerate(files)]
+    lines = [
+        f"cxx = {_escaped(compiler)}",
+        f"flags = {' '.join(flags)}",
+        "rule compile",
+        "  command = $cxx $flags -c $in -o $out",
+        "rule link",
+        "  command = $cxx $flags -shared $in -o $out -pthread",
+        *(f"build {made}: compile {_escaped(str(path))}" for made, path in zip(objects, files)),
+        f"build {NAME}: link {' '.join(objects)}",
+        f"default {NAME}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def find_ninja() -> str | None:
+    """The ninja of the package of that name, or of the PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / ("ninja.exe" if sys.platform == "win32" else "ninja")
+    return str(beside) if beside.is_file() else shutil.which("ninja")

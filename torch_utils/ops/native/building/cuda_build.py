@@ -1,0 +1,167 @@
+"""CUDA binaries, one for each specialisation, by NVRTC or by nvcc: the same sources, macros, options and result."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch_utils.ops.native.plan import Plan
+
+from . import NativeUnavailable, cache, compilers
+from .cpu_build import SOURCES, _escaped, find_ninja
+from .lock import build_lock
+
+NAME = "kernel.cubin"
+OPTIONS = ("-std=c++17",)
+TIME_OUT = 900.0  # seconds
+
+log = logging.getLogger("torch_utils.ops")
+
+
+def find(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes | None:
+    """The binary in the cache, made by whichever compiler."""
+    for maker in ("nvrtc", "nvcc"):
+        if path := cache.find(key(plan, capability, maker, sources), NAME):
+            return path.read_bytes()
+    return None
+
+
+def key(plan: Plan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
+    """The key of a specialisation: everything the compiler reads."""
+    return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, *_texts(sources)])
+
+
+def nvrtc(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
+    """Compile one specialisation with NVRTC, which needs no toolkit and no compiler on the machine.
+
+    Raises NativeUnavailable: cuda-core or NVRTC is missing, or what the compiler says.
+    """
+    program, program_options = _cuda_core()
+    options = program_options(
+        name=plan.source,
+        arch=_arch(capability),
+        std="c++17",
+        define_macro=[(name, str(value)) for name, value in plan.defines],
+        include_path=[str(sources), str((sources / plan.source).parent)],
+    )
+    text = (sources / plan.source).read_text(encoding="utf-8")
+    try:
+        code = program(text, "c++", options).compile("cubin").code
+    except Exception as error:
+        said = compilers.first_error(str(error), 1)
+        raise NativeUnavailable(
+            f"NVRTC cannot compile {plan.source} for {_arch(capability)}: {said}", "Please report this."
+        ) from None
+    path = cache.publish(key(plan, capability, "nvrtc", sources), NAME, bytes(code))
+    return path.read_bytes()
+
+
+def nvcc(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
+    """Compile many specialisations at once with nvcc, driven by ninja. Raises NativeUnavailable likewise."""
+    compiler = compilers.nvcc()
+    plans = list(
+        dict.fromkeys(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in plans)
+    )
+    with (
+        build_lock(cache.ops_folder() / "nvcc.lock"),
+        tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder,
+    ):
+        said = _run_nvcc(Path(folder), plans, capability, compiler, sources)
+        if said is not None:
+            raise NativeUnavailable(
+                f"{compiler.path} ({compiler.version}) cannot compile the CUDA ops: {said}", compilers.NO_NVCC
+            )
+        binaries = [(Path(folder) / f"{number}.cubin").read_bytes() for number in range(len(plans))]
+    for plan, binary in zip(plans, binaries):
+        cache.publish(key(plan, capability, "nvcc", sources), NAME, binary)
+    return binaries
+
+
+def nvrtc_many(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
+    """Compile many specialisations side by side; NVRTC lets go of Python's lock while it works."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda plan: nvrtc(plan, capability, sources), plans))
+
+
+def _run_nvcc(
+    folder: Path, plans: list[Plan], capability: tuple[int, int], compiler: compilers.Compiler, sources: Path
+) -> str | None:
+    common = [*OPTIONS, "-cubin", f"-arch={_arch(capability)}", "-I", str(sources)]
+    commands = [
+        [compiler.path, *common, *_macros(plan), str(sources / plan.source), "-o", f"{number}.cubin"]
+        for number, plan in enumerate(plans)
+    ]
+    ninja = find_ninja()
+    if ninja is None:
+        said = (compilers.run(command, folder, TIME_OUT) for command in commands)
+        return next((words for words in said if words is not None), None)
+    lines = ["rule nvcc", "  command = $line"]
+    for number, command in enumerate(commands):
+        quoted = " ".join(f"'{word}'" if not word.isidentifier() else word for word in command)
+        lines += [
+            f"build {number}.cubin: nvcc {_escaped(command[-3])}",
+            f"  line = {quoted.replace('$', '$$')}",
+        ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    return compilers.run([ninja], folder, TIME_OUT)
+
+
+def _macros(plan: Plan) -> list[str]:
+    return [f"-D{name}={value}" for name, value in plan.defines]
+
+
+def _arch(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def _texts(sources: Path) -> list[bytes]:
+    files = sorted(path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".h"))
+    return [
+        part for path in files for part in (path.relative_to(sources).as_posix().encode(), path.read_bytes())
+    ]
+
+
+@functools.cache
+def _cuda_core() -> tuple[Any, Any]:
+    """The two classes of cuda-core that compile. Raises NativeUnavailable where they or NVRTC are missing."""
+    remedy = "Install them with: pip install cuda-core"
+    try:
+        try:
+            from cuda.core import Program, ProgramOptions
+        except ImportError:
+            from cuda.core.experimental import Program, ProgramOptions  # type: ignore[no-redef]
+    except ImportError as error:
+        raise NativeUnavailable(f"cuda-core cannot be imported ({error})", remedy) from None
+    return Program, ProgramOptions
+
+
+@functools.cache
+def nvrtc_version() -> str:
+    """Compile three lines with NVRTC and say its version. Raises NativeUnavailable where that fails."""
+    program, options = _cuda_core()
+    try:
+        program(compilers.TRIAL_CUDA, "c++", options(arch="sm_80")).compile("cubin")
+    except Exception as error:
+        raise NativeUnavailable(
+            f"NVRTC does not work: {compilers.first_error(str(error), 1)}",
+            "torch for CUDA brings it along; torch for CPUs does not.",
+        ) from None
+    try:
+        from cuda.bindings import nvrtc as bindings
+
+        _, major, minor = bindings.nvrtcVersion()
+        return f"{major}.{minor}"
+    except Exception:
+        return "of unknown version"
+
+
+def have_nvcc() -> bool:
+    """Whether an nvcc is to be found at all; whether it works is for `compilers.nvcc` to say."""
+    return shutil.which("nvcc") is not None
