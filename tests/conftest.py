@@ -69,3 +69,13 @@ def golden_network():
         return cache[name]
 
     return read
+
+
+@pytest.fixture
+def reference_ops():
+    """Plain torch computes the ops of this test."""
+    from torch_utils.ops import impl
+
+    impl.set_default_impl("ref")
+    yield
+    impl.set_default_impl(None)

@@ -55,6 +55,7 @@ def test_values(name, check, golden_network):
     golden_checks.run(check, checkpoint.G_ema, checkpoint.D, golden_network(name)[1])
 
 
+@pytest.mark.usefixtures("reference_ops")
 @pytest.mark.parametrize("check", ["r1_gradients", "discriminator_gradients"])
 @pytest.mark.parametrize("name", [*WITH_GRADIENTS, "stylegan3-t-32", "stylegan3-r-32"])
 def test_gradients_of_the_discriminator(name, check, golden_network):
@@ -63,19 +64,22 @@ def test_gradients_of_the_discriminator(name, check, golden_network):
     golden_checks.run(check, None, checkpoint.D, golden_network(name)[1])
 
 
+@pytest.mark.usefixtures("reference_ops")
 @pytest.mark.parametrize("check", ["path_lengths", "generator_gradients", "path_length_gradients"])
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_gradients_of_the_generator(name, check, golden_network):
     """First and second derivatives, in the mode the golden numbers were made in.
 
     A pre-activation of stylegan2-32-orig is zero up to rounding, where leaky ReLU has two slopes: its
-    gradients depend on the order of additions. The other mode has a float64 test in test_stylegan2.py.
+    gradients depend on the order of additions, so plain torch computes the ops (test_native_ops.py compares
+    the derivatives of kernels). The other mode has a float64 test in test_stylegan2.py.
     """
     checkpoint = load(name)
     arrays = golden_network(name)[1]
     golden_checks.run(check, checkpoint.G_ema, checkpoint.D, arrays, fused_modconv=True)
 
 
+@pytest.mark.usefixtures("reference_ops")
 @pytest.mark.parametrize("check", ["path_lengths", "generator_gradients", "path_length_gradients"])
 def test_gradients_of_the_unfused_generator(check, golden_network):
     checkpoint = load("stylegan2-32")

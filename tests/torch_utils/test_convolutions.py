@@ -15,6 +15,8 @@ from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.fma import fma
 from torch_utils.ops.upfirdn2d import setup_filter
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -11,6 +11,8 @@ from torch_utils.ops import filtered_lrelu as module
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import setup_filter
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 UP = setup_filter([1, 2, 4, 7, 4, 2, 1, 1])
 DOWN = setup_filter([[1, 2], [3, 5]])

@@ -14,6 +14,8 @@ from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "ops.json").read_text())
 OPS = ("upfirdn2d", "bias_act", "filtered_lrelu", "conv2d_resample")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
