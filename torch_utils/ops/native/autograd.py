@@ -249,7 +249,10 @@ def _bias_act_grad_backward(ctx, ddx, ddb):
     if not ctx.is_curved or not any(ctx.needs_input_grad[1:3]):
         return ddy, None, None, *nothing
     dx = BIAS_ACT_GRAD2(dy, ddx, x, b, y, *form)
-    db = dx.sum([axis for axis in axes if axis != form.dim]) if ctx.needs_input_grad[2] else None
+    db = None
+    if ctx.needs_input_grad[2]:
+        others = [axis for axis in axes if axis != form.dim]
+        db = dx.sum(others) if others else dx  # torch takes no axes for all of them
     return ddy, dx, db, *nothing
 
 
