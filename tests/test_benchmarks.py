@@ -56,7 +56,7 @@ def test_the_work_counted_is_the_work_that_cannot_be_left_out(modules):
     # 4 of the 16 taps meet a pixel when every second one is a zero.
     up = bench.fir("", (1, 1, 8, 8), up=2, padding=[2, 1, 2, 1])
     assert bench.work(up, torch.Size([1, 1, 16, 16]), 4) == ((64 + 256) * 4, 2 * 256 * 4)
-    # 8 rows of 18 columns, 18 x 18 of the grid, 18 x 8 of its way back, 8 x 8 outputs; 2 and 4 taps meet a pixel.
+    # 8 rows of 18 columns, 18 x 18 of the grid, 18 x 8 back, 8 x 8 outputs; 2 and 4 taps meet a pixel.
     both = bench.lrelu("", (1, 1, 8, 8), 2, 2, 0, fu=4, fd=4)
     grid = 18
     macs = 8 * grid * 2 + grid * grid * 2 + grid * grid + grid * 8 * 4 + 8 * 8 * 4

@@ -125,7 +125,7 @@ def have_cuda_kernels() -> None:
 
 
 def explain() -> dict[str, Any]:
-    """What a person wants to know when the ops do not run as hoped; every value is text, a number or a list."""
+    """What a person wants to know when the ops do not run as hoped, in plain values."""
     from torch_utils.ops.native.building import cache, compilers, cpu_build, cuda_build
 
     def said(find: Any) -> dict[str, Any]:

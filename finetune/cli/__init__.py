@@ -10,7 +10,9 @@ the user can put right · 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import logging
 import traceback
+import warnings
 
 import click
 
@@ -18,7 +20,7 @@ from finetune.errors import FinetuneError
 from finetune.version import __version__
 
 # In the order in which a person meets them; `finetune --help` keeps it.
-COMMANDS = ("demo", "inspect", "train", "generate", "export")
+COMMANDS = ("demo", "inspect", "train", "generate", "export", "doctor")
 
 
 class CommandFailed(click.ClickException):
@@ -65,6 +67,8 @@ def explain(error: Exception) -> CommandFailed:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return CommandFailed(f"{where}{error.strerror}.", 2)
+    if type(error).__name__ in ("ImplementationUnavailable", "UnknownImplementation"):  # of torch_utils.ops
+        return CommandFailed(f"{error}\n`finetune doctor` says what this machine can run.", 2)
     if isinstance(error, MemoryError):
         return CommandFailed("This machine has not enough memory for that; ask for less at a time.", 2)
     what = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -94,6 +98,22 @@ def cli(debug: bool) -> None:
     better pickle out."""
 
 
+class Told(logging.Handler):
+    """Log records as lines on standard error, wherever that goes at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+def say_how_ops_run() -> None:
+    """Let the ops say, once each, which implementation runs and why; warnings come without a line of code."""
+    log = logging.getLogger("torch_utils.ops")
+    log.addHandler(Told())
+    log.setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *args, **kwargs: f"Warning: {message}\n"
+
+
 def main() -> None:
     """Run the program with the arguments of the process; never returns."""
+    say_how_ops_run()
     cli(prog_name="finetune")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.options import device_option, outdir_option
+from finetune.cli.options import device_option, ops_option, outdir_option
 from finetune.demo import KIMG
 
 
@@ -25,6 +25,7 @@ from finetune.demo import KIMG
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the whole run."
 )
 @device_option(default="cpu")
+@ops_option()
 def command(outdir: Path, kimg: float, seed: int, device: str) -> None:
     """Fine-tune the bundled checkpoint to the bundled pictures with self-distillation.
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.options import GridSize, device_option, network_option, outdir_option, seeds_option
+from finetune.cli.options import (
+    GridSize,
+    device_option,
+    network_option,
+    ops_option,
+    outdir_option,
+    seeds_option,
+)
 from finetune.cli.progress import progress_bar
 from finetune.errors import CheckpointError, ConfigError
 
@@ -42,6 +49,7 @@ from finetune.errors import CheckpointError, ConfigError
     help="StyleGAN2's noise: the stored maps, maps drawn from the seed, or none.",
 )
 @device_option()
+@ops_option()
 def command(
     network: Path,
     seeds: list[int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import click
 
 from finetune.config import MAX_SEED
 
+# As torch_utils.ops.impl has them, which imports torch.
+OPS_VARIABLE = "FINETUNE_OPS"
+OPS_IMPLEMENTATIONS = ("auto", "ref", "cpu", "cuda")
 MAX_SEEDS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
 
 
@@ -89,6 +93,22 @@ def device_option(**overrides: Any):
         "help": "auto, cpu, cuda, cuda:1 or mps.",
     }
     return click.option("--device", **{**settings, **overrides})
+
+
+def ops_option(**overrides: Any):
+    """`--ops`: how the ops run, in this process and in those that it starts."""
+
+    def set_variable(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            os.environ[OPS_VARIABLE] = value
+
+    settings: dict[str, Any] = {
+        "type": click.Choice(OPS_IMPLEMENTATIONS),
+        "callback": set_variable,
+        "expose_value": False,
+        "help": f"Which kernels run: plain torch is ref, a name never falls back. Also ${OPS_VARIABLE}.",
+    }
+    return click.option("--ops", **{**settings, **overrides})
 
 
 def outdir_option(**overrides: Any):

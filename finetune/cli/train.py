@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from finetune import config as choices
-from finetune.cli.options import device_option
+from finetune.cli.options import device_option, ops_option
 from finetune.config import TrainConfig
 
 DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
@@ -110,6 +110,7 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("workers", int, "Processes that decode pictures; 0 decodes in between.")
 @option("desc", str, "Words to add to the name of the run folder.")
 @device_option()
+@ops_option()
 @option(
     "precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere."
 )

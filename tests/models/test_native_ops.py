@@ -1,7 +1,7 @@
 """Networks on native kernels are the networks on plain torch: pictures, logits, first and second derivatives.
 
-Leaky ReLUs make derivatives jump. Where a pre-activation is zero up to rounding, two right implementations take
-two slopes, so derivatives are compared latent by latent, and one latent in four may meet such a place.
+Leaky ReLUs make derivatives jump. Where a pre-activation is zero up to rounding, two right implementations
+take two slopes, so derivatives are compared latent by latent, and one latent in four may meet such a place.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import warnings
 from torch_utils.ops.native.building import NativeUnavailable
 
 KNOWN = ("auto", "ref", "cpu", "cuda")
+OPS = ("bias_act", "upfirdn2d", "filtered_lrelu")
 VARIABLE = "FINETUNE_OPS"
 
 log = logging.getLogger("torch_utils.ops")
@@ -22,6 +23,14 @@ log = logging.getLogger("torch_utils.ops")
 
 class SlowOpsWarning(UserWarning):
     """An op runs in plain torch because its native kernels are not to be had here."""
+
+
+class UnknownImplementation(ValueError):
+    """A name that no implementation has."""
+
+
+class ImplementationUnavailable(RuntimeError):
+    """The implementation that was named cannot run here; a name never falls back."""
 
 
 _decided: dict[tuple[str, str, str], str] = {}  # (op, impl, device type) -> implementation
@@ -65,6 +74,24 @@ def default_impl() -> str:
     return name
 
 
+def explain(device_types: list[str]) -> list[dict[str, str]]:
+    """What each op would run on each kind of device and why; nothing is decided by asking."""
+    found = []
+    for device_type in device_types:
+        try:
+            wanted = default_impl()
+            if wanted == "ref":
+                runs, why = "plain torch", "asked for"
+            elif wanted not in ("auto", device_type):
+                runs, why = "nothing", f"the {wanted} kernels work on {wanted} tensors alone"
+            else:
+                runs, why = "native kernels", _native(device_type)[1]
+        except NativeUnavailable as error:
+            runs, why = "plain torch" if wanted == "auto" else "nothing", str(error)
+        found += [{"op": op, "device": device_type, "runs": runs, "why": why} for op in OPS]
+    return found
+
+
 def fall_back(op: str, impl: str, device_type: str, error: NativeUnavailable) -> str:
     """Return 'ref' and stay there, with one warning, after kernels that were chosen failed to build or load.
 
@@ -72,7 +99,7 @@ def fall_back(op: str, impl: str, device_type: str, error: NativeUnavailable) ->
     """
     with _lock:
         if (default_impl() if impl == "auto" else impl) != "auto":
-            raise RuntimeError(_refusal(op, device_type, device_type, error)) from error
+            raise ImplementationUnavailable(_refusal(op, device_type, device_type, error)) from error
         key = (op, impl, device_type)
         if _decided.get(key) != "ref":
             _decided[key] = "ref"
@@ -111,7 +138,7 @@ def _named(op: str, name: str, device_type: str) -> str:
             raise NativeUnavailable(f"the {name} kernels work on {name} tensors alone")
         return _native(device_type)[0]
     except NativeUnavailable as error:
-        raise RuntimeError(_refusal(op, name, device_type, error)) from error
+        raise ImplementationUnavailable(_refusal(op, name, device_type, error)) from error
 
 
 NATIVE_DEVICES = ("cpu", "cuda")
@@ -131,7 +158,9 @@ def _native(device_type: str) -> tuple[str, str]:
 
 def _check_name(impl: str, where: str) -> None:
     if impl not in KNOWN:
-        raise ValueError(f"{where}: impl must be one of {', '.join(map(repr, KNOWN))}, got {impl!r}")
+        raise UnknownImplementation(
+            f"{where}: impl must be one of {', '.join(map(repr, KNOWN))}, got {impl!r}"
+        )
 
 
 def _refusal(op: str, name: str, device_type: str, error: NativeUnavailable) -> str:

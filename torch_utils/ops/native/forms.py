@@ -83,7 +83,7 @@ class FilteredLreluForm(NamedTuple):
         taps_h, taps_w = taps(fd)
         width = (self.out_w - 1) * self.down + taps_w
         height = (self.out_h - 1) * self.down + taps_h
-        # The CPU deals columns out to lcm(up, down) planes, whole words each, and reads words a little beyond.
+        # The CPU deals columns out to lcm(up, down) planes, whole words each, and reads a little beyond.
         planes = math.lcm(self.up, self.down)
         needed = 4 * planes * -(-width // (16 * planes)) + 4
         return height, width, (needed + ROW_BYTES - 1) // ROW_BYTES * ROW_BYTES

@@ -83,7 +83,7 @@ def _leader(dy, x, y, form):
 
 
 def _filtered_lrelu(x, fu, fd, b, *numbers):
-    """The kernel on a mask of zeros: it leaves unwritten what no gradient reads, and torch compares results."""
+    """The kernel on a mask of zeros: what no gradient reads stays unwritten, and torch compares results."""
     form, record = forms.FilteredLreluForm(*numbers[:-1]), numbers[-1]
     if not record:
         return autograd.FILTERED_LRELU.kernel(x, fu, fd, b, *numbers)

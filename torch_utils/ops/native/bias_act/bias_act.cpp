@@ -25,7 +25,7 @@ SG_INLINE V piecewise(const Call<T>& call, V in, V at) {
     const V zero{};
     if constexpr (ORDER == 0) {
         V v = in;
-        if constexpr (ACT == SG_RELU) v = in > zero ? in : in * T(0);
+        if constexpr (ACT == SG_RELU) v = in < zero ? zero : in;  // a NaN stays one
         if constexpr (ACT == SG_LRELU) v = in > zero ? in : in * call.alpha;
         v = v * call.gain;
         if (call.clamps) {
@@ -47,8 +47,8 @@ SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
     if constexpr (ORDER == 0) {
         R v = activated<ACT>(in) * call.gain;
         if (call.clamps) {
-            v = v > call.clamp ? v * 0.0 + call.clamp : v;
-            v = v < -call.clamp ? v * 0.0 - call.clamp : v;
+            v = v > call.clamp ? R{} + call.clamp : v;
+            v = v < -call.clamp ? R{} - call.clamp : v;
         }
         return v;
     } else {
@@ -56,12 +56,12 @@ SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
         if constexpr (ACT == SG_SWISH) {
             if (call.clamps) y = activated<ACT>(at) * call.gain;
         } else {
-            a = at / call.gain;
+            a = call.gain == 0 ? at : at / call.gain;  // zero comes out, but of a number
         }
         R v;
         if constexpr (ORDER == 1) v = in * (slope<ACT>(a) * call.gain);
         else v = in * in2 * (curvature<ACT>(a) * call.gain);
-        if (call.clamps) v = y >= call.clamp ? v * 0.0 : y <= -call.clamp ? v * 0.0 : v;
+        if (call.clamps) v = y >= call.clamp ? R{} : y <= -call.clamp ? R{} : v;
         return v;
     }
 }

@@ -66,7 +66,7 @@ SG_INLINE wide log_of_1_plus(wide x) {
     for (int k = 15; k >= 1; k -= 2) p = p * z + 1.0 / k;
     const wide far = 2.0 * s * p + __builtin_convertvector(e, wide) * 0.69314718055994530942;
     const wide near = x * (1.0 - x * (0.5 - x * (1.0 / 3)));
-    return x < 1e-4 ? near : far;
+    return x >= 1e-4 ? far : near;  // near is NaN for NaN, far is not
 }
 
 SG_INLINE wide tangent(wide x) {
@@ -88,11 +88,11 @@ template <int ACT, class R>
 SG_INLINE R activated(R u) {
     if constexpr (ACT == SG_TANH) return tangent(u);
     if constexpr (ACT == SG_SIGMOID) return sigmoid(u);
-    if constexpr (ACT == SG_ELU) return u > 0.0 ? u : exponential_minus_1(u > 0.0 ? u * 0.0 : u);
+    if constexpr (ACT == SG_ELU) return u > 0.0 ? u : exponential_minus_1(u > 0.0 ? R{} : u);
     if constexpr (ACT == SG_SELU)
-        return SELU_SCALE * (u > 0.0 ? u : SELU_ALPHA * exponential_minus_1(u > 0.0 ? u * 0.0 : u));
+        return SELU_SCALE * (u > 0.0 ? u : SELU_ALPHA * exponential_minus_1(u > 0.0 ? R{} : u));
     if constexpr (ACT == SG_SOFTPLUS)
-        return u > LINEAR_ABOVE ? u : log_of_1_plus(exponential(u > LINEAR_ABOVE ? u * 0.0 : u));
+        return u > LINEAR_ABOVE ? u : log_of_1_plus(exponential(u > LINEAR_ABOVE ? R{} : u));
     if constexpr (ACT == SG_SWISH) return u * sigmoid(u);
 }
 
@@ -101,9 +101,9 @@ template <int ACT, class R>
 SG_INLINE R slope(R a) {
     if constexpr (ACT == SG_TANH) return 1.0 - a * a;
     if constexpr (ACT == SG_SIGMOID) return a * (1.0 - a);
-    if constexpr (ACT == SG_ELU) return a > 0.0 ? a * 0.0 + 1.0 : a + 1.0;
-    if constexpr (ACT == SG_SELU) return a > 0.0 ? a * 0.0 + SELU_SCALE : a + SELU_SCALE * SELU_ALPHA;
-    if constexpr (ACT == SG_SOFTPLUS) return -exponential_minus_1(-a);
+    if constexpr (ACT == SG_ELU) return a > 0.0 ? R{} + 1.0 : a + 1.0;
+    if constexpr (ACT == SG_SELU) return a > 0.0 ? R{} + SELU_SCALE : a + SELU_SCALE * SELU_ALPHA;
+    if constexpr (ACT == SG_SOFTPLUS) return a > LINEAR_ABOVE ? R{} + 1.0 : -exponential_minus_1(-a);
     if constexpr (ACT == SG_SWISH) {
         const R s = sigmoid(a);
         return s * (1.0 + a * (1.0 - s));
@@ -114,11 +114,11 @@ template <int ACT, class R>
 SG_INLINE R curvature(R a) {
     if constexpr (ACT == SG_TANH) return (1.0 - a * a) * a * -2.0;
     if constexpr (ACT == SG_SIGMOID) return a * (1.0 - a) * (1.0 - 2.0 * a);
-    if constexpr (ACT == SG_ELU) return a > 0.0 ? a * 0.0 : a + 1.0;
-    if constexpr (ACT == SG_SELU) return a > 0.0 ? a * 0.0 : a + SELU_SCALE * SELU_ALPHA;
+    if constexpr (ACT == SG_ELU) return a > 0.0 ? R{} : a + 1.0;
+    if constexpr (ACT == SG_SELU) return a > 0.0 ? R{} : a + SELU_SCALE * SELU_ALPHA;
     if constexpr (ACT == SG_SOFTPLUS) {
         const R s = -exponential_minus_1(-a);
-        return s * (1.0 - s);
+        return a > LINEAR_ABOVE ? R{} : s * (1.0 - s);
     }
     if constexpr (ACT == SG_SWISH) {
         const R s = sigmoid(a);

@@ -24,7 +24,7 @@ log = logging.getLogger("torch_utils.ops")
 
 
 def cache_root() -> Path:
-    """The folder of all caches of this program: $FINETUNE_CACHE, else where the platform keeps such things."""
+    """The folder of all caches of this program: $FINETUNE_CACHE, else where the platform has them."""
     if chosen := os.environ.get(VARIABLE, "").strip():
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -77,7 +77,8 @@ def publish(key: str, name: str, data: bytes) -> Path:
     except OSError as error:
         private = _private_folder()
         log.warning(
-            "The cache %s cannot be written (%s): the ops are kept for this process alone. Set %s to another folder.",
+            "The cache %s cannot be written (%s): what is built serves this process alone. "
+            "Set %s to another folder.",
             *(ops_folder(), error.strerror or error, VARIABLE),
         )
         return _publish(private, key, name, data)

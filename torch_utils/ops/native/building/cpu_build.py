@@ -1,4 +1,4 @@
-"""The CPU library: all C++ files of the ops, one shared library, built by ninja with the first compiler that works."""
+"""The CPU library: all C++ files of the ops in one, built by ninja with the first compiler that works."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _key(texts: dict[str, bytes], compiler: compilers.Compiler) -> str:
 
 
 def _compiler_of_last_time(texts: dict[str, bytes]) -> compilers.Compiler | None:
-    """The compiler that $CXX or the PATH names, as it was when it last worked: trying it takes longer than looking.
+    """The compiler that $CXX or the PATH names, as it was when it last worked: a look is faster than a trial.
 
     A compiler is known by its path, its size and the time it was changed.
     """

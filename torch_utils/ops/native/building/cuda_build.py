@@ -1,4 +1,4 @@
-"""CUDA binaries, one for each specialisation, by NVRTC or by nvcc: the same sources, macros, options and result."""
+"""CUDA binaries, one for each specialisation, by NVRTC or by nvcc from the same sources and macros."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _texts(sources: Path) -> list[bytes]:
 @functools.cache
 def _cuda_core() -> tuple[Any, Any]:
     """The two classes of cuda-core that compile. Raises NativeUnavailable where they or NVRTC are missing."""
-    remedy = "Install them with: pip install cuda-core"
+    remedy = "Install it with the bindings for your CUDA, such as: pip install 'cuda-core[cu12]'"
     try:
         try:
             from cuda.core import Program, ProgramOptions

@@ -1,0 +1,143 @@
+"""`finetune doctor`: how the ops run on this machine, and why; builds their kernels ahead of time."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import click
+
+
+@click.command("doctor", short_help="Say how the ops run on this machine, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("--clean", is_flag=True, help="Empty the cache of built kernels first.")
+@click.option(
+    "--build", is_flag=True, help="Build the kernels now: for this CPU, and for the GPUs that are here."
+)
+def command(as_json: bool, clean: bool, build: bool) -> None:
+    """Say what is installed, which compilers really work, how each op runs on each device, and why.
+
+    Compilers are tried on three lines of code. None is needed for the program to work: where kernels cannot
+    be built, the ops run in plain torch, which is right but slow.
+    """
+    done: list[str] = []
+    if clean:
+        from torch_utils.ops.native.building import cache
+
+        files, size = cache.clean()
+        done.append(f"{cache.ops_folder()} is empty: {files} files, {size / 2**20:.1f} MiB removed")
+    if build:
+        done += build_everything()
+    facts = describe()
+    facts["done"] = done
+    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+
+
+def build_everything() -> list[str]:
+    """Build what can be built; a sentence for each library."""
+    import time
+
+    from torch_utils import custom_ops
+
+    started = time.perf_counter()
+    try:
+        info = custom_ops.cpu_library_info()
+        done = [f"CPU kernels are ready ({info}, {time.perf_counter() - started:.1f} s)"]
+    except custom_ops.NativeUnavailable as error:
+        done = [f"CPU kernels cannot be built: {error}"]
+    try:
+        custom_ops.have_cuda_kernels()
+        done.append(
+            "CUDA kernels are compiled for each form of a network at first use, in well under a second each"
+        )
+    except custom_ops.NativeUnavailable as error:
+        done.append(f"CUDA kernels cannot be built: {error}")
+    return done
+
+
+def describe() -> dict[str, Any]:
+    """The facts as plain values; the keys are a contract with scripts."""
+    import torch
+
+    import dnnlib
+    import finetune
+    import torch_utils
+    from torch_utils import custom_ops
+    from torch_utils.ops import impl
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    facts: dict[str, Any] = {
+        "finetune": finetune.__version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda_of_torch": torch.version.cuda,
+        "driver": driver_version(),
+        "gpus": [
+            {"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
+            for i in range(torch.cuda.device_count())
+        ],
+        "threads": torch.get_num_threads(),
+        "packages": {m.__name__: folder_of(m) for m in (finetune, dnnlib, torch_utils)},
+        **custom_ops.explain(),
+        "asked_for": {"variable": os.environ.get(impl.VARIABLE, ""), "impl": impl.default_impl()},
+    }
+    facts["ops"] = impl.explain(devices)
+    return facts
+
+
+def folder_of(package: Any) -> str:
+    """Where a package was found: another copy of `dnnlib` or `torch_utils` may come first on the path."""
+    return str(next(iter(package.__path__)))
+
+
+def driver_version() -> str | None:
+    """The newest CUDA that the driver of this machine can run, None without one."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same facts as lines of `name  value`."""
+    lines = [(name, facts[name]) for name in ("finetune", "python", "platform", "torch")]
+    lines.append(
+        ("CUDA", f"torch for CUDA {facts['cuda_of_torch']}" if facts["cuda_of_torch"] else "torch for CPUs")
+    )
+    lines.append(("driver", facts["driver"] or "none"))
+    for gpu in facts["gpus"]:
+        lines.append(("GPU", f"{gpu['name']} (sm_{gpu['capability'][0]}{gpu['capability'][1]})"))
+    lines += [(name, folder) for name, folder in facts["packages"].items()]
+    for name, title in (
+        ("cxx", "C++ compiler"),
+        ("nvcc", "nvcc"),
+        ("nvrtc", "NVRTC"),
+        ("cpu_library", "CPU kernels"),
+    ):
+        lines.append((title, tool(facts[name])))
+    lines.append(("ninja", facts["ninja"] or "not found: one file is compiled after the other"))
+    kept = facts["cache"]
+    lines.append(("cache", f"{kept['folder']} ({kept['files']} files, {kept['bytes'] / 2**20:.1f} MiB)"))
+    if facts["asked_for"]["impl"] != "auto":
+        lines.append(("asked for", facts["asked_for"]["impl"]))
+    for op in facts["ops"]:
+        lines.append((f"{op['op']} on {op['device']}", f"{op['runs']}: {op['why']}"))
+    lines += [("done", sentence) for sentence in facts["done"]]
+    return "\n".join(f"{name:<24}{value}" for name, value in lines)
+
+
+def tool(found: dict[str, Any]) -> str:
+    """One compiler in words."""
+    if not found["works"]:
+        return f"{found['cause']}. {found['remedy']}".strip()
+    return " ".join(filter(None, (found.get("version"), f"({found['path']})" if "path" in found else "")))
