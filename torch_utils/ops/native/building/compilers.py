@@ -96,7 +96,9 @@ def run(command: list[str], folder: str | Path, time_out: float = TIME_OUT) -> s
 def first_error(said: str, code: int) -> str:
     """The first line that speaks of an error, else the last, else the exit code."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower() and not line.startswith("FAILED")]
+    errors = [line for line in lines if "error:" in line] or [
+        line for line in lines if "error" in line.lower()
+    ]
     return (errors or lines[-1:] or [f"exit code {code}"])[0][:400]
 
 

@@ -1,0 +1,319 @@
+"""Building the kernels fails in every way that it fails for people, and ends in one line each time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_utils import custom_ops
+from torch_utils.ops import bias_act, impl
+from torch_utils.ops.native.building import NativeUnavailable, cache, compilers, cpu_build, cuda_build, lock
+from torch_utils.ops.native.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+SOURCE = 'extern "C" int sg_answer(void) {\n    return 42;\n}\n'
+not_root = pytest.mark.skipif(
+    hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """A cache of its own for each test, and nothing remembered."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    for variable in ("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "FINETUNE_OPS"):
+        monkeypatch.delenv(variable, raising=False)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    for remembers in (compilers.cxx, compilers.nvcc, cache._private_folder):
+        if hasattr(remembers, "cache_clear"):
+            remembers.cache_clear()
+    cache._private.clear()
+    custom_ops._library = None
+    impl.set_default_impl(None)
+    impl._warned.clear()
+
+
+@pytest.fixture
+def sources(tmp_path):
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "answer.cpp").write_text(SOURCE)
+    return folder
+
+
+def script(path: Path, text: str) -> str:
+    """A program named `path`."""
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def entries() -> list[str]:
+    """The libraries in the cache."""
+    return sorted(path.parent.name for path in cache.ops_folder().rglob(cpu_build.NAME))
+
+
+def test_a_library_is_built_once_and_found_from_then_on(sources, monkeypatch):
+    path = cpu_build.build(sources)
+    assert entries() == [path.parent.name]
+    monkeypatch.setattr(cpu_build, "_compile", None)  # nobody asks for it again
+    monkeypatch.setattr(compilers, "cxx", None)  # nor for the compiler to be tried
+    assert cpu_build.build(sources) == path
+
+
+def test_other_sources_flags_compilers_and_machines_are_other_entries(sources, monkeypatch):
+    gcc = compilers.Compiler("/usr/bin/c++", "12")
+    keys = {cpu_build._key({"a.cpp": b"1"}, gcc), cpu_build._key({"a.cpp": b"2"}, gcc)}
+    keys.add(cpu_build._key({"a.cpp": b"1"}, gcc._replace(version="13")))
+    keys.add(cpu_build._key({"a.cpp": b"1"}, gcc._replace(path="/opt/c++")))
+    monkeypatch.setattr(cpu_build, "machine", lambda: "another")
+    keys.add(cpu_build._key({"a.cpp": b"1"}, gcc))
+    monkeypatch.setattr(cpu_build, "FLAGS", ("-O0",))
+    keys.add(cpu_build._key({"a.cpp": b"1"}, gcc))
+    assert len(keys) == 6
+
+
+def test_no_compiler(monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(
+        NativeUnavailable, match=r"no C\+\+ compiler that works \(c\+\+: not found; g\+\+:.*\);"
+    ):
+        custom_ops.cpu_library()
+    caplog.set_level(logging.INFO, "torch_utils.ops")
+    x = torch.zeros(2, 3)
+    with pytest.warns(impl.SlowOpsWarning, match="right but slow: no C.. compiler.*apt install") as warned:
+        assert impl.choose("bias_act", "auto", "cpu") == "ref"
+        assert impl.choose("upfirdn2d", "auto", "cpu") == "ref"
+    assert len(warned) == 1
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "bias_act on cpu: plain torch",
+        "upfirdn2d on cpu: plain torch",
+    ]
+    assert torch.equal(bias_act.bias_act(x, torch.ones(3)), torch.ones(2, 3))
+    with pytest.raises(impl.ImplementationUnavailable, match="impl='cpu' cannot run on cpu: no C"):
+        bias_act.bias_act(x, torch.ones(3), impl="cpu")
+
+
+def test_no_nvcc(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
+    with pytest.raises(NativeUnavailable, match=r"no nvcc that works.*NVRTC"):
+        compilers.nvcc()
+
+
+def test_an_nvcc_that_lies(tmp_path, monkeypatch):
+    liar = script(tmp_path / "nvcc", 'echo "Cuda compilation tools, release 13.0"\nexit 0\n')
+    monkeypatch.setenv("CUDACXX", liar)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(
+        NativeUnavailable, match="cannot compile three lines: it says nothing and writes nothing"
+    ):
+        compilers._first((liar,), "nvcc", "trial.cu", "", ["-o", "t.cubin"], "t.cubin", "")
+
+
+def test_an_nvcc_without_headers_is_quoted(tmp_path):
+    broken = script(tmp_path / "nvcc", 'echo "cuda_runtime.h: fatal error: No such file" >&2\nexit 1\n')
+    with pytest.raises(NativeUnavailable, match=r"cuda_runtime\.h: fatal error: No such file"):
+        compilers._first((broken,), "nvcc", "trial.cu", "", ["-o", "t.cubin"], "t.cubin", "")
+
+
+def test_the_compiler_is_quoted(sources):
+    (sources / "answer.cpp").write_text("int answer( { return 42; }\n")
+    with pytest.raises(NativeUnavailable, match=r"cannot compile the CPU ops: .*error: .*CXX="):
+        cpu_build.build(sources)
+    assert entries() == []
+
+
+def test_a_compiler_that_knows_no_native_architecture_builds_all_the_same(sources, tmp_path, monkeypatch):
+    real = compilers.cxx().path
+    refusal = 'echo "error: bad value for -march=native" >&2; exit 1'
+    picky = f'case "$*" in *native*) {refusal};; esac\nexec {real} "$@"\n'
+    monkeypatch.setenv("CXX", script(tmp_path / "picky", picky))
+    compilers.cxx.cache_clear()
+    assert cpu_build.build(sources).is_file()
+
+
+def test_without_ninja_one_command_builds_all(sources, monkeypatch):
+    monkeypatch.setattr(cpu_build, "find_ninja", lambda: None)
+    assert cpu_build.build(sources).is_file()
+
+
+BUILD = """
+    import sys
+    from pathlib import Path
+    from torch_utils.ops.native.building import cpu_build
+    print(cpu_build.build(Path(sys.argv[1])))
+"""
+
+
+def start_build(sources, **variables):
+    # conftest.py of the tests is not wanted here, only the package.
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(BUILD), str(sources)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def slow_compiler(tmp_path) -> str:
+    """A compiler that writes down each library it is asked for, and takes its time."""
+    real = compilers.cxx().path
+    text = f'case " $* " in *" -c "*) echo built >>"{tmp_path}/count"; sleep 0.5;; esac\nexec {real} "$@"\n'
+    return script(tmp_path / "slow", text)
+
+
+def test_two_processes_build_once(sources, tmp_path):
+    compiler = slow_compiler(tmp_path)
+    builds = [start_build(sources, CXX=compiler) for _ in range(2)]
+    said = [build.communicate(timeout=60)[0] for build in builds]
+    assert said[0] == said[1] and Path(said[0].strip()).is_file()
+    assert (tmp_path / "count").read_text().split() == ["built"]
+
+
+def test_a_build_that_was_killed_blocks_nobody(sources, tmp_path):
+    build = start_build(sources, CXX=slow_compiler(tmp_path))
+    while not (tmp_path / "count").exists():
+        time.sleep(0.02)
+        assert build.poll() is None
+    os.killpg(build.pid, signal.SIGKILL)
+    build.communicate()
+    assert entries() == []
+    started = time.monotonic()
+    assert cpu_build.build(sources).is_file()
+    assert time.monotonic() - started < lock.TIME_OUT / 2
+
+
+def test_a_lock_that_is_never_let_go_is_waited_for_and_then_ignored(tmp_path, caplog):
+    path = tmp_path / "locks" / "a.lock"
+    with lock.build_lock(path) as first:
+        assert first
+        assert f"process {os.getpid()} on" in lock.owner_of(path)
+        with lock.build_lock(path, time_out=0.1, poll=0.02) as second:
+            assert not second
+    assert f"process {os.getpid()}" in caplog.text and "building without it" in caplog.text
+    with lock.build_lock(path) as third:
+        assert third
+
+
+def test_a_damaged_file_is_named_and_built_again(sources, caplog):
+    path = cpu_build.build(sources)
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    again = cpu_build.build(sources)
+    assert again.read_bytes() == good
+    assert f"{path} is not what was written there" in caplog.text
+
+
+def test_a_library_of_other_structs_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    text = 'extern "C" const char* sg_build_info() { return ""; }\n'
+    (folder / "other.cpp").write_text(text + 'extern "C" int sg_struct_bytes(int) { return 8; }\n')
+    monkeypatch.setattr(cpu_build.build, "__defaults__", (folder,))
+    monkeypatch.setattr(cpu_build, "FLAGS", ("-fPIC",))
+    with pytest.raises(NativeUnavailable, match=r"takes structs of \[8, 8, 8\] bytes.*doctor --clean"):
+        custom_ops.cpu_library()
+
+
+@not_root
+def test_a_cache_that_cannot_be_written(sources, tmp_path, caplog):
+    (tmp_path / "cache").mkdir(mode=0o555)
+    path = cpu_build.build(sources)
+    assert path.is_file() and tmp_path not in path.parents
+    assert "cannot be written" in caplog.text and "FINETUNE_CACHE" in caplog.text
+
+
+def test_a_cache_that_is_a_file(sources, tmp_path, caplog):
+    (tmp_path / "cache").write_text("not a folder")
+    path = cpu_build.build(sources)
+    assert path.is_file() and tmp_path not in path.parents
+    assert "cannot be written" in caplog.text and "FINETUNE_CACHE" in caplog.text
+
+
+def test_a_read_only_cache_serves(sources):
+    path = cpu_build.build(sources)
+    folders = [cache.ops_folder(), *(p for p in cache.ops_folder().rglob("*") if p.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        assert cpu_build.build(sources) == path
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_nothing_is_fetched(sources, monkeypatch):
+    """Offline is as good as online: no build opens a connection."""
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a build opened a connection"))
+    assert cpu_build.build(sources).is_file()
+
+
+KERNEL = 'extern "C" __global__ void sg_k(float* x) { x[threadIdx.x] *= FACTOR; }\n'
+PLAN = Plan("k", "k.cu", "sg_k", (("FACTOR", 3),), (1, 1, 1), (32, 1, 1))
+
+
+def test_both_makers_give_a_cubin_for_the_same_specialisation(tmp_path):
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "k.cu").write_text(KERNEL)
+    assert cuda_build.find(PLAN, (8, 0), folder) is None
+    made = []
+    for make in (
+        lambda: cuda_build.nvrtc(PLAN, (8, 0), folder),
+        lambda: cuda_build.nvcc([PLAN], (8, 0), folder)[0],
+    ):
+        try:
+            made.append(make())
+        except NativeUnavailable as error:
+            assert error.remedy
+    if not made:
+        pytest.skip("neither NVRTC nor nvcc works here")
+    for binary in made:
+        assert binary[:4] == b"\x7fELF" and b"sg_k" in binary
+    assert cuda_build.find(PLAN, (8, 0), folder) in made
+    assert cuda_build.find(PLAN, (9, 0), folder) is None
+
+
+def test_nvrtc_is_quoted(tmp_path):
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "k.cu").write_text("int broken( {\n")
+    try:
+        cuda_build.nvrtc_version()
+    except NativeUnavailable as error:
+        pytest.skip(error.cause)
+    with pytest.raises(NativeUnavailable, match=r"NVRTC cannot compile k\.cu for sm_80: .*error: "):
+        cuda_build.nvrtc(PLAN, (8, 0), folder)
+
+
+def test_doctor_counts_and_cleans(sources, monkeypatch):
+    from click.testing import CliRunner
+
+    from finetune.cli import cli
+
+    cpu_build.build(sources)
+    monkeypatch.setattr(custom_ops, "cpu_library_info", lambda: "a compiler")
+    facts = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)
+    assert facts["cache"]["files"] > 0 and facts["cxx"]["works"]
+    assert {op["op"] for op in facts["ops"]} == set(impl.OPS)
+    assert facts["packages"]["torch_utils"] == str(ROOT / "torch_utils")
+    done = CliRunner().invoke(cli, ["doctor", "--clean"], env={"FINETUNE_OPS": "ref"})
+    assert done.exit_code == 0 and "is empty" in done.output and "plain torch: asked for" in done.output
