@@ -72,7 +72,7 @@ def test_many_threads_of_python_may_call_at_once(threads):
 
 
 FORKS = """
-import os, sys, torch
+import os, signal, sys, torch
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 def run():
@@ -84,6 +84,7 @@ for _ in range(2):  # the child has lost torch's threads, its own child those th
     child = os.fork()
     if child:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    signal.alarm(30)  # one that hangs is not left behind
     if not torch.equal(run(), expected):
         os._exit(3)
 print("both children agree", flush=True)
