@@ -39,9 +39,11 @@ typedef struct {
     int num_threads;     // CPU only
 } sg_bias_act_params;
 
+#ifndef __CUDACC__
 #ifdef __cplusplus
 extern "C"
 #endif
 int sg_bias_act(const sg_bias_act_params* params);
+#endif
 
 #endif

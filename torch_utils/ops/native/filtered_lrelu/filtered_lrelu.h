@@ -47,9 +47,11 @@ typedef struct {
     int reserved;
 } sg_filtered_lrelu_params;
 
+#ifndef __CUDACC__
 #ifdef __cplusplus
 extern "C"
 #endif
 int sg_filtered_lrelu(const sg_filtered_lrelu_params* params);
+#endif
 
 #endif

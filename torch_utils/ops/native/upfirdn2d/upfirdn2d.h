@@ -25,9 +25,11 @@ typedef struct {
     int reserved;
 } sg_upfirdn2d_params;
 
+#ifndef __CUDACC__
 #ifdef __cplusplus
 extern "C"
 #endif
 int sg_upfirdn2d(const sg_upfirdn2d_params* params);
+#endif
 
 #endif

@@ -1,0 +1,165 @@
+"""The forms that every implementation of an op is held to; the id of a case says why it is there."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from torch_utils.ops.upfirdn2d import upfirdn2d
+
+
+class Case(NamedTuple):
+    """One call. fu, fd: number of taps, or (height, width) of a 2-D filter; upfirdn2d has fu alone.
+
+    layout: "channels_last", or "gaps" for a slice of a larger, transposed tensor.
+    """
+
+    id: str
+    op: str
+    shape: tuple[int, ...]
+    options: dict[str, Any]
+    fu: Any = None
+    fd: Any = None
+    layout: str = ""
+    bias: bool = True
+
+
+def fir(id, shape, fu, layout="", **options):
+    return Case(id, "upfirdn2d", shape, options, fu, layout=layout)
+
+
+def lrelu(id, shape, fu, fd, layout="", bias=True, **options):
+    return Case(id, "filtered_lrelu", shape, options, fu, fd, layout, bias)
+
+
+def act(id, shape, layout="", bias=True, **options):
+    return Case(id, "bias_act", shape, options, layout=layout, bias=bias)
+
+
+CASES = [
+    fir("stylegan2_up", (2, 3, 8, 8), (4, 4), up=2, padding=[2, 1, 2, 1], gain=4),
+    fir("stylegan2_down", (2, 3, 9, 12), (4, 4), down=2, padding=1),
+    fir("blur_after_up_convolution", (1, 4, 17, 17), (4, 4), padding=1, gain=4),
+    fir("wavelet_separable", (1, 3, 20, 24), 12, down=2, padding=[5, 6, 5, 6]),
+    fir("separable_up", (1, 2, 9, 7), 12, up=2, padding=[6, 5, 6, 5]),
+    fir("no_filter_at_all", (2, 2, 6, 5), None, up=2, padding=[0, 1, 0, 1]),
+    fir("flipped_and_not_a_product", (1, 2, 9, 11), (3, 5), flip_filter=True, padding=2),
+    fir("axes_differ", (1, 2, 7, 9), (2, 3), up=[3, 1], down=[2, 3], padding=[2, 1, 0, 3]),
+    fir("up_and_down_without_common_factor", (1, 1, 11, 10), 7, up=3, down=2, padding=4),
+    fir("negative_padding_crops", (1, 2, 12, 13), (4, 4), up=2, padding=[-3, -2, 5, -4]),
+    fir("wider_than_a_vector_and_odd", (1, 1, 5, 131), (4, 4), up=2, padding=[2, 1, 2, 1]),
+    fir("one_pixel_in_and_out", (1, 2, 1, 1), (3, 3), padding=1),
+    fir("batch_of_none", (0, 3, 8, 8), (4, 4), up=2, padding=[2, 1, 2, 1]),
+    fir("channels_last", (2, 8, 9, 8), (4, 4), "channels_last", up=2, padding=[2, 1, 2, 1]),
+    fir("channels_last_odd_channels", (2, 3, 9, 8), (4, 4), "channels_last", down=2, padding=1),
+    fir("gaps_and_transposed", (2, 3, 8, 9), (4, 4), "gaps", down=2, padding=1),
+    lrelu("stylegan3_t", (1, 2, 20, 20), 12, 12, up=2, down=2, padding=[9, 8, 9, 8], clamp=256),
+    lrelu("stylegan3_t_grows", (1, 2, 14, 15), 24, 12, up=4, down=2, padding=[-6, -9, -6, -9], clamp=256),
+    lrelu("stylegan3_r", (1, 2, 16, 16), 12, (12, 12), up=2, down=2, padding=[11, 10, 11, 10]),
+    lrelu("stylegan3_r_grows", (1, 1, 12, 13), 24, (12, 12), up=4, down=2, padding=[-2, -5, -2, -5]),
+    lrelu("its_gradient_shrinks", (1, 1, 20, 22), 12, 24, up=2, down=4, padding=[13, 12, 13, 12]),
+    lrelu("stylegan3_colours", (2, 3, 9, 9), None, None, gain=1, slope=1, clamp=256),
+    lrelu("clamp_bites", (1, 2, 15, 14), 12, 12, up=2, down=2, padding=[9, 8, 9, 8], clamp=0.3),
+    lrelu("odd_columns_of_mask", (1, 1, 9, 35), 5, 3, up=2, down=1, padding=[2, 2, 2, 2]),
+    lrelu("wide_mask_rows", (1, 1, 4, 90), 12, 12, up=2, down=2, padding=[9, 8, 9, 8]),
+    lrelu("several_tiles_or_strips", (1, 1, 90, 70), 12, 12, up=2, down=2, padding=[9, 8, 9, 8]),
+    lrelu("no_bias_steep_slope", (2, 2, 8, 9), 4, 4, bias=False, up=2, down=2, padding=3, slope=1.5),
+    lrelu("up_three_down_two", (1, 2, 8, 7), 5, (3, 2), up=3, down=2, padding=[4, 3, 2, 5]),
+    lrelu("both_filters_2d_flipped", (1, 2, 9, 8), (3, 4), (2, 5), up=2, padding=4, flip_filter=True),
+    lrelu("crops_beyond_the_image", (1, 1, 24, 24), 12, 12, up=2, down=2, padding=[-11, -12, -11, -12]),
+    lrelu("one_pixel", (1, 3, 1, 1), 12, 12, up=2, down=2, padding=[11, 11, 11, 11]),
+    lrelu("batch_of_none", (0, 2, 8, 8), 12, 12, up=2, down=2, padding=[9, 8, 9, 8]),
+    lrelu("channels_last", (2, 3, 12, 11), 12, 12, "channels_last", up=2, down=2, padding=[9, 8, 9, 8]),
+    lrelu("gaps_and_transposed", (2, 3, 9, 12), 12, 12, "gaps", up=2, down=2, padding=[9, 8, 9, 8]),
+    *(act(f"act_{name}", (2, 3, 5, 7), act=name) for name in ("linear", "relu", "lrelu", "tanh", "sigmoid")),
+    *(act(f"act_{name}", (2, 3, 5, 7), act=name) for name in ("elu", "selu", "softplus", "swish")),
+    act("clamp_bites_lrelu", (2, 4, 8, 8), act="lrelu", clamp=0.4),
+    act("clamp_bites_swish", (2, 4, 8, 8), act="swish", clamp=0.4),
+    act("clamp_bites_tanh", (2, 4, 8, 8), act="tanh", clamp=0.4),
+    act("no_bias", (3, 5, 7), bias=False, act="lrelu"),
+    act("dense_layer", (5, 48), act="lrelu", gain=0.7),
+    act("dense_layer_odd", (3, 37), act="linear", gain=2),
+    act("bias_along_the_last_axis", (2, 3, 17), dim=2, act="sigmoid"),
+    act("rows_not_whole_vectors", (2, 3, 3, 11), act="lrelu", alpha=0.3),
+    act("one_number", (1, 1, 1, 1), act="lrelu"),
+    act("batch_of_none", (0, 3, 4, 4), act="lrelu"),
+    act("channels_last", (2, 8, 5, 6), "channels_last", act="lrelu", clamp=1),
+    act("gaps_and_transposed", (2, 3, 5, 6), "gaps", act="lrelu"),
+]
+
+
+def tensors(case: Case, dtype, device="cpu") -> dict[str, Any]:
+    """The tensors of a call, drawn from a seed of their own: float32 values in `dtype`."""
+    generator = torch.Generator().manual_seed(CASES.index(case))
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    if case.layout == "gaps":
+        n, c, h, w = case.shape
+        x = draw(n, h, c + 1, w + 3).transpose(1, 2)[:, :c, :, 2 : 2 + w]
+    else:
+        x = draw(*case.shape)
+    if case.layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    strides = x.stride()
+    x = x.to(dtype)
+    x = x.to(device) if x.stride() == strides else x
+    made: dict[str, Any] = {"x": x}
+    if case.op != "upfirdn2d" and case.bias:
+        made["b"] = draw(case.shape[case.options.get("dim", 1)]).to(device, dtype)
+    names = {"upfirdn2d": ["f"], "filtered_lrelu": ["fu", "fd"], "bias_act": []}[case.op]
+    for name, taps in zip(names, (case.fu, case.fd)):
+        if taps is None:
+            made[name] = None
+            continue
+        f = draw(*taps) if isinstance(taps, tuple) else draw(taps)
+        if case.op == "filtered_lrelu":  # low-passes, as in networks: sums of their results do not cancel
+            f = f.abs() / f.abs().sum()
+        if taps == (4, 4):  # as StyleGAN2 has it, a product of two
+            f = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
+        made[name] = f.to(device, torch.promote_types(dtype, torch.float32))
+    return made
+
+
+OPS = {"upfirdn2d": upfirdn2d, "filtered_lrelu": filtered_lrelu, "bias_act": bias_act}
+
+
+def run(case: Case, made: dict[str, Any], **more: Any) -> torch.Tensor:
+    """Call the op."""
+    return OPS[case.op](**made, **case.options, **more)
+
+
+def derivatives(case: Case, made: dict[str, Any], order: int = 2, **more: Any) -> list[torch.Tensor]:
+    """The output, its gradients, and the gradients of those, each weighed with numbers of a fixed seed."""
+    wanted = [name for name in ("x", "b") if name in made]
+    inputs = {**made, **{name: made[name].detach().requires_grad_(True) for name in wanted}}
+    y = run(case, inputs, **more)
+    found = [y]
+    dy = weights(y).requires_grad_(True)
+    leaves = [inputs[name] for name in wanted]
+    if order > 0:
+        first = torch.autograd.grad(y, leaves, dy, create_graph=order > 1)
+        found += first
+    if order > 1:
+        terms = [(g * weights(g)).sum() for g in first if g.requires_grad]
+        second = torch.autograd.grad(sum(terms), [dy, *leaves], allow_unused=True)
+        found += [torch.zeros_like(t) if g is None else g for g, t in zip(second, [dy, *leaves])]
+    return [value.detach() for value in found]
+
+
+def weights(like: torch.Tensor) -> torch.Tensor:
+    """Numbers that depend on nothing but the shape; their sums do not cancel."""
+    ramp = torch.arange(like.numel(), dtype=torch.float64)
+    return ((ramp * 0.7).cos() + 1.5).reshape(like.shape).to(like.device, like.dtype)
+
+
+def loss(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    """The largest error of each, in units of the largest value."""
+    return [
+        float((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-6)) if e.numel() else 0.0
+        for a, e in zip(actual, exact)
+    ]

@@ -1,0 +1,75 @@
+"""CUDA kernels on a CPU: the same source and macros, compiled by g++, run block by block."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_utils.ops.native import cuda, params
+from torch_utils.ops.native.building.cpu_build import SOURCES
+from torch_utils.ops.native.plan import Plan
+
+HERE = Path(__file__).parent
+PARAMS = {
+    "bias_act": ("sg_bias_act_params", params.BiasAct),
+    "upfirdn2d": ("sg_upfirdn2d_params", params.Upfirdn2d),
+    "filtered_lrelu": ("sg_filtered_lrelu_params", params.FilteredLrelu),
+}
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def _compiled(plan: Plan) -> Any:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulator of CUDA is compiled with g++")
+    name = f"{plan.op}_{abs(hash(plan))}"
+    folder = Path(_folder().name)
+    struct = PARAMS[plan.op][0]
+    source = folder / f"{name}.cpp"
+    source.write_text(f'#include "{SOURCES / plan.source}"\nSG_EMULATE({plan.entry}, {struct})\n')
+    macros = [f"-D{key}={value}" for key, value in plan.defines]
+    command = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DSG_EMULATED", *macros]
+    command += ["-I", str(SOURCES), "-I", str(HERE), str(source), "-o", str(folder / f"{name}.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    library = ctypes.CDLL(str(folder / f"{name}.so"))
+    library.sg_emulate.restype = ctypes.c_char_p
+    return library
+
+
+def run(op: str, x, pointers: dict[str, int], numbers: tuple) -> None:
+    """What `cuda._run` does, without a GPU."""
+    p = cuda._MAKE[op](*numbers)
+    for name, pointer in pointers.items():
+        setattr(p, name, pointer)
+    plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(p, CAPABILITY)
+    plans.append(plan)
+    library = _compiled(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0))
+    grid, block = (ctypes.c_uint * 3)(*plan.grid), (ctypes.c_uint * 3)(*plan.block)
+    error = library.sg_emulate(ctypes.byref(p), grid, block, plan.shared_bytes)
+    assert error is None, error.decode()
+
+
+CAPABILITY = (9, 0)
+plans: list[Plan] = []  # of all calls so far
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """`torch_utils.ops.native.cuda` works on CPU tensors; gives the plans of its calls."""
+    monkeypatch.setattr(cuda, "_run", run)
+    plans.clear()
+    return plans

@@ -1,0 +1,160 @@
+"""The CUDA sources compile, without a GPU, for every architecture that is supported."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from torch_utils.ops.native import cuda, forms, params
+from torch_utils.ops.native.building import NativeUnavailable, compilers, cuda_build
+from torch_utils.ops.native.plan import is_wide
+
+ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+F16, F32 = torch.float16, torch.float32
+SQRT2 = 2**0.5
+
+
+def strides(shape, channels_last=False):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, device="meta").to(memory_format=layout).stride()
+
+
+def struct_of(op, *numbers):
+    p = cuda._MAKE[op](*numbers)
+    for name in ("input", "ref", "out", "x", "y", "b"):
+        if hasattr(p, name):
+            setattr(p, name, 4096)  # aligned, and never looked at
+    return p
+
+
+def lrelu(dtype, size, up, down, pad, fu, fd, mode):
+    """A layer of StyleGAN3, forward or, with gates, backward."""
+    x, out = (4, 128, size, size), 36
+    form = forms.FilteredLreluForm(up, down, pad, pad, out, out, False, up**2 * SQRT2, 0.2, 256.0)
+    mask = None
+    if mode != params.ACTIVATE:
+        mask = (4, 128, 2 * out + 10, 64)
+    if mode == params.GATE:
+        form = forms.GateForm(*form[:9], 2 * out + 10, 3, -4)
+    y = (4, 128, out, out)
+    return struct_of("filtered_lrelu", x, strides(x), strides(y), dtype, (fu, fd), mask, form, mode)
+
+
+def fir(dtype, up, down, taps, channels_last=False):
+    x = (4, 64, 128, 128)
+    y = (4, 64, 128 * up // down, 128 * up // down)
+    form = forms.Upfirdn2dForm(up, up, down, down, 2, 2, *y[2:], False, 4.0)
+    return struct_of("upfirdn2d", x, strides(x, channels_last), strides(y, channels_last), dtype, taps, form)
+
+
+def act(dtype, name, order, clamp=256.0):
+    x = torch.Size((4, 64, 128, 128))
+    form = forms.BiasActForm(1, name, 0.2, SQRT2, clamp)
+    return struct_of("bias_act", x, strides(x), dtype, True, form, order)
+
+
+T, R = (12,), (12, 12)
+FORMS = {
+    "lrelu_t": ("filtered_lrelu", lambda: lrelu(F16, 38, 2, 2, 9, T, T, params.RECORD)),
+    "lrelu_t_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 13, T, T, params.GATE)),
+    "lrelu_t_grows": ("filtered_lrelu", lambda: lrelu(F32, 38, 4, 2, -6, (24,), T, params.RECORD)),
+    "lrelu_t_grows_backward": ("filtered_lrelu", lambda: lrelu(F16, 52, 2, 4, 41, T, (24,), params.GATE)),
+    "lrelu_r": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, T, R, params.RECORD)),
+    "lrelu_r_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, R, T, params.GATE)),
+    "lrelu_generate": ("filtered_lrelu", lambda: lrelu(torch.bfloat16, 38, 2, 2, 9, T, T, params.ACTIVATE)),
+    "lrelu_double": ("filtered_lrelu", lambda: lrelu(torch.float64, 38, 2, 2, 9, T, T, params.RECORD)),
+    "fir_up": ("upfirdn2d", lambda: fir(F16, 2, 1, (4, 4))),
+    "fir_down": ("upfirdn2d", lambda: fir(F32, 1, 2, (4, 4))),
+    "fir_channels_last": ("upfirdn2d", lambda: fir(F16, 1, 1, (4, 4), True)),
+    "fir_separable": ("upfirdn2d", lambda: fir(torch.bfloat16, 1, 2, (12,))),
+    "act_lrelu": ("bias_act", lambda: act(F16, "lrelu", 0)),
+    "act_lrelu_backward": ("bias_act", lambda: act(F16, "lrelu", 1)),
+    "act_swish_twice": ("bias_act", lambda: act(torch.bfloat16, "swish", 2)),
+    "act_double": ("bias_act", lambda: act(torch.float64, "softplus", 0)),
+}
+ON_ALL = ("lrelu_t", "fir_up", "act_lrelu")
+
+
+def plan_of(name, capability):
+    op, make = FORMS[name]
+    return importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(make(), capability)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+
+
+def compiled(make):
+    try:
+        binary = make()
+    except NativeUnavailable as error:
+        if "cannot compile" in error.cause and "three lines" not in error.cause:
+            raise
+        pytest.skip(error.cause)
+    assert binary[:4] == b"\x7fELF"
+    return binary
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_compiles_with_nvrtc(name):
+    compiled(lambda: cuda_build.nvrtc(plan_of(name, (9, 0)), (9, 0)))
+
+
+@pytest.mark.parametrize("capability", [c for c in ARCHITECTURES if c != (9, 0)], ids=str)
+def test_every_architecture_compiles_with_nvrtc(capability):
+    for name in ON_ALL:
+        compiled(lambda name=name: cuda_build.nvrtc(plan_of(name, capability), capability))
+
+
+def test_nvcc_compiles_the_same_sources():
+    try:
+        compilers.nvcc()
+    except NativeUnavailable as error:
+        pytest.skip(error.cause)
+    plans = [plan_of(name, (8, 0)) for name in ON_ALL]
+    for binary in cuda_build.nvcc(plans, (8, 0)):
+        assert binary[:4] == b"\x7fELF"
+    assert all(cuda_build.find(plan, (8, 0)) for plan in plans)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_launch_is_one_that_a_gpu_takes(name):
+    for capability in ARCHITECTURES:
+        plan = plan_of(name, capability)
+        assert 0 < plan.grid[0] < 2**31 and plan.grid[1:] == (1, 1) and plan.block[0] % 32 == 0
+        assert (
+            plan.shared_bytes
+            <= {(7, 5): 64, (8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
+        )
+
+
+def test_offsets_beyond_31_bits_are_counted_in_64():
+    """Sizes past 2^31 elements: the plan asks for wide offsets, long before a product of them overflows."""
+    for op, small, large in (
+        ("bias_act", (4, 64, 128, 128), (8, 128, 1024, 2048)),
+        ("upfirdn2d", (4, 64, 128, 128), (64, 512, 256, 256)),
+        ("filtered_lrelu", (4, 64, 128, 128), (64, 512, 256, 256)),
+    ):
+        found = []
+        for shape in (small, large):
+            shape = torch.Size(shape)
+            form = {
+                "bias_act": forms.BiasActForm(1, "lrelu", 0.2, 1.0, -1.0),
+                "upfirdn2d": forms.Upfirdn2dForm(1, 1, 1, 1, 2, 2, *shape[2:], False, 1.0),
+                "filtered_lrelu": forms.FilteredLreluForm(2, 2, 9, 9, *shape[2:], False, 4.0, 0.2, -1.0),
+            }[op]
+            numbers = {
+                "bias_act": (shape, strides(shape), F16, True, form, 0),
+                "upfirdn2d": (shape, strides(shape), strides(shape), F16, (4, 4), form),
+                "filtered_lrelu": (shape, strides(shape), strides(shape), F16, (T, T), None, form, 0),
+            }[op]
+            plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(
+                struct_of(op, *numbers), (9, 0)
+            )
+            found.append(("SG_INDEX_64", 1) in plan.defines)
+            assert plan.grid[0] < 2**31
+        assert found == [False, True], op
+    assert not is_wide(2**30 - 1) and is_wide(2**30)

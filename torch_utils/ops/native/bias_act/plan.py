@@ -1,0 +1,39 @@
+"""How bias_act runs on a GPU."""
+
+from __future__ import annotations
+
+from ..params import BiasAct
+from ..plan import ITEM_BYTES, Plan, ceil_div, is_wide
+
+THREADS = 256
+BLOCKS = 1 << 16  # more elements than these take at once are taken in turns
+
+
+def plan(p: BiasAct, capability: tuple[int, int]) -> Plan:
+    """The specialisation and the launch for a struct with its pointers filled in."""
+    item = ITEM_BYTES[p.dtype]
+    vector = 16 // item
+    addresses = [value or 0 for value in (p.input, p.in2, p.ref, p.out)]
+    if p.size % vector or any(address % 16 for address in addresses):
+        vector = 1
+    bias = 0
+    if p.b and (p.order == 0 or p.act == 9):
+        if p.bias_step % vector == 0:
+            bias = 1
+        elif p.bias_step == 1 and p.bias_size % vector == 0:
+            bias = 2
+        else:
+            bias = 3
+    defines = (
+        ("SG_DTYPE", p.dtype),
+        ("SG_ACT", p.act),
+        ("SG_ORDER", p.order),
+        ("SG_CLAMP", int(p.clamp >= 0)),
+        ("SG_HAS_REF", int(bool(p.ref))),
+        ("SG_VECTOR", vector),
+        ("SG_BIAS", bias),
+        *((("SG_INDEX_64", 1),) if is_wide(p.size) else ()),
+    )
+    blocks = min(ceil_div(p.size, vector * THREADS), BLOCKS)
+    source, entry = "bias_act/bias_act.cu", "sg_bias_act_cuda"
+    return Plan("bias_act", source, entry, defines, (max(blocks, 1), 1, 1), (THREADS, 1, 1))

@@ -1,0 +1,110 @@
+// What the CUDA kernels share: element types without CUDA's headers, and a way to run on a CPU for the tests.
+//
+// A kernel is compiled for one specialisation, chosen by macros (see the plan.py beside it). SG_DTYPE is the type of
+// images; everything is computed in acc: float, double for double. SG_INDEX is the type of offsets in elements.
+#ifndef SG_CUDA_CUH
+#define SG_CUDA_CUH
+#include "common.h"
+
+#ifdef SG_EMULATED
+#include "emulator.h"
+#else
+#define SG_SHARED_MEMORY extern __shared__ __align__(16) unsigned char sg_shared_memory[]
+#endif
+
+struct sg_f16 {
+    unsigned short bits;
+};
+struct sg_bf16 {
+    unsigned short bits;
+};
+
+#if SG_DTYPE == SG_F32
+typedef float scalar;
+typedef float acc;
+#elif SG_DTYPE == SG_F64
+typedef double scalar;
+typedef double acc;
+#elif SG_DTYPE == SG_F16
+typedef sg_f16 scalar;
+typedef float acc;
+#else
+typedef sg_bf16 scalar;
+typedef float acc;
+#endif
+
+#ifdef SG_INDEX_64
+typedef long long offset_t;
+#else
+typedef int offset_t;
+#endif
+
+__device__ __forceinline__ float to_acc(float v) { return v; }
+__device__ __forceinline__ double to_acc(double v) { return v; }
+
+__device__ __forceinline__ float to_acc(sg_f16 v) {
+#ifdef SG_EMULATED
+    return sg_emulator::half_to_float(v.bits);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+#endif
+}
+
+__device__ __forceinline__ float to_acc(sg_bf16 v) {
+#ifdef SG_EMULATED
+    return sg_emulator::float_of(static_cast<unsigned>(v.bits) << 16);
+#else
+    return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
+#endif
+}
+
+template <class S>
+__device__ __forceinline__ S from_acc(acc v);
+
+template <>
+__device__ __forceinline__ float from_acc<float>(acc v) { return static_cast<float>(v); }
+
+template <>
+__device__ __forceinline__ double from_acc<double>(acc v) { return static_cast<double>(v); }
+
+template <>
+__device__ __forceinline__ sg_f16 from_acc<sg_f16>(acc v) {
+    sg_f16 h;
+#ifdef SG_EMULATED
+    h.bits = sg_emulator::float_to_half(static_cast<float>(v));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(static_cast<float>(v)));
+#endif
+    return h;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+template <>
+__device__ __forceinline__ sg_bf16 from_acc<sg_bf16>(acc v) {
+#ifdef SG_EMULATED
+    const unsigned bits = sg_emulator::bits_of(static_cast<float>(v));
+#else
+    const unsigned bits = __float_as_uint(static_cast<float>(v));
+#endif
+    sg_bf16 b;
+    if ((bits & 0x7fffffffu) > 0x7f800000u) b.bits = 0x7fc0;
+    else b.bits = static_cast<unsigned short>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    return b;
+}
+
+__device__ __forceinline__ acc load_acc(const scalar* p) { return to_acc(*p); }
+__device__ __forceinline__ void store_acc(scalar* p, acc v) { *p = from_acc<scalar>(v); }
+
+// 16 bytes at once; the address has to be a multiple of 16.
+#define SG_WIDE (16 / static_cast<int>(sizeof(scalar)))
+struct __align__(16) wide_t {
+    scalar v[16 / sizeof(scalar)];
+};
+
+__device__ __forceinline__ int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// The leaky ReLU without a branch.
+__device__ __forceinline__ acc choose(bool c, acc a, acc b) { return c ? a : b; }
+#endif
