@@ -17,7 +17,13 @@ import click
 @click.option(
     "--build", is_flag=True, help="Build the kernels now: for this CPU, and for the GPUs that are here."
 )
-def command(as_json: bool, clean: bool, build: bool) -> None:
+@click.option(
+    "--arch",
+    multiple=True,
+    metavar="X.Y",
+    help="With --build: for GPUs of this compute capability, here or not.",
+)
+def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> None:
     """Say what is installed, which compilers really work, how each op runs on each device, and why.
 
     Compilers are tried on three lines of code. None is needed for the program to work: where kernels cannot
@@ -30,14 +36,31 @@ def command(as_json: bool, clean: bool, build: bool) -> None:
         files, size = cache.clean()
         done.append(f"{cache.ops_folder()} is empty: {files} files, {size / 2**20:.1f} MiB removed")
     if build:
-        done += build_everything()
+        done += build_everything(capabilities(arch))
     facts = describe()
     facts["done"] = done
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
 
 
-def build_everything() -> list[str]:
-    """Build what can be built; a sentence for each library."""
+def capabilities(arch: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Those that were named, else those of the GPUs that are here. Raises ConfigError for other text."""
+    import torch
+
+    from finetune.errors import ConfigError
+
+    found = []
+    for text in arch:
+        major, _, minor = text.partition(".")
+        if not (major.isdecimal() and minor.isdecimal()):
+            raise ConfigError(f"--arch {text}: write a compute capability like 8.6 or 9.0.")
+        found.append((int(major), int(minor)))
+    if not arch:
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return sorted(set(found))
+
+
+def build_everything(wanted: list[tuple[int, int]]) -> list[str]:
+    """Build what can be built; a sentence for each."""
     import time
 
     from torch_utils import custom_ops
@@ -48,13 +71,17 @@ def build_everything() -> list[str]:
         done = [f"CPU kernels are ready ({info}, {time.perf_counter() - started:.1f} s)"]
     except custom_ops.NativeUnavailable as error:
         done = [f"CPU kernels cannot be built: {error}"]
-    try:
-        custom_ops.have_cuda_kernels()
-        done.append(
-            "CUDA kernels are compiled for each form of a network at first use, in well under a second each"
-        )
-    except custom_ops.NativeUnavailable as error:
-        done.append(f"CUDA kernels cannot be built: {error}")
+    for capability in wanted:
+        from torch_utils.ops.native import prebuild
+
+        started, name = time.perf_counter(), f"sm_{capability[0]}{capability[1]}"
+        plans = prebuild.specialisations(capability)
+        try:
+            maker = custom_ops.build_cuda(plans, capability)
+            taken = time.perf_counter() - started
+            done.append(f"CUDA kernels for {name} are ready: {len(plans)} by {maker} in {taken:.1f} s")
+        except custom_ops.NativeUnavailable as error:
+            done.append(f"CUDA kernels for {name} cannot be built: {error}")
     return done
 
 

@@ -5,12 +5,16 @@ Every specialisation is a program to compile, so most of the case list is marked
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from cases import CASES, derivatives, loss, tensors
 from cuda_emulator import emulated as emulated
 
-from torch_utils.ops.native import autograd, cuda
+from torch_utils import custom_ops
+from torch_utils.ops import impl
+from torch_utils.ops.native import autograd, cuda, prebuild
 
 EXACT = 1e-12
 
@@ -63,3 +67,47 @@ def test_other_types_lose_no_more_than_twice_what_torch_does(case, dtype, on_cud
     actual = loss(derivatives(case, made, order=1, impl="cpu"), exact)
     rounding = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
     assert all(a <= max(2 * p, rounding) for a, p in zip(actual, plain)), (actual, plain)
+
+
+def test_a_trial_says_whether_the_kernels_work(on_cuda, monkeypatch):
+    cpu = torch.device("cpu")
+    assert prebuild.trial(cpu) is None
+    right = cuda._run
+
+    def wrong(op, x, pointers, numbers):
+        right(op, x, pointers, numbers)
+        if op == "upfirdn2d":
+            ctypes.memset(pointers["y"], 0, 64)
+
+    monkeypatch.setattr(cuda, "_run", wrong)
+    assert prebuild.trial(cpu).startswith("upfirdn2d is wrong on cpu, by ")
+    monkeypatch.setattr(cuda, "_run", lambda *args: 1 / 0)
+    assert prebuild.trial(cpu) == "bias_act fails on cpu: division by zero"
+
+
+def test_a_trial_that_fails_leaves_plain_torch(monkeypatch):
+    monkeypatch.setattr(impl, "_trial_says", lambda: "upfirdn2d is wrong on cuda:0, by 2")
+    monkeypatch.setattr(custom_ops, "have_cuda_kernels", lambda: None)
+    impl.set_default_impl(None)
+    impl._warned.clear()
+    try:
+        with pytest.warns(
+            impl.SlowOpsWarning, match="a trial of the CUDA kernels failed: upfirdn2d is wrong"
+        ):
+            assert impl.choose("upfirdn2d", "auto", "cuda") == "ref"
+        with pytest.raises(impl.ImplementationUnavailable, match="a trial of the CUDA kernels failed"):
+            impl.choose("upfirdn2d", "cuda", "cuda")
+    finally:
+        impl.set_default_impl(None)
+        impl._warned.clear()
+
+
+def test_what_is_built_ahead_is_what_the_networks_ask_for(on_cuda):
+    """Forward and backward of a layer of each kind: no specialisation that `prebuild` does not list."""
+    listed = prebuild.specialisations((9, 0), [torch.float32])
+    for case in CASES:
+        if case.id in ("stylegan2_up", "stylegan2_down", "stylegan3_colours"):
+            derivatives(case, tensors(case, torch.float32), order=1, impl="cpu")
+    asked = {plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in on_cuda}
+    images = {plan for plan in asked if plan.op == "upfirdn2d"}
+    assert len(listed) > 50 and images <= set(listed)

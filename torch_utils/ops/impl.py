@@ -7,6 +7,7 @@ never falls back.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -152,8 +153,26 @@ def _native(device_type: str) -> tuple[str, str]:
         return "cpu", custom_ops.cpu_library_info()
     if device_type == "cuda":
         custom_ops.have_cuda_kernels()
+        _trial()
         return "cuda", "compiled for each form at first use"
     raise NativeUnavailable(f"there are no kernels for {device_type}")
+
+
+@functools.cache
+def _trial_says() -> str | None:
+    import torch
+
+    from torch_utils.ops.native import prebuild
+
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return prebuild.trial(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _trial() -> None:
+    """Run each kernel once beside plain torch: a GPU or driver that nobody has met must not spoil a run."""
+    if said := _trial_says():
+        raise NativeUnavailable(f"a trial of the CUDA kernels failed: {said}", "Please report this.")
 
 
 def _check_name(impl: str, where: str) -> None:

@@ -42,7 +42,7 @@ def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may ask for. Source: CUDA programming guide, table of capabilities."""
+    """Bytes of shared memory that a block may ask for. Source: the capabilities in the CUDA guide."""
     known = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99}
     known |= {(9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227, (12, 0): 99, (12, 1): 99}
     return 1024 * known.get(tuple(capability), 48)
