@@ -12,11 +12,14 @@ namespace sg {
 namespace {
 
 const sg_int64 TASK = 32768;  // elements, about
+const sg_int64 ROW = 256;     // elements, at least
 
 template <class T>
 struct Call {
     T gain, alpha, clamp;
     bool clamps;
+    // Where the gain is 0 the derivatives are too, whatever number they are told to be at.
+    double inverse_gain() const { return gain == 0 ? 1.0 : 1.0 / gain; }
 };
 
 // act(u) * gain, clamped; its derivatives times what arrives. `at` is y, for swish u.
@@ -56,7 +59,7 @@ SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
         if constexpr (ACT == SG_SWISH) {
             if (call.clamps) y = activated<ACT>(at) * call.gain;
         } else {
-            a = call.gain == 0 ? at : at / call.gain;  // zero comes out, but of a number
+            a = at * call.inverse_gain();
         }
         R v;
         if constexpr (ORDER == 1) v = in * (slope<ACT>(a) * call.gain);
@@ -68,8 +71,8 @@ SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
 
 // As run_row, where an exponential is needed. One copy for both steps: this is what takes long to compile.
 template <int ACT, int ORDER>
-void run_smooth(const Call<double>& call, const double* in, const double* in2, const double* ref, const double* b, int step,
-                double* out, sg_int64 count) {
+void run_smooth(const Call<double>& call, const double* in, const double* in2, const double* ref, const double* b,
+                int step, double* out, sg_int64 count) {
     for (sg_int64 i = 0; i < count; ++i) {
         const double bias = b ? b[step ? i : 0] : 0.0;
         const double at = ref ? ref[i] + (ACT == SG_SWISH ? bias : 0.0) : 0.0;
@@ -81,22 +84,33 @@ template <int ACT, int ORDER>
 void run_smooth(const Call<float>& call, const float* in, const float* in2, const float* ref, const float* b, int step,
                 float* out, sg_int64 count) {
     const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
-    auto widen = [](const float* from, sg_int64 some) {
-        narrow v{};
-        std::memcpy(&v, from, static_cast<size_t>(some) * sizeof(float));
+    auto widen = [](const float* from) {
+        narrow v;
+        std::memcpy(&v, from, sizeof v);
         return __builtin_convertvector(v, wide);
     };
-    for (sg_int64 i = 0; i < count; i += WIDE) {
-        const sg_int64 some = std::min<sg_int64>(WIDE, count - i);
-        wide bias{}, at{}, second{}, v = widen(in + i, some);
-        if (b) bias = step ? widen(b + i, some) : wide{} + static_cast<double>(*b);
-        if (ref) at = widen(ref + i, some);
-        if (in2) second = widen(in2 + i, some);
-        if (ORDER == 0) v += bias;
-        else if (ACT == SG_SWISH) at += bias;
+    const wide same = wide{} + static_cast<double>(b && !step ? *b : 0.0f);
+    auto run_vector = [&](const float* in, const float* in2, const float* ref, const float* b, float* out) {
+        const wide bias = step && b ? widen(b) : same;
+        wide v = widen(in), second{}, at{};
+        if constexpr (ORDER == 0) v += bias;
+        else at = ACT == SG_SWISH ? widen(ref) + bias : widen(ref);
+        if constexpr (ORDER == 2) second = widen(in2);
         const narrow result = __builtin_convertvector(smooth<ACT, ORDER, wide>(wide_call, v, second, at), narrow);
-        std::memcpy(out + i, &result, static_cast<size_t>(some) * sizeof(float));
-    }
+        std::memcpy(out, &result, sizeof result);
+    };
+    sg_int64 i = 0;
+    for (; i + WIDE <= count; i += WIDE)
+        run_vector(in + i, in2 + (in2 ? i : 0), ref + (ref ? i : 0), b + (b && step ? i : 0), out + i);
+    if (i == count) return;
+    float parts[5][WIDE] = {};
+    const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
+    std::memcpy(parts[0], in + i, bytes);
+    if (in2) std::memcpy(parts[1], in2 + i, bytes);
+    if (ref) std::memcpy(parts[2], ref + i, bytes);
+    if (b && step) std::memcpy(parts[3], b + i, bytes);
+    run_vector(parts[0], parts[1], parts[2], step && b ? parts[3] : b, parts[4]);
+    std::memcpy(out + i, parts[4], bytes);
 }
 
 // `count` elements whose bias is *b (step 0) or b[0], b[1], … (step 1).
@@ -176,12 +190,17 @@ void run_shared(const sg_bias_act_params& p, const Call<T>& call) {
     }
 }
 
-// Neighbours have neighbouring biases: channels-last images, and plain matrices.
+// Neighbours have neighbouring biases: channels-last images, and plain matrices. Few biases are repeated until they
+// fill a row that is worth a loop.
 template <class T, int ACT, int ORDER>
 void run_side_by_side(const sg_bias_act_params& p, const Call<T>& call) {
-    const sg_int64 width = p.bias_size, rows = (p.size + width - 1) / width;
+    const sg_int64 repeats = (ROW + p.bias_size - 1) / p.bias_size, width = p.bias_size * repeats;
+    const sg_int64 rows = (p.size + width - 1) / width;
+    std::vector<T> b;
+    for (sg_int64 k = 0; p.b && k < width; ++k) b.push_back(static_cast<const T*>(p.b)[k % p.bias_size]);
     // Few enough parts that their sums are small, the same number for every number of threads.
-    const sg_int64 together = std::max<sg_int64>({1, TASK / width, (rows + 255) / 256}), tasks = (rows + together - 1) / together;
+    const sg_int64 together = std::max<sg_int64>({1, TASK / width, (rows + 255) / 256});
+    const sg_int64 tasks = (rows + together - 1) / together;
     std::vector<double> sums(p.db ? static_cast<size_t>(tasks * width) : 0);
     parallel_for(p.num_threads, tasks, [&](sg_int64 task) {
         const sg_int64 last = std::min((task + 1) * together, rows);
@@ -189,16 +208,16 @@ void run_side_by_side(const sg_bias_act_params& p, const Call<T>& call) {
             const sg_int64 begin = row * width, count = std::min(width, p.size - begin);
             auto at = [begin](const void* data) { return data ? static_cast<const T*>(data) + begin : nullptr; };
             T* out = static_cast<T*>(p.out) + begin;
-            run_row<T, ACT, ORDER, 1>(call, at(p.in), at(p.in2), at(p.ref), static_cast<const T*>(p.b), out, count);
+            run_row<T, ACT, ORDER, 1>(call, at(p.in), at(p.in2), at(p.ref), p.b ? b.data() : nullptr, out, count);
             if (!p.db) continue;
             double* sum = sums.data() + task * width;
             for (sg_int64 i = 0; i < count; ++i) sum[i] += static_cast<double>(out[i]);
         }
     });
     if (!p.db) return;
-    for (sg_int64 k = 0; k < width; ++k) {
+    for (sg_int64 k = 0; k < p.bias_size; ++k) {
         double total = 0;
-        for (sg_int64 task = 0; task < tasks; ++task) total += sums[static_cast<size_t>(task * width + k)];
+        for (sg_int64 part = k; part < tasks * width; part += p.bias_size) total += sums[static_cast<size_t>(part)];
         static_cast<T*>(p.db)[k] = static_cast<T>(total);
     }
 }
