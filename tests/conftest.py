@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can say `from tolerances import …`
-sys.path.insert(0, str(Path(__file__).parent / "torch_utils"))
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NETWORKS = sorted(path.stem for path in GOLDEN.glob("stylegan*.pkl"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, derivatives, loss, run, tensors
+from op_cases import CASES, derivatives, loss, run, tensors
 
 from torch_utils.ops import impl
 

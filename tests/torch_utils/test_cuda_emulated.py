@@ -9,8 +9,8 @@ import ctypes
 
 import pytest
 import torch
-from cases import CASES, derivatives, loss, tensors
 from cuda_emulator import emulated as emulated
+from op_cases import CASES, derivatives, loss, tensors
 
 from torch_utils import custom_ops
 from torch_utils.ops import impl
