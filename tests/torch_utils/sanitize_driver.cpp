@@ -47,18 +47,18 @@ constexpr int dtype = std::is_same<T, float>::value ? SG_F32 : SG_F64;
 
 const double GAP = -77.0;  // stands where nothing may be written
 
-// [n, c, h, w] with rows, planes and samples further apart than they need be, or not.
+// [n, c, h, w] with rows, planes and samples further apart than they need be, or not; or in channels-last order.
 template <class T>
 struct Images {
     int shape[4];
     sg_int64 stride[4];
     std::vector<T> values;
 
-    Images(Random& random, int n, int c, int h, int w) : shape{n, c, h, w} {
-        stride[3] = 1;
-        stride[2] = w + random.one_of({0, 0, 1, 7});
-        stride[1] = h * stride[2] + random.one_of({0, 0, 3});
-        stride[0] = c * stride[1] + random.one_of({0, 0, 5});
+    Images(Random& random, int n, int c, int h, int w, bool channels_last = false) : shape{n, c, h, w} {
+        stride[3] = channels_last ? c : 1;
+        stride[2] = w * stride[3] + random.one_of({0, 0, 1, 7});
+        stride[1] = channels_last ? 1 : h * stride[2] + random.one_of({0, 0, 3});
+        stride[0] = (channels_last ? h * stride[2] : c * stride[1]) + random.one_of({0, 0, 5});
         sg_int64 last = 0;
         for (int axis = 0; axis < 4; ++axis) last += (shape[axis] - 1) * stride[axis];
         values.assign(static_cast<size_t>(last + 1), static_cast<T>(GAP));
@@ -125,7 +125,8 @@ double defined(const sg_upfirdn2d_params& p, Images<T>& x, const std::vector<T>&
 template <class T>
 void try_upfirdn2d(Random& random) {
     sg_upfirdn2d_params p{};
-    p.n = random.whole(1, 3), p.c = random.whole(1, 4);
+    const bool channels_last = random.maybe();
+    p.n = random.whole(1, 3), p.c = channels_last ? random.one_of({16, 24, 37}) : random.whole(1, 4);
     p.in_h = random.one_of({1, 2, 7, 19, 40}), p.in_w = random.one_of({1, 3, 16, 33, 70});
     p.out_h = random.one_of({1, 5, 18, 61}), p.out_w = random.one_of({1, 4, 31, 64, 97});
     p.up_x = random.one_of({1, 2, 2, 3, 4}), p.up_y = random.one_of({1, 2, 2, 3, 4});
@@ -137,7 +138,8 @@ void try_upfirdn2d(Random& random) {
     std::vector<T> f = random.reals<T>(static_cast<size_t>(p.f_h ? p.f_h * p.f_w : p.f_w));
     if (p.f_h && random.maybe())  // a product of two filters
         for (int k = 0; k < p.f_h * p.f_w; ++k) f[k] = static_cast<T>((1 << k / p.f_w % 4) * (k % p.f_w + 1));
-    Images<T> x(random, p.n, p.c, p.in_h, p.in_w), y(random, p.n, p.c, p.out_h, p.out_w);
+    Images<T> x(random, p.n, p.c, p.in_h, p.in_w, channels_last);
+    Images<T> y(random, p.n, p.c, p.out_h, p.out_w, channels_last);
     x.fill(random);
     Images<T> again = y;
     p.f = f.data();

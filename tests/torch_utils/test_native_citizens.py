@@ -1,0 +1,173 @@
+"""The native ops are ordinary operators to torch: compile, func, autocast, copies, processes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import multiprocessing
+
+import pytest
+import torch
+from op_cases import CASES, run, tensors
+
+from finetune.models import stylegan2
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from torch_utils.ops.native import forms, library
+
+BY_ID = {(case.op, case.id): case for case in CASES}
+T = BY_ID["filtered_lrelu", "stylegan3_t"]
+UP = BY_ID["upfirdn2d", "stylegan2_up"]
+ACT = BY_ID["bias_act", "clamp_bites_tanh"]
+OPS = pytest.mark.parametrize("case", [T, UP, ACT], ids=lambda case: case.op)
+
+
+def registered_calls():
+    """Each registered op with tensors and numbers it takes."""
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    b, f = torch.randn(3, requires_grad=True), torch.rand(4)
+    ops = torch.ops.stylegan_ops
+    fir = forms.Upfirdn2dForm(2, 2, 1, 1, 2, 2, 16, 16, False, 4.0)
+    act = forms.BiasActForm(1, "sigmoid", 0.2, 1.5, -1.0)
+    layer = forms.FilteredLreluForm(2, 2, 3, 3, 8, 8, False, 4.0, 0.2, 0.7)
+    mask = ops.filtered_lrelu(x, f, f, b, *layer, True)[1].detach()
+    y = ops.bias_act(x, b, *act).detach()
+    dy = torch.randn_like(y, requires_grad=True)
+    return {
+        "upfirdn2d": (x, f, *fir),
+        "bias_act": (x, b, *act),
+        "bias_act_grad": (dy, x, b, y, *act, True),
+        "bias_act_grad2": (dy.detach(), dy.detach(), x.detach(), b.detach(), y, *act),
+        "filtered_lrelu": (x, f, f, b, *layer, True),
+        "filtered_lrelu_gate": (x, mask, f, f, *layer.gate(f)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own making
+@pytest.mark.parametrize("name", list(library.SCHEMAS))
+def test_opcheck(name):
+    op = getattr(torch.ops.stylegan_ops, name).default
+    torch.library.opcheck(op, registered_calls()[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_generator_and_discriminator_are_the_networks():
+    torch._dynamo.reset()
+    sizes = dict(channel_base=64, channel_max=8)
+    G = stylegan2.Generator(8, 0, 8, 8, 3, **sizes).eval()
+    D = stylegan2.Discriminator(0, 8, 3, **sizes).eval()
+    z = torch.randn(2, 8)
+
+    def loss(G, D):
+        img = G(z, None, noise_mode="const")
+        value = D(img, None).sum()
+        grads = torch.autograd.grad(value, list(G.synthesis.parameters()), allow_unused=True)
+        return [img, value, *(g for g in grads if g is not None)]
+
+    expected = loss(G, D)
+    actual = loss(torch.compile(G, backend="aot_eager"), torch.compile(D, backend="aot_eager"))
+    torch._dynamo.reset()
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@OPS
+def test_one_graph_holds_each_op(case):
+    """No break: torch.compile sees an operator, not a call into a library."""
+    torch._dynamo.reset()
+    made = tensors(case, torch.float32)
+    compiled = torch.compile(lambda made: run(case, made), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(made), run(case, made))
+    torch._dynamo.reset()
+
+
+@OPS
+def test_fake_tensors_have_the_right_form(case):
+    from torch._subclasses import FakeTensorMode
+
+    made = tensors(case, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {key: value if value is None else mode.from_tensor(value) for key, value in made.items()}
+        y = run(case, fake)
+    expected = run(case, made)
+    assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+@OPS
+def test_func_transforms(case):
+    """grad, jvp by double backward, and vmap over images and over weights of a loss."""
+    made = tensors(case, torch.float64)
+    rest = {key: value for key, value in made.items() if key != "x"}
+
+    def value(x):
+        return run(case, {"x": x, **rest}).square().sum()
+
+    x = made["x"]
+    leaf = x.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(value)(x), expected)
+    batch = torch.stack([x, x * 0.5, -x])
+    mapped = torch.func.vmap(lambda x: run(case, {"x": x, **rest}))(batch)
+    torch.testing.assert_close(mapped, torch.stack([run(case, {"x": x, **rest}) for x in batch]))
+    mapped = torch.func.vmap(torch.func.grad(value))(batch)
+    torch.testing.assert_close(mapped, torch.stack([torch.func.grad(value)(x) for x in batch]))
+
+
+@OPS
+def test_autocast_changes_what_it_changes_for_plain_torch(case):
+    made = tensors(case, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            native, plain = run(case, made), run(case, made, impl="ref")
+        assert native.dtype == torch.float32
+        torch.testing.assert_close(native.float(), plain.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces the end of its TorchScript
+def test_what_is_traced_for_others_has_no_operator_of_ours():
+    made = tensors(T, torch.float32)
+    traced = torch.jit.trace(
+        lambda x: filtered_lrelu(**{**made, "x": x}, **T.options), made["x"], check_trace=False
+    )
+    assert "stylegan_ops" not in str(traced.graph)
+    torch.testing.assert_close(traced(made["x"]), run(T, made))
+
+
+def test_networks_copy_and_pickle_after_the_ops_ran():
+    G = stylegan2.Generator(8, 0, 8, 8, 3, channel_base=64, channel_max=8).eval()
+    z = torch.randn(1, 8)
+    img = G(z, None, noise_mode="const")
+    assert torch.equal(copy.deepcopy(G)(z, None, noise_mode="const"), img)
+    torch.save(G.state_dict(), io.BytesIO())
+    y = run(T, tensors(T, torch.float32)).requires_grad_(True)
+    copy.deepcopy(y.detach())
+
+
+def child(queue, seed):
+    made = tensors(T, torch.float32)
+    queue.put((seed, float(run(T, made).sum())))  # no gradients: torch's autograd does not survive a fork
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes(method):
+    expected = float(run(T, tensors(T, torch.float32)).sum())
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue, 0))
+    process.start()
+    assert queue.get(timeout=60) == (0, pytest.approx(expected, rel=1e-6))
+    process.join()
+
+
+def test_a_checkpointed_step_and_a_second_backward():
+    """Saved tensors survive what autograd offers: retain_graph, checkpointing, hooks on saved tensors."""
+    from torch.utils.checkpoint import checkpoint
+
+    made = tensors(T, torch.float32)
+    x = made["x"].clone().requires_grad_(True)
+    y = filtered_lrelu(**{**made, "x": x}, **T.options)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], first)
+    again = checkpoint(lambda x: filtered_lrelu(**{**made, "x": x}, **T.options), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.sum(), x)[0], first)
