@@ -1,53 +1,230 @@
-"""The catalogue of public checkpoints, `checkpoints.json`: what is publicly stated about each, and nothing
-else.
+"""The catalogue of public networks, `checkpoints.json`: what is publicly stated about each, and nothing else.
+
+$FINETUNE_CATALOGUE may name a further file of the same form, for networks of one's own; its names win.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 import json
+import os
 import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from finetune.checkpoint.schema import problems_of
+from finetune.errors import CheckpointError, ConfigError
 
 NAME = "checkpoints.json"
+VARIABLE = "FINETUNE_CATALOGUE"
+VERSION = 1
+OPENS = ("stylegan2", "stylegan3-t", "stylegan3-r")  # the architectures that this program can load
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """A licence as somebody states it; `remark` says who, where that matters."""
+
+    name: str
+    page: str | None = None
+    remark: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.page}" if self.page else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One network; None is what nobody states. The fields are those of `checkpoints.schema.json`."""
+
+    id: str
+    urls: tuple[str, ...]
+    architecture: str
+    kind: str = "checkpoint"
+    aliases: tuple[str, ...] = ()
+    format: str | None = None
+    config: str | None = None
+    resolution: int | None = None
+    classes: int | None = None
+    dataset: str | None = None
+    licence: Licence | None = None
+    size: int | None = None
+    size_about: str | None = None
+    sha256: str | None = None
+    sha256_from: str | None = None
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inferred: tuple[str, ...] = ()
+    notes: str | None = None
+    sources: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Entry:
+        """An entry of a catalogue that has been checked."""
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        given["licence"] = Licence(**given["licence"]) if given.get("licence") else None
+        given["published"] = given.get("published") or {}
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of `checkpoints.json`."""
+        values = {name: getattr(self, name) for name in ORDER}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        values["published"] = {key: dict(value) for key, value in self.published.items()} or None
+        if self.licence is not None:
+            stated = dataclasses.asdict(self.licence)
+            values["licence"] = {
+                key: value for key, value in stated.items() if key != "remark" or value is not None
+            }
+        return values
+
+    @property
+    def file_name(self) -> str:
+        """The name that the file has where it comes from."""
+        return file_name_of(self.urls[0])
+
+
+ORDER = (
+    "id", "aliases", "kind", "urls", "format", "architecture", "config", "resolution", "classes", "dataset",
+    "licence", "size", "size_about", "sha256", "sha256_from", "published", "inferred", "notes", "sources",
+)  # fmt: skip
+
+
+def file_name_of(url: str) -> str:
+    """The last part of the path of a URL; of a query that names a path, of that."""
+    parts = urlsplit(url)
+    named = next((part[5:] for part in parts.query.split("&") if part.startswith("path=")), parts.path)
+    return PurePosixPath(unquote(named)).name or parts.netloc
 
 
 @functools.cache
-def catalogue() -> dict[str, dict[str, Any]]:
-    """Entries by id: url, sha256, size, architecture, format, resolution, dataset, licence; unknown values
-    are None.
-
-    Empty where the file is not installed.
-    """
+def catalogue() -> dict[str, Entry]:
+    """All entries by id. Raises ConfigError where the file in $FINETUNE_CATALOGUE is not a catalogue."""
     places = (
         Path(__file__).resolve().parents[2] / NAME,
         Path(sysconfig.get_path("data")) / "share" / "stylegan-finetune" / NAME,
     )
-    for place in places:
-        if place.is_file():
-            return json.loads(place.read_text(encoding="utf-8"))
-    return {}
+    found = next((path for path in places if path.is_file()), None)
+    entries = {} if found is None else read_catalogue(found, check=False)
+    if own := os.environ.get(VARIABLE, "").strip():
+        entries |= read_catalogue(Path(own).expanduser())
+    return entries
 
 
-def find_licence(*, sha256: str, file_name: str, size: int, resolution: int) -> str | None:
-    """The licence of a public checkpoint, recognised by its hash or, with a remark, by its name and
-    resolution.
+def read_catalogue(path: Path, *, check: bool = True) -> dict[str, Entry]:
+    """The entries of a file by id. Raises ConfigError, which says everything that is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The catalogue {path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise ConfigError(f"The catalogue {path} is not JSON: {error}.") from None
+    if check and (problems := problems_of(content)):
+        raise ConfigError([f"The catalogue {path}: {problem}." for problem in problems[:20]])
+    entries = [Entry.from_json(values) for values in content["checkpoints"]]
+    if check and (problems := conflicts(entries)):
+        raise ConfigError([f"The catalogue {path}: {problem}." for problem in problems])
+    return {entry.id: entry for entry in entries}
 
-    Several entries of one name count only where they state the same licence. None where it is not known.
-    """
-    by_hash = [entry for entry in catalogue().values() if entry["sha256"] == sha256]
-    if by_hash:
-        return by_hash[0]["licence"]
-    by_name = [
-        entry
-        for entry in catalogue().values()
-        if PurePosixPath(entry["url"].partition("?")[0]).name == file_name
-        and entry["resolution"] == resolution
-        and entry["size"] in (None, size)
-        and entry["sha256"] is None  # a known hash that differs is another file
-    ]
-    licences = {entry["licence"] for entry in by_name}
-    if len(licences) != 1 or None in licences:
-        return None
-    return f"{licences.pop()} (recognised by the file name alone)"
+
+def conflicts(entries: Iterable[Entry]) -> list[str]:
+    """What a schema cannot say: names that two entries share, and plain http without a hash."""
+    owners: dict[str, str] = {}
+    problems = []
+    for entry in entries:
+        for name in (entry.id, *entry.aliases):
+            if name.lower() in owners:
+                problems.append(f"{name} is a name of {owners[name.lower()]} and of {entry.id}")
+            owners[name.lower()] = entry.id
+        problems += [
+            f"{entry.id}: {url} is plain http, which only a sha256 makes safe"
+            for url in entry.urls
+            if url.startswith("http:") and entry.sha256 is None
+        ]
+    return problems
+
+
+def to_text(entries: Iterable[Entry | Mapping[str, Any]]) -> str:
+    """A catalogue as its file holds it: a value a line."""
+    blocks = []
+    for entry in entries:
+        values = entry.to_json() if isinstance(entry, Entry) else entry
+        blocks.append(entry_text(values, indent=4))
+    content = ",\n".join(f"    {block}" for block in blocks)
+    return f'{{\n  "version": {VERSION},\n  "checkpoints": [\n{content}\n  ]\n}}\n'
+
+
+def entry_text(values: Mapping[str, Any], indent: int = 0) -> str:
+    """One entry as JSON, a value a line."""
+    pad = " " * indent
+    lines = (
+        f"{pad}  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()
+    )
+    return "{\n" + ",\n".join(lines) + f"\n{pad}}}"
+
+
+def find(name: str) -> Entry | None:
+    """The entry of a name: an id, an alias, or the name of its file where only one entry has that."""
+    wanted = name.strip().lower()
+    entries = catalogue()
+    for entry in entries.values():
+        if wanted in (entry.id.lower(), *(alias.lower() for alias in entry.aliases)):
+            return entry
+    same = [entry for entry in entries.values() if entry.file_name.lower() in (wanted, f"{wanted}.pkl")]
+    return same[0] if len(same) == 1 else None
+
+
+def get(name: str) -> Entry:
+    """`find`, or CheckpointError with the names that are close."""
+    entry = find(name)
+    if entry is None:
+        raise CheckpointError(f"{name} is no name of the catalogue", hint=suggestion(name))
+    return entry
+
+
+def find_url(url: str) -> Entry | None:
+    """The entry whose file is at a URL."""
+    return next((entry for entry in catalogue().values() if url in entry.urls), None)
+
+
+def close_names(name: str, count: int = 3) -> list[str]:
+    """Names that somebody may have meant, the likeliest first, one for each entry."""
+    names: dict[str, str] = {}
+    for entry in catalogue().values():
+        short = min((entry.id, *entry.aliases[:1]), key=len)
+        names |= {text.lower(): short for text in (entry.id, *entry.aliases)}
+    wanted = name.strip().lower().removesuffix(".pkl")
+    parts = set(wanted.replace("_", "-").split("-"))
+    # The parts in another order (`stylegan2-ffhq-256`) are closer than letters tell.
+    scores = {
+        text: difflib.SequenceMatcher(None, wanted, text).ratio() + len(parts & set(text.split("-"))) / 3
+        for text in names
+    }
+    best = [text for text in sorted(scores, key=lambda text: -scores[text]) if scores[text] >= 0.75]
+    return list(dict.fromkeys(names[text] for text in best))[:count]
+
+
+def suggestion(name: str) -> str:
+    """What to do about a name that is not known."""
+    close = close_names(name)
+    ask = "`finetune checkpoints list` shows all names."
+    return f"Did you mean {' or '.join(close)}? {ask}" if close else ask
+
+
+def search(words: Iterable[str]) -> list[Entry]:
+    """The entries in which every word occurs, in whatever is said about them."""
+    wanted = [word.lower() for word in words]
+
+    def said(entry: Entry) -> str:
+        values = (entry.id, *entry.aliases, entry.architecture, entry.config, entry.dataset, entry.licence)
+        size = "" if entry.resolution is None else f"{entry.resolution} {entry.resolution}px"
+        labels = "conditional classes" if entry.classes else ""
+        return " ".join([*map(str, values), size, labels, entry.kind]).lower()
+
+    return [entry for entry in catalogue().values() if all(word in said(entry) for word in wanted)]

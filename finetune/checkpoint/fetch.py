@@ -1,125 +1,137 @@
-"""Downloads that are verified before they get their name."""
+"""Downloads that get their name only when they are complete and right.
+
+Failed attempts are repeated, with pauses that grow or that the server asks for; then other addresses are
+tried. What has come stays in `NAME.part` for the next time. Two processes fetch a file once.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import random
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from finetune.checkpoint.lock import one_at_a_time
+from finetune.checkpoint.transfer import (
+    CHUNK,
+    DownloadFailed,
+    Expected,
+    Part,
+    Progress,
+    TryAgain,
+    transfer,
+)
 from finetune.errors import FinetuneError, WeightsMissing
 
-CHUNK = 1 << 20  # bytes
-TIMEOUT_SEC = (10, 60)  # to connect, and between two chunks
+__all__ = ["CHUNK", "OFFLINE", "fetch", "is_offline"]
+
+OFFLINE = "FINETUNE_OFFLINE"
+ATTEMPTS = 4  # in a row that bring nothing new
+PAUSE_SEC = 1.0  # before the second attempt; then it doubles
+LONGEST_PAUSE_SEC = 120.0  # a server that asks for more is given up
+
+Tell = Callable[[str], None]
+
+log = logging.getLogger("finetune.checkpoint")
+sleep = time.sleep
 
 
 def is_offline() -> bool:
     """Whether FINETUNE_OFFLINE forbids the network."""
-    return os.environ.get("FINETUNE_OFFLINE", "").strip().lower() not in ("", "0", "false", "no")
+    return os.environ.get(OFFLINE, "").strip().lower() not in ("", "0", "false", "no")
 
 
 def fetch(
-    url: str,
+    url: str | Sequence[str],
     dest: Path,
     *,
     sha256: str | None = None,
     sha256_prefix: str | None = None,
     size: int | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
+    tell: Tell = log.info,
 ) -> Path:
-    """Download `url` to `dest`, verified; a file already there is verified and kept.
+    """Download a file to `dest`, verified; a file already there is verified and kept.
 
-    sha256, sha256_prefix: hex digest, or its beginning. size: bytes. progress: called with the bytes so far
-    and the bytes in all (None if the server does not say). The data goes to `dest` with `.part` added, and
-    gets its name only when it is complete and right. Raises WeightsMissing where FINETUNE_OFFLINE is set and
-    the file is not there, FinetuneError where the download fails or is not the file expected.
+    url: an address, or several of the same file, the best one first. sha256, sha256_prefix: hex digest, or
+    its beginning. size: bytes. progress: called with the bytes so far and the bytes in all (None if the
+    server does not say). tell: hears of attempts that failed, a sentence each. Raises WeightsMissing where
+    FINETUNE_OFFLINE is set and the file is not there, FinetuneError where the download fails or is not the
+    file expected; nothing stands at `dest` then.
     """
     dest = Path(dest)
-    expected = _Expected(sha256, sha256_prefix, size)
-    if dest.is_file():
-        expected.check(dest, *_identity(dest), "Delete the file to download it again.")
+    urls = [url] if isinstance(url, str) else list(url)
+    expected = Expected((sha256 or sha256_prefix or "").lower() or None, size)
+    if _is_there(dest, expected):
         return dest
     if is_offline():
         raise WeightsMissing(
             f"{dest} is not there, and FINETUNE_OFFLINE forbids downloading it",
-            hint=f"Put the file from {url} there, or unset FINETUNE_OFFLINE.",
+            hint=f"Put the file from {urls[0]} there, or unset FINETUNE_OFFLINE.",
         )
-    part = dest.with_name(dest.name + ".part")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        digest, num_bytes = _download(url, part, expected.size, progress)
-        expected.check(
-            url, digest, num_bytes, "The file on the server has changed, or the download was damaged."
-        )
-        part.replace(dest)
+        with one_at_a_time(dest.with_name(dest.name + ".lock"), tell):
+            if not _is_there(dest, expected):  # else another process has fetched it meanwhile
+                part = Part(dest.with_name(dest.name + ".part"))
+                _from_any(urls, part, expected, progress, tell)
+                part.path.replace(dest)
+                part.discard()
     except OSError as error:
         raise FinetuneError(f"{dest} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
     return dest
 
 
-class _Expected:
-    """What the file must be."""
-
-    def __init__(self, sha256: str | None, sha256_prefix: str | None, size: int | None) -> None:
-        self.prefix = (sha256 or sha256_prefix or "").lower()
-        self.size = size
-
-    def check(self, what: Any, digest: str, num_bytes: int, hint: str) -> None:
-        if self.size is not None and num_bytes != self.size:
-            raise FinetuneError(f"{what} has {num_bytes:,} bytes instead of {self.size:,}", hint=hint)
-        if not digest.startswith(self.prefix):
-            raise FinetuneError(f"{what} has SHA-256 {digest} instead of {self.prefix}", hint=hint)
-
-
-def _identity(path: Path) -> tuple[str, int]:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-        return digest.hexdigest(), stream.tell()
-
-
-def _download(
-    url: str, part: Path, size: int | None, progress: Callable[[int, int | None], None] | None
-) -> tuple[str, int]:
-    """Stream `url` into `part`; the SHA-256 and number of the bytes."""
-    digest, num_bytes = hashlib.sha256(), 0
-    with part.open("wb") as stream:
-        for chunk, total in _chunks(url):
-            num_bytes += len(chunk)
-            if size is not None and num_bytes > size:
-                raise FinetuneError(f"{url} sends more than the {size:,} bytes expected")
-            stream.write(chunk)
-            digest.update(chunk)
-            if progress is not None:
-                progress(num_bytes, total if total is not None else size)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return digest.hexdigest(), num_bytes
-
-
-def _chunks(url: str) -> Iterator[tuple[bytes, int | None]]:
-    import requests  # not needed to open a file that is here
-
-    hint = f"Check the connection, or download {url} by other means and give the file."
+def _is_there(dest: Path, expected: Expected) -> bool:
+    if not dest.is_file():
+        return False
     try:
-        with requests.get(url, stream=True, timeout=TIMEOUT_SEC) as response:
-            if response.status_code != 200:
-                raise FinetuneError(f"{url} answers {response.status_code} {response.reason}", hint=hint)
-            length = response.headers.get("Content-Length", "")
-            # With a content encoding the length is that of the encoded bytes, and says nothing about ours.
-            known = length.isdecimal() and "Content-Encoding" not in response.headers
-            total = int(length) if known else None
-            received = 0
-            for chunk in response.iter_content(CHUNK):
-                received += len(chunk)
-                yield chunk, total
-            if total is not None and received != total:
-                raise FinetuneError(f"{url} broke off after {received:,} of {total:,} bytes", hint=hint)
-    except requests.RequestException as error:
-        raise FinetuneError(f"{url} cannot be downloaded: {error}", hint=hint) from None
+        expected.check(dest, *identity(dest))
+    except DownloadFailed as error:
+        raise FinetuneError(error.what, hint="Delete the file to download it again.") from None
+    return True
+
+
+def identity(path: Path) -> tuple[str, int]:
+    """The SHA-256 and number of bytes of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
+
+
+def _from_any(urls: list[str], part: Part, expected: Expected, progress: Progress | None, tell: Tell) -> None:
+    failures: list[DownloadFailed] = []
+    for url in urls:
+        try:
+            return _patiently(url, part, expected, progress, tell)
+        except DownloadFailed as error:
+            failures.append(error)
+            if url != urls[-1]:
+                tell(f"{error.what}. Trying another address.")
+    hint = failures[0].hint or f"Check the connection, or get {urls[0]} by other means."
+    raise FinetuneError(
+        "; ".join(failure.what for failure in failures),
+        hint=f"{hint} `finetune checkpoints add-file` takes a file that you have.",
+    )
+
+
+def _patiently(url: str, part: Part, expected: Expected, progress: Progress | None, tell: Tell) -> None:
+    """Repeat what may work the next time. Raises DownloadFailed with the last reason."""
+    failed, most = 0, part.size()
+    while True:
+        try:
+            transfer(url, part, expected, progress)
+            return
+        except TryAgain as error:
+            # An attempt that brings the file further is no failure.
+            failed, most = (1, part.size()) if part.size() > most else (failed + 1, most)
+            pause = PAUSE_SEC * 2 ** (failed - 1) * (1 + random.random() / 4)
+            pause = pause if error.wait is None else error.wait
+            if pause > LONGEST_PAUSE_SEC:
+                raise DownloadFailed(f"{error.what}, and asks to come back in {pause:,.0f} s") from None
+            if failed >= ATTEMPTS:
+                raise
+            tell(f"{error.what}. Trying again" + (f" in {pause:.0f} s." if pause >= 1 else "."))
+            sleep(pause)

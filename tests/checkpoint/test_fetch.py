@@ -1,130 +1,281 @@
-"""Downloads get their name only when they are complete and right; a local server plays the internet."""
+"""Downloads get their name only when they are complete and right; a server on this machine does all wrong."""
 
 from __future__ import annotations
 
-import hashlib
+import os
+import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+import types
+from collections import namedtuple
+from email.utils import formatdate
 
 import pytest
+from checkpoint.faulty_server import CONTENT, HALF, PAGE, SHA256, serving
 
-from finetune.checkpoint.fetch import CHUNK, fetch
+from finetune.checkpoint import fetch as fetching
+from finetune.checkpoint import transfer
+from finetune.checkpoint.fetch import fetch
 from finetune.errors import FinetuneError, WeightsMissing
 
-CONTENT = bytes(range(256)) * 5000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Answers(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests += 1
-        if self.path == "/missing":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        if self.path != "/unknown-size":
-            self.send_header(
-                "Content-Length", str(len(CONTENT) * 2 if self.path == "/short" else len(CONTENT))
-            )
-        self.end_headers()
-        self.wfile.write(CONTENT)
-
-    def log_message(self, *args):
-        pass
+SIZE = len(CONTENT)
+OTHER = CONTENT[::-1]
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
-        running.requests = 0
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    monkeypatch.setattr(transfer, "CHUNK", 4096)
+    monkeypatch.setattr(transfer, "TIMEOUT_SEC", (5, 0.2))
+    with serving() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
-def url(server):
-    return f"http://127.0.0.1:{server.server_port}"
+def pauses(monkeypatch):
+    """The pauses between attempts, which take no time."""
+    found: list[float] = []
+    monkeypatch.setattr(fetching, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def get(server, pauses, tmp_path):
+    """Fetch `/a` once the server knows what to do at each request."""
+
+    def run(*plan, **expected):
+        server.plan["a"] = list(plan) or ["file"]
+        return fetch(f"{server.url}/a", tmp_path / "a.pkl", **expected)
+
+    return run
 
 
 def left(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_download(url, tmp_path):
+def refused(get, words, *plan, **expected):
+    with pytest.raises(FinetuneError, match=words) as caught:
+        get(*plan, **expected)
+    assert "\n" not in caught.value.what and caught.value.exit_code == 2 and caught.value.hint
+    return caught.value
+
+
+def test_download(get, tmp_path):
     seen = []
-    dest = tmp_path / "sub" / "a.pkl"
-    assert (
-        fetch(f"{url}/a", dest, sha256=SHA256, size=len(CONTENT), progress=lambda *args: seen.append(args))
-        == dest
-    )
-    assert dest.read_bytes() == CONTENT and left(tmp_path) == ["a.pkl"]
-    assert seen[-1] == (len(CONTENT), len(CONTENT)) and seen[0] == (CHUNK, len(CONTENT))
+    path = get(sha256=SHA256, size=SIZE, progress=lambda *args: seen.append(args))
+    assert path.read_bytes() == CONTENT and left(tmp_path) == ["a.pkl"]
+    assert seen[0] == (4096, SIZE) and seen[-1] == (SIZE, SIZE)
 
 
-def test_the_beginning_of_a_hash_and_an_unknown_size(url, tmp_path):
+def test_the_beginning_of_a_hash_and_an_unknown_size(get):
     seen = []
-    fetch(
-        f"{url}/unknown-size",
-        tmp_path / "a",
-        sha256_prefix=SHA256[:8].upper(),
-        progress=lambda *args: seen.append(args),
-    )
-    assert seen[-1] == (len(CONTENT), None)
+    get("unknown-size", sha256_prefix=SHA256[:8].upper(), progress=lambda *args: seen.append(args))
+    assert seen[-1] == (SIZE, None)
 
 
-def test_a_file_that_is_there_is_verified_and_kept(server, url, tmp_path):
-    dest = tmp_path / "a"
+def test_a_file_that_is_there_is_verified_and_kept(server, get, tmp_path):
+    dest = tmp_path / "a.pkl"
     dest.write_bytes(CONTENT)
-    assert fetch(f"{url}/a", dest, sha256=SHA256) == dest
+    assert get(sha256=SHA256) == dest
     dest.write_bytes(b"other")
-    with pytest.raises(FinetuneError, match="SHA-256") as error:
-        fetch(f"{url}/a", dest, sha256=SHA256)
-    assert str(dest) in str(error.value) and dest.read_bytes() == b"other"
-    assert server.requests == 0
+    refused(get, f"{dest} has SHA-256", sha256=SHA256)
+    assert dest.read_bytes() == b"other" and server.requests == []
 
 
+# What fails for good: one request, one line, nothing left.
 @pytest.mark.parametrize(
-    "path, expected, words",
+    "plan, expected, words",
     [
-        ("missing", {}, "answers 404"),
-        ("a", {"sha256": "0" * 64}, "instead of 0000"),
-        ("a", {"sha256_prefix": "abc"}, "instead of abc"),
-        ("a", {"size": 10}, "more than the 10 bytes"),
-        ("a", {"size": 10**8}, "instead of 100,000,000"),
-        ("short", {}, "broke off|cannot be downloaded"),
+        (404, {}, "answers 404 Not Found"),
+        ((302, {"Location": "/a"}), {}, "redirects in a circle"),
+        (PAGE, {}, "gives no network but a web page: 'Model not found'"),
+        (PAGE, {"size": SIZE, "sha256": SHA256}, "a web page: 'Model not found'"),
+        (b'{"requestStatus": {"statusCode": "NOT_FOUND"}}', {}, 'JSON: .*"NOT_FOUND"'),
+        (b"moved to another place\n", {}, "text: 'moved to another place'"),
+        ("file", {"sha256": "0" * 64}, f"has SHA-256 {SHA256} instead of 0000"),
+        ("file", {"sha256_prefix": "abc"}, "instead of abc"),
+        ("file", {"size": 10}, f"has {SIZE:,} bytes instead of 10"),
+        ("unknown-size", {"size": 10}, "sends more than the 10 bytes expected"),
+        ("unknown-size", {"size": SIZE + 1}, f"instead of {SIZE + 1:,}"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_leaves_nothing_behind(server, get, pauses, tmp_path, plan, expected, words):
+    error = refused(get, words, plan, **expected)
+    assert f"{server.url}/a" in error.what and "add-file" in error.hint
+    assert left(tmp_path) == [] and pauses == []
+
+
+# What may work the next time, until it has failed too often.
+@pytest.mark.parametrize(
+    "thing, words",
+    [
+        (503, "answers 503"),
+        (
+            "half-unnamed",
+            f"broke off after {HALF // 4096 * 4096:,}|broke off after {HALF:,} of {SIZE:,} bytes",
+        ),
+        ("unknown-size-half", f"broke off after {HALF:,} bytes"),
     ],
 )
-def test_what_is_wrong_leaves_nothing_behind(url, tmp_path, path, expected, words):
-    with pytest.raises(FinetuneError, match=words) as error:
-        fetch(f"{url}/{path}", tmp_path / "a.pkl", **expected)
-    assert f"{url}/{path}" in str(error.value)
+def test_what_fails_again_and_again(get, pauses, tmp_path, thing, words):
+    refused(get, words, thing)
+    assert [round(pause - 2**i, 3) <= 2**i / 4 for i, pause in enumerate(pauses)] == [True] * 3
+    assert pauses == sorted(pauses) and len(pauses) == 3
+    assert not (tmp_path / "a.pkl").exists()
+
+
+@pytest.mark.parametrize("fault", [503, "half", "stall", "reset", "half-unnamed"])
+@pytest.mark.parametrize("expected", [{}, {"sha256": SHA256}], ids=["unknown", "known"])
+def test_a_fault_that_passes(server, get, pauses, tmp_path, fault, expected):
+    assert get(fault, "file", **expected).read_bytes() == CONTENT
+    assert len(pauses) == 1 and left(tmp_path) == ["a.pkl"]
+    second = server.requests[1][1]
+    # Only bytes of a version that has a name, or of a file whose hash is known, may be gone on with.
+    assert ("Range" in second) == (fault in ("half", "stall", "reset") or (fault != 503 and bool(expected)))
+    assert second.get("If-Range") == ('"1"' if fault in ("half", "stall", "reset") else None)
+
+
+def test_many_breaks_are_no_failure_while_more_of_the_file_comes(get, pauses):
+    assert get(*["half"] * 6, "file").read_bytes() == CONTENT
+    assert len(pauses) == 6 and max(pauses) < 2
+
+
+def test_a_server_without_ranges_starts_again(get):
+    assert get("half", "no-range").read_bytes() == CONTENT
+
+
+def test_what_came_before_is_gone_on_with(server, get, tmp_path):
+    refused(get, "answers 404", "half", 404)
+    assert left(tmp_path) == ["a.pkl.part", "a.pkl.part.json"]
+    assert get("file").read_bytes() == CONTENT
+    assert int(server.requests[-1][1]["Range"][6:-1]) >= HALF - 4096
+
+
+@pytest.mark.parametrize("other", ["other", "other-unasked"])
+def test_a_file_that_changes_between_two_parts(get, pauses, tmp_path, other):
+    assert get("half", other, "other").read_bytes() == OTHER
+    (tmp_path / "a.pkl").unlink()
+    refused(get, f"instead of {SHA256}", "half", other, "other", size=SIZE, sha256=SHA256)
     assert left(tmp_path) == []
 
 
-def test_no_server(tmp_path, monkeypatch):
+def test_parts_that_do_not_fit_together_are_fetched_again(server, get, tmp_path):
+    """Another address of the same file: its rest would do, but it is another file after all."""
+    server.plan["b"] = ["other", "file"]
+    server.plan["a"] = ["half-unnamed", 404]
+    urls = [f"{server.url}/a", f"{server.url}/b"]
+    heard = []
+    path = fetch(urls, tmp_path / "a.pkl", sha256=SHA256, tell=heard.append)
+    assert path.read_bytes() == CONTENT
+    assert "answers 404 Not Found. Trying another address." in heard[1]
+    assert "do not fit together" in heard[2]
+    assert [("Range" in headers) for name, headers in server.requests if name == "b"] == [True, False]
+
+
+def test_when_every_address_fails_all_reasons_are_given(server, pauses, tmp_path):
+    server.plan |= {"a": [404], "b": [PAGE]}
+    with pytest.raises(FinetuneError) as caught:
+        fetch([f"{server.url}/a", f"{server.url}/b"], tmp_path / "a.pkl")
+    assert "answers 404" in caught.value.what and "Model not found" in caught.value.what
+    assert "\n" not in caught.value.what and left(tmp_path) == []
+
+
+def test_too_many_requests(get, pauses):
+    soon = formatdate(time.time() + 30, usegmt=True)
+    get((429, {"Retry-After": "7"}), (429, {"Retry-After": soon}), (429, {"Retry-After": "?"}), "file")
+    assert pauses[0] == 7 and 25 < pauses[1] <= 30 and 4 <= pauses[2] <= 5
+
+
+def test_a_server_that_wants_to_be_left_alone_for_long(get, pauses):
+    refused(get, "429 Too Many Requests, and asks to come back in 3,600 s", (429, {"Retry-After": "3600"}))
+    assert pauses == []
+
+
+def test_no_server(pauses, tmp_path, monkeypatch):
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(FinetuneError, match="cannot be downloaded"):
+    with pytest.raises(FinetuneError) as caught:
         fetch("http://127.0.0.1:9/a", tmp_path / "a")
+    assert caught.value.what == "http://127.0.0.1:9/a cannot be downloaded: Connection refused"
     assert left(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written(url, tmp_path):
+def test_a_proxy_is_used(server, pauses, tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("http_proxy", server.url)
+    server.plan["http://models.invalid/a"] = ["file"]
+    assert fetch("http://models.invalid/a", tmp_path / "a").read_bytes() == CONTENT
+    assert server.requests[0][1]["Host"] == "models.invalid"
+
+
+def test_a_disk_too_small_for_the_file(get, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 1000))
+    assert "FINETUNE_CACHE" in refused(get, "No space to download 0 MB into", "file").hint
+    assert left(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_fills_up(get, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer.Part, "begin", lambda part, *args: part.path.symlink_to("/dev/full"))
+    refused(get, f"No space left in {tmp_path} after 0 bytes", "file")
+    assert left(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FinetuneError, match="cannot be written"):
-        fetch(f"{url}/a", tmp_path / "file" / "a")
+        fetch(f"{server.url}/a", tmp_path / "file" / "a")
 
 
-def test_offline(server, url, tmp_path, monkeypatch):
+def test_offline(server, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_OFFLINE", "1")
     with pytest.raises(WeightsMissing, match="forbids") as error:
-        fetch(f"{url}/a", tmp_path / "a")
-    assert f"{url}/a" in str(error.value)
+        fetch(f"{server.url}/a", tmp_path / "a")
+    assert f"{server.url}/a" in str(error.value)
     (tmp_path / "a").write_bytes(CONTENT)
-    assert fetch(f"{url}/a", tmp_path / "a", sha256=SHA256).is_file()
-    assert server.requests == 0
+    assert fetch(f"{server.url}/a", tmp_path / "a", sha256=SHA256).is_file()
+    assert server.requests == []
+
+
+def test_two_at_once_fetch_once(server, tmp_path):
+    """The lock is the system's, which knows threads that opened it apart like processes."""
+    server.plan["a"] = ["slowly"]
+    heard = []
+
+    def run():
+        fetch(f"{server.url}/a", tmp_path / "a", tell=heard.append)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 1 and left(tmp_path) == ["a"]
+    assert len(heard) == 2
+    assert all(re.fullmatch("Waiting for .*process.*, which fetches the same file.", line) for line in heard)
+
+
+def test_a_lock_that_a_dead_process_left_behind_is_no_lock(get, tmp_path):
+    (tmp_path / "a.pkl.lock").write_text('{"pid": 1, "host": "gone", "since": "2020"}')
+    assert get().read_bytes() == CONTENT
+    assert left(tmp_path) == ["a.pkl"]
+
+
+def test_an_encrypted_address_must_not_lead_to_one_that_is_not(server, tmp_path, monkeypatch):
+    import requests
+
+    real = requests.Session.get
+
+    def get(session, url, **options):
+        response = real(session, f"{server.url}/a", **options)
+        response.history = [types.SimpleNamespace(url=url)]
+        return response
+
+    monkeypatch.setattr(requests.Session, "get", get)
+    with pytest.raises(FinetuneError, match=r"https://models\.invalid/a leads to http://.*not encrypted"):
+        fetch("https://models.invalid/a", tmp_path / "a")
+    assert fetch("https://models.invalid/a", tmp_path / "a", sha256=SHA256).is_file()

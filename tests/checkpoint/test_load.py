@@ -4,9 +4,9 @@ difference.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest

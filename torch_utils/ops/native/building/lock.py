@@ -49,7 +49,7 @@ def _wait(handle: int, path: Path, time_out: float, poll: float) -> bool:
     told = False
     while True:
         try:
-            if _try_lock(handle):
+            if try_lock(handle):
                 return True
         except OSError as error:  # a file system without locks
             log.info("%s cannot be locked (%s)", path, error)
@@ -74,7 +74,7 @@ def owner_of(path: Path) -> str:
         return "another process"
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows

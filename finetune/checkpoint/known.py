@@ -1,0 +1,79 @@
+"""Which public network a file is, and what follows from that: its licence, and published settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from finetune.checkpoint import catalog, store
+from finetune.checkpoint.catalog import Entry
+from finetune.recipes import Published
+
+if TYPE_CHECKING:
+    from finetune.checkpoint.opening import Provenance
+
+
+def entry_of_hash(sha256: str) -> Entry | None:
+    """The entry that a file is of: by a hash in the catalogue, or as one that was fetched by that name."""
+    for entry in catalog.catalogue().values():
+        if entry.sha256 == sha256:
+            return entry
+    record = store.record_of_hash(sha256)
+    return catalog.catalogue().get(record.id) if record and record.id else None
+
+
+def entries_of_name(file_name: str, size: int, resolution: int | None = None) -> list[Entry]:
+    """The entries whose file has this name; size: bytes. Those of a known size or hash are others."""
+    return [
+        entry
+        for entry in catalog.catalogue().values()
+        if entry.file_name == file_name
+        and resolution in (None, entry.resolution)
+        and entry.size in (None, size)
+        and entry.sha256 is None
+    ]
+
+
+def find_licence(*, sha256: str, file_name: str, size: int, resolution: int) -> str | None:
+    """The licence of a public checkpoint, recognised by its hash or, with a remark, by name and resolution.
+
+    Several entries of one name count only where they state the same licence. None where it is not known.
+    """
+    entry = entry_of_hash(sha256)
+    if entry is not None and entry.licence is not None:
+        return str(entry.licence)
+    record = store.record_of_hash(sha256)
+    if entry is not None or record is not None:
+        return record.licence if record else None
+    licences = {str(entry.licence) for entry in entries_of_name(file_name, size, resolution)}
+    if len(licences) != 1 or "None" in licences:
+        return None
+    return f"{licences.pop()} (recognised by the file name alone)"
+
+
+def published(entry: Entry) -> Published | None:
+    """What is published about the training of a checkpoint, as recipes take it; None where nothing is."""
+
+    def settings(which: str) -> tuple[float, int] | None:
+        values = entry.published.get(which, {})
+        return (values["gamma"], values["batch"]) if "gamma" in values and "batch" in values else None
+
+    found = Published(entry.id, trained=settings("trained"), finetune=settings("finetune"))
+    if "published" in entry.inferred:
+        found = dataclasses.replace(found, name=f"{entry.id}, concluded from the name of its configuration")
+    return found if found.trained or found.finetune else None
+
+
+def published_for(provenance: Provenance) -> Published | None:
+    """What is published about the training of the checkpoint that a file is, or whose descendant it is.
+
+    A file counts as that of the catalogue by its hash, or by its name where only one entry has that.
+    """
+    origin = provenance.to_dict()
+    while origin.get("parent"):
+        origin = origin["parent"]
+    entry = entry_of_hash(origin.get("sha256") or "")
+    if entry is None and origin.get("source") and origin.get("size"):
+        same = entries_of_name(origin["source"], origin["size"])
+        entry = same[0] if len(same) == 1 else None
+    return published(entry) if entry else None

@@ -1,0 +1,232 @@
+"""Opens a checkpoint: what its file says becomes networks of ours, each tensor in exactly one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from finetune.checkpoint.described import plain
+from finetune.checkpoint.known import find_licence
+from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
+from finetune.checkpoint.run import resolve_network
+from finetune.checkpoint.safe_pickle import (
+    PersistentObject,
+    PickleFile,
+    TFNetwork,
+    damaged,
+    printable,
+    read_pickle,
+)
+from finetune.checkpoint.tensor_file import NETWORKS, is_tensor_file, read_tensor_file
+from finetune.errors import CheckpointMismatch, PickleRefused
+
+ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
+MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
+
+Generation = Literal["tf", "ada", "sg3", "finetune"]
+Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the weights of a checkpoint come from.
+
+    `generation` is the code base that wrote the file; `parent` is the provenance of the checkpoint that
+    training started from, `training` its options and `nimg` the images it saw: None where the file does not
+    say.
+    """
+
+    generation: Generation
+    source: str
+    sha256: str
+    size: int
+    licence: str | None = None
+    parent: dict | None = None
+    training: dict | None = None
+    nimg: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` and JSON take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Provenance:
+        """The reverse of `to_dict`; unknown keys are dropped."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The networks of a file: modules of ours in eval mode without gradients, None where the file has none.
+
+    `notes` says what else was found in the file, one sentence each.
+    """
+
+    G: Network | None
+    D: Network | None
+    G_ema: Network | None
+    augment_pipe: Network | None
+    training_set_kwargs: dict[str, Any]
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> Network | None:
+        """The generator to make pictures with: G_ema, or G where there is no G_ema, or None."""
+        return self.G_ema if self.G_ema is not None else self.G
+
+    @property
+    def family(self) -> str:
+        """'stylegan2', 'stylegan3-t' or 'stylegan3-r'; a lone discriminator is StyleGAN2's."""
+        if self.best is None or not hasattr(self.best.synthesis, "input"):
+            return "stylegan2"
+        return "stylegan3-r" if self.best.init_kwargs.get("use_radial_filters") else "stylegan3-t"
+
+    @property
+    def missing(self) -> list[str]:
+        """The networks that the file does not hold, out of G, D and G_ema."""
+        return [name for name in NETWORKS if getattr(self, name) is None]
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
+    """Open a pickle of any generation or a safetensors file of ours; a run folder is its newest snapshot.
+
+    The networks are built from what the file says, and every tensor of the file lands in exactly one place of
+    ours. Nothing in the file is executed. Raises CheckpointError where it is no checkpoint, PickleRefused
+    where it is damaged or hostile, CheckpointMismatch with the complete list where its tensors are not those
+    of its networks.
+    """
+    path = resolve_network(path)
+    if is_tensor_file(path):
+        return _load_tensor_file(path, device)
+    with _naming(path):
+        file = read_pickle(path)
+        networks, extras = _entries(file)
+        rebuilt = _rebuild_all(networks, file.size)
+        provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
+    notes = [note for item in rebuilt.values() for note in item.notes]
+    if unknown := sorted(printable(str(key)) for key in extras.keys() - set(ENTRIES)):
+        notes.append(f"entries without meaning here: {', '.join(unknown[:20])}")
+    options = plain(extras.get("training_set_kwargs"), 0)
+    modules = {name: item.module.to(device) for name, item in rebuilt.items()}
+    return Checkpoint(
+        **{name: modules.get(name) for name in (*NETWORKS, "augment_pipe")},
+        training_set_kwargs=options if type(options) is dict else {},
+        provenance=provenance,
+        notes=tuple(notes),
+    )
+
+
+def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
+    file = read_tensor_file(path)
+    identity = {"source": path.name, "sha256": file.sha256, "size": file.size}
+    return Checkpoint(
+        **{name: file.modules[name].to(device) if name in file.modules else None for name in NETWORKS},
+        augment_pipe=None,
+        training_set_kwargs=file.training_set_kwargs,
+        provenance=_stated(file.entry, identity),
+    )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the name of the file in front of what is wrong with it."""
+    try:
+        yield
+    except PickleRefused as error:
+        what = (
+            error.what.replace("the pickle", str(path), 1)
+            if error.what.startswith("the pickle")
+            else error.what
+        )
+        if what == error.what:
+            what = f"{path}: {error.what}"
+        raise PickleRefused(what, offset=error.offset, blocked=error.blocked, hint=error.hint) from None
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(
+            f"{path}: {error.what.splitlines()[0]}", error.differences, hint=error.hint
+        ) from None
+
+
+def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """The networks of a file by name, and its other entries."""
+    root = file.root
+    if type(root) is PersistentObject:  # a single network
+        return {"D" if root.class_name == "Discriminator" else "G_ema": root}, {}
+    if type(root) is TFNetwork:
+        return {"D" if "components" in root.state and not root.state["components"] else "G_ema": root}, {}
+    if (
+        type(root) in (tuple, list)
+        and len(root) == 3
+        and all(type(item) in (TFNetwork, type(None)) for item in root)
+    ):
+        return {name: item for name, item in zip(NETWORKS, root) if item is not None}, {}
+    if type(root) is not dict:
+        damaged("it holds neither a dict of networks nor three networks", 0)
+    networks = {name: root[name] for name in (*NETWORKS, "augment_pipe") if root.get(name) is not None}
+    for name, network in networks.items():
+        if type(network) not in (PersistentObject, TFNetwork):
+            damaged(f"its entry {name} is no network", 0)
+    if not networks.keys() & set(NETWORKS):
+        found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "nothing"
+        damaged(f"it holds none of G, D and G_ema, but {found}", 0)
+    return networks, root
+
+
+def _rebuild_all(networks: dict[str, Any], size: int) -> dict[str, Rebuilt]:
+    allowance = Allowance.for_file(size)
+    return {
+        name: (rebuild if type(network) is PersistentObject else rebuild_tf)(name, network, allowance)
+        for name, network in networks.items()
+    }
+
+
+def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: Any) -> Provenance:
+    network = next(rebuilt[name] for name in ("G_ema", "G", "D") if name in rebuilt)
+    identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
+    entry = plain(entry, 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
+    if type(entry) is dict:
+        return _stated(entry, identity)
+    resolution = network.module.img_resolution
+    licence = find_licence(sha256=file.sha256, file_name=path.name, size=file.size, resolution=resolution)
+    return Provenance(**identity, generation=network.generation, licence=licence)
+
+
+def _stated(entry: dict[str, Any], identity: dict[str, Any]) -> Provenance:
+    """The provenance of a file of ours; a descendant has the licence of its source."""
+    parent = _lineage(entry.get("source"))
+    said = _of_their_types(entry)
+    return Provenance(
+        **identity,
+        generation="finetune",
+        licence=(parent or {}).get("licence") or said["licence"],
+        parent=parent,
+        training=said["training"],
+        nimg=said["nimg"],
+    )
+
+
+def _lineage(entry: Any) -> dict[str, Any] | None:
+    """What a file says of its source, its source's source and so on, as `Provenance.to_dict` gives it."""
+    lineage = []
+    while type(entry) is dict:
+        lineage.append(_of_their_types(entry))
+        entry = entry.get("parent")
+    parent = None
+    for step in reversed(lineage):
+        parent = {**step, "parent": parent}
+    return parent
+
+
+def _of_their_types(entry: dict[str, Any]) -> dict[str, Any]:
+    """The known values of an entry; what is of another type counts as not said, and texts are one line."""
+    types = {"generation": str, "source": str, "sha256": str, "size": int, "licence": str}
+    types |= {"training": dict, "nimg": int}
+    said = {key: entry[key] if type(entry.get(key)) is kind else None for key, kind in types.items()}
+    return {key: printable(value) if type(value) is str else value for key, value in said.items()}

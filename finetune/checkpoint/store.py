@@ -1,0 +1,258 @@
+"""The folder of downloaded networks: which file is which, from where, under which licence.
+
+Beside each file stands a record. What its hash was when it first came is kept there, and holds ever after,
+even when the file itself has been deleted and is fetched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path, PurePosixPath
+
+from finetune.checkpoint import catalog, fetch
+from finetune.checkpoint.catalog import Entry
+from finetune.checkpoint.transfer import Expected, Part, Progress
+from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
+from torch_utils.ops.native.building.cache import cache_root
+
+Tell = Callable[[str], None]
+
+log = logging.getLogger("finetune.checkpoint")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known about a file of the folder. `id`: its entry in the catalogue, None for others.
+
+    size: bytes. modified_ns: the file's time of change when it was last hashed. since: the day it first came.
+    """
+
+    id: str | None
+    url: str | None
+    sha256: str
+    size: int
+    modified_ns: int
+    since: str
+    licence: str | None = None
+
+
+def folder() -> Path:
+    """Where downloaded networks are: `checkpoints` in the cache of this program (FINETUNE_CACHE moves it)."""
+    return cache_root() / "checkpoints"
+
+
+def place_of(entry: Entry) -> Path:
+    """Where the file of an entry is, or would be."""
+    suffix = PurePosixPath(entry.file_name).suffix
+    return folder() / (entry.id if entry.id.endswith(suffix) else entry.id + suffix)
+
+
+def place_of_url(url: str) -> Path:
+    """Where the file of a URL that is not in the catalogue is, or would be."""
+    name = re.sub(r"[^\w.-]", "_", catalog.file_name_of(url))[-80:].lstrip(".")
+    return folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name or 'network'}"
+
+
+def note_of(path: Path) -> Path:
+    """The file that holds the record of a file."""
+    return path.with_name(path.name + ".json")
+
+
+def record_of(path: Path) -> Record | None:
+    """The record of a file, None where there is none that can be read."""
+    try:
+        values = json.loads(note_of(path).read_text(encoding="utf-8"))
+        return Record(**{field.name: values[field.name] for field in fields(Record)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def records() -> Iterator[tuple[Path, Record]]:
+    """Every recorded file, also those that have been deleted."""
+    for note in sorted(folder().glob("*.json")) if folder().is_dir() else []:
+        path = note.with_name(note.name.removesuffix(".json"))
+        if (record := record_of(path)) is not None:
+            yield path, record
+
+
+def record_of_hash(sha256: str) -> Record | None:
+    """The record of a file with this content."""
+    return next((record for _, record in records() if record.sha256 == sha256), None)
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a file is here and, as far as its size and time tell, as it was recorded."""
+    record = record_of(path)
+    if record is None or not path.is_file():
+        return False
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
+
+
+def fetch_entry(entry: Entry, *, tell: Tell = log.info, progress: Progress | None = None) -> Path:
+    """The file of an entry, downloaded where it is not here. Errors: those of `fetch`."""
+    return _get(place_of(entry), entry.urls, entry, tell, progress)
+
+
+def fetch_url(url: str, *, tell: Tell = log.info, progress: Progress | None = None) -> Path:
+    """The file of a URL, downloaded where it is not here; one of the catalogue counts as its entry."""
+    entry = catalog.find_url(url)
+    if entry is not None:
+        return fetch_entry(entry, tell=tell, progress=progress)
+    return _get(place_of_url(url), (url,), None, tell, progress)
+
+
+def _get(
+    path: Path, urls: tuple[str, ...], entry: Entry | None, tell: Tell, progress: Progress | None
+) -> Path:
+    if is_kept(path):
+        return path
+    name = entry.id if entry else urls[0]
+    if not path.is_file():
+        if fetch.is_offline():
+            raise WeightsMissing(
+                f"{name} is not on this machine, and {fetch.OFFLINE} or --offline forbids fetching it",
+                hint=f"Get {urls[0]} by other means and give it to `finetune checkpoints add-file`.",
+            )
+        tell(f"Fetching {name} into {folder()}")
+        for line in licence_lines(entry):
+            tell(line)
+    expected = expected_of(path, entry)
+    try:
+        fetch.fetch(urls, path, sha256=expected.sha256, size=expected.size, progress=progress, tell=tell)
+    except FinetuneError as error:
+        if expected.sha256 and (entry is None or entry.sha256 is None) and "instead of" in error.what:
+            error.hint = (
+                f"The hash is that of the file that came first, on {_since(path)}. If another one is right: "
+                f"delete {note_of(path)} and the file."
+            )
+        raise
+    _record(path, entry, urls[0])
+    return path
+
+
+def licence_lines(entry: Entry | None) -> list[str]:
+    """What is to be said about the licence when a file first comes."""
+    if entry is None or entry.licence is None:
+        return ["Licence: not stated in the catalogue; see where the file comes from."]
+    remark = f" ({entry.licence.remark})" if entry.licence.remark else ""
+    return [f"Licence: {entry.licence}{remark}"]
+
+
+def expected_of(path: Path, entry: Entry | None) -> Expected:
+    """What a file must be: as the catalogue says or, where it does not, as it was when it first came."""
+    record = record_of(path)
+    sha256 = entry.sha256 if entry else None
+    size = entry.size if entry else None
+    if sha256 is None and record is not None:
+        sha256, size = record.sha256, size or record.size
+    return Expected(sha256, size)
+
+
+def _since(path: Path) -> str:
+    record = record_of(path)
+    return record.since if record else "an earlier day"
+
+
+def _record(path: Path, entry: Entry | None, url: str | None, licence: str | None = None) -> Record:
+    digest, size = fetch.identity(path)
+    before = record_of(path)
+    if licence is None and before is not None and before.sha256 == digest:
+        licence = before.licence
+    if licence is None and entry is not None and entry.licence is not None:
+        licence = str(entry.licence)
+    record = Record(
+        id=entry.id if entry else None,
+        url=url,
+        sha256=digest,
+        size=size,
+        modified_ns=path.stat().st_mtime_ns,
+        since=before.since if before else time.strftime("%Y-%m-%d"),
+        licence=licence,
+    )
+    temporary = note_of(path).with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # of a folder that can only be read, which then is hashed every time
+        temporary.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        temporary.replace(note_of(path))
+    return record
+
+
+def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
+    """Take in a file that came by other means as that of an entry; the place where it is kept.
+
+    Raises CheckpointError where it is not the file of that entry, FinetuneError where it cannot be copied.
+    """
+    dest = place_of(entry)
+    expected = expected_of(dest, entry)
+    digest, size = fetch.identity(path)
+    try:
+        expected.check(path, digest, size)
+    except FinetuneError as error:
+        raise CheckpointError(f"{error.what}, so it is not {entry.id}") from None
+    if not (dest.exists() and dest.samefile(path)):
+        part = Part(dest.with_name(dest.name + ".part"))
+        try:
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            part.discard()
+            shutil.copyfile(path, part.path)
+            part.path.replace(dest)
+        except OSError as error:
+            part.discard()
+            raise FinetuneError(f"{path} cannot be copied to {dest}: {error.strerror or error}") from None
+    _record(dest, entry, None, licence)
+    return dest
+
+
+def state_licence(path: Path, licence: str) -> None:
+    """Write down the licence of a file of the folder that the catalogue does not know."""
+    record = record_of(path)
+    if record is not None:
+        note_of(path).write_text(
+            json.dumps(asdict(replace(record, licence=licence)), indent=1), encoding="utf-8"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found about one file: `state` is ok, changed or missing."""
+
+    path: Path
+    name: str
+    state: str
+    why: str
+
+
+def verify(path: Path) -> Verdict:
+    """Read a file of the folder again and compare it with the catalogue and its record."""
+    record = record_of(path)
+    entry = catalog.catalogue().get(record.id) if record and record.id else None
+    entry = entry or next((each for each in catalog.catalogue().values() if place_of(each) == path), None)
+    name = entry.id if entry else (record.url if record and record.url else path.name)
+    if not path.is_file():
+        return Verdict(path, name, "missing", "not on this machine")
+    expected = expected_of(path, entry)
+    try:
+        expected.check("the file", *fetch.identity(path))
+    except FinetuneError as error:
+        return Verdict(path, name, "changed", error.what)
+    if expected.sha256 is None:
+        return Verdict(path, name, "ok", "nobody states its hash, and none was recorded before")
+    said = "the catalogue says" if entry and entry.sha256 else f"it first came on {_since(path)}"
+    return Verdict(path, name, "ok", f"as {said}")
+
+
+def kept_files() -> list[Path]:
+    """The files of the folder, without records and what is not complete."""
+    if not folder().is_dir():
+        return []
+    other = (".json", ".part", ".lock", ".tmp")
+    return sorted(path for path in folder().iterdir() if path.is_file() and not path.name.endswith(other))
