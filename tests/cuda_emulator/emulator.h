@@ -161,6 +161,7 @@ inline unsigned short float_to_half(float v) {
 #define SG_SHARED_MEMORY unsigned char* const sg_shared_memory = sg_emulator::the().shared.data()
 
 inline void __syncthreads() { sg_emulator::pause(sg_emulator::AT_BARRIER); }
+inline void __syncwarp() { sg_emulator::ballot(false); }
 inline unsigned __ballot_sync(unsigned, bool value) { return sg_emulator::ballot(value); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }

@@ -15,6 +15,8 @@ import torch
 from . import cuda, forms, params
 from .plan import Plan
 
+RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512, 1024)
+CHANNELS = (3, 32, 64, 512)  # of images, and those of features that share them out to threads differently
 # Sizes of StyleGAN3's layers from 64 to 1024 px, and what its last layers crop to.
 SIZES = (36, 52, 64, 84, 128, 148, 256, 276, 512, 532, 1024, 1044)
 TAPS = 6  # that meet a pixel, in all published networks
@@ -50,10 +52,20 @@ def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 
 def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     taps = torch.Size((4, 4))
-    for (up, down), size, last in itertools.product(((2, 1), (1, 2), (1, 1)), (8, 16, 32, 64), (False, True)):
-        x, y = torch.Size((4, 64, size, size)), torch.Size((4, 64, size * up // down, size * up // down))
-        form = forms.Upfirdn2dForm(up, up, down, down, 2, 2, *y[2:], False, 1.0)
-        yield "upfirdn2d", forms.upfirdn2d_params(x, _strides(x, last), _strides(y, last), dtype, taps, form)
+    for size, channels, last in itertools.product(RESOLUTIONS, CHANNELS, (False, True)):
+        # Around a convolution that doubles or halves, on the other way past it, and back: four forms in all.
+        for before, after, up, down, pad in (
+            (size + 1, size, 1, 1, 1),
+            (size, size + 1, 1, 1, 2),
+            (size // 2, size, 2, 1, 2),
+            (size, size // 2, 1, 2, 1),
+        ):
+            x, y = torch.Size((4, channels, before, before)), torch.Size((4, channels, after, after))
+            form = forms.Upfirdn2dForm(up, up, down, down, pad, pad, after, after, False, 1.0)
+            yield (
+                "upfirdn2d",
+                forms.upfirdn2d_params(x, _strides(x, last), _strides(y, last), dtype, taps, form),
+            )
 
 
 def _filtered_lrelu(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
