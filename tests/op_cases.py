@@ -117,6 +117,8 @@ def tensors(case: Case, dtype, device="cpu") -> dict[str, Any]:
             made[name] = None
             continue
         f = draw(*taps) if isinstance(taps, tuple) else draw(taps)
+        if case.id == "stylegan3_r":  # radial filters are their own mirror images, which a kernel may use
+            f = f + f.flip(1)
         if case.op == "filtered_lrelu":  # low-passes, as in networks: sums of their results do not cancel
             f = f.abs() / f.abs().sum()
         if taps == (4, 4):  # as StyleGAN2 has it, a product of two

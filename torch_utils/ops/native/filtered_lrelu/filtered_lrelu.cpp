@@ -16,7 +16,7 @@
 namespace sg {
 namespace {
 
-const int BLOCK = 4;  // rows that are made together where the filter is not separable
+const int BLOCK = 8;  // rows that are made together where the filter is not separable
 const sg_int64 STRIP_BYTES = 384 * 1024;  // what a strip may hold, so that it stays in the second-level cache
 
 // Rows of one strip, in memory of the thread that works on it.
@@ -39,7 +39,7 @@ bool fused(const Geometry<T>& g);
 
 template <class T>
 int strip_input_rows(const Geometry<T>& g, int rows) {
-    return (rows * g.down + g.taps_dy + 2 * g.planes) / g.up + g.steps_y + 2;
+    return (rows * g.down + g.taps_dy + 2 * g.planes) / g.up + g.steps_y + BLOCK;
 }
 
 // BLOCK rows at once may look, in vain, beyond the last.
@@ -318,8 +318,9 @@ void upsample_2d(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     }
 }
 
-// Output rows from rows of the grid; ROWS of them share what they read.
-template <class T, int DOWN, int TAPS, int ROWS>
+// Output rows from rows of the grid; ROWS of them share what they read. FOLDED: the filter is its own mirror image, so
+// that columns left and right of its middle are added before they are multiplied.
+template <class T, int DOWN, int TAPS, int ROWS, bool FOLDED>
 void downsample_2d(const Geometry<T>& g, const Strip<T>& s, T* y, T* spare) {
     constexpr int lanes = simd<T>::lanes;
     const int down = DOWN ? DOWN : g.down, taps_y = TAPS ? TAPS : g.taps_dy, taps_x = TAPS ? TAPS : g.taps_dx;
@@ -332,12 +333,14 @@ void downsample_2d(const Geometry<T>& g, const Strip<T>& s, T* y, T* spare) {
             for (int i = 0; i < count; i += lanes) {
                 vector_of<T> sums[ROWS] = {};
                 const T* taps = g.down_2d.data();
-                for (int kx = 0; kx < taps_x; ++kx, taps += taps_y) {
+                for (int kx = 0; kx < (FOLDED ? taps_x / 2 : taps_x); ++kx, taps += taps_y) {
                     const T* at = grid + offsets[kx] + i;
+                    const sg_int64 mirrored = FOLDED ? offsets[taps_x - 1 - kx] - offsets[kx] : 0;
                     if (TAPS) {
-#pragma GCC unroll 32
+#pragma GCC unroll 64
                         for (int e = 0; e < TAPS + (ROWS - 1) * DOWN; ++e, at += g.row_width) {
                             vector_of<T> value = load(at);
+                            if (FOLDED) value += load(at + mirrored);
 #pragma GCC unroll 8
                             for (int b = 0; b < ROWS; ++b)
                                 if (e - b * DOWN >= 0 && e - b * DOWN < TAPS) sums[b] += taps[e - b * DOWN] * value;
@@ -397,8 +400,10 @@ void run_strip(const Geometry<T>& g, Strip<T>& s, const T* x, T bias, T* y, sg_i
     else upsample_2d<T, 0, 1, MODE>(g, s, plane);
 
     if (!g.separable_d) {
-        if (g.down == 2 && g.taps_dy == 12 && g.taps_dx == 12) downsample_2d<T, 2, 12, BLOCK>(g, s, y, s.tall);
-        else downsample_2d<T, 0, 0, 1>(g, s, y, s.tall);
+        const bool known = g.down == 2 && g.taps_dy == 12 && g.taps_dx == 12;
+        if (known && g.mirrored_d) downsample_2d<T, 2, 12, BLOCK, true>(g, s, y, s.tall);
+        else if (known) downsample_2d<T, 2, 12, BLOCK, false>(g, s, y, s.tall);
+        else downsample_2d<T, 0, 0, 1, false>(g, s, y, s.tall);
         return;
     }
     T* spare = s.input;  // no longer needed

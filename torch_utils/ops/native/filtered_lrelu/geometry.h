@@ -28,6 +28,7 @@ struct Geometry {
     int up, down, planes, input_planes, output_planes;
     int taps_uy, taps_ux, taps_dy, taps_dx;
     bool separable_u, separable_d;
+    bool mirrored_d = false;           // the 2-D down filter is the same from right to left
     int steps_y, steps_x;              // taps that meet a pixel: taps / up, rounded up
     int grid_h, grid_w;
     int row_shift, first_row;
@@ -144,6 +145,10 @@ struct Geometry {
         } else {
             for (int kx = 0; kx < taps_dx; ++kx)
                 for (int ky = 0; ky < taps_dy; ++ky) down_2d.push_back(tap_2d(p->fd, taps_dy, taps_dx, ky, kx));
+            mirrored_d = taps_dx % 2 == 0;
+            for (int kx = 0; kx < taps_dx; ++kx)
+                for (int ky = 0; ky < taps_dy; ++ky)
+                    mirrored_d = mirrored_d && down_2d[kx * taps_dy + ky] == down_2d[(taps_dx - 1 - kx) * taps_dy + ky];
         }
     }
 };
