@@ -64,7 +64,7 @@ struct Images {
         values.assign(static_cast<size_t>(last + 1), static_cast<T>(GAP));
     }
     T& at(int n, int c, int h, int w) {
-        return values[static_cast<size_t>(n * stride[0] + c * stride[1] + h * stride[2] + w)];
+        return values[static_cast<size_t>(n * stride[0] + c * stride[1] + h * stride[2] + w * stride[3])];
     }
     template <class F>
     void each(F&& visit) {

@@ -1,8 +1,10 @@
 // Vectors of one element type, as wide as the machine has them, and the bits that comparisons give.
 #ifndef SG_SIMD_H
 #define SG_SIMD_H
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -57,10 +59,59 @@ SG_INLINE vector_of<T> all(T value) {
     return value - vector_of<T>{};
 }
 
-// The first `count` lanes alone.
+// The first `count` lanes alone; the others are zero.
+template <class T>
+SG_INLINE vector_of<T> load_some(const T* p, int64_t count) {
+#if defined(__AVX512F__)
+    const unsigned chosen = (1u << count) - 1;
+    if constexpr (sizeof(T) == 4) return (vector_of<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(chosen), p);
+    else return (vector_of<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(chosen), p);
+#else
+    vector_of<T> v{};
+    std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
+    return v;
+#endif
+}
+
 template <class T>
 SG_INLINE void store_some(T* p, vector_of<T> v, int64_t count) {
+#if defined(__AVX512F__)
+    const unsigned chosen = (1u << count) - 1;
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>(chosen), (__m512)v);
+    else _mm512_mask_storeu_pd(p, static_cast<__mmask8>(chosen), (__m512d)v);
+#else
     std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+#endif
+}
+
+template <class T, size_t... LANE>
+SG_INLINE vector_of<T> picked(vector_of<T> a, vector_of<T> b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, static_cast<int>(LANE)...);
+#else
+    return __builtin_shuffle(a, b, typename simd<T>::integers{LANE...});
+#endif
+}
+
+// a0 b0 a1 b1 … of the lower or the upper half of the lanes, and every second lane of a and b in a row.
+template <class T, size_t HALF, size_t... K>
+SG_INLINE vector_of<T> zipped(vector_of<T> a, vector_of<T> b, std::index_sequence<K...>) {
+    return picked<T, (HALF * sizeof...(K) / 2 + K / 2 + K % 2 * sizeof...(K))...>(a, b);
+}
+
+template <class T, size_t HALF>
+SG_INLINE vector_of<T> zipped(vector_of<T> a, vector_of<T> b) {
+    return zipped<T, HALF>(a, b, std::make_index_sequence<simd<T>::lanes>());
+}
+
+template <class T, size_t FIRST, size_t... K>
+SG_INLINE vector_of<T> every_second(vector_of<T> a, vector_of<T> b, std::index_sequence<K...>) {
+    return picked<T, (FIRST + 2 * K)...>(a, b);
+}
+
+template <class T, size_t FIRST>
+SG_INLINE vector_of<T> every_second(vector_of<T> a, vector_of<T> b) {
+    return every_second<T, FIRST>(a, b, std::make_index_sequence<simd<T>::lanes>());
 }
 
 // One bit a lane, from a comparison (all ones or all zeros a lane).

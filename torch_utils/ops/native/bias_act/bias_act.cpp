@@ -147,17 +147,21 @@ void run_row(const Call<T>& call, const T* in, const T* in2, const T* ref, const
 
 template <class T>
 double sum_of(const T* values, sg_int64 count) {
-    // Short sums in the type itself, their sum in double: as exact as pairs of pairs, and as fast as reading.
-    constexpr int lanes = simd<T>::lanes;
-    const sg_int64 block = 16 * lanes;
+    typedef T part __attribute__((vector_size(WIDE * sizeof(T))));
+    wide sums[4] = {};
     double total = 0;
     sg_int64 i = 0;
-    for (; i + block <= count; i += block) {
-        vector_of<T> sum = load(values + i);
-        for (int k = 1; k < 16; ++k) sum += load(values + i + k * lanes);
-        for (int k = 0; k < lanes; ++k) total += static_cast<double>(sum[k]);
+    for (; i + 4 * WIDE <= count; i += 4 * WIDE) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            part v;
+            std::memcpy(&v, values + i + k * WIDE, sizeof v);
+            sums[k] += __builtin_convertvector(v, wide);
+        }
     }
     for (; i < count; ++i) total += static_cast<double>(values[i]);
+    const wide all_sums = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int k = 0; k < WIDE; ++k) total += all_sums[k];
     return total;
 }
 

@@ -1,365 +1,394 @@
-// upfirdn2d on the CPU: strips of rows that stay in cache, polyphase filters, whole vectors throughout.
+// upfirdn2d on the CPU: polyphase filters on whole vectors, each number read from memory and written to it once.
 //
-// Outputs along x come in lcm(up, down) / down phases, inputs in lcm(up, down) / up, so that each phase of a row is a
-// filter over contiguous numbers. A filter that is a product of two runs along x first, once for each input row, then
-// along y; any other runs in one pass.
+// A filter that is a product of two runs along y first, from the rows of the image as they lie in memory into one row
+// that stays in the first-level cache, and then along x to the output. Any other runs in one pass over rows that a strip
+// has copied. In between, rows have zeros on both sides, so that no sum needs to look where it is. Channels-last images
+// hold the numbers of a pixel side by side, so that both passes are sums of whole pixels.
 #include "upfirdn2d.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <new>
-#include <numeric>
-#include <vector>
 
 #include "../parallel.h"
-#include "../simd.h"
+#include "filters.h"
 
 namespace sg {
+namespace upfirdn2d {
 namespace {
 
-const sg_int64 STRIP_BYTES = 256 * 1024;  // what a strip may hold, so that it stays in the second-level cache
+const sg_int64 STRIP_BYTES = 256 * 1024;   // what a strip may hold, so that it stays in the second-level cache
+const sg_int64 TASK = 16384;               // outputs that are worth a task
 
-int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// ---- Sums of taps times vectors
 
-// Along one axis: output j * out_phases + r is the sum over t of taps[r * steps + t] * in[j * in_phases + first[r] + t].
-template <class T>
-struct Axis {
-    int up, down, in_phases, out_phases, steps;
-    std::vector<int> first;   // [out_phases]
-    std::vector<int> offset;  // [out_phases]: index of the first tap, those of step t are t * up further
-    std::vector<T> taps;      // [out_phases][steps]; empty where the filter is not a product
-
-    Axis(int up_, int down_, int pad0, int count) : up(up_), down(down_) {
-        const int period = up / std::gcd(up, down) * down;
-        in_phases = period / up, out_phases = period / down, steps = ceil_div(count, up);
-        for (int r = 0; r < out_phases; ++r) {
-            const int start = pad0 - r * down, phase = start - floor_div(start, up) * up;
-            offset.push_back(phase);
-            first.push_back((phase - start) / up);
-        }
-    }
-
-    void deal_out(const std::vector<T>& line) {
-        for (int r = 0; r < out_phases; ++r)
-            for (int t = 0; t < steps; ++t) {
-                const int k = offset[r] + t * up;
-                taps.push_back(k < static_cast<int>(line.size()) ? line[k] : T(0));
-            }
-    }
-};
-
-template <class T>
-struct Geometry {
-    static constexpr int lanes = simd<T>::lanes;
-
-    const sg_upfirdn2d_params* p;
-    int taps_h, taps_w;
-    Axis<T> y, x;
-    bool product = true;
-    std::vector<T> taps_2d;        // [y.out_phases][x.out_phases][y.steps][x.steps]
-    int width;                     // numbers of an output phase, a multiple of the lanes
-    int row_width;                 // all phases, and a vector to spare
-    int input_first, input_width;  // of an input phase: its first column, how many
-    std::vector<int> input_offset; // [x.out_phases][x.steps]: where in a row of inputs the numbers of a step begin
-
-    explicit Geometry(const sg_upfirdn2d_params* params)
-        : p(params),
-          taps_h(p->f_h ? p->f_h : p->f_w),
-          taps_w(p->f_w),
-          y(p->up_y, p->down_y, p->pad_y0, taps_h),
-          x(p->up_x, p->down_x, p->pad_x0, taps_w) {
-        width = ceil_div(ceil_div(p->out_w, x.out_phases), lanes) * lanes;
-        row_width = x.out_phases * width + lanes;
-        lay_out_inputs();
-        deal_out_taps();
-    }
-
-    int input_row_width() const { return x.in_phases * input_width + lanes; }
-
-  private:
-    void lay_out_inputs() {
-        int lowest = std::numeric_limits<int>::max(), highest = std::numeric_limits<int>::min();
-        for (int first : x.first) {
-            lowest = std::min(lowest, floor_div(first, x.in_phases));
-            highest = std::max(highest, floor_div(first + x.steps - 1, x.in_phases));
-        }
-        input_first = lowest;
-        input_width = width + highest - lowest;
-        for (int first : x.first)
-            for (int t = 0; t < x.steps; ++t) {
-                const int column = floor_div(first + t, x.in_phases);
-                const int phase = first + t - column * x.in_phases;
-                input_offset.push_back(phase * input_width + column - lowest);
-            }
-    }
-
-    void deal_out_taps() {
-        const T* f = static_cast<const T*>(p->f);
-        const T gain = static_cast<T>(p->gain);
-        std::vector<T> column(taps_h), row(taps_w);
-        if (p->f_h == 0) {
-            for (int k = 0; k < taps_w; ++k) column[k] = row[k] = f[p->flip_filter ? k : taps_w - 1 - k];
-        } else {
-            std::vector<T> all_taps(static_cast<size_t>(taps_h) * taps_w);
-            for (size_t i = 0; i < all_taps.size(); ++i) all_taps[i] = f[p->flip_filter ? i : all_taps.size() - 1 - i];
-            product = factors(all_taps, column, row);
-            if (!product) {
-                for (int ry = 0; ry < y.out_phases; ++ry)
-                    for (int rx = 0; rx < x.out_phases; ++rx)
-                        for (int ty = 0; ty < y.steps; ++ty)
-                            for (int tx = 0; tx < x.steps; ++tx) {
-                                const int ky = y.offset[ry] + ty * y.up, kx = x.offset[rx] + tx * x.up;
-                                taps_2d.push_back(ky < taps_h && kx < taps_w ? all_taps[ky * taps_w + kx] * gain : T(0));
-                            }
-                return;
-            }
-        }
-        for (T& tap : column) tap *= gain;
-        y.deal_out(column);
-        x.deal_out(row);
-    }
-
-    // Whether every tap is, up to its last bit, a product of one number for its row and one for its column: two short
-    // passes then do what one long pass does.
-    bool factors(const std::vector<T>& f, std::vector<T>& column, std::vector<T>& row) const {
-        size_t largest = 0;
-        for (size_t i = 0; i < f.size(); ++i)
-            if (std::abs(f[i]) > std::abs(f[largest])) largest = i;
-        const int ky = static_cast<int>(largest) / taps_w, kx = static_cast<int>(largest) % taps_w;
-        const T pivot = f[largest];
-        for (int i = 0; i < taps_w; ++i) row[i] = f[ky * taps_w + i];
-        for (int i = 0; i < taps_h; ++i) column[i] = pivot == 0 ? T(0) : f[i * taps_w + kx] / pivot;
-        for (int i = 0; i < taps_h; ++i)
-            for (int k = 0; k < taps_w; ++k) {
-                const T tap = f[i * taps_w + k];
-                if (!(std::abs(column[i] * row[k] - tap) <= std::numeric_limits<T>::epsilon() * std::abs(tap))) return false;
-            }
-        return true;
-    }
-};
-
-// Memory of one strip of output rows, and where it is in the image.
-template <class T>
-struct Strip {
-    int first, last;   // output rows [first, last)
-    int input_first;   // the input row of rows[0]
-    T* zeros;
-    T* input;          // one row, or all where the filter is no product
-    T* wide;           // rows filtered along x
-    T* out;            // one row of outputs, in phases
-    const T** rows;
-};
-
-template <class T>
-int strip_inputs(const Geometry<T>& g, int rows) {
-    return (rows * g.y.down) / g.y.up + g.y.steps + g.y.in_phases + 2;
-}
-
-template <class T>
-sg_int64 strip_bytes(const Geometry<T>& g, int rows) {
-    const sg_int64 inputs = strip_inputs(g, rows);
-    sg_int64 cells = std::max(g.row_width, g.input_row_width()) + g.row_width;
-    cells += g.product ? g.input_row_width() + inputs * g.row_width : inputs * g.input_row_width();
-    return cells * static_cast<sg_int64>(sizeof(T)) + inputs * static_cast<sg_int64>(sizeof(T*)) + 512;
-}
-
-template <class T>
-bool allocate(const Geometry<T>& g, int rows, Strip<T>& s) {
-    unsigned char* memory = static_cast<unsigned char*>(scratch(static_cast<size_t>(strip_bytes(g, rows))));
-    if (!memory) return false;
-    auto take = [&memory](sg_int64 count, sg_int64 size) {
-        unsigned char* start = memory;
-        memory += (count * size + 63) / 64 * 64;
-        return start;
-    };
-    const sg_int64 inputs = strip_inputs(g, rows), size = sizeof(T), widest = std::max(g.row_width, g.input_row_width());
-    s.zeros = reinterpret_cast<T*>(take(widest, size));
-    std::fill_n(s.zeros, widest, T(0));
-    s.input = reinterpret_cast<T*>(take((g.product ? 1 : inputs) * g.input_row_width(), size));
-    s.wide = reinterpret_cast<T*>(take(g.product ? inputs * g.row_width : 0, size));
-    s.out = reinterpret_cast<T*>(take(g.row_width, size));
-    s.rows = reinterpret_cast<const T**>(take(inputs, sizeof(T*)));
-    return true;
-}
-
-template <class T>
-void read_row(const Geometry<T>& g, const T* x, T* to) {
-    for (int r = 0; r < g.x.in_phases; ++r) {
-        T* phase = to + static_cast<sg_int64>(r) * g.input_width;
-        const int begin = std::min(std::max(-g.input_first, 0), g.input_width);
-        int end = floor_div(g.p->in_w - 1 - r, g.x.in_phases) + 1 - g.input_first;
-        end = std::max(std::min(end, g.input_width), begin);
-        const T* from = x + static_cast<sg_int64>(g.input_first) * g.x.in_phases + r;
-        std::fill_n(phase, begin, T(0));
-        if (g.x.in_phases == 1) std::copy(from + begin, from + end, phase + begin);
-        else if (g.x.in_phases == 2) for (int i = begin; i < end; ++i) phase[i] = from[2 * i];
-        else for (int i = begin; i < end; ++i) phase[i] = from[static_cast<sg_int64>(i) * g.x.in_phases];
-        std::fill_n(phase + end, g.input_width - end, T(0));
-    }
-    std::fill_n(to + static_cast<sg_int64>(g.x.in_phases) * g.input_width, g.lanes, T(0));
-}
-
-// to[i] = sum over t of taps[t] * rows[t][i], for whole vectors.
-template <class T, int STEPS>
-void combine(const T* const* rows, const T* taps, int steps, int width, T* to) {
-    const int count = STEPS ? STEPS : steps;
-    for (int i = 0; i < width; i += simd<T>::lanes) {
-        vector_of<T> sum = taps[0] * load(rows[0] + i);
-#pragma GCC unroll 8
-        for (int t = 1; t < count; ++t) sum += taps[t] * load(rows[t] + i);
-        store(to + i, sum);
+// to[k] = sum over t of taps[t] * the vector `at + k * lanes` behind from[t].
+template <class T, int VECTORS>
+SG_INLINE void sums(const T* const* from, const T* taps, int count, sg_int64 at, vector_of<T>* to) {
+    for (int k = 0; k < VECTORS; ++k) to[k] = vector_of<T>{};
+    for (int t = 0; t < count; ++t) {
+        const T* p = from[t] + at;
+        const vector_of<T> tap = all(taps[t]);
+#pragma GCC unroll 4
+        for (int k = 0; k < VECTORS; ++k) to[k] += tap * load(p + k * simd<T>::lanes);
     }
 }
 
 template <class T>
-void combine(const T* const* rows, const T* taps, int steps, int width, T* to) {
-    switch (steps) {
-        case 1: return combine<T, 1>(rows, taps, steps, width, to);
-        case 2: return combine<T, 2>(rows, taps, steps, width, to);
-        case 3: return combine<T, 3>(rows, taps, steps, width, to);
-        case 4: return combine<T, 4>(rows, taps, steps, width, to);
-        case 6: return combine<T, 6>(rows, taps, steps, width, to);
-        default: return combine<T, 0>(rows, taps, steps, width, to);
-    }
-}
-
-// The same for any width.
-template <class T>
-void combine_to_end(const T* const* rows, const T* taps, int steps, int width, T* to) {
-    const int whole = width / simd<T>::lanes * simd<T>::lanes;
-    combine(rows, taps, steps, whole, to);
-    if (whole == width) return;
+SG_INLINE vector_of<T> some_sums(const T* const* from, const T* taps, int count, sg_int64 at, sg_int64 width) {
     vector_of<T> sum{};
-    for (int t = 0; t < steps; ++t) sum += taps[t] * load(rows[t] + whole);
-    store_some(to + whole, sum, width - whole);
+    for (int t = 0; t < count; ++t) sum += taps[t] * load_some(from[t] + at, width);
+    return sum;
 }
 
+// `width` sums to `to`. Not a number beyond them is read or written.
 template <class T>
-void filter_row(const Geometry<T>& g, const T* input, T* to) {
-    const T* starts[64];
-    for (int r = 0; r < g.x.out_phases; ++r) {
-        const int* offsets = g.input_offset.data() + r * g.x.steps;
-        const T* taps = g.x.taps.data() + r * g.x.steps;
-        T* phase = to + static_cast<sg_int64>(r) * g.width;
-        if (g.x.steps <= 64) {
-            for (int t = 0; t < g.x.steps; ++t) starts[t] = input + offsets[t];
-            combine(starts, taps, g.x.steps, g.width, phase);
-            continue;
-        }
-        for (int i = 0; i < g.width; i += g.lanes) {
-            vector_of<T> sum{};
-            for (int t = 0; t < g.x.steps; ++t) sum += taps[t] * load(input + offsets[t] + i);
-            store(phase + i, sum);
-        }
+void combine(const T* const* from, const T* taps, int count, sg_int64 width, T* to) {
+    constexpr int lanes = simd<T>::lanes;
+    sg_int64 i = 0;
+    for (; i + 4 * lanes <= width; i += 4 * lanes) {
+        vector_of<T> v[4];
+        sums<T, 4>(from, taps, count, i, v);
+        for (int k = 0; k < 4; ++k) store(to + i + k * lanes, v[k]);
     }
-}
-
-template <class T>
-void write_row(const Geometry<T>& g, const T* from, T* y) {
-    const int width = g.p->out_w, phases = g.x.out_phases;
-    if (phases == 1) {
-        std::copy_n(from, width, y);
-    } else if (phases == 2) {
-        const T *even = from, *odd = from + g.width;
-        for (int i = 0; i < width / 2; ++i) y[2 * i] = even[i], y[2 * i + 1] = odd[i];
-        if (width % 2) y[width - 1] = even[width / 2];
-    } else {
-        for (int r = 0; r < phases; ++r)
-            for (int i = r, k = 0; i < width; i += phases, ++k) y[i] = from[static_cast<sg_int64>(r) * g.width + k];
+    for (; i + lanes <= width; i += lanes) {
+        vector_of<T> v;
+        sums<T, 1>(from, taps, count, i, &v);
+        store(to + i, v);
     }
+    if (i < width) store_some(to + i, some_sums(from, taps, count, i, width - i), width - i);
 }
 
+// The same, the even sums to `even`, the odd ones to `odd`; behind them, up to a vector of zeros may follow.
 template <class T>
-void run_strip(const Geometry<T>& g, Strip<T>& s, const T* x, T* y) {
-    const sg_upfirdn2d_params& p = *g.p;
-    auto first_input = [&g](int row) {
-        const int j = floor_div(row, g.y.out_phases);
-        return j * g.y.in_phases + g.y.first[row - j * g.y.out_phases];
-    };
-    s.input_first = first_input(s.first);
-    const int count = first_input(s.last - 1) + g.y.steps - s.input_first;
-    for (int k = 0; k < count; ++k) {
-        const int i = s.input_first + k;
-        s.rows[k] = s.zeros;
-        if (i < 0 || i >= p.in_h) continue;
-        if (g.product) {
-            T* wide = s.wide + static_cast<sg_int64>(k) * g.row_width;
-            read_row(g, x + i * p.x_stride[2], s.input);
-            filter_row(g, s.input, wide);
-            s.rows[k] = wide;
+void combine_apart(const T* const* from, const T* taps, int count, sg_int64 width, T* even, T* odd) {
+    constexpr int lanes = simd<T>::lanes;
+    for (sg_int64 i = 0; i < width; i += 2 * lanes) {
+        vector_of<T> v[2];
+        if (i + 2 * lanes <= width) {
+            sums<T, 2>(from, taps, count, i, v);
         } else {
-            T* input = s.input + static_cast<sg_int64>(k) * g.input_row_width();
-            read_row(g, x + i * p.x_stride[2], input);
-            s.rows[k] = input;
+            v[0] = some_sums(from, taps, count, i, std::min<sg_int64>(lanes, width - i));
+            v[1] = i + lanes < width ? some_sums(from, taps, count, i + lanes, width - i - lanes) : vector_of<T>{};
         }
+        store(even + i / 2, every_second<T, 0>(v[0], v[1]));
+        store(odd + i / 2, every_second<T, 1>(v[0], v[1]));
     }
-    for (int m = s.first; m < s.last; ++m) {
-        const int r = m % g.y.out_phases;
-        const T* const* rows = s.rows + (first_input(m) - s.input_first);
-        T* to = y + m * p.y_stride[2];
-        if (g.product) {
-            const T* taps = g.y.taps.data() + r * g.y.steps;
-            if (g.x.out_phases == 1) {
-                combine_to_end(rows, taps, g.y.steps, p.out_w, to);
+}
+
+// ---- Rows
+
+// What is summed for the outputs of one phase.
+template <class T>
+struct Terms {
+    const T* const* from;
+    const T* taps;
+    int count;
+};
+
+// Rows between the passes: input columns dealt out to x.in_phases planes, zeros around them.
+template <class T>
+struct Layout {
+    static constexpr int lanes = simd<T>::lanes;
+    int width;                // outputs of a phase, a multiple of the lanes
+    int first;                // the first column of each plane, counted in planes
+    int plane;                // numbers from one plane to the next
+    sg_int64 row;             // numbers of a row
+    int begin, column, end;   // image columns [column, end) begin at number `begin` of the first plane
+    std::vector<int> offset;  // [x.out_phases][x.steps]: where the numbers of a tap begin
+
+    explicit Layout(const Filters<T>& g) {
+        const Axis<T>& x = g.x;
+        width = ceil_div(ceil_div(g.p->out_w, x.out_phases), lanes) * lanes;
+        int lowest = std::numeric_limits<int>::max(), highest = std::numeric_limits<int>::min();
+        for (int start : x.first) {
+            lowest = std::min(lowest, floor_div(start, x.in_phases));
+            highest = std::max(highest, floor_div(start + x.steps - 1, x.in_phases));
+        }
+        first = lowest;
+        const int used = width + highest - lowest;
+        plane = used + lanes;
+        row = static_cast<sg_int64>(plane) * x.in_phases;
+        begin = std::min(std::max(-first, 0), used);
+        column = std::max(first, 0) * x.in_phases;
+        const sg_int64 behind = (static_cast<sg_int64>(first) + used) * x.in_phases;
+        end = static_cast<int>(std::min<sg_int64>(g.p->in_w, behind));
+        for (int start : x.first)
+            for (int t = 0; t < x.steps; ++t) {
+                const int whole = floor_div(start + t, x.in_phases);
+                offset.push_back((start + t - whole * x.in_phases) * plane + whole - first);
+            }
+    }
+};
+
+// Sums of image rows, from their first column that counts, into a row of planes.
+template <class T>
+void fill_row(const Filters<T>& g, const Layout<T>& layout, const Terms<T>& terms, T* line, T* row) {
+    const int width = layout.end - layout.column, phases = g.x.in_phases;
+    if (width <= 0) return;
+    T* to = row + layout.begin;
+    if (phases == 1) return combine(terms.from, terms.taps, terms.count, width, to);
+    if (phases == 2) return combine_apart(terms.from, terms.taps, terms.count, width, to, to + layout.plane);
+    combine(terms.from, terms.taps, terms.count, width, line);
+    for (int r = 0; r < phases; ++r)
+        for (int i = r, k = 0; i < width; i += phases, ++k) to[static_cast<sg_int64>(r) * layout.plane + k] = line[i];
+}
+
+template <class T>
+void write_row(const Filters<T>& g, const Layout<T>& layout, const Terms<T>* terms, T* line, T* y) {
+    constexpr int lanes = simd<T>::lanes;
+    const int width = g.p->out_w, phases = g.x.out_phases;
+    if (phases == 1) return combine(terms[0].from, terms[0].taps, terms[0].count, width, y);
+    if (phases == 2) {
+        for (int i = 0; 2 * i < width; i += lanes) {
+            vector_of<T> even, odd;
+            sums<T, 1>(terms[0].from, terms[0].taps, terms[0].count, i, &even);
+            sums<T, 1>(terms[1].from, terms[1].taps, terms[1].count, i, &odd);
+            const vector_of<T> low = zipped<T, 0>(even, odd), high = zipped<T, 1>(even, odd);
+            const int left = width - 2 * i;
+            if (left >= 2 * lanes) {
+                store(y + 2 * i, low);
+                store(y + 2 * i + lanes, high);
                 continue;
             }
-            combine(rows, taps, g.y.steps, g.x.out_phases * g.width, s.out);
-        } else {
-            const T* taps = g.taps_2d.data() + static_cast<sg_int64>(r) * g.x.out_phases * g.y.steps * g.x.steps;
-            for (int rx = 0; rx < g.x.out_phases; ++rx, taps += g.y.steps * g.x.steps) {
-                const int* offsets = g.input_offset.data() + rx * g.x.steps;
-                for (int i = 0; i < g.width; i += g.lanes) {
-                    vector_of<T> sum{};
-                    for (int ty = 0; ty < g.y.steps; ++ty)
-                        for (int tx = 0; tx < g.x.steps; ++tx)
-                            sum += taps[ty * g.x.steps + tx] * load(rows[ty] + offsets[tx] + i);
-                    store(s.out + static_cast<sg_int64>(rx) * g.width + i, sum);
-                }
-            }
+            store_some(y + 2 * i, low, std::min(lanes, left));
+            if (left > lanes) store_some(y + 2 * i + lanes, high, left - lanes);
         }
-        write_row(g, s.out, to);
+        return;
+    }
+    for (int r = 0; r < phases; ++r) {
+        combine(terms[r].from, terms[r].taps, terms[r].count, layout.width, line);
+        for (int i = r, k = 0; i < width; i += phases, ++k) y[i] = line[k];
     }
 }
 
+// ---- Images with contiguous rows
+
+// Scratch memory in parts, each on a vector's boundary.
+struct Memory {
+    unsigned char* next;
+    static sg_int64 rounded(sg_int64 bytes) { return (bytes + 63) / 64 * 64; }
+    template <class P>
+    P* take(sg_int64 count) {
+        unsigned char* start = next;
+        next += rounded(count * static_cast<sg_int64>(sizeof(P)));
+        return reinterpret_cast<P*>(start);
+    }
+};
+
 template <class T>
-int run(const sg_upfirdn2d_params& p) {
-    const Geometry<T> g(&p);
-    const sg_int64 planes = static_cast<sg_int64>(p.n) * p.c;
-    int rows = p.out_h;
-    while (rows > 8 && (strip_bytes(g, rows) > STRIP_BYTES ||
-                        (p.num_threads > 1 && planes * ceil_div(p.out_h, rows) < 2 * p.num_threads)))
-        rows = ceil_div(rows, 2);
-    const int strips = ceil_div(p.out_h, rows);
+struct Planar {
+    const sg_upfirdn2d_params& p;
+    const Filters<T>& g;
+    const Layout<T> layout;
+    int rows;       // of outputs, in a strip
+    int held;       // rows that a strip holds
+    int terms;      // of an output, at most
+    sg_int64 line;  // numbers of a row, on its way in or out
+
+    Planar(const sg_upfirdn2d_params& p_, const Filters<T>& g_) : p(p_), g(g_), layout(g_) {
+        terms = g.product ? std::max(g.x.steps, g.y.steps) : g.x.steps * g.y.steps;
+        line = std::max<sg_int64>(p.in_w, layout.width) + simd<T>::lanes;
+        rows = static_cast<int>(std::min<sg_int64>(p.out_h, std::max<sg_int64>(8, TASK / p.out_w)));
+        held = held_rows();
+        while (!g.product && rows > 1 && held * layout.row * static_cast<sg_int64>(sizeof(T)) > STRIP_BYTES) {
+            rows = ceil_div(rows, 2);
+            held = held_rows();
+        }
+    }
+
+    int held_rows() const { return g.product ? 1 : (rows * g.y.down) / g.y.up + g.y.steps + g.y.in_phases + 2; }
+
+    sg_int64 bytes() const {
+        const sg_int64 size = sizeof(T), pointers = sizeof(T*), lists = sizeof(Terms<T>) * g.x.out_phases;
+        return Memory::rounded(held * layout.row * size) + Memory::rounded(line * size) + Memory::rounded(lists) +
+               Memory::rounded(terms * pointers) + Memory::rounded(terms * g.x.out_phases * pointers);
+    }
+
+    // Output rows [first, last) of one plane.
+    void run(const T* x, T* y, int first, int last, void* scratch) const {
+        Memory memory{static_cast<unsigned char*>(scratch)};
+        T* row = memory.take<T>(held * layout.row);
+        T* spare = memory.take<T>(line);
+        Terms<T>* lists = memory.take<Terms<T>>(g.x.out_phases);
+        const T** above = memory.take<const T*>(terms);
+        const T** beside = memory.take<const T*>(static_cast<sg_int64>(terms) * g.x.out_phases);
+        std::fill_n(row, held * layout.row, T(0));
+        x += layout.column;
+        const int input_first = g.y.first_input(first);
+        if (g.product) {
+            for (size_t i = 0; i < layout.offset.size(); ++i) beside[i] = row + layout.offset[i];
+            for (int r = 0; r < g.x.out_phases; ++r)
+                lists[r] = {beside + r * g.x.steps, g.x.taps.data() + r * g.x.steps, g.x.count[r]};
+        } else {
+            copy_rows(x, input_first, last, above, spare, row);
+        }
+        for (int m = first; m < last; ++m, y += p.y_stride[2]) {
+            const int r = m % g.y.out_phases, base = g.y.first_input(m);
+            const int begin = std::max(0, -base), end = std::min(g.y.count[r], p.in_h - base);
+            if (begin >= end) {
+                std::fill_n(y, p.out_w, T(0));
+                continue;
+            }
+            if (g.product) {
+                for (int t = begin; t < end; ++t) above[t] = x + (base + t) * p.x_stride[2];
+                const T* taps = g.y.taps.data() + r * g.y.steps;
+                fill_row(g, layout, {above + begin, taps + begin, end - begin}, spare, row);
+            } else {
+                list_taps(row + (base - input_first) * layout.row, r, begin, end, beside, lists);
+            }
+            write_row(g, layout, lists, spare, y);
+        }
+    }
+
+  private:
+    void copy_rows(const T* x, int first, int last_output, const T** above, T* spare, T* row) const {
+        const T one = 1;
+        const int last = g.y.first_input(last_output - 1) + g.y.steps;
+        for (int i = std::max(first, 0); i < std::min(last, p.in_h); ++i) {
+            above[0] = x + i * p.x_stride[2];
+            fill_row(g, layout, {above, &one, 1}, spare, row + (i - first) * layout.row);
+        }
+    }
+
+    void list_taps(const T* row, int r, int begin, int end, const T** beside, Terms<T>* lists) const {
+        for (int rx = 0; rx < g.x.out_phases; ++rx) {
+            const int width = g.x.count[rx];
+            lists[rx] = {beside, g.taps_2d[r * g.x.out_phases + rx].data() + begin * width, (end - begin) * width};
+            for (int t = begin; t < end; ++t)
+                for (int k = 0; k < width; ++k) *beside++ = row + t * layout.row + layout.offset[rx * g.x.steps + k];
+        }
+    }
+};
+
+template <class T>
+int run_planar(const sg_upfirdn2d_params& p) {
+    const Filters<T> g(&p);
+    const Planar<T> image(p, g);
+    const sg_int64 planes = static_cast<sg_int64>(p.n) * p.c, strips = ceil_div(p.out_h, image.rows);
+    // Small planes go in groups, as long as there is work for all threads.
+    const sg_int64 worth = std::max<sg_int64>(1, TASK / (static_cast<sg_int64>(p.out_h) * p.out_w));
+    const sg_int64 together = std::min(worth, std::max<sg_int64>(1, planes / (4 * std::max(p.num_threads, 1))));
     std::atomic<int> status{SG_OK};
-    parallel_for(p.num_threads, planes * strips, [&](sg_int64 task) {
-        const sg_int64 plane = task / strips;
-        const sg_int64 n = plane / p.c, c = plane % p.c;
-        Strip<T> s;
-        if (!allocate(g, rows, s)) {
+    parallel_for(p.num_threads, (planes + together - 1) / together * strips, [&](sg_int64 task) {
+        void* memory = scratch(static_cast<size_t>(image.bytes()));
+        if (!memory) {
             status = SG_NO_MEMORY;
             return;
         }
-        s.first = static_cast<int>(task % strips) * rows;
-        s.last = std::min(s.first + rows, p.out_h);
-        run_strip(g, s, static_cast<const T*>(p.x) + n * p.x_stride[0] + c * p.x_stride[1],
-                  static_cast<T*>(p.y) + n * p.y_stride[0] + c * p.y_stride[1]);
+        const int first = static_cast<int>(task % strips) * image.rows, last = std::min(first + image.rows, p.out_h);
+        const sg_int64 begin = task / strips * together, end = std::min(begin + together, planes);
+        for (sg_int64 plane = begin; plane < end; ++plane) {
+            const sg_int64 n = plane / p.c, c = plane % p.c;
+            const T* x = static_cast<const T*>(p.x) + n * p.x_stride[0] + c * p.x_stride[1];
+            T* y = static_cast<T*>(p.y) + n * p.y_stride[0] + c * p.y_stride[1] + first * p.y_stride[2];
+            image.run(x, y, first, last, memory);
+        }
     });
     return status;
 }
 
+// ---- Images with contiguous channels
+
+template <class T>
+struct ChannelsLast {
+    const sg_upfirdn2d_params& p;
+    const Filters<T>& g;
+    int rows;         // of outputs, in a strip
+    int first, held;  // a row between the passes holds pixels [first, first + held)
+
+    ChannelsLast(const sg_upfirdn2d_params& p_, const Filters<T>& g_) : p(p_), g(g_) {
+        const sg_int64 numbers = static_cast<sg_int64>(p.out_w) * p.c;
+        rows = static_cast<int>(std::min<sg_int64>(p.out_h, std::max<sg_int64>(1, TASK / numbers)));
+        first = *std::min_element(g.x.first.begin(), g.x.first.end());
+        const int highest = *std::max_element(g.x.first.begin(), g.x.first.end()) + g.x.steps;
+        held = highest - first + (p.out_w - 1) / g.x.out_phases * g.x.in_phases;
+    }
+
+    int terms() const { return std::max(g.x.steps, g.y.steps) * (g.product ? 1 : std::min(g.x.steps, g.y.steps)); }
+
+    sg_int64 bytes() const {
+        const sg_int64 size = sizeof(T), pointers = sizeof(T*);
+        const sg_int64 row = g.product ? static_cast<sg_int64>(held) * p.c * size : 0;
+        return Memory::rounded(row) + Memory::rounded(terms() * pointers) + Memory::rounded(terms() * size);
+    }
+
+    void run(const T* x, T* y, int first_row, int last_row, void* scratch) const {
+        Memory memory{static_cast<unsigned char*>(scratch)};
+        T* row = memory.take<T>(g.product ? static_cast<sg_int64>(held) * p.c : 0);
+        const T** from = memory.take<const T*>(terms());
+        T* taps = memory.take<T>(terms());
+        if (g.product) std::fill_n(row, static_cast<sg_int64>(held) * p.c, T(0));
+        for (int m = first_row; m < last_row; ++m, y += p.y_stride[2]) {
+            const int r = m % g.y.out_phases, base = g.y.first_input(m);
+            const int begin = std::max(0, -base), end = std::min(g.y.count[r], p.in_h - base);
+            if (g.product) fill_pixels(x + base * p.x_stride[2], r, begin, end, from, row);
+            for (int k = 0; k < p.out_w; ++k) {
+                const int rx = k % g.x.out_phases, left = g.x.first_input(k), width = g.x.count[rx];
+                T* to = y + k * p.y_stride[3];
+                if (g.product) {
+                    for (int t = 0; t < width; ++t) from[t] = row + static_cast<sg_int64>(left + t - first) * p.c;
+                    combine(from, g.x.taps.data() + rx * g.x.steps, begin < end ? width : 0, p.c, to);
+                    continue;
+                }
+                const T* weights = g.taps_2d[r * g.x.out_phases + rx].data();
+                int count = 0;
+                for (int ty = begin; ty < end; ++ty)
+                    for (int tx = std::max(0, -left); tx < std::min(width, p.in_w - left); ++tx, ++count) {
+                        from[count] = x + (base + ty) * p.x_stride[2] + (left + tx) * p.x_stride[3];
+                        taps[count] = weights[ty * width + tx];
+                    }
+                combine(from, taps, count, p.c, to);
+            }
+        }
+    }
+
+  private:
+    void fill_pixels(const T* x, int r, int begin, int end, const T** from, T* row) const {
+        const int left = std::max(first, 0), right = std::min(p.in_w, first + held);
+        if (left >= right) return;
+        for (int t = begin; t < end; ++t) from[t - begin] = x + t * p.x_stride[2] + left * p.x_stride[3];
+        combine(from, g.y.taps.data() + r * g.y.steps + begin, std::max(0, end - begin),
+                static_cast<sg_int64>(right - left) * p.c, row + static_cast<sg_int64>(left - first) * p.c);
+    }
+};
+
+template <class T>
+int run_channels_last(const sg_upfirdn2d_params& p) {
+    const Filters<T> g(&p);
+    if (g.product && p.x_stride[3] != p.c) return SG_UNSUPPORTED;  // a row is summed as one
+    const ChannelsLast<T> image(p, g);
+    const sg_int64 strips = ceil_div(p.out_h, image.rows);
+    std::atomic<int> status{SG_OK};
+    parallel_for(p.num_threads, p.n * strips, [&](sg_int64 task) {
+        void* memory = scratch(static_cast<size_t>(image.bytes()));
+        if (!memory) {
+            status = SG_NO_MEMORY;
+            return;
+        }
+        const int first = static_cast<int>(task % strips) * image.rows, last = std::min(first + image.rows, p.out_h);
+        const sg_int64 n = task / strips;
+        image.run(static_cast<const T*>(p.x) + n * p.x_stride[0],
+                  static_cast<T*>(p.y) + n * p.y_stride[0] + first * p.y_stride[2], first, last, memory);
+    });
+    return status;
+}
+
+template <class T>
+int run(const sg_upfirdn2d_params& p) {
+    if ((p.x_stride[3] == 1 || p.in_w == 1) && (p.y_stride[3] == 1 || p.out_w == 1)) return run_planar<T>(p);
+    if (p.x_stride[1] == 1 && p.y_stride[1] == 1 && p.c >= simd<T>::lanes) return run_channels_last<T>(p);
+    return SG_UNSUPPORTED;
+}
+
 }  // namespace
+}  // namespace upfirdn2d
 }  // namespace sg
 
 SG_EXPORT int sg_upfirdn2d(const sg_upfirdn2d_params* p) {
-    if (p->x_stride[3] != 1 && p->in_w > 1) return SG_UNSUPPORTED;
-    if (p->y_stride[3] != 1 && p->out_w > 1) return SG_UNSUPPORTED;
     if (p->n == 0 || p->c == 0 || p->out_h <= 0 || p->out_w <= 0) return SG_OK;
     try {
-        if (p->dtype == SG_F32) return sg::run<float>(*p);
-        if (p->dtype == SG_F64) return sg::run<double>(*p);
+        if (p->dtype == SG_F32) return sg::upfirdn2d::run<float>(*p);
+        if (p->dtype == SG_F64) return sg::upfirdn2d::run<double>(*p);
     } catch (const std::bad_alloc&) {
         return SG_NO_MEMORY;
     }
