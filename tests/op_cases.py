@@ -117,7 +117,9 @@ def tensors(case: Case, dtype, device="cpu") -> dict[str, Any]:
             made[name] = None
             continue
         f = draw(*taps) if isinstance(taps, tuple) else draw(taps)
-        if case.id == "stylegan3_r":  # radial filters are their own mirror images, which a kernel may use
+        if (
+            f.ndim == 2 and case.id == "stylegan3_r"
+        ):  # radial filters are their own mirror images, which a kernel may use
             f = f + f.flip(1)
         if case.op == "filtered_lrelu":  # low-passes, as in networks: sums of their results do not cancel
             f = f.abs() / f.abs().sum()
