@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from finetune.errors import CheckpointError, ConfigError
 NAME = "checkpoints.json"
 VARIABLE = "FINETUNE_CATALOGUE"
 VERSION = 1
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 OPENS = ("stylegan2", "stylegan3-t", "stylegan3-r")  # the architectures that this program can load
 
 
@@ -145,7 +147,7 @@ def conflicts(entries: Iterable[Entry]) -> list[str]:
         problems += [
             f"{entry.id}: {url} is plain http, which only a sha256 makes safe"
             for url in entry.urls
-            if url.startswith("http:") and entry.sha256 is None
+            if url.startswith("http:") and entry.sha256 is None and urlsplit(url).hostname not in THIS_MACHINE
         ]
     return problems
 
@@ -222,7 +224,9 @@ def search(words: Iterable[str]) -> list[Entry]:
     wanted = [word.lower() for word in words]
 
     def said(entry: Entry) -> str:
-        values = (entry.id, *entry.aliases, entry.architecture, entry.config, entry.dataset, entry.licence)
+        # Licences of code bases carry the names of architectures that the checkpoint is not of.
+        licence = re.sub(r"stylegan\S*", "", str(entry.licence or "not stated").lower())
+        values = (entry.id, *entry.aliases, entry.architecture, entry.config, entry.dataset, licence)
         size = "" if entry.resolution is None else f"{entry.resolution} {entry.resolution}px"
         labels = "conditional classes" if entry.classes else ""
         return " ".join([*map(str, values), size, labels, entry.kind]).lower()

@@ -12,6 +12,8 @@ from finetune.recipes import Published
 if TYPE_CHECKING:
     from finetune.checkpoint.opening import Provenance
 
+BY_NAME = "(recognised by the file name alone)"  # the remark on a licence that may be another's
+
 
 def entry_of_hash(sha256: str) -> Entry | None:
     """The entry that a file is of: by a hash in the catalogue, or as one that was fetched by that name."""
@@ -48,7 +50,7 @@ def find_licence(*, sha256: str, file_name: str, size: int, resolution: int) -> 
     licences = {str(entry.licence) for entry in entries_of_name(file_name, size, resolution)}
     if len(licences) != 1 or "None" in licences:
         return None
-    return f"{licences.pop()} (recognised by the file name alone)"
+    return f"{licences.pop()} {BY_NAME}"
 
 
 def published(entry: Entry) -> Published | None:

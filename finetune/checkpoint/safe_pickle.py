@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from finetune.checkpoint.first_bytes import named_as_text, refuse_other_formats
 from finetune.checkpoint.pickle_machine import (
     DAMAGED,
     MAX_OPCODES,
@@ -128,8 +129,12 @@ def read_pickle(path: Path) -> PickleFile:
     PickleRefused where it is damaged, asks for a global that is not on the list, or grows beyond its size.
     """
     data = _read(path)
-    _refuse_other_formats(path, data)
-    return PickleFile(root=loads(data), sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    refuse_other_formats(path, data)
+    try:
+        root = loads(data)
+    except PickleRefused as error:
+        raise named_as_text(data, error) from None
+    return PickleFile(root=root, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
 def loads(data: bytes) -> Any:
@@ -423,35 +428,6 @@ def damaged(why: str, offset: int) -> NoReturn:
 def expect(condition: bool, why: str, offset: int) -> None:
     if not condition:
         damaged(why, offset)
-
-
-# Files that are no pickles.
-
-SAFETENSORS = rb".{8}\{\s*\""  # the length of a JSON header, then that header
-OTHER_FORMATS = (
-    (
-        rb"PK\x03\x04",
-        "a zip archive, as torch.save writes them; StyleGAN checkpoints are plain pickles (.pkl)",
-    ),
-    (rb"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9", "a file of torch.save, not a StyleGAN pickle"),
-    (rb"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"),
-    (
-        rb"\s*<(!doctype|html|\?xml)",
-        "a web page, as a failed download leaves behind; download the file again",
-    ),
-    (SAFETENSORS, "a safetensors file"),
-    (rb"\x1f\x8b", "gzip-compressed; unpack it first"),
-    (rb"\x89HDF", "an HDF5 file"),
-    (rb"\s*[{\[]\s*[\"}\]{\d]", "JSON text"),
-)
-
-
-def _refuse_other_formats(path: Path, data: bytes) -> None:
-    if not data:
-        raise CheckpointError(f"{path} is empty", hint="Download or copy it again.")
-    for pattern, what in OTHER_FORMATS:
-        if re.match(pattern, data[:512], re.IGNORECASE | re.DOTALL):
-            raise CheckpointError(f"{path} is not a checkpoint: it looks like {what}")
 
 
 def _read(path: Path) -> bytes:

@@ -17,8 +17,9 @@ import torch
 
 from finetune.checkpoint import arguments
 from finetune.checkpoint.described import Described
+from finetune.checkpoint.first_bytes import SAFETENSORS
 from finetune.checkpoint.rebuild import Allowance, build_on_meta, compare, fill
-from finetune.checkpoint.safe_pickle import SAFETENSORS, Tensor, printable
+from finetune.checkpoint.safe_pickle import Tensor, printable
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 

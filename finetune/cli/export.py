@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import network_option
+from finetune.cli.options import network_file, network_option, offline_option
 from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.checkpoint import Checkpoint
 
 _ENDINGS = {
     "stylegan-pkl": "give --format safetensors, or a name that ends in .pkl",
@@ -29,15 +33,17 @@ _ENDINGS = {
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
 @click.option("--force", is_flag=True, help="Replace FILE where it exists.")
-def command(network: Path, file_format: str, out: Path, force: bool) -> None:
+@click.option("--licence", metavar="TEXT", help="Its licence, where the checkpoint does not say one.")
+@offline_option()
+def command(network: str, file_format: str, out: Path, force: bool, licence: str | None) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
     FILE takes its name only when all agree. Where the weights come from, and their licence, travel along.
     """
-    from finetune.checkpoint import load, resolve_network
+    from finetune.checkpoint import load
     from finetune.export.verify import export_checkpoint
 
-    source = resolve_network(network)
+    source = network_file(network)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file.")
     if (out.suffix.lower() == ".safetensors") != (file_format == "safetensors"):
@@ -49,7 +55,7 @@ def command(network: Path, file_format: str, out: Path, force: bool) -> None:
             raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
         if not force:
             raise ConfigError(f"--out {out} exists; give --force to replace it, or choose another name.")
-    checkpoint = load(source)
+    checkpoint = with_licence(load(source), licence)
     with progress_bar("comparing images", 1) as progress:
         result = export_checkpoint(out, checkpoint, file_format, progress=progress)
 
@@ -64,6 +70,18 @@ def command(network: Path, file_format: str, out: Path, force: bool) -> None:
     )
     for line in provenance_lines(checkpoint.provenance.to_dict()):
         click.echo(line)
+
+
+def with_licence(checkpoint: Checkpoint, licence: str | None) -> Checkpoint:
+    """The checkpoint with a licence that a person states; one that is known is not replaced."""
+    from finetune.checkpoint.known import BY_NAME
+
+    origin = checkpoint.provenance
+    if not licence or licence == origin.licence:
+        return checkpoint
+    if origin.licence and not origin.licence.endswith(BY_NAME):
+        raise ConfigError(f"--licence {licence}: that of {origin.source} is known, {origin.licence}.")
+    return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=licence))
 
 
 def _what_is_missing(missing: list[str], file_format: str) -> str:

@@ -10,7 +10,9 @@ import click
 from finetune.cli.options import (
     GridSize,
     device_option,
+    network_file,
     network_option,
+    offline_option,
     ops_option,
     outdir_option,
     seeds_option,
@@ -48,10 +50,11 @@ from finetune.errors import CheckpointError, ConfigError
     show_default=True,
     help="StyleGAN2's noise: the stored maps, maps drawn from the seed, or none.",
 )
+@offline_option()
 @device_option()
 @ops_option()
 def command(
-    network: Path,
+    network: str,
     seeds: list[int],
     outdir: Path,
     trunc: float,
@@ -77,7 +80,7 @@ def command(
     from finetune.device import resolve_device
     from finetune.sampling import generate, label_from_class, save_grid, to_image
 
-    checkpoint = load(network, device=resolve_device(device))
+    checkpoint = load(network_file(network), device=resolve_device(device))
     G = checkpoint.best
     if G is None:
         raise CheckpointError(f"{network} holds no generator, only D.")

@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.cli.options import NETWORK, network_file, offline_option
+
 if TYPE_CHECKING:
     from finetune.checkpoint import Checkpoint
 
 
 @click.command("inspect", short_help="Say what a checkpoint holds; nothing in it is executed.")
-@click.argument("network", metavar="FILE|RUN", type=click.Path(path_type=Path))
+@click.argument("network", metavar=NETWORK)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def command(network: Path, as_json: bool) -> None:
+@offline_option()
+def command(network: str, as_json: bool) -> None:
     """Say what a checkpoint, or the newest snapshot of a run folder, holds.
 
     Generation, architecture, sizes, precision, where it comes from, and what is missing. The networks are
     built and every tensor is checked, so a file that passes can be used; nothing in it is executed.
     """
-    from finetune.checkpoint import load, resolve_network
+    from finetune.checkpoint import load
 
-    path = resolve_network(network)
+    path = network_file(network)
     facts = describe(path, load(path))
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
 

@@ -13,6 +13,9 @@ from finetune.config import MAX_SEED
 # As torch_utils.ops.impl has them, which imports torch.
 OPS_VARIABLE = "FINETUNE_OPS"
 OPS_IMPLEMENTATIONS = ("auto", "ref", "cpu", "cuda")
+# As finetune.checkpoint.fetch has it.
+OFFLINE_VARIABLE = "FINETUNE_OFFLINE"
+NETWORK = "FILE|RUN|NAME|URL"
 MAX_SEEDS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
 
 
@@ -74,14 +77,48 @@ class GridSize(click.ParamType):
 
 
 def network_option(**overrides: Any):
-    """`--network`: a checkpoint file, or a run folder whose newest snapshot is meant."""
+    """`--network`: whatever `network_file` takes, as text; a Path would spoil URLs."""
     settings: dict[str, Any] = {
         "required": True,
-        "type": click.Path(path_type=Path),
-        "metavar": "FILE|RUN",
-        "help": "Checkpoint file, or run folder (its newest snapshot).",
+        "metavar": NETWORK,
+        "help": "Checkpoint file, run folder (its newest snapshot), name of `finetune checkpoints`, or URL.",
     }
     return click.option("--network", **{**settings, **overrides})
+
+
+def network_file(network: str) -> Path:
+    """The file that `--network` means, downloaded where it is not here; says so, and under which licence."""
+    from finetune.checkpoint import resolve_network
+    from finetune.cli.progress import download_bar
+
+    with download_bar() as (tell, progress):
+        return resolve_network(network, tell=tell, progress=progress)
+
+
+def offline_option(**overrides: Any):
+    """`--offline`: nothing is downloaded, by this process and those that it starts."""
+
+    def set_variable(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            before = os.environ.get(OFFLINE_VARIABLE)
+            os.environ[OFFLINE_VARIABLE] = "1"
+            ctx.call_on_close(lambda: restore(OFFLINE_VARIABLE, before))
+
+    settings: dict[str, Any] = {
+        "is_flag": True,
+        "callback": set_variable,
+        "expose_value": False,
+        "help": f"Never use the network. Also ${OFFLINE_VARIABLE}.",
+    }
+    return click.option("--offline", **{**settings, **overrides})
+
+
+def restore(variable: str, value: str | None) -> None:
+    """Give an environment variable the value that it had, None for none."""
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
 
 
 def device_option(**overrides: Any):

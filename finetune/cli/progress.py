@@ -1,4 +1,4 @@
-"""A progress bar for commands that work through a number of things; silent where stderr is no terminal."""
+"""Progress bars, for a number of things and for downloads; silent where stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -17,3 +17,43 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def download_bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int | None], None]]]:
+    """Give the functions `tell(sentence)` and `progress(bytes, bytes in all or None)` of a download.
+
+    Nothing is shown, and rich is not loaded, before one of them is called.
+    """
+    import click
+
+    bar = None
+
+    def tell(sentence: str) -> None:
+        if bar is not None and bar.live.is_started:
+            bar.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        else:
+            click.echo(sentence, err=True)
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _bytes_bar()
+            bar.add_task("", total=total)
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield tell, progress
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bytes_bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

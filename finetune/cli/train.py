@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from typing import Any
 
 import click
 
 from finetune import config as choices
-from finetune.cli.options import device_option, ops_option
+from finetune.cli.options import device_option, network_file, offline_option, ops_option
 from finetune.config import TrainConfig
 
 DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
@@ -32,7 +34,10 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 
 @click.command("train", short_help="Fine-tune a checkpoint to a folder of pictures, with self-distillation.")
 @option(
-    "resume", click.Path(), "Checkpoint to start from: a StyleGAN2 or StyleGAN3 pickle.", metavar="PICKLE"
+    "resume",
+    str,
+    "Checkpoint to start from: a file, a name of `finetune checkpoints`, or a URL.",
+    metavar="NETWORK",
 )
 @option("scratch", choices.FAMILIES, "Start without a checkpoint, from random weights.")
 @click.option(
@@ -111,6 +116,7 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("desc", str, "Words to add to the name of the run folder.")
 @device_option()
 @ops_option()
+@offline_option()
 @option(
     "precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere."
 )
@@ -126,6 +132,8 @@ def command(dry_run: bool, **options: Any) -> None:
     """
     config = TrainConfig(**options)
     config.validate()
+    if config.resume is not None and not os.path.exists(config.resume):
+        config = dataclasses.replace(config, resume=str(network_file(config.resume)))
     from rich.console import Console
 
     from finetune.train.run import prepare, show, start

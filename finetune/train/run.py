@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
 from finetune import recipes
 from finetune.checkpoint import Checkpoint, load, newest_snapshot
+from finetune.checkpoint.known import published_for
 from finetune.checkpoint.surgery import Operation, Wanted, operate
 from finetune.config import TrainConfig
 from finetune.data import ImageSet, build_loader, scan
@@ -96,6 +97,9 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     tell("Building the networks …")
     operations: list[Operation] = []
     if checkpoint is not None:
+        if facts.resolution == cast(Any, checkpoint.best).img_resolution:
+            # Published settings are those of a resolution.
+            facts = replace(facts, published=published_for(checkpoint.provenance))
         wanted = Wanted(facts.c_dim, config.classes, config.channels, config.resolution, config.new_d)
         checkpoint, operations = operate(checkpoint, wanted, config.seed)
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))

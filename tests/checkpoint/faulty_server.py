@@ -27,6 +27,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         name = self.path.strip("/").partition("?")[0]
+        self.content = self.server.files.get(name, CONTENT)
         with self.server.lock:
             plan = self.server.plan.get(name, ["file"])
             thing = plan.pop(0) if len(plan) > 1 else plan[0]
@@ -49,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def start(self, content=None, etag='"1"'):
         """The whole file or, where it is asked for, the rest of it; what is left to be sent."""
-        content = self.server.content if content is None else content
+        content = self.content if content is None else content
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if match and self.headers.get("If-Range", etag) == etag:
             first = int(match[1])
@@ -68,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(self.start())
 
     def send_no_range(self):
-        self.answer(200, self.server.content)
+        self.answer(200, self.content)
 
     def send_half(self):
         """Half of what is left, and then nothing more."""
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_other(self):
         """Another version of the file, of the same length."""
-        self.wfile.write(self.start(self.server.content[::-1], etag='"2"'))
+        self.wfile.write(self.start(self.content[::-1], etag='"2"'))
 
     def send_other_unasked(self):
         """The rest of another version, as a server does that knows no If-Range."""
@@ -110,13 +111,13 @@ class Handler(BaseHTTPRequestHandler):
     def send_unknown_size(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(self.server.content)
+        self.wfile.write(self.content)
         self.close_connection = True
 
     def send_unknown_size_half(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(self.server.content[:HALF])
+        self.wfile.write(self.content[:HALF])
         self.close_connection = True
 
     def send_slowly(self):
@@ -132,11 +133,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(plan=None, content=CONTENT):
-    """A running server: its `plan` may be changed; `requests` lists (name, headers) of what was asked."""
+def serving(files=None):
+    """A server of `files` (name -> bytes, CONTENT for others) that follows its `plan`, empty at first.
+
+    `requests` lists (name, headers) of what was asked for.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
-        server.plan, server.content, server.requests = plan or {}, content, []
+        server.plan, server.files, server.requests = {}, files or {}, []
         server.lock, server.end = threading.Lock(), threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

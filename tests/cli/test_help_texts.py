@@ -17,10 +17,14 @@ def help_texts() -> dict[str, str]:
     for name in COMMANDS:
         command = cli.get_command(parent, name)
         texts[f"{name}.txt"] = text_of(command, name, parent)
+        if isinstance(command, click.Group):
+            inner = click.Context(command, info_name=name, parent=parent)
+            for each in command.commands.values():
+                texts[f"{name}.txt"] += f"\n{text_of(each, each.name, inner)}"
     return texts
 
 
-def text_of(command: click.Command, name: str, parent: click.Context | None) -> str:
+def text_of(command: click.Command, name: str | None, parent: click.Context | None) -> str:
     settings = {**command.context_settings, "terminal_width": 100, "max_content_width": 100}
     return command.get_help(click.Context(command, info_name=name, parent=parent, **settings)) + "\n"
 

@@ -160,7 +160,7 @@ def test_no_such_file_and_no_such_format(exported, tmp_path):
         finetune.load(tmp_path / "absent.safetensors")
     for content, words in (
         (b"", "is empty"),
-        (b"no tensors", "damaged"),
+        (b"no tensors", "it is text: 'no tensors'"),
         (exported.read_bytes()[:-5], "damaged safetensors file"),
         (exported.read_bytes()[:100], "damaged safetensors file"),
     ):

@@ -1,0 +1,101 @@
+"""Entries for the catalogue, made from files: what a file itself says, and what a person adds to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finetune.checkpoint import catalog
+from finetune.checkpoint.catalog import Entry
+from finetune.checkpoint.opening import Checkpoint, load
+from finetune.checkpoint.schema import problems_of_entry
+from finetune.errors import CheckpointError, ConfigError
+
+FORMATS = {
+    "tf": "tensorflow-pickle",
+    "ada": "pytorch-pickle",
+    "sg3": "pytorch-pickle",
+    "finetune": "pytorch-pickle",
+}
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint file says of itself, as fields of an Entry. Errors: those of `load`."""
+    checkpoint = load(path)
+    network: Any = _network(checkpoint)
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    return {
+        "format": "safetensors" if is_safetensors else FORMATS[checkpoint.provenance.generation],
+        "architecture": checkpoint.family,
+        "resolution": network.img_resolution,
+        "classes": network.c_dim,
+        "size": checkpoint.provenance.size,
+        "sha256": checkpoint.provenance.sha256,
+    }
+
+
+def _network(checkpoint: Checkpoint) -> Any:
+    return checkpoint.best if checkpoint.best is not None else checkpoint.D
+
+
+def check_fits(path: Path, entry: Entry) -> None:
+    """Open the file of an entry, and raise CheckpointError where it is not what the entry says."""
+    facts = facts_of(path)
+    wrong = [
+        f"its {name} is {facts[name]} instead of {stated}"
+        for name in ("architecture", "resolution", "classes")
+        if (stated := getattr(entry, name)) is not None
+        and facts[name] != stated
+        and name not in entry.inferred
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} is not {entry.id}: {', '.join(wrong)}")
+
+
+def new_entry(url: str, path: Path, **said: Any) -> Entry:
+    """An entry for the file of a URL, or the entry that the catalogue has, with what only the file tells.
+
+    said: further fields of an Entry. Raises ConfigError where they are not as the schema has them.
+    """
+    facts = facts_of(path)
+    stated_by = f"the file, as it was on {time.strftime('%Y-%m-%d')}"
+    known = catalog.find_url(url)
+    said = {name: value for name, value in said.items() if value}
+    if known is not None:
+        inferred = tuple(name for name in known.inferred if name not in facts)
+        source = known.sha256_from if known.sha256 else stated_by
+        entry = dataclasses.replace(known, **facts, inferred=inferred, sha256_from=source, size_about=None)
+        entry = dataclasses.replace(entry, **{k: v for k, v in said.items() if k != "id"})
+    else:
+        name = PurePosixPath(catalog.file_name_of(url)).stem
+        entry = Entry(
+            **{"id": name, "urls": (url,), "sources": (url,), **facts, "sha256_from": stated_by, **said}
+        )
+    problems = problems_of_entry(entry.to_json())
+    others = [other for other in catalog.catalogue().values() if known is None or other.id != known.id]
+    problems += [problem for problem in catalog.conflicts([*others, entry]) if entry.id in problem]
+    if problems:
+        raise ConfigError([f"The entry {entry.id}: {problem}." for problem in problems])
+    return entry
+
+
+def write_into(path: Path, entry: Entry) -> None:
+    """Put an entry into a catalogue, in the place of one with its name; a file that is not there is made.
+
+    Raises ConfigError where the file is not a catalogue.
+    """
+    entries = catalog.read_catalogue(path) if path.exists() else {}
+    content = catalog.to_text((entries | {entry.id: entry}).values())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--into {path} cannot be written: {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,248 @@
+"""`finetune checkpoints`: public checkpoints by name, and the folder that they are kept in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from finetune.cli.options import network_file, offline_option
+from finetune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from finetune.checkpoint.catalog import Entry
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+@click.group("checkpoints", short_help="Public checkpoints by name: find, fetch, verify, add.")
+def command() -> None:
+    """Find, fetch and verify public checkpoints by name.
+
+    Wherever a command takes a network, these names are taken, and URLs. The catalogue holds what is publicly
+    stated about each checkpoint; $FINETUNE_CATALOGUE may name a further one of yours. Files are kept in the
+    cache folder, which $FINETUNE_CACHE moves. Each checkpoint has a licence of its own.
+    """
+
+
+def show_entries(entries: list[Entry], as_json: bool) -> None:
+    from finetune.cli import checkpoint_tables as tables
+
+    if as_json:
+        click.echo(json.dumps([tables.as_values(entry) for entry in entries], indent=2, ensure_ascii=False))
+    elif entries:
+        tables.print_table(entries)
+
+
+@command.command("list", short_help="List the checkpoints that can be opened.")
+@click.option("--all", "everything", is_flag=True, help="Also networks for metrics, and kinds that cannot.")
+@click.option("--here", is_flag=True, help="Only those on this machine.")
+@json_option
+def list_command(everything: bool, here: bool, as_json: bool) -> None:
+    """List the checkpoints of the catalogue: pixels, architecture, pictures, licence, size, and whether it is
+    here."""
+    from finetune.checkpoint import catalog, store
+
+    entries = [
+        entry
+        for entry in catalog.catalogue().values()
+        if (everything or entry.architecture in catalog.OPENS)
+        and (not here or store.place_of(entry).is_file())
+    ]
+    show_entries(entries, as_json)
+    if not as_json:
+        kept = sum(store.place_of(entry).is_file() for entry in entries)
+        click.echo(f"\n{len(entries)} in the list, {kept} of them here, in {store.folder()}")
+
+
+@command.command("search", short_help="List what all the words given are said about.")
+@click.argument("words", nargs=-1, required=True)
+@json_option
+def search_command(words: tuple[str, ...], as_json: bool) -> None:
+    """List the entries in which every word occurs: in name, architecture, pixels, pictures or licence, like
+    `search ffhq 256 stylegan3`."""
+    from finetune.checkpoint import catalog
+
+    entries = catalog.search(words)
+    show_entries(entries, as_json)
+    if not entries and not as_json:
+        click.echo(f"Nothing is said to be {' and '.join(words)}. {catalog.suggestion('-'.join(words))}")
+
+
+@command.command("show", short_help="Say all that is known about one checkpoint.")
+@click.argument("name")
+@json_option
+def show_command(name: str, as_json: bool) -> None:
+    """Say all that is publicly stated about a checkpoint, and by whom."""
+    from finetune.checkpoint import catalog
+    from finetune.cli import checkpoint_tables as tables
+
+    entry = catalog.get(name)
+    if as_json:
+        click.echo(json.dumps(tables.as_values(entry), indent=2, ensure_ascii=False))
+    else:
+        click.echo(tables.as_text(entry))
+
+
+@command.command("fetch", short_help="Download checkpoints, and check what came.")
+@click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
+@offline_option()
+def fetch_command(names: tuple[str, ...]) -> None:
+    """Download what is not here yet, and print where it is.
+
+    A download that breaks off is gone on with, also by the next call. Size and hash are compared with the
+    catalogue; where it knows none, the hash of the first download is recorded, and must stay the same.
+    """
+    from finetune.checkpoint import catalog
+    from finetune.checkpoint.run import as_url
+
+    wanted = [name if as_url(name) else catalog.get(name).id for name in names]
+    for name in wanted:
+        click.echo(fetched(name))
+
+
+def fetched(name: str) -> Path:
+    """The file of a name or URL, of networks for metrics as well."""
+    from finetune.checkpoint import catalog, store
+    from finetune.checkpoint.run import as_url
+    from finetune.cli.progress import download_bar
+
+    with download_bar() as (tell, progress):
+        if url := as_url(name):
+            return store.fetch_url(url, tell=tell, progress=progress)
+        return store.fetch_entry(catalog.get(name), tell=tell, progress=progress)
+
+
+@command.command("verify", short_help="Read files again and compare their hashes.")
+@click.argument("names", nargs=-1, metavar="[NAME|URL]...")
+@json_option
+def verify_command(names: tuple[str, ...], as_json: bool) -> None:
+    """Read what is in the folder again, or what is named, and compare size and hash with the catalogue and
+    with the first download."""
+    from finetune.checkpoint import store
+
+    verdicts = [store.verify(path) for path in ([place(name) for name in names] or store.kept_files())]
+    if as_json:
+        values = [{**vars(verdict), "path": str(verdict.path)} for verdict in verdicts]
+        click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+    else:
+        for verdict in verdicts:
+            click.echo(f"{verdict.state:<9}{verdict.name}: {verdict.why}")
+        if not verdicts:
+            click.echo(f"{store.folder()} holds no checkpoints.")
+    bad = [verdict for verdict in verdicts if verdict.state != "ok"]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} of {len(verdicts)} files are not as they should be: "
+            + ", ".join(str(verdict.path) for verdict in bad),
+            hint="Delete a changed file; `finetune checkpoints fetch` gets it again.",
+        )
+
+
+def place(name: str) -> Path:
+    """Where the file of a name or URL is, or would be."""
+    from finetune.checkpoint import catalog, store
+    from finetune.checkpoint.run import as_url
+
+    if url := as_url(name):
+        entry = catalog.find_url(url)
+        return store.place_of(entry) if entry else store.place_of_url(url)
+    return store.place_of(catalog.get(name))
+
+
+@command.command("where", short_help="Print the path of a file, or of the folder.")
+@click.argument("name", required=False, metavar="[NAME|URL]")
+def where_command(name: str | None) -> None:
+    """Print the path of a checkpoint that is here, or of the folder of all; for scripts."""
+    from finetune.checkpoint import store
+
+    if name is None:
+        click.echo(store.folder())
+        return
+    path = place(name)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{name} is not on this machine", hint=f"`finetune checkpoints fetch {name}` gets it."
+        )
+    click.echo(path)
+
+
+@command.command("add-file", short_help="Take in a file that came by other means.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="Which checkpoint it is, where neither hash nor name tell.")
+@click.option("--licence", metavar="TEXT", help="Its licence, where the catalogue states none.")
+def add_file_command(file: Path, name: str | None, licence: str | None) -> None:
+    """Copy FILE, a checkpoint of the catalogue that you got by other means, to where it is looked for.
+
+    Its size, hash, architecture, resolution and classes must be those of the catalogue, where it knows them.
+    """
+    from finetune.checkpoint import catalog, contribute, fetch, known, store
+
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file", hint="Give the checkpoint that you have downloaded.")
+    if name is not None:
+        entry = catalog.get(name)
+    else:
+        digest, size = fetch.identity(file)
+        of_name = known.entries_of_name(file.name, size)
+        found = known.entry_of_hash(digest) or (of_name[0] if len(of_name) == 1 else None)
+        if found is None:
+            several = (
+                f"may be {' or '.join(entry.id for entry in of_name)}" if of_name else "is not recognised"
+            )
+            raise CheckpointError(
+                f"{file} {several}", hint=f"Say which it is with --name. {catalog.suggestion(file.stem)}"
+            )
+        entry = found
+    if licence and entry.licence is not None:
+        raise ConfigError(f"--licence: that of {entry.id} is stated, {entry.licence}.")
+    if entry.kind == "checkpoint":
+        contribute.check_fits(file, entry)
+    click.echo(f"{entry.id}: {store.add_file(file, entry, licence=licence)}")
+    if not licence:
+        for line in store.licence_lines(entry):
+            click.echo(line)
+
+
+@command.command("add", short_help="Make an entry for the catalogue from a URL.")
+@click.argument("url")
+@click.option(
+    "--into", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it there."
+)
+@click.option("--name", "id", metavar="NAME", help="Its name.  [default: that of the file]")
+@click.option("--alias", "aliases", multiple=True, metavar="NAME", help="A shorter name; may be repeated.")
+@click.option("--data", "dataset", metavar="TEXT", help="The pictures that it was trained on.")
+@click.option("--licence", metavar="TEXT", help="Its licence, as whoever publishes it states it.")
+@click.option("--licence-page", metavar="URL", help="Where that is stated.")
+@click.option("--source", "sources", multiple=True, metavar="TEXT", help="Where these facts are from.")
+@click.option("--config", metavar="TEXT", help="Name of its published configuration.")
+@click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight that it was trained with.")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch that it was trained with.")
+@click.option("--kimg", type=click.FloatRange(min=0), help="Thousands of images that it was trained for.")
+@click.option("--notes", metavar="TEXT", help="What else is worth knowing.")
+@offline_option()
+def add_command(url: str, into: Path | None, **said: Any) -> None:
+    """Fetch the checkpoint at URL, open it safely, and print its entry for checkpoints.json.
+
+    Architecture, resolution, classes, size and hash come from the file; what it does not say comes from the
+    options, and is left empty otherwise. For a URL of the catalogue, its entry is completed.
+    """
+    from finetune.checkpoint import catalog, contribute
+    from finetune.checkpoint.run import as_url
+
+    if not as_url(url):
+        raise ConfigError(f"{url} is no URL; give one that begins with https://.")
+    if said["licence_page"] and not said["licence"]:
+        raise ConfigError("--licence-page needs --licence.")
+    trained = {name: value for name in ("gamma", "batch", "kimg") if (value := said.pop(name)) is not None}
+    page, licence = said.pop("licence_page"), said.pop("licence")
+    said["licence"] = catalog.Licence(licence, page) if licence else None
+    said["published"] = {"trained": trained} if trained else None
+    entry = contribute.new_entry(url, network_file(url), **said)
+    if into is None:
+        click.echo(catalog.entry_text(entry.to_json()))
+        return
+    contribute.write_into(into, entry)
+    click.echo(f"{entry.id}: {entry.architecture}, {entry.resolution} px, written into {into}")

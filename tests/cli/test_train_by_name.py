@@ -1,0 +1,116 @@
+"""`finetune train --resume NAME -n` for checkpoints of different kinds, from a server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+
+import pytest
+from click.testing import CliRunner
+from fake_catalogue import served
+from PIL import Image
+
+from finetune.checkpoint import catalog, known
+from finetune.cli import cli
+
+# Name to type -> the golden file that is served in the place of the real one.
+KINDS = {
+    "ffhq-1024-stylegan3-t": "stylegan3-t-32",
+    "ffhqu-256-stylegan3-r": "stylegan3-r-32",
+    "ffhq-256-stylegan2": "stylegan2-32",
+    "metfaces-1024-ada": "stylegan2-ada-32",
+    "celebahq256": "stylegan2-ada-32",  # a short name; settings are published for fine-tuning it
+    "stylegan2-ffhq-config-f": "stylegan2-tf-32",
+    "tf-stylegan2-ffhq-config-e-Gorig-Dorig": "stylegan2-32-orig",
+    "cifar10-32-stylegan2": "stylegan2-64-cond",
+    "wikiart-c-1024": "stylegan2-64-cond",  # nothing published
+    "lucid-scifi-city-256-k8": "stylegan3-t-32",
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve pictures of 32 px and as many of 64 px, with labels of as many classes as golden files have."""
+    folder = tmp_path_factory.mktemp("data")
+    for size, classes in ((32, 10), (64, 5)):
+        labels = []
+        with zipfile.ZipFile(folder / f"{size}.zip", "w") as archive:
+            for i in range(12):
+                with archive.open(f"{i}.png", "w") as stream:
+                    Image.new("RGB", (size, size), (30 * i, 0, 0)).save(stream, "PNG")
+                labels.append([f"{i}.png", i % classes])
+            archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return folder
+
+
+def train(network, pictures, *arguments):
+    size = 64 if KINDS.get(network, "").endswith("64-cond") else 32
+    options = ["train", "--resume", network, "--data", pictures / f"{size}.zip", "--sd-backbone", "l2"]
+    return CliRunner().invoke(cli, [str(word) for word in (*options, "--device", "cpu", *arguments, "-n")])
+
+
+@pytest.fixture
+def server(request, tmp_path, monkeypatch, golden_dir):
+    """Serves a golden file under the name, and with the published settings, of a public checkpoint."""
+    monkeypatch.setenv("COLUMNS", "200")
+    name = getattr(request, "param", "ffhq-256-stylegan2")
+    entry = catalog.get(name)
+    content = (golden_dir / f"{KINDS[name]}.pkl").read_bytes()
+    with served(tmp_path, {entry.id: content}, monkeypatch) as running:
+        stated = {field: getattr(entry, field) for field in ("aliases", "licence", "published", "inferred")}
+        digest = hashlib.sha256(content).hexdigest()
+        running.state(entry.id, **stated, size=len(content), sha256=digest, sha256_from="this test")
+        yield running
+
+
+def table(output):
+    """Option -> (value, why) of the table that a run begins with."""
+    lines = re.finditer(r"^\W*--([\w-]+) +(\S+) +(\S.*?)\W*$", output, re.MULTILINE)
+    return {line[1]: (line[2], line[3]) for line in lines}
+
+
+@pytest.mark.parametrize(
+    "server, name", [(name, name) for name in KINDS], indirect=["server"], ids=list(KINDS)
+)
+def test_the_recipe_of_a_public_checkpoint(server, name, pictures, tmp_path):
+    entry = catalog.get(name)
+    result = train(name, pictures, "--outdir", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    assert f"Fetching {entry.id}" in result.stderr
+    assert f"Licence: {entry.licence or 'not stated'}" in result.stderr
+    assert not (tmp_path / "runs").exists()
+    published = known.published(entry)
+    for recipe, which in (("few-shot", "finetune"), ("improve", "trained")):
+        result = train(name, pictures, "--recipe", recipe, "--offline")
+        assert result.exit_code == 0 and "Fetching" not in result.output, result.output
+        rows = table(result.stdout)
+        assert {"gamma", "glr", "dlr", "batch", "ema-kimg", "freezed", "sd-weight", "aug"} <= rows.keys()
+        value, why = rows["gamma"]
+        gamma = published and published.gamma(which, int(rows["batch"][0]))
+        if gamma is None:
+            assert "published" not in why
+        else:
+            assert float(value) == gamma and f"published settings of {entry.id}" in why
+    assert len(server.requests) == 1
+    assert table(train(name, pictures, "--gamma", "3.5").stdout)["gamma"][0] == "3.5"
+
+
+def test_a_url_of_the_catalogue_is_its_entry(server, pictures):
+    entry = catalog.get("ffhq-256-stylegan2")
+    result = train(entry.urls[0], pictures)
+    assert result.exit_code == 0, result.output
+    assert f"Fetching {entry.id}" in result.stderr and f"published settings of {entry.id}" in result.stdout
+
+
+def test_a_name_that_is_nearly_right(server, pictures):
+    result = train("ffhq-256-stylgan2", pictures)
+    assert result.exit_code == 2 and server.requests == []
+    assert "Did you mean ffhq-256-stylegan2" in result.stderr and "Traceback" not in result.output
+
+
+def test_offline_nothing_is_asked_for(server, pictures):
+    result = train("ffhq-256-stylegan2", pictures, "--offline")
+    assert result.exit_code == 2 and server.requests == []
+    assert "is not on this machine" in result.stderr and "add-file" in result.stderr

@@ -1,0 +1,50 @@
+"""A catalogue of a few checkpoints whose files a server on this machine serves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+from checkpoint.faulty_server import serving
+
+from finetune.checkpoint import catalog, fetch, transfer
+from finetune.checkpoint.catalog import Entry, Licence
+
+LICENCE = Licence("Some Licence 1.0", "https://example.org/licence")
+
+
+@contextlib.contextmanager
+def served(folder: Path, files: dict[str, bytes], monkeypatch):
+    """Serve `files` (name -> bytes) and write a catalogue with an entry for each; its names win over others.
+
+    Gives the server; `server.state(name, **changes)` changes what the catalogue says of a file.
+    """
+    monkeypatch.setenv("FINETUNE_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("FINETUNE_CATALOGUE", str(folder / "mine.json"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
+    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "TIMEOUT_SEC", (5, 0.3))
+    with serving(files) as server:
+        entries = {
+            name: Entry(
+                name, (f"{server.url}/{name}.pkl",), "stylegan2", licence=LICENCE, sources=("a test",)
+            )
+            for name in files
+        }
+        server.files = {f"{name}.pkl": content for name, content in files.items()}
+
+        def state(name, **changes):
+            entries[name] = dataclasses.replace(entries[name], **changes)
+            write()
+
+        def write():
+            Path(os.environ["FINETUNE_CATALOGUE"]).write_text(catalog.to_text(entries.values()))
+            catalog.catalogue.cache_clear()
+
+        server.state, server.entries = state, entries
+        write()
+        yield server
+    catalog.catalogue.cache_clear()
