@@ -1,7 +1,8 @@
 // Runs a CUDA kernel on one CPU thread: the threads of a block are coroutines that take turns at barriers.
 //
 // Blocks run one after the other. A thread runs until it reaches a barrier or a vote of its warp, and the next one goes
-// on. A barrier that some threads of a block never reach is an error here, as it is on a GPU.
+// on, in odd blocks the one before: what threads read without a barrier in between is wrong in one order or the other.
+// A barrier that some threads of a block never reach is an error here, as it is on a GPU.
 #ifndef SG_EMULATOR_H
 #define SG_EMULATOR_H
 #include <ucontext.h>
@@ -97,7 +98,8 @@ inline void run_block(machine& m) {
     for (;;) {
         unsigned done = 0, waiting = 0;
         bool moved = false;
-        for (fiber& f : m.fibers) {
+        for (unsigned i = 0; i < count; ++i) {
+            fiber& f = m.fibers[m.index.x % 2 ? count - 1 - i : i];
             if (f.now == READY) {
                 m.current = &f;
                 swapcontext(&m.scheduler, &f.context);
@@ -177,7 +179,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
             for (unsigned y = 0; y < grid[1]; ++y)                                                                       \
                 for (unsigned x = 0; x < grid[0]; ++x) {                                                                 \
                     m.index = {x, y, z};                                                                                 \
-                    m.shared.assign(shared + 16, 0xff); /* NaNs: what nobody wrote shows */                              \
+                    m.shared.assign(shared, 0xff); /* NaNs: what nobody wrote shows */                              \
                     sg_emulator::run_block(m);                                                                           \
                     if (m.error) return m.error;                                                                         \
                 }                                                                                                        \

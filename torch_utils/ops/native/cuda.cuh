@@ -1,7 +1,8 @@
 // What the CUDA kernels share: element types without CUDA's headers, and a way to run on a CPU for the tests.
 //
-// A kernel is compiled for one specialisation, chosen by macros (see the plan.py beside it). SG_DTYPE is the type of
-// images; everything is computed in acc: float, double for double. SG_INDEX is the type of offsets in elements.
+// A kernel is compiled for one specialisation, chosen by macros (see the plan.py beside it). SG_DTYPE is the
+// type of images; everything is computed in acc: float, double for double. With SG_INDEX_64 offsets in
+// elements have 64 bits.
 #ifndef SG_CUDA_CUH
 #define SG_CUDA_CUH
 #include "common.h"
@@ -83,28 +84,29 @@ __device__ __forceinline__ sg_f16 from_acc<sg_f16>(acc v) {
 // Round to nearest, ties to even; NaN stays NaN.
 template <>
 __device__ __forceinline__ sg_bf16 from_acc<sg_bf16>(acc v) {
+    sg_bf16 b;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(static_cast<float>(v)));
+#else
 #ifdef SG_EMULATED
     const unsigned bits = sg_emulator::bits_of(static_cast<float>(v));
 #else
     const unsigned bits = __float_as_uint(static_cast<float>(v));
 #endif
-    sg_bf16 b;
     if ((bits & 0x7fffffffu) > 0x7f800000u) b.bits = 0x7fc0;
     else b.bits = static_cast<unsigned short>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
     return b;
 }
 
 __device__ __forceinline__ acc load_acc(const scalar* p) { return to_acc(*p); }
 __device__ __forceinline__ void store_acc(scalar* p, acc v) { *p = from_acc<scalar>(v); }
 
-// 16 bytes at once; the address has to be a multiple of 16.
-#define SG_WIDE (16 / static_cast<int>(sizeof(scalar)))
-struct __align__(16) wide_t {
-    scalar v[16 / sizeof(scalar)];
+// Neighbours, read and written at once; the address has to be a multiple of their size.
+template <class S, int N>
+struct __align__(N * sizeof(S)) several {
+    S v[N];
 };
 
 __device__ __forceinline__ int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
-// The leaky ReLU without a branch.
-__device__ __forceinline__ acc choose(bool c, acc a, acc b) { return c ? a : b; }
 #endif

@@ -20,7 +20,7 @@ def plan(p: BiasAct, capability: tuple[int, int]) -> Plan:
     if p.b and (p.order == 0 or p.act == 9):
         if p.bias_step % vector == 0:
             bias = 1
-        elif p.bias_step == 1 and p.bias_size % vector == 0:
+        elif p.bias_step == 1 and p.bias_size % vector == 0 and p.b % 16 == 0:
             bias = 2
         else:
             bias = 3

@@ -4,9 +4,7 @@
 #define TILE_W (THREAD_COLUMNS * SG_COLUMNS)
 static_assert(TAPS * sizeof(acc) == SG_SHARED_BYTES, "the plan counts shared memory otherwise");
 
-struct __align__(SG_VECTOR * sizeof(scalar)) channels {
-    scalar v[SG_VECTOR];
-};
+typedef several<scalar, SG_VECTOR> channels;
 
 // Some channels of one thread's outputs: a pixel, or a row of pixels.
 struct sums_t {

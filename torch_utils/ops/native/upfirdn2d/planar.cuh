@@ -19,11 +19,6 @@ static_assert(
     (TILE_ACCS + ROW_ACCS + TAPS) * sizeof(acc) + (REGROUPS ? 2 * SG_THREADS * SG_COLUMNS * sizeof(scalar) : 0) ==
         SG_SHARED_BYTES, "the plan counts shared memory otherwise");
 
-template <class S, int N>
-struct __align__(N * sizeof(S)) several {
-    S v[N];
-};
-
 template <int N, int AT_ONCE>
 __device__ __forceinline__ void read_shared(const acc* from, acc* to) {
 #pragma unroll
@@ -42,7 +37,8 @@ __device__ __forceinline__ constexpr int best_span(int units) {
     return idle(units, 32) <= idle(units, 16) ? 32 : SG_LOAD == 1 || idle(units, 16) <= idle(units, 8) ? 16 : 8;
 }
 
-// Fetch the part of a plane that begins at (ix0, iy0), zeros where there is no image. Loads go out many at a time.
+// Fetch the part of a plane that begins at (ix0, iy0), zeros where there is no image. Loads go out many at a
+// time.
 __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar* x, int ix0, int iy0, acc* tile) {
     typedef several<scalar, SG_LOAD> unit;
     constexpr int units = STAGED_W / SG_LOAD, span = best_span(units), passes = (units + span - 1) / span;
@@ -150,7 +146,8 @@ __device__ __forceinline__ void filter_rows(const acc* taps, const acc* tile, ac
 }
 #endif
 
-// Compute and write a thread's outputs; `from` is where its inputs begin (separable: its rows, filtered along x).
+// Compute and write a thread's outputs; `from` is where its inputs begin (separable: its rows, filtered along
+// x).
 __device__ __forceinline__ void filter(const sg_upfirdn2d_params& p, const acc* taps, const acc* from, const place& at) {
     acc sums[SG_ROWS][SG_COLUMNS] = {};
 UNROLL

@@ -1,16 +1,18 @@
-// upfirdn2d on CUDA. A thread computes a small block of neighbouring outputs and keeps everything in registers:
-// of each row of inputs that it reads, every value goes to all the outputs that it belongs to.
+// upfirdn2d on CUDA. A thread computes a small block of neighbouring outputs and keeps everything in
+// registers: of each row of inputs that it reads, every value goes to all the outputs that it belongs to.
 //
-// Which inputs and taps belong to which output of the block is known when this is compiled, as blocks start where the
-// same tap always meets the first input. Planar images (and any strides) come through shared memory, where each value
-// is converted once and the border is zero; channels-last images come straight from memory, some channels a thread.
+// Which inputs and taps belong to which output of the block is known when this is compiled, as blocks start
+// where the same tap always meets the first input. Planar images (and any strides) come through shared
+// memory, where each value is converted once and the border is zero; channels-last images come straight from
+// memory, some channels a thread.
 //
-// Macros: SG_DTYPE, SG_SEPARABLE (0, 1), SG_CHANNELS_LAST (0, 1), SG_UP_X, SG_UP_Y, SG_DOWN_X, SG_DOWN_Y, SG_TAPS_X,
-// SG_TAPS_Y, SG_PHASE_X, SG_PHASE_Y (the tap that meets the first input of a block), SG_COLUMNS, SG_ROWS (outputs of a
-// thread), SG_LANES (threads side by side: along x, or along the channels), SG_THREADS, SG_SHARED_BYTES (what the plan
-// reserves), SG_UNROLL (0: filters too large to write out), SG_INDEX_64. Planar: SG_LOAD (elements read at once: 1 or
-// as many as fit into 16 bytes of accs), SG_SHIFT (of the first input in them), SG_STORE (elements written at once),
-// SG_DENSE (1: rows have no gaps). Channels-last: SG_VECTOR (channels of a thread).
+// Macros: SG_DTYPE, SG_SEPARABLE (0, 1), SG_CHANNELS_LAST (0, 1), SG_UP_X, SG_UP_Y, SG_DOWN_X, SG_DOWN_Y,
+// SG_TAPS_X, SG_TAPS_Y, SG_PHASE_X, SG_PHASE_Y (the tap that meets the first input of a block), SG_COLUMNS,
+// SG_ROWS (outputs of a thread), SG_LANES (threads side by side: along x, or along the channels), SG_THREADS,
+// SG_SHARED_BYTES (what the plan reserves), SG_UNROLL (0: filters too large to write out), SG_INDEX_64.
+// Planar: SG_LOAD (elements read at once: 1 or as many as fit into 16 bytes of accs), SG_SHIFT (of the first
+// input in them), SG_STORE (elements written at once), SG_DENSE (1: rows have no gaps). Channels-last:
+// SG_VECTOR (channels of a thread).
 #include "upfirdn2d.h"
 #include "../cuda.cuh"
 
@@ -26,7 +28,8 @@ typedef long long count_t;
 typedef unsigned count_t;
 #endif
 
-// Inputs from the first to the last that a thread's outputs need, and from one thread's first to the next one's.
+// Inputs from the first to the last that a thread's outputs need, and from one thread's first to the next
+// one's.
 #define NEEDS_X ((SG_TAPS_X - 1 - SG_PHASE_X + (SG_COLUMNS - 1) * SG_DOWN_X) / SG_UP_X + 1)
 #define NEEDS_Y ((SG_TAPS_Y - 1 - SG_PHASE_Y + (SG_ROWS - 1) * SG_DOWN_Y) / SG_UP_Y + 1)
 #define ADVANCE_X (SG_COLUMNS * SG_DOWN_X / SG_UP_X)
@@ -36,7 +39,8 @@ static_assert(ADVANCE_X * SG_UP_X == SG_COLUMNS * SG_DOWN_X && ADVANCE_Y * SG_UP
 #define KEEPS_TAPS (SG_UNROLL && TAPS <= 32)  // in registers
 #define TAPS (SG_SEPARABLE ? SG_TAPS_X + SG_TAPS_Y : SG_TAPS_X * SG_TAPS_Y)
 
-// The tap between an input and an output, both counted from a thread's first; there may be none of that number.
+// The tap between an input and an output, both counted from a thread's first; there may be none of that
+// number.
 __device__ __forceinline__ constexpr int tap_x(int input, int output) {
     return SG_PHASE_X + input * SG_UP_X - output * SG_DOWN_X;
 }
@@ -62,7 +66,8 @@ __device__ __forceinline__ int first_y(int output, int pad) {
     return (output * SG_DOWN_Y - pad + SG_PHASE_Y) / SG_UP_Y;
 }
 
-// Tap k in correlation order and with the gain; of a separable filter those along x, then those along y with the gain.
+// Tap k in correlation order and with the gain; of a separable filter those along x, then those along y with
+// the gain.
 __device__ __forceinline__ acc read_tap(const sg_upfirdn2d_params& p, int k) {
     const int size = SG_SEPARABLE ? SG_TAPS_X : TAPS, i = k < size ? k : k - size;
     const acc tap = static_cast<const acc*>(p.f)[p.flip_filter ? i : size - 1 - i];
