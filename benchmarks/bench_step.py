@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,8 +104,11 @@ def summary(prepared: Prepared, repeats: dict[str, list[float]]) -> dict:
     }
 
 
-def peak_memory(family: str, arm: str, options: argparse.Namespace) -> float:
-    """MiB that two steps need above a process that is ready to step, measured in a process of its own."""
+def peak_memory(family: str, arm: str, options: argparse.Namespace) -> int | None:
+    """MiB that two steps need above a process that is ready to step, measured in a process of its own.
+
+    None where the process did not live to tell: the machine has too little memory.
+    """
     command = [sys.executable, __file__, "--only-memory", "--families", family, "--arms", arm]
     for name in (
         "resolution",
@@ -118,8 +122,11 @@ def peak_memory(family: str, arm: str, options: argparse.Namespace) -> float:
         "seed",
     ):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    return float(done.stdout.split()[-1])
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode == -signal.SIGKILL:
+        return None
+    done.check_returncode()
+    return round(float(done.stdout.split()[-1]))
 
 
 def only_memory(options: argparse.Namespace, device: torch.device) -> None:
@@ -146,8 +153,10 @@ def resident(what: str) -> float:
 
 def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, dict]]:
     """Measure all families and arms in turn."""
+    pairs = [(family, arm) for family in options.families for arm in options.arms]
+    # First, while this process holds nothing: the naive arm takes most of a machine's memory.
+    memory = {pair: peak_memory(*pair, options) if options.memory else None for pair in pairs}
     runs = {family: build(family, options) for family in options.families}
-    pairs = [(family, arm) for family in runs for arm in options.arms]
     repeats: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
     for number in range(options.repeats + 1):  # the first round finds memory and kernels
         for family, arm in pairs:
@@ -158,9 +167,7 @@ def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, d
         for family, run in runs.items()
     }
     for family, arm in pairs:
-        results[family][arm]["peak_mib"] = (
-            round(peak_memory(family, arm, options)) if options.memory else None
-        )
+        results[family][arm]["peak_mib"] = memory[family, arm]
     return results
 
 
