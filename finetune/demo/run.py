@@ -18,7 +18,7 @@ from finetune.demo import KIMG
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.verify import export_checkpoint
-from finetune.metrics.evaluate import METRICS, Distance, Evaluation
+from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
 from finetune.sampling import generate, save_grid
 from finetune.train import run
@@ -133,7 +133,7 @@ def what_is_possible(config: TrainConfig, say: Callable[[str], None]) -> tuple[T
     except WeightsMissing as missing:
         say(f"{missing}\nGoing on without: l2 for the distillation, random-FID as the only metric.\n")
         return dataclasses.replace(config, sd_backbone="l2"), ("random-fid",)
-    return config, METRICS
+    return config, OFFLINE
 
 
 def save_pictures(G: nn.Module, path: Path) -> None:

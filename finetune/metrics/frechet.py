@@ -43,6 +43,14 @@ class FeatureStatistics:
         assert self.count >= 2, "a covariance needs at least two features"
         return self._scatter / (self.count - 1)
 
+    def state_dict(self) -> dict:
+        """Tensors and numbers from which `load_state_dict` goes on exactly."""
+        return {"count": self.count, "mean": self._mean, "scatter": self._scatter}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The reverse of `state_dict`."""
+        self.count, self._mean, self._scatter = int(state["count"]), state["mean"], state["scatter"]
+
     def distance(self, other: FeatureStatistics) -> float:
         """The Fréchet distance to the features that `other` has seen."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)

@@ -11,11 +11,11 @@ import torch
 
 from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig
 from finetune.errors import ConfigError
+from finetune.metrics.perceptual import Distance
 from finetune.recipes import Facts
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
 from finetune.train.losses import lazy_adam
-from finetune.train.perceptual import Distance
 from finetune.train.state import Plan, TrainState
 from torch_utils import misc
 

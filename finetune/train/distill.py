@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from finetune.metrics.perceptual import Distance
 from finetune.train.latents import Draw, NoiseReplay, map_latents
-from finetune.train.perceptual import Distance
 
 
 @dataclass(frozen=True)

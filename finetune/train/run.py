@@ -20,12 +20,12 @@ from finetune.config import TrainConfig
 from finetune.data import ImageSet, build_loader, scan
 from finetune.device import resolve_device
 from finetune.errors import ConfigError, DataError, FinetuneError
+from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_state
 from finetune.train.hooks import Display, RunFolder, check_outdir, make_run_dir, print_reasons
 from finetune.train.loop import train
-from finetune.train.perceptual import build_distance, ensure_weights
 from finetune.train.state import Plan, TrainState
 from finetune.train.watch import Watch
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from finetune.data import ImageSet
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, WeightsMissing
 from finetune.metrics import evaluate
 from finetune.metrics.evaluate import Distance, Evaluation, distances
 from finetune.metrics.random_fid import random_fid
@@ -40,7 +40,7 @@ def colours(tmp_path_factory):
 def test_a_generator_nearer_to_the_pictures_scores_lower_in_both_spaces(colours):
     evaluation = Evaluation(colours)
     near, far = (evaluation.distances(Painter(scale), 20) for scale in (1.0, 0.1))
-    for metric in evaluate.METRICS:
+    for metric in evaluate.OFFLINE:
         assert 0 < near[metric].value < far[metric].value / 2
     assert near["random-fid"].spread > 0
     assert near["fd-effnet"].spread == 0
@@ -73,7 +73,103 @@ def test_progress_counts_pictures_to_the_end(colours):
 
 
 def test_wrong_requests_say_what_is_possible(colours):
-    with pytest.raises(ConfigError, match="no metric is called fid; there are random-fid, fd-effnet"):
-        Evaluation(colours, ["fid"])
+    with pytest.raises(ConfigError, match="no metric is called fd; there are random-fid, fd-effnet"):
+        Evaluation(colours, ["fd"])
     with pytest.raises(ConfigError, match="at least 2 generated pictures, not 1"):
         Evaluation(colours, ["random-fid"]).distances(Painter(), 1)
+
+
+class TestTheOtherMetrics:
+    """Those of torch-fidelity, in features that need no download."""
+
+    WHICH = ("fd-effnet", "kid-effnet", "prc-effnet", "random-fid")
+
+    def test_a_set_against_itself(self, colours):
+        features = torch.randn(40, 8)
+        assert evaluate.precision_recall(features, features) == (1.0, 1.0)
+        assert abs(evaluate.kid(features, features).value) < 0.5 * evaluate.kid(features, features + 1).value
+        side = Evaluation(colours, ["fd-effnet", "random-fid"])
+        side_again = side._statistics(side._networks, evaluate._real(colours, 4, 0), 20, None)
+        for name, features in side_again.items():
+            assert side._real[name].statistics.distance(features.statistics) < 1e-3
+
+    def test_kid_agrees_with_its_definition(self):
+        a, b = torch.randn(30, 5).double(), torch.randn(30, 5).double() * 1.5
+        kernel = lambda x, y: (x @ y.T / 5 + 1) ** 3  # noqa: E731
+        xx, yy, xy = kernel(a, a), kernel(b, b), kernel(a, b)
+        off = lambda k: (k.sum() - k.trace()) / (30 * 29)  # noqa: E731
+        expected = float(off(xx) + off(yy) - 2 * xy.mean())
+        assert evaluate.kid(a, b).value == pytest.approx(expected, rel=1e-9)
+
+    def test_precision_and_recall_agree_with_their_definition(self):
+        real, fake = torch.randn(30, 3), torch.randn(25, 3) * 0.5
+
+        def inside(x, manifold):
+            radius = torch.cdist(manifold, manifold).sort(dim=1).values[:, 3]
+            return float((torch.cdist(x, manifold) <= radius).any(dim=1).float().mean())
+
+        expected = (inside(fake, real), inside(real, fake))
+        assert evaluate.precision_recall(fake, real) == pytest.approx(expected)
+        assert expected[0] > expected[1]
+
+    def test_no_number_depends_on_batches_or_workers(self, colours):
+        first = Evaluation(colours, self.WHICH, batch=16).distances(Painter(), 18)
+        other = Evaluation(colours, self.WHICH, batch=5, workers=2).distances(Painter(), 18)
+        assert {"precision-effnet", "recall-effnet", "kid-effnet"} <= first.keys()
+        for name, each in first.items():
+            assert other[name].value == pytest.approx(each.value, rel=1e-3, abs=1e-5), name
+
+    def test_the_path_length_grows_with_the_step_from_picture_to_picture(self, colours):
+        class Mapped(Painter):
+            w_dim, num_ws = 3, 1
+
+            def mapping(self, z, c):
+                return z[:, None]
+
+            def synthesis(self, ws, noise_mode):
+                return self(ws[:, 0], ws[:, 0, :0], noise_mode)
+
+        evaluation = Evaluation(colours, ["ppl-effnet"])
+        slow, fast = (evaluation.distances(Mapped(scale), 12)["ppl-effnet"] for scale in (0.05, 0.2))
+        assert 0 < slow.value < fast.value / 2 and fast.spread > 0
+        assert evaluation.distances(Mapped(0.2), 12)["ppl-effnet"] == fast
+
+    def test_what_is_found_out_about_the_pictures_is_kept(self, colours, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+        first = Evaluation(colours, self.WHICH, cache=True).distances(Painter(), 18)
+        files = sorted((tmp_path / "metrics").iterdir())
+        assert len(files) == 4
+
+        def unread(*args):
+            raise AssertionError("the pictures are read again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "_real", unread)
+            assert Evaluation(colours, self.WHICH, cache=True).distances(Painter(), 18) == first
+        files[0].write_bytes(files[0].read_bytes()[:50])
+        assert Evaluation(colours, self.WHICH, cache=True).distances(Painter(), 18) == first
+        other = ImageSet(colours.path, resolution=16, channels=3, mirror=True)
+        Evaluation(other, ["random-fid"], cache=True)
+        assert len(list((tmp_path / "metrics").iterdir())) == 7
+
+    def test_inception_weights_are_those_or_none(self, colours, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+        monkeypatch.setenv("FINETUNE_OFFLINE", "1")
+        with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
+            Evaluation(colours, ["fid"])
+        (tmp_path / "w.pth").write_bytes(b"x")
+        with pytest.raises(ConfigError, match=r"w\.pth: its sha256 is .*numbers are comparable only"):
+            Evaluation(colours, ["kid"], inception=tmp_path / "w.pth")
+        with pytest.raises(ConfigError, match="there is no such file"):
+            Evaluation(colours, ["prc"], inception=tmp_path / "absent.pth")
+
+    def test_inception_of_torch_fidelity(self, colours, tmp_path, monkeypatch):
+        """With weights of its own shape, random: the real ones are not in any package."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
+
+        monkeypatch.setattr(Network, "load_state_dict", lambda self, state: None)
+        torch.save({}, tmp_path / "w.pth")
+        monkeypatch.setattr(evaluate, "inception_weights", lambda given, tell: tmp_path / "w.pth")
+        gray = ImageSet(colours.path, resolution=16, channels=1)
+        found = Evaluation(gray, ["fid"], batch=10)._real["inception"].statistics
+        assert found.mean.shape == (2048,) and bool(torch.isfinite(found.covariance).all())

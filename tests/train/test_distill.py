@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close
 
+from finetune.metrics.perceptual import mean_squared
 from finetune.train.distill import Distillation, area_resize
 from finetune.train.latents import Draw, NoiseReplay, draw_latents, map_latents
-from finetune.train.perceptual import mean_squared
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SYNTHESIS = {"noise_mode": "random", "fused_modconv": False, "force_fp32": False}

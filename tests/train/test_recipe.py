@@ -8,12 +8,12 @@ from tolerances import GRADIENT_F32, assert_close
 
 import finetune
 from finetune.config import TrainConfig
+from finetune.metrics.perceptual import mean_squared
 from finetune.recipes import Facts, resolve
 from finetune.train import loop
 from finetune.train.build import build_plan, build_state
 from finetune.train.distill import Distillation
 from finetune.train.latents import Draw
-from finetune.train.perceptual import mean_squared
 from finetune.train.watch import Watch
 
 CPU = torch.device("cpu")

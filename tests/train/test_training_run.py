@@ -17,10 +17,10 @@ from tiny_runs import moved, options, quiet, read, train_steps, weights
 import finetune
 from finetune.config import TrainConfig
 from finetune.errors import ConfigError, DataError, TrainingError, WeightsMissing
+from finetune.metrics.perceptual import mean_squared
 from finetune.sampling import to_uint8, z_from_seeds
 from finetune.train import loop
 from finetune.train.build import build_plan
-from finetune.train.perceptual import mean_squared
 from finetune.train.run import prepare, run, start
 from finetune.train.watch import Watch
 

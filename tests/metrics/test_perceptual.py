@@ -8,7 +8,7 @@ from tolerances import assert_close
 
 from finetune.config import BACKBONES
 from finetune.errors import ConfigError, FinetuneError, WeightsMissing
-from finetune.train import perceptual
+from finetune.metrics import perceptual
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,139 @@
+"""`finetune evaluate`: how near a generator is to a set of pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune.cli.options import device_option, network_file, network_option, offline_option, ops_option
+from finetune.cli.progress import progress_bar
+from finetune.errors import CheckpointError, ConfigError
+
+DEFAULT = "fd-effnet,random-fid"
+
+
+@click.command("evaluate", short_help="Measure how near a generator is to a set of pictures.")
+@network_option()
+@click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="The real pictures.")
+@click.option(
+    "--metrics",
+    default=DEFAULT,
+    show_default=True,
+    metavar="LIST",
+    help="Of fid, kid, prc (precision, recall), ppl, which fetch Inception or VGG weights once; random-fid; "
+    "and fd-effnet, kid-effnet, prc-effnet, ppl-effnet, which need no download.",
+)
+@click.option(
+    "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Pictures to generate."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
+@click.option("--fit", type=click.Choice(["crop", "pad", "stretch"]), help="What to do with other sizes.")
+@click.option("--cond/--no-cond", default=None, help="Use labels.  [default: as the network]")
+@click.option(
+    "--mirror", is_flag=True, help="Compare with the mirrored pictures, too, as FID of mirrored sets is."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures at once.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Processes that decode pictures.",
+)
+@click.option(
+    "--inception", type=click.Path(path_type=Path), metavar="FILE", help="Its weights, where you have them."
+)
+@click.option(
+    "--no-cache", is_flag=True, help="Do not keep, and do not use, what is known about the pictures."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@offline_option()
+@device_option()
+@ops_option()
+def command(
+    network: str,
+    data: str,
+    metrics: str,
+    num: int,
+    seed: int,
+    fit: str | None,
+    cond: bool | None,
+    mirror: bool,
+    batch: int,
+    workers: int,
+    inception: Path | None,
+    no_cache: bool,
+    as_json: bool,
+    device: str,
+) -> None:
+    """Measure how near the generator of a checkpoint is to a set of pictures.
+
+    G_ema where there is one, no truncation. Numbers depend on how many pictures there are on both sides, on
+    the features and on how pictures are resized: compare only what was measured alike.
+    """
+    from finetune.checkpoint import load
+    from finetune.data import ImageSet
+    from finetune.device import resolve_device
+    from finetune.metrics.evaluate import Evaluation, check_names
+
+    names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
+    if not names:
+        raise ConfigError("--metrics is empty; name some, such as fd-effnet,random-fid.")
+    target = resolve_device(device)
+    checkpoint = load(network_file(network), device=target)
+    G: Any = checkpoint.best
+    if G is None:
+        raise CheckpointError(f"{network} holds no generator, only D.")
+    use_labels = G.c_dim > 0 if cond is None else cond
+    if use_labels != (G.c_dim > 0):
+        raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
+    image_set = ImageSet(
+        data,
+        resolution=G.img_resolution,
+        channels=G.img_channels,
+        fit=fit,
+        use_labels=use_labels,
+        num_classes=G.c_dim if use_labels else None,
+        mirror=mirror,
+    )
+    started = time.perf_counter()
+    with progress_bar("looking at the pictures", len(image_set)) as progress:
+        evaluation = Evaluation(
+            image_set,
+            names,
+            device=target,
+            batch=batch,
+            workers=workers,
+            cache=not no_cache,
+            inception=inception,
+            tell=lambda text: click.echo(text, err=True),
+            progress=progress,
+        )
+    with progress_bar("generating", num) as progress:
+        found = evaluation.distances(G, num, seed, progress=progress)
+    facts = {
+        "network": network,
+        "sha256": checkpoint.provenance.sha256,
+        "data": Path(data).name,
+        "real": len(image_set),
+        "generated": num,
+        "seed": seed,
+        "sec": round(time.perf_counter() - started, 1),
+        "metrics": {name: {"value": each.value, "spread": each.spread} for name, each in found.items()},
+    }
+    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts as a small table."""
+    lines = [
+        f"{facts['generated']:,} generated against {facts['real']:,} real pictures, seed {facts['seed']}"
+    ]
+    for name, each in facts["metrics"].items():
+        spread = f" ± {each['spread']:.2g}" if each["spread"] else ""
+        lines.append(f"{name:<18}{each['value']:.5g}{spread}")
+    return "\n".join(lines)

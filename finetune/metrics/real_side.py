@@ -1,0 +1,87 @@
+"""What a feature space says of a set of pictures, and the folder in which that is kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from finetune.metrics.frechet import FeatureStatistics
+from torch_utils.ops.native.building.cache import cache_root
+
+VERSION = 1  # of the files
+MOST_KEPT = 50_000  # features, of which KID and precision/recall need each; later ones are left out
+
+log = logging.getLogger("finetune.metrics")
+
+
+class Features:
+    """Mean and covariance of features that arrive in batches, and the features themselves where asked for."""
+
+    def __init__(self, keep: bool) -> None:
+        self.statistics = FeatureStatistics()
+        self.keep = keep
+        self._kept: list[torch.Tensor] = []
+
+    def add(self, features: torch.Tensor) -> None:
+        """Take in `[N, d]` features."""
+        features = features.detach().float().cpu()
+        room = max(0, MOST_KEPT - self.statistics.count)
+        self.statistics.add(features)
+        if self.keep and room:
+            self._kept.append(features[:room].clone())
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """`[N, d]`, float32."""
+        self._kept = [torch.cat(self._kept)]
+        return self._kept[0]
+
+    def state(self) -> dict:
+        """Tensors and numbers from which `from_state` makes an equal object."""
+        kept = self.kept if self.keep else None
+        return {"version": VERSION, "kept": kept, **self.statistics.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict) -> Features:
+        """The reverse of `state`."""
+        found = cls(state["kept"] is not None)
+        found.statistics.load_state_dict(state)
+        if found.keep:
+            found._kept = [state["kept"]]
+        return found
+
+
+def place_of(content: str, space: str) -> Path:
+    """The file for a set of pictures (its content hash) in a feature space (its identity)."""
+    key = hashlib.sha256(f"{VERSION} {content} {space}".encode()).hexdigest()[:32]
+    return cache_root() / "metrics" / f"{key}.pt"
+
+
+def read(path: Path, keep: bool) -> Features | None:
+    """What is kept there; None where there is nothing, or nothing that helps."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["version"] != VERSION or (keep and state["kept"] is None):
+            return None
+        return Features.from_state(state)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file costs time, not the run
+        log.warning("%s cannot be read and is made anew: %s", path, error)
+        return None
+
+
+def write(path: Path, features: Features) -> None:
+    """Keep it for the next time; a folder that cannot be written is no reason to stop."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(features.state(), temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        log.warning("Statistics of the pictures cannot be kept in %s: %s", path.parent, error)

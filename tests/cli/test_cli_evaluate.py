@@ -1,0 +1,68 @@
+"""`finetune evaluate`: numbers, JSON, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from finetune.cli import cli
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dots.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(6):
+            with archive.open(f"{i}.png", "w") as stream:
+                Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(stream, "PNG")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FINETUNE_OPS", "ref")
+
+
+def call(pictures, golden_dir, *arguments, network="stylegan2-ada-32"):
+    words = ["evaluate", "--network", golden_dir / f"{network}.pkl", "--data", pictures, "--workers", 0]
+    return CliRunner().invoke(cli, [str(word) for word in (*words, *arguments)])
+
+
+def test_the_numbers_as_json_and_as_text(pictures, golden_dir, tmp_path):
+    options = ("--metrics", "fd-effnet,prc-effnet,random-fid", "--num", 8)
+    first = call(pictures, golden_dir, *options, "--json")
+    assert first.exit_code == 0, first.output
+    facts = json.loads(first.stdout)
+    assert (facts["real"], facts["generated"]) == (6, 8)
+    metrics = facts["metrics"]
+    assert list(metrics) == ["fd-effnet", "precision-effnet", "recall-effnet", "random-fid"]
+    assert metrics["random-fid"]["spread"] > 0
+    again = call(pictures, golden_dir, *options, "--json", "--batch", 3)  # with what is kept of the pictures
+    assert json.loads(again.stdout)["metrics"]["fd-effnet"]["value"] == pytest.approx(
+        metrics["fd-effnet"]["value"], rel=1e-4
+    )
+    assert len(list((tmp_path / "cache" / "metrics").iterdir())) == 4
+    text = call(pictures, golden_dir, *options).stdout
+    assert "8 generated against 6 real pictures" in text and "recall-effnet" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--metrics", "fd"), "no metric is called fd; there are random-fid"),
+        (("--metrics", " ,"), "--metrics is empty"),
+        (("--metrics", "fid", "--offline"), "is not on this machine"),
+        (("--metrics", "prc-effnet", "--num", 2), "need more than 3 pictures"),
+        (("--cond",), "the network has 0 classes"),
+        (("--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes(arguments, words, pictures, golden_dir):
+    result = call(pictures, golden_dir, "--num", 4, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr and "Traceback" not in result.output
