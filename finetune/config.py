@@ -57,6 +57,24 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def distils(weight: float | str) -> bool:
+    """Whether a value of `sd_weight` means self-distillation."""
+    return isinstance(weight, str) or weight > 0
+
+
+def target_ratio(weight: float | str) -> float | None:
+    """The ratio of gradient norms that `auto:RATIO` asks for, None for a fixed weight.
+
+    Raises ValueError for another text.
+    """
+    if not isinstance(weight, str):
+        return None
+    word, _, ratio = weight.partition(":")
+    if word != "auto" or not 0 < float(ratio) < math.inf:
+        raise ValueError(weight)
+    return float(ratio)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a person can say about a training run. Lengths are in kimg (1000 images seen by D)."""
@@ -88,6 +106,7 @@ class TrainConfig:
     gamma: float | None = None
     glr: float | None = None
     dlr: float | None = None
+    g_beta1: float | None = None
     ema_kimg: float | None = None
     d_warmup_kimg: float | None = None
     freezed: int | None = None
@@ -96,7 +115,7 @@ class TrainConfig:
     p: float | None = None
     augpipe: str | None = None
     # Self-distillation.
-    sd_weight: float | None = None
+    sd_weight: float | str | None = None
     sd_backbone: str = "lpips-vgg"
     sd_interval: int | None = None
     sd_warmup_kimg: float = 0.0
@@ -111,6 +130,10 @@ class TrainConfig:
     seed: int = 0
     tick: float | None = None
     snap: int | None = None
+    metrics: str | None = None
+    metrics_kimg: float | None = None
+    metrics_num: int | None = None
+    metrics_inception: str | None = None
 
     def validate(self) -> None:
         """Raise one ConfigError that lists every problem: its flag, the value seen and what to do."""
@@ -162,7 +185,7 @@ def _type_name(hint: object) -> str:
 def _range_problems(config: TrainConfig) -> list[str]:
     """Numbers outside what they mean; None passes, NaN and infinity never do."""
     positive = {"kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "tick", "snap", *SCRATCH_ONLY}
-    positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg"}
+    positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg", "metrics_kimg"}
     not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "d_warmup_kimg", "workers", "seed"}
     problems = []
     for name in TrainConfig.__dataclass_fields__:
@@ -179,6 +202,10 @@ def _range_problems(config: TrainConfig) -> list[str]:
             problems.append(f"--seed {value}: must be at most {MAX_SEED}.")
         elif name in ("target", "p") and not 0 <= value <= 1:
             problems.append(f"{flag(name)} {value}: must lie between 0 and 1.")
+        elif name == "g_beta1" and not 0 <= value < 1:
+            problems.append(f"--g-beta1 {value}: must be at least 0 and less than 1.")
+        elif name == "metrics_num" and value < 2:
+            problems.append(f"--metrics-num {value}: must be at least 2.")
         elif name == "sd_batch_share" and not 0 < value <= 1:
             problems.append(f"{flag(name)} {value}: must be greater than 0 and at most 1.")
     size = config.resolution
@@ -206,6 +233,19 @@ def _choice_problems(config: TrainConfig) -> list[str]:
 def _combination_problems(config: TrainConfig) -> list[str]:
     """Options that contradict each other, or that would have no effect."""
     problems = []
+    try:
+        target_ratio(config.sd_weight or 0.0)
+    except ValueError:
+        problems.append(
+            f"--sd-weight {config.sd_weight}: must be a number, or auto:RATIO such as auto:0.1 (the "
+            "strength of its gradient in parts of the adversarial one)."
+        )
+    if config.metrics in (None, "none"):
+        problems += [
+            f"{flag(name)} {getattr(config, name)}: has no effect without --metrics."
+            for name in ("metrics_kimg", "metrics_num", "metrics_inception")
+            if getattr(config, name) is not None
+        ]
     if not config.data:
         problems.append("--data: name the folder or zip with the pictures.")
     if config.resume == "":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, distils
 
 # Provisional: of the range that the pilot looked at (0.05 to 0.2, where small weights already helped); to be
 # settled by the A/B runs.
@@ -214,6 +214,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     settle_by_job("gamma", gamma, f"{formula} at {facts.resolution} px, batch {batch}")
     settle("glr", 0.002 if stylegan2 else 0.0025, f"published rate for {facts.family}")
     settle("dlr", 0.002, "published rate for the discriminator")
+    settle("g_beta1", 0.0, "published: Adam's momentum of the generator")
     settle(
         "ema_kimg",
         batch * 10 / 32,
@@ -237,7 +238,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     if aug != "noaug":
         settle("augpipe", "bgc", "flips, shifts, turns, scales and colours; the pipe of the ADA paper")
     weight = settle("sd_weight", SD_WEIGHT, "provisional: inside the range a pilot found useful")
-    if weight > 0:
+    if distils(weight):
         _settle_distillation(settle, config, facts)
     else:
         reasons += [
@@ -252,6 +253,14 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     )
     tick = settle("tick", *_tick(kimg))
     settle("snap", max(1, round(kimg / tick / 5)), "ticks between snapshots: about five in this run")
+    if config.metrics not in (None, "none"):
+        settle("metrics", None, "measured while training; a failure is a warning")
+        settle("metrics_kimg", max(tick, kimg / 5), "kimg between measurements: five in this run")
+        settle(
+            "metrics_num",
+            5000 if on_gpu else 1000,
+            "generated pictures: few, so compare only with equal numbers",
+        )
     settle(
         "workers",
         min(4, facts.cpu_count) if on_gpu else 0,

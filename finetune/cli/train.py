@@ -32,6 +32,21 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
     )
 
 
+class Weight(click.ParamType):
+    """A number, or auto:RATIO."""
+
+    name = "weight"
+
+    def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
+        return "NUMBER|auto:RATIO"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return value  # TrainConfig knows what is wrong with it
+
+
 @click.command("train", short_help="Fine-tune a checkpoint to a folder of pictures, with self-distillation.")
 @option(
     "resume",
@@ -76,8 +91,14 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("fit", choices.FITS, "How pictures of another size are brought to the network's.")
 @option("glr", float, "Learning rate of the generator.")
 @option("dlr", float, "Learning rate of the discriminator.")
+@option("g_beta1", float, "First beta of the generator's Adam.")
 @option("ema_kimg", float, "Half-life of the average generator, the one that is exported.")
-@option("sd_weight", float, "Weight of the self-distillation; 0 is the plain recipe.")
+@option(
+    "sd_weight",
+    Weight(),
+    "Weight of the self-distillation; 0 is the plain recipe. auto:0.1 sets it so that its gradient is a "
+    "tenth of the adversarial one.",
+)
 @option("sd_backbone", choices.BACKBONES, "Network that compares student and teacher.")
 @option("sd_interval", int, "Compare every k-th step, counted k times.")
 @option("sd_warmup_kimg", float, "Let the weight grow from 0 over so many kimg.")
@@ -109,6 +130,12 @@ def option(name: str, kind: Any = None, help: str = "", **settings: Any):
 @option("map_depth", int, "For --scratch: layers of the mapping network.")
 @option("z_dim", int, "For --scratch: numbers in a z.")
 @option("w_dim", int, "For --scratch: numbers in a w.")
+@option(
+    "metrics", str, "Measure while training: names as `finetune evaluate` has them, or none.", metavar="LIST"
+)
+@option("metrics_kimg", float, "Kimg between measurements.")
+@option("metrics_num", int, "Pictures to generate for a measurement.")
+@option("metrics_inception", click.Path(), "Inception weights, where you have them.", metavar="FILE")
 @option("snap", int, "Ticks between snapshots.")
 @option("tick", float, "Kimg between lines of the log.")
 @option("seed", int, "Seed of everything random.")

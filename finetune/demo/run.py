@@ -151,7 +151,7 @@ def report(
 ) -> None:
     """Say what was done, what it did to the distances, and where everything is."""
     say(
-        f"\nFine-tuned for {config.kimg:g} kimg with self-distillation: weight {config.sd_weight:g}, "
+        f"\nFine-tuned for {config.kimg:g} kimg with self-distillation: weight {config.sd_weight}, "
         f"backbone {config.sd_backbone}, every {config.sd_interval} steps.\n"
     )
     say(f"{'distance to the new pictures':<32}{'before':>18}{'after':>18}")

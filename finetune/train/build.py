@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig
+from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig, target_ratio
 from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
 from finetune.recipes import Facts
@@ -51,8 +51,8 @@ def build_state(
         D=D,
         G_ema=G_ema,
         teacher=copy.deepcopy(G_ema) if own_teacher else G_ema,
-        opt_G=adam(G, config.glr, path_interval),
-        opt_D=adam(D, config.dlr, R1_INTERVAL if config.gamma else None),
+        opt_G=adam(G, config.glr, config.g_beta1, path_interval),
+        opt_D=adam(D, config.dlr, BETAS[0], R1_INTERVAL if config.gamma else None),
         augment_pipe=build_augment_pipe(config, device),
         ada=AdaController(
             config.p or 0.0,
@@ -60,6 +60,7 @@ def build_state(
             swing_kimg=ADA_SWING_KIMG[facts.from_scratch],
         ),
         path_mean=torch.zeros([], device=device),
+        sd_norms=torch.zeros(2, device=device),
     )
 
 
@@ -79,7 +80,8 @@ def build_plan(
     if distance is not None:
         distillation = Distillation(
             distance=distance,
-            weight=c["sd_weight"],
+            weight=c["sd_weight"] if target_ratio(c["sd_weight"]) is None else 1.0,
+            ratio=target_ratio(c["sd_weight"]),
             interval=c["sd_interval"],
             warmup_nimg=config.sd_warmup_kimg * 1000,
             batch_share=config.sd_batch_share,
@@ -191,11 +193,12 @@ def build_augment_pipe(config: TrainConfig, device: torch.device) -> torch.nn.Mo
     return AugmentPipe(**settings).train().requires_grad_(False).to(device)
 
 
-def adam(network: torch.nn.Module, lr: float | None, lazy_interval: int | None) -> torch.optim.Adam:
+def adam(
+    network: torch.nn.Module, lr: float | None, beta1: float | None, lazy_interval: int | None
+) -> torch.optim.Adam:
     """Adam over all parameters of a network, corrected for lazy regularisation."""
-    return torch.optim.Adam(
-        list(network.parameters()), eps=1e-8, **lazy_adam(lr or 0.0, BETAS, lazy_interval)
-    )
+    settings = lazy_adam(lr or 0.0, (beta1 or 0.0, BETAS[1]), lazy_interval)
+    return torch.optim.Adam(list(network.parameters()), eps=1e-8, **settings)
 
 
 def magnitude_beta(batch: int) -> float:

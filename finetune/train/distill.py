@@ -18,14 +18,18 @@ import torch.nn.functional as F
 from finetune.metrics.perceptual import Distance
 from finetune.train.latents import Draw, NoiseReplay, map_latents
 
+NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
+MOST_AUTO = 10.0
+
 
 @dataclass(frozen=True)
 class Distillation:
     """When and how strongly the student is held to the teacher.
 
-    weight: λ. interval: computed every k-th step and counted k times. warmup_nimg: images over which λ grows
-    from 0. batch_share: part of each batch that is compared. resolution: pixels at which it is compared, if
-    fewer than the image has.
+    weight: λ; or, where ratio is given, a factor of the λ that makes the gradient of the distance, at the
+    image and averaged over steps, `ratio` times as long as the adversarial one. interval: computed every k-th
+    step and counted k times. warmup_nimg: images over which λ grows from 0. batch_share: part of each batch
+    that is compared. resolution: pixels at which it is compared, if fewer than the image has.
     """
 
     distance: Distance
@@ -34,6 +38,7 @@ class Distillation:
     warmup_nimg: float
     batch_share: float
     resolution: int
+    ratio: float | None = None
 
     def due(self, step: int) -> bool:
         """Whether step number `step` (from 0) has a distillation term."""
@@ -52,12 +57,16 @@ class Distillation:
         replay: NoiseReplay,
         nimg: int,
         synthesis: dict,
+        adversarial: torch.Tensor | None = None,
+        norms: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the
         distances.
 
         img: `[N, C, H, W]`, detached. The teacher makes the whole batch even where a share is compared: noise
-        maps and StyleGAN3's style normalisation depend on it. Returns (`[N, C, H, W]`, `[M]`).
+        maps and StyleGAN3's style normalisation depend on it. adversarial, norms: the other gradient, and
+        `TrainState.sd_norms`, which is moved on; needed where λ follows a ratio. Returns (`[N, C, H, W]`,
+        `[M]`).
         """
         with torch.no_grad():
             ws = map_latents(teacher, draw)
@@ -69,7 +78,21 @@ class Distillation:
             area_resize(part, self.resolution), area_resize(target[:count], self.resolution)
         )
         (gradient,) = torch.autograd.grad(distances.mean() * self.weight_at(nimg), part)
+        if self.ratio is not None:
+            assert adversarial is not None and norms is not None, "a ratio needs something to compare with"
+            scale = self.weight_at(nimg)
+            unit = gradient.norm() / scale if scale else gradient.norm()
+            norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
+            gradient = gradient * self.auto_weight(norms)
         return F.pad(gradient, [0, 0] * 3 + [0, len(img) - count]), distances.detach()
+
+    def auto_weight(self, norms: torch.Tensor) -> torch.Tensor:
+        """λ (a scalar) for running averages `[adversarial, distillation]`, at most MOST_AUTO.
+
+        Both begin at 0 and move alike, so their ratio is right from the start. Where student and teacher are
+        still equal there is nothing to pull, and the bound keeps the first steps after that sane.
+        """
+        return (self.ratio * norms[0] / norms[1].clamp_min(1e-30)).clamp(max=MOST_AUTO)
 
 
 def area_resize(img: torch.Tensor, resolution: int) -> torch.Tensor:

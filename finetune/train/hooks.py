@@ -24,6 +24,7 @@ from finetune.errors import ConfigError, TrainingError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.recipes import Reason
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
+from finetune.train.board import Board
 from finetune.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class RunFolder:
         self.last_snapshot: Path | None = None
         spacing = (config.tick or 0) * (config.snap or 0)
         self.decimals = 0 if spacing >= 1 and float(config.kimg or 0).is_integer() else 3
+        self.board = Board(path)
         (path / "config.json").write_text(config.to_json(), encoding="utf-8")
 
     def stem(self, nimg: int) -> str:
@@ -159,6 +161,7 @@ class RunFolder:
         line |= {"sec": time.time() - self.started, "p": state.ada.p, **numbers}
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_rounded(line)) + "\n")
+        self.board.add(state.nimg, line)
 
     def _training_set_kwargs(self) -> dict:
         images = self.image_set
@@ -238,6 +241,12 @@ class Display:
 def _losses(numbers: dict, state: TrainState) -> str:
     shown = {"G": "loss_G", "D": "loss_D", "SD": "loss_sd"}
     parts = [f"{name} {numbers[key]:.3f}" for name, key in shown.items() if key in numbers]
+    metrics = numbers.get("metrics", {})
+    parts += [
+        f"{name}@{metrics['num']} {value:.4g}"
+        for name, value in metrics.items()
+        if name not in ("num", "sec") and not name.endswith("_spread")
+    ]
     return " ".join([*parts, f"p {state.ada.p:.3f}"] if state.augment_pipe is not None else parts)
 
 

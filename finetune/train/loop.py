@@ -71,14 +71,27 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
             (gradient,) = torch.autograd.grad(loss.mean(), leaf)
             watch.record("Gmain", loss_G=loss, score_fake=logits, sign_fake=logits.sign())
 
+            pull = None
             if plan.distillation and plan.distillation.due(state.step):
                 with watch.phase("Gdistill"):
                     pull, distances = plan.distillation.image_gradient(
-                        state.teacher, leaf, draw, replay, state.nimg, plan.synthesis
+                        state.teacher,
+                        leaf,
+                        draw,
+                        replay,
+                        state.nimg,
+                        plan.synthesis,
+                        gradient,
+                        state.sd_norms,
                     )
-                    gradient = gradient + pull
                     watch.record("Gdistill", loss_sd=distances)
-            img.backward(gradient * (size / plan.batch))
+                    if plan.distillation.ratio is not None:
+                        watch.record("Gdistill", sd_weight=plan.distillation.auto_weight(state.sd_norms))
+            share = size / plan.batch
+            if pull is not None and (diagnostics := watch.wants_gradients(state)) is not None:
+                with watch.phase("diagnose"):
+                    diagnostics.compare_gradients(state.G, img, gradient * share, pull * share)
+            img.backward((gradient if pull is None else gradient + pull) * share)
 
 
 def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:

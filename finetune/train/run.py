@@ -16,7 +16,7 @@ from finetune import recipes
 from finetune.checkpoint import Checkpoint, load, newest_snapshot
 from finetune.checkpoint.known import published_for
 from finetune.checkpoint.surgery import Operation, Wanted, operate
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, distils
 from finetune.data import ImageSet, build_loader, scan
 from finetune.device import resolve_device
 from finetune.errors import ConfigError, DataError, FinetuneError
@@ -24,8 +24,10 @@ from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_state
+from finetune.train.diagnose import Diagnostics
 from finetune.train.hooks import Display, RunFolder, check_outdir, make_run_dir, print_reasons
 from finetune.train.loop import train
+from finetune.train.measure import Measurements, names_of
 from finetune.train.state import Plan, TrainState
 from finetune.train.watch import Watch
 
@@ -86,9 +88,10 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         raise ConfigError(
             f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto."
         )
-    if (recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight) > 0:
+    if distils(recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight):
         tell(f"Checking the weights of {config.sd_backbone} …")
         ensure_weights(config.sd_backbone, tell)
+    names_of(config)
     checkpoint = None
     if config.resume is not None:
         tell(f"Loading {config.resume} …")
@@ -305,10 +308,14 @@ def start(
     torch.manual_seed(seed + 1)  # not the numbers that the first weights were drawn from
 
     ticks = 0
+    measurements = Measurements(config, image_set, plan.device, lambda text: display.say(text))
 
     def tick(state: TrainState, numbers: dict) -> None:
         nonlocal ticks
         ticks += 1
+        if measurements.due(state.nimg, is_end=state.nimg >= plan.total_nimg):
+            if (found := measurements.take(state)) is not None:
+                numbers["metrics"] = found
         folder.log(state, numbers)
         display.tick(state, numbers)
         if ticks % (config.snap or 1) == 0 and state.nimg < plan.total_nimg:
@@ -317,7 +324,7 @@ def start(
             on_tick(state, numbers)
 
     with Display(console, plan.total_nimg) as display:
-        watch = Watch(plan.device, (config.tick or 1) * 1000, tick, display.step)
+        watch = Watch(plan.device, (config.tick or 1) * 1000, tick, display.step, Diagnostics(state))
         display.say(f"Run folder: {run_dir}")
         with watch.stop_on_signals():
             train(state, plan, batches, watch)

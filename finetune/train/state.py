@@ -16,7 +16,8 @@ class TrainState:
     """What training changes. What is not in here (or in torch's random state and the sampler) does not exist.
 
     One clock: `nimg`, the images D has seen; `step` counts iterations. `teacher` is G_ema itself unless
-    another one was asked for.
+    another one was asked for. `sd_norms`: running averages of the norms of the adversarial and the unweighted
+    distillation gradient at the image, from which `--sd-weight auto:` follows.
     """
 
     G: torch.nn.Module
@@ -28,6 +29,7 @@ class TrainState:
     augment_pipe: torch.nn.Module | None
     ada: AdaController
     path_mean: torch.Tensor
+    sd_norms: torch.Tensor
     nimg: int = 0
     step: int = 0
 

@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 from finetune.errors import TrainingError
+from finetune.train.diagnose import Diagnostics
 from finetune.train.state import TrainState
 
 CHECK_EVERY = 16  # steps between looks for non-finite losses on a device that would have to be waited for
@@ -28,8 +29,10 @@ class Watch:
     def __init__(
         self, device: torch.device, tick_nimg: float, on_tick: Callable[[TrainState, dict], None],
         on_step: Callable[[TrainState], None] = lambda state: None,
+        diagnostics: Diagnostics | None = None,
     ) -> None:  # fmt: skip
         self.device = device
+        self.diagnostics = diagnostics
         self.tick_nimg = tick_nimg
         self.on_tick = on_tick
         self.on_step = on_step
@@ -45,6 +48,12 @@ class Watch:
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Charge the time of a `with` block to the phase `name`."""
         return self.clock.phase(name)
+
+    def wants_gradients(self, state: TrainState) -> Diagnostics | None:
+        """What compares gradients, once in the second half of each tick (student and teacher begin equal)."""
+        middle = self.next_tick_nimg - self.tick_nimg / 2
+        seen = self.diagnostics
+        return seen if seen is not None and seen.due and state.nimg >= middle else None
 
     def record(self, phase: str, **values: torch.Tensor) -> None:
         """Add values (any shape) to the averages of this tick."""
@@ -79,6 +88,9 @@ class Watch:
         self.check_finite(state)
         seconds = time.perf_counter() - self.tick_started
         numbers = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        if self.diagnostics is not None:
+            with self.phase("diagnose"):
+                numbers |= self.diagnostics.read(state)
         numbers["img_per_sec"] = (state.nimg - self.tick_nimg_start) / seconds
         numbers["sec_per_phase"] = self.clock.read()
         numbers["memory_gib"] = peak_memory_gib(self.device)

@@ -112,6 +112,10 @@ def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, 
         "channels",
         "classes",
         "d_warmup_kimg",
+        "metrics",
+        "metrics_kimg",
+        "metrics_num",
+        "metrics_inception",
     }
     optional |= set() if scratch else {"resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim"}
     unset = {name for name, value in dataclasses.asdict(config).items() if value is None}

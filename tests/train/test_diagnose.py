@@ -1,0 +1,157 @@
+"""What is measured while training: right numbers, in the log and for TensorBoard, without an effect on it."""
+
+import dataclasses
+import io
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_runs import options, quiet, train_steps, weights
+
+import finetune
+from finetune.errors import ConfigError
+from finetune.train import measure
+from finetune.train.diagnose import Diagnostics, Way
+from finetune.train.measure import is_better
+from finetune.train.run import prepare, run
+from finetune.train.watch import Watch
+
+FAMILIES = ["stylegan2", "stylegan3-t"]
+
+
+def lines_of(result):
+    return [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+class TestGradients:
+    def test_cosine_and_ratio_are_those_of_the_two_losses(self):
+        G = torch.nn.ModuleDict({"mapping": torch.nn.Linear(2, 3), "other": torch.nn.Linear(3, 4)})
+        img = G["other"](G["mapping"](torch.randn(5, 2)).square())
+        a, b = torch.randn_like(img), torch.randn_like(img)
+        found = [
+            torch.cat([each.flatten() for each in torch.autograd.grad(img, list(G.parameters()), side, True)])
+            for side in (a, b)
+        ]
+        seen = Diagnostics.__new__(Diagnostics)
+        seen.compare_gradients(G, img, a, b)
+        img.backward(a + b)  # the graph is still there
+        assert seen.due is False
+        gradients = seen._gradients
+        cosine = torch.cosine_similarity(*found, dim=0)
+        assert gradients["sd_cosine"] == pytest.approx(float(cosine), rel=1e-5)
+        assert gradients["sd_ratio"] == pytest.approx(float(found[1].norm() / found[0].norm()), rel=1e-5)
+        mapping = [each[:9] for each in found]
+        assert gradients["sd_cosine_of"]["mapping"] == pytest.approx(
+            float(torch.cosine_similarity(*mapping, dim=0)), rel=1e-5
+        )
+        assert gradients["sd_ratio_of"].keys() == {"mapping", "other"}
+
+    def test_a_way_straight_on_and_back(self):
+        network = torch.nn.Linear(1, 1, bias=False)
+        network.weight.data.fill_(1.0)
+        way = Way(network)
+        first = way.go_on(torch.tensor([2.0]), 0.5)
+        assert first == {"path_per_kimg": 1.0, "straightness": 1.0}
+        back = way.go_on(torch.tensor([1.5]), 0.5)
+        assert back["update_cosine"] == pytest.approx(-1)
+        assert back["straightness"] == pytest.approx(0.5 / 1.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_logs_them_and_is_not_changed_by_them(family, pictures, tmp_path, monkeypatch):
+    result = run(options(pictures, tmp_path, family), console=quiet())
+    for index, line in enumerate(lines_of(result)):
+        assert -1 <= line["sd_cosine"] <= 1 and line["sd_ratio"] > 0
+        blocks = {"mapping", "b4", "b8", "b16"} if family == "stylegan2" else {"mapping", "input"}
+        assert blocks <= line["sd_cosine_of"].keys() == line["sd_ratio_of"].keys()
+        assert line["weight_distance"] > 0 and "diagnose" in line["sec_per_phase"]
+        for name in ("G", "ema"):
+            assert line[f"path_per_kimg_{name}"] > 0 and 0 < line[f"straightness_{name}"] <= 1.001
+            assert (f"update_cosine_{name}" in line) == (index > 0)
+
+    monkeypatch.setattr(Watch, "wants_gradients", lambda self, state: None)
+    again = run(options(pictures, tmp_path, family), console=quiet())
+    assert "sd_cosine" not in lines_of(again)[0]
+    other = weights(finetune.load(again.snapshot).G_ema)
+    for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_tensorboard_gets_the_same_numbers(pictures, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(options(pictures, tmp_path), console=quiet())
+    board = EventAccumulator(str(result.run_dir)).Reload()
+    for line, event in zip(lines_of(result), board.Scalars("loss_G"), strict=True):
+        assert event.step == line["nimg"] and event.value == pytest.approx(line["loss_G"], rel=1e-4)
+    assert {"sec_per_phase/Gmain", "sd_cosine_of/mapping"} <= set(board.Tags()["scalars"])
+
+
+class TestWeightByRatio:
+    def test_the_gradient_gets_the_share_that_was_asked_for(self, pictures, tmp_path):
+        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.25", sd_interval=1, ema_kimg=0.1))
+        train_steps(prepared, 30)
+        norms, distillation = prepared.state.sd_norms, prepared.plan.distillation
+        weight = float(distillation.auto_weight(norms))
+        assert 0 < weight < 10
+        assert weight * float(norms[1]) == pytest.approx(0.25 * float(norms[0]), rel=1e-5)
+
+    def test_equal_networks_do_not_run_away(self, pictures, tmp_path):
+        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1"))
+        distillation = prepared.plan.distillation
+        assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 10
+        assert float(distillation.auto_weight(torch.tensor([1.0, 0.5]))) == pytest.approx(0.2)
+
+    @pytest.mark.parametrize("value", ["auto", "auto:", "auto:0", "auto:x", "much", "auto:-1"])
+    def test_mistakes(self, value, pictures, tmp_path):
+        with pytest.raises(ConfigError, match=f"--sd-weight {value}: must be a number, or auto:RATIO"):
+            prepare(options(pictures, tmp_path, sd_weight=value))
+
+
+class TestMeasurements:
+    SETTINGS: ClassVar = {"metrics": "random-fid", "metrics_num": 4, "metrics_kimg": 0.016}
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+
+    def test_they_are_logged_with_their_number_and_change_nothing(self, pictures, tmp_path):
+        console = Console(file=io.StringIO(), width=200)
+        result = run(options(pictures, tmp_path, **self.SETTINGS), console=console)
+        lines = lines_of(result)
+        assert [line["metrics"]["num"] for line in lines] == [4, 4]
+        assert all(line["metrics"]["random-fid"] > 0 for line in lines)
+        assert "random-fid@4 " in console.file.getvalue()
+        plain = run(options(pictures, tmp_path), console=quiet())
+        other = weights(finetune.load(plain.snapshot).G_ema)
+        for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
+            assert torch.equal(tensor, other[name]), name
+
+    def test_their_interval_and_the_end(self, pictures, tmp_path):
+        config = options(pictures, tmp_path, kimg=0.064, **(self.SETTINGS | {"metrics_kimg": 0.048}))
+        lines = lines_of(run(config, console=quiet()))
+        assert [line["nimg"] for line in lines if "metrics" in line] == [48, 64]
+
+    def test_a_failure_is_a_warning(self, pictures, tmp_path, monkeypatch):
+        def fail(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(measure, "Evaluation", fail)
+        console = Console(file=io.StringIO(), width=200)
+        result = run(options(pictures, tmp_path, **self.SETTINGS), console=console)
+        assert result.nimg == 32 and "metrics" not in lines_of(result)[-1]
+        assert "Metrics at 0.016 kimg failed, and training goes on: out of memory" in console.file.getvalue()
+
+    def test_unknown_ones_are_refused_before_anything(self, pictures, tmp_path):
+        with pytest.raises(ConfigError, match="no metric is called fiid"):
+            prepare(options(pictures, tmp_path, metrics="fiid"))
+        with pytest.raises(ConfigError, match="--metrics-num 5: has no effect without --metrics"):
+            prepare(options(pictures, tmp_path, metrics_num=5))
+        config = dataclasses.replace(options(pictures, tmp_path), metrics="none")
+        assert measure.names_of(config) == ()
+
+    def test_which_value_is_better(self):
+        assert is_better("fid", 2.0, 3.0) and not is_better("recall-effnet", 0.2, 0.3)
+        assert is_better("recall-effnet", 0.4, 0.3) and is_better("fid", 1.0, None)
