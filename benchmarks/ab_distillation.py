@@ -151,9 +151,14 @@ def start_of(options: argparse.Namespace, job: str) -> dict[str, float]:
     device = resolve_device(options.device)
     G: Any = load(options.checkpoint, device=device).best
     images = ImageSet(
-        config.data, resolution=G.img_resolution, channels=G.img_channels, mirror=config.mirror, fit=config.fit,
-        use_labels=G.c_dim > 0, num_classes=G.c_dim or None,
-    )  # fmt: skip
+        config.data,
+        resolution=G.img_resolution,
+        channels=G.img_channels,
+        mirror=config.mirror,
+        fit=config.fit,
+        use_labels=G.c_dim > 0,
+        num_classes=G.c_dim or None,
+    )
     evaluation = Evaluation(images, options.metrics.split(","), device=device, cache=True)
     found = {name: each.value for name, each in evaluation.distances(G, options.num).items()}
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +208,7 @@ def rows_of(
 def costs_of(
     records: dict[tuple[str, int], dict[str, Any]], arms: list[Arm], seeds: list[int]
 ) -> list[list[str]]:
-X
+    """Seconds per kimg of each arm, without the measurements, and what they are of those of the first."""
     base = statistics.median(records[arms[0].name, seed]["sec_per_kimg"] for seed in seeds)
     rows = []
     for arm in arms:
