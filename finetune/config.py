@@ -23,6 +23,7 @@ AUGMENTATIONS = ("ada", "noaug", "fixed")
 TEACHERS = ("ema", "initial")
 PRECISIONS = ("auto", "fp32", "fp16")
 FITS = ("crop", "pad", "stretch")
+POLICIES = ("stop", "rollback", "ignore")
 RECIPES = ("auto", "improve", "adapt", "few-shot", "custom")
 CLASSES = ("keep", "extend", "fresh")
 CHANNELS = (1, 3, 4)
@@ -130,6 +131,9 @@ class TrainConfig:
     seed: int = 0
     tick: float | None = None
     snap: int | None = None
+    save_every_min: float = 30.0
+    keep: int | None = None
+    on_divergence: str = "stop"
     metrics: str | None = None
     metrics_kimg: float | None = None
     metrics_num: int | None = None
@@ -185,8 +189,9 @@ def _type_name(hint: object) -> str:
 def _range_problems(config: TrainConfig) -> list[str]:
     """Numbers outside what they mean; None passes, NaN and infinity never do."""
     positive = {"kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "tick", "snap", *SCRATCH_ONLY}
-    positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg", "metrics_kimg"}
+    positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg", "metrics_kimg", "keep"}
     not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "d_warmup_kimg", "workers", "seed"}
+    not_negative.add("save_every_min")
     problems = []
     for name in TrainConfig.__dataclass_fields__:
         value = getattr(config, name)
@@ -221,7 +226,7 @@ def _choice_problems(config: TrainConfig) -> list[str]:
     choices: dict[str, typing.Collection[object]] = {
         "scratch": FAMILIES, "fit": FITS, "aug": AUGMENTATIONS, "augpipe": AUGPIPES, "sd_backbone": BACKBONES,
         "sd_teacher": TEACHERS, "precision": PRECISIONS, "recipe": RECIPES, "classes": CLASSES,
-        "channels": CHANNELS,
+        "channels": CHANNELS, "on_divergence": POLICIES,
     }  # fmt: skip
     return [
         f"{flag(name)} {getattr(config, name)}: must be one of {', '.join(map(str, allowed))}."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,16 +49,29 @@ class Weight(click.ParamType):
             return value  # TrainConfig knows what is wrong with it
 
 
+def goes_on(resume: str | None) -> bool:
+    """Whether `--resume` means a run with a saved state, told by names alone."""
+    place = Path(resume or "").expanduser()
+    with contextlib.suppress(OSError):
+        return place.match("training-state-*.pt") or any(place.glob("training-state-*.pt"))
+    return False
+
+
 @click.command("train", short_help="Fine-tune a checkpoint to a folder of pictures, with self-distillation.")
 @option(
     "resume",
     str,
-    "Checkpoint to start from: a file, a name of `finetune checkpoints`, or a URL.",
-    metavar="NETWORK",
+    "Checkpoint to start from: a file, a name of `finetune checkpoints`, or a URL. A run folder, or its "
+    "training-state file: go on with that run exactly.",
+    metavar="NETWORK|RUN",
 )
 @option("scratch", choices.FAMILIES, "Start without a checkpoint, from random weights.")
 @click.option(
-    "--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="Pictures: a folder or a zip."
+    "--data",
+    default="",
+    type=click.Path(),
+    metavar="DIR|ZIP",
+    help="Pictures: a folder or a zip.  [needed, but for going on with a run]",
 )
 @option("outdir", click.Path(file_okay=False), "Where the run folder is made.", metavar="DIR")
 @option(
@@ -137,6 +152,14 @@ class Weight(click.ParamType):
 @option("metrics_num", int, "Pictures to generate for a measurement.")
 @option("metrics_inception", click.Path(), "Inception weights, where you have them.", metavar="FILE")
 @option("snap", int, "Ticks between snapshots.")
+@option("save_every_min", float, "Minutes after which the state of the run is saved in between; 0: never.")
+@option("keep", int, "Snapshots to keep, the newest ones.  [default: all]")
+@option(
+    "on_divergence",
+    choices.POLICIES,
+    "When a loss is not finite, the scores of D explode or G leaves its average: stop, go back to the last "
+    "state with slower learning (three times at most), or only say so.",
+)
 @option("tick", float, "Kimg between lines of the log.")
 @option("seed", int, "Seed of everything random.")
 @option("workers", int, "Processes that decode pictures; 0 decodes in between.")
@@ -158,7 +181,8 @@ def command(dry_run: bool, **options: Any) -> None:
     The run folder gets config.json, log.jsonl, sheets of pictures and snapshots that open everywhere.
     """
     config = TrainConfig(**options)
-    config.validate()
+    if not goes_on(config.resume):  # whose options are those of the run
+        config.validate()
     if config.resume is not None and not os.path.exists(config.resume):
         config = dataclasses.replace(config, resume=str(network_file(config.resume)))
     from rich.console import Console

@@ -14,8 +14,10 @@ from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
 from finetune.recipes import Facts
 from finetune.train.ada import AdaController
+from finetune.train.continuing import apply_rates
 from finetune.train.distill import Distillation
 from finetune.train.losses import lazy_adam
+from finetune.train.saved import Saved, networks_of, restore
 from finetune.train.state import Plan, TrainState
 from torch_utils import misc
 
@@ -62,6 +64,37 @@ def build_state(
         path_mean=torch.zeros([], device=device),
         sd_norms=torch.zeros(2, device=device),
     )
+
+
+def build_saved_state(config: TrainConfig, facts: Facts, saved: Saved, device: torch.device) -> TrainState:
+    """The TrainState of a state file, with the rates of `config` where they were changed."""
+    networks = networks_of(saved.content)
+    for name, network in networks.items():
+        network.train(name in ("G", "D")).requires_grad_(False).to(device)
+    G, D, G_ema = networks["G"], networks["D"], networks["G_ema"]
+    intervals = {
+        "G": PATH_INTERVAL if facts.family == "stylegan2" else None,
+        "D": R1_INTERVAL if config.gamma else None,
+    }
+    state = TrainState(
+        G=G,
+        D=D,
+        G_ema=G_ema,
+        teacher=networks.get("teacher", G_ema),
+        opt_G=adam(G, config.glr, config.g_beta1, intervals["G"]),
+        opt_D=adam(D, config.dlr, BETAS[0], intervals["D"]),
+        augment_pipe=build_augment_pipe(config, device),
+        ada=AdaController(
+            config.p or 0.0,
+            target=config.target if config.aug == "ada" else None,
+            swing_kimg=ADA_SWING_KIMG[facts.from_scratch],
+        ),
+        path_mean=torch.zeros([], device=device),
+        sd_norms=torch.zeros(2, device=device),
+    )
+    restore(state, saved.content)
+    apply_rates(state, config, TrainConfig.from_json(saved.content["config"]), intervals)
+    return state
 
 
 def build_plan(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +24,7 @@ from rich.table import Table
 from finetune.config import TrainConfig
 from finetune.data import images_to_float
 from finetune.errors import ConfigError, TrainingError
+from finetune.export.atomic import atomic_write
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.recipes import Reason
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
@@ -29,6 +33,8 @@ from finetune.train.state import TrainState
 
 if TYPE_CHECKING:
     from finetune.data import ImageSet
+
+log = logging.getLogger("finetune.train")
 
 
 def check_outdir(config: TrainConfig, networks: list[torch.nn.Module]) -> None:
@@ -97,12 +103,18 @@ class RunFolder:
         self.source = source
         self.chunk = chunk
         self.device = device
-        self.started = time.time()
+        self.started = time.monotonic()
+        self.seconds_before = 0.0  # of the processes that the run had before this one
+        self.written: dict[str, int] = {}  # snapshot -> images seen
         self.last_snapshot: Path | None = None
         spacing = (config.tick or 0) * (config.snap or 0)
         self.decimals = 0 if spacing >= 1 and float(config.kimg or 0).is_integer() else 3
         self.board = Board(path)
         (path / "config.json").write_text(config.to_json(), encoding="utf-8")
+
+    def seconds(self) -> float:
+        """How long the run has taken so far, all its processes together."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def stem(self, nimg: int) -> str:
         """kimg as it stands in file names: `000123`, or `000001.500` in runs too short for whole numbers."""
@@ -135,8 +147,29 @@ class RunFolder:
                     f"{name} has weights that are not finite at {state.nimg / 1000:g} kimg; not saved."
                 )
         path = self.path / f"network-snapshot-{self.stem(state.nimg)}.pkl"
-        if path.exists():  # stopped between two whole kimg: never write over an earlier snapshot
+        if path.exists() and self.written.get(path.name) != state.nimg:
+            # Stopped between two whole kimg: never write over an earlier snapshot.
             path = path.with_name(f"network-snapshot-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.pkl")
+        self._write(path, state)
+        self.written[path.name] = state.nimg
+        self.last_snapshot = path
+        return path
+
+    def write_best(self, state: TrainState) -> Path:
+        """`network-best.pkl`, in the place of the one before."""
+        path = self.path / "network-best.pkl"
+        self._write(path, state)
+        return path
+
+    def keep_newest(self, count: int | None) -> None:
+        """Delete the oldest snapshots of this run, and their sheets, until there are `count` (None: all)."""
+        for name in sorted(self.written, key=lambda name: -self.written[name])[count:] if count else ():
+            stem = name.removeprefix("network-snapshot-").removesuffix(".pkl")
+            for path in (self.path / name, self.path / f"fakes{stem}.png"):
+                path.unlink(missing_ok=True)
+            del self.written[name]
+
+    def _write(self, path: Path, state: TrainState) -> None:
         if state.augment_pipe is not None:
             state.augment_pipe.p.fill_(state.ada.p)
         save_stylegan_pickle(
@@ -152,16 +185,41 @@ class RunFolder:
                 "nimg": state.nimg,
             },
         )
-        self.last_snapshot = path
-        return path
 
     def log(self, state: TrainState, numbers: dict) -> None:
         """Append one line to `log.jsonl`."""
         line = {"nimg": state.nimg, "kimg": state.nimg / 1000, "step": state.step}
-        line |= {"sec": time.time() - self.started, "p": state.ada.p, **numbers}
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(_rounded(line)) + "\n")
+        line |= {"sec": self.seconds(), "p": state.ada.p, **numbers}
+        self._append("log.jsonl", line)
         self.board.add(state.nimg, line)
+
+    def event(self, kind: str, state: TrainState, **numbers: object) -> None:
+        """Append one line to `events.jsonl`: what happened, when, and the numbers that go with it."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._append(
+            "events.jsonl", {"event": kind, "time": now, "nimg": state.nimg, "step": state.step, **numbers}
+        )
+
+    def _append(self, name: str, line: dict) -> None:
+        """One line more. A disk that is full costs the line, not the run."""
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_rounded(line)) + "\n")
+        except OSError as error:
+            log.warning("%s: a line is lost: %s", self.path / name, error.strerror or error)
+
+    def drop_later_lines(self, nimg: int) -> None:
+        """Take out of `log.jsonl` what came after `nimg` images, and a half-written line: it comes again."""
+        path = self.path / "log.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith("\n") and json.loads(line)["nimg"] <= nimg:
+                    kept.append(line)
+        with atomic_write(path) as stream:
+            stream.write("".join(kept).encode())
 
     def _training_set_kwargs(self) -> dict:
         images = self.image_set
@@ -191,8 +249,9 @@ def _rounded(value):
 class Display:
     """A progress bar on a terminal, one plain line a tick elsewhere."""
 
-    def __init__(self, console: Console, total_nimg: int) -> None:
+    def __init__(self, console: Console, total_nimg: int, nimg: int = 0) -> None:
         self.console = console
+        self.first_nimg = nimg
         self.total_nimg = total_nimg
         self.started = time.perf_counter()
         self.losses = ""
@@ -201,7 +260,9 @@ class Display:
             # One text column, so that a narrow terminal cuts off its end and not a piece of each number.
             columns = (TextColumn("{task.description}"), BarColumn(10), TextColumn("{task.fields[note]}"))
             self.progress = Progress(*columns, console=console)
-            self.task = self.progress.add_task("0 kimg", total=total_nimg, note="starting")
+            self.task = self.progress.add_task(
+                f"{nimg / 1000:g} kimg", total=total_nimg, completed=nimg, note="starting"
+            )
 
     def __enter__(self) -> Display:
         if self.progress is not None:
@@ -216,7 +277,9 @@ class Display:
         """Move the bar."""
         if self.progress is not None:
             seconds = time.perf_counter() - self.started
-            note = f"{state.nimg / seconds:.1f} img/s · {self._left(state)} · {self.losses}"
+            note = (
+                f"{(state.nimg - self.first_nimg) / seconds:.1f} img/s · {self._left(state)} · {self.losses}"
+            )
             kimg = f"{state.nimg / 1000:.2f}/{self.total_nimg / 1000:g} kimg"
             self.progress.update(self.task, completed=state.nimg, description=kimg, note=note)
 
@@ -231,7 +294,8 @@ class Display:
 
     def _left(self, state: TrainState) -> str:
         seconds = time.perf_counter() - self.started
-        return _duration(seconds / state.nimg * max(0, self.total_nimg - state.nimg)) + " left"
+        done = max(1, state.nimg - self.first_nimg)
+        return _duration(seconds / done * max(0, self.total_nimg - state.nimg)) + " left"
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""

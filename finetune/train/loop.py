@@ -58,7 +58,7 @@ def update_averages(state: TrainState, plan: Plan) -> None:
 
 def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     """Gmain: fool D and, where distillation is due, stay near the teacher; one backward pass through G."""
-    with watch.phase("Gmain"), optimise(state.G, state.opt_G):
+    with watch.phase("Gmain"), optimise("G", state.G, state.opt_G, watch):
         for size in micro_batches(plan):
             draw = draw_latents(state.G, plan.labels(size), plan.mixing)
             ws = map_latents(state.G, draw)
@@ -96,7 +96,7 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
 
 def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     """Greg: path length regularisation (StyleGAN2) on half of the batch, counted `path_interval` times."""
-    with watch.phase("Greg"), optimise(state.G, state.opt_G):
+    with watch.phase("Greg"), optimise("G", state.G, state.opt_G, watch):
         for size in micro_batches(plan):
             draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
             ws = map_latents(state.G, draw)
@@ -111,7 +111,7 @@ def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
 
 def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
     """Dmain: tell real from generated. The running averages inside G move here, once a step."""
-    with watch.phase("Dmain"), optimise(state.D, state.opt_D):
+    with watch.phase("Dmain"), optimise("D", state.D, state.opt_D, watch):
         for index, (real, real_c) in enumerate(reals):
             share = len(real) / plan.batch
             draw = draw_latents(state.G, plan.labels(len(real)), plan.mixing)
@@ -131,7 +131,7 @@ def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch
 
 def r1_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
     """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
-    with watch.phase("Dreg"), optimise(state.D, state.opt_D):
+    with watch.phase("Dreg"), optimise("D", state.D, state.opt_D, watch):
         for real, real_c in reals:
             real = real.detach().requires_grad_()
             penalty = losses.r1_penalty(score(state, plan, real, real_c), real)
@@ -158,10 +158,17 @@ def micro_batches(plan: Plan) -> list[int]:
 
 
 @contextlib.contextmanager
-def optimise(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Collect gradients of this network, and of no other, inside the block; then take a step."""
+def optimise(
+    name: str, network: torch.nn.Module, optimizer: torch.optim.Optimizer, watch: Watch
+) -> Iterator[None]:
+    """Collect gradients of this network, and of no other, inside the block; then take a step.
+
+    The norm of the gradients is recorded: where it is not finite, the watch says so before anything is saved.
+    """
     optimizer.zero_grad(set_to_none=True)
     network.requires_grad_(True)
     yield
     network.requires_grad_(False)
+    gradients = [each.grad for each in network.parameters() if each.grad is not None]
+    watch.record(watch.phase_name, **{f"grad_norm_{name}": torch.nn.utils.get_total_norm(gradients)})
     optimizer.step()

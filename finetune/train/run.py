@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,19 +18,19 @@ from finetune.checkpoint import Checkpoint, load, newest_snapshot
 from finetune.checkpoint.known import published_for
 from finetune.checkpoint.surgery import Operation, Wanted, operate
 from finetune.config import TrainConfig, distils
-from finetune.data import ImageSet, build_loader, scan
+from finetune.data import ImageSet, scan
 from finetune.device import resolve_device
 from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
 from finetune.train.allocator import keep_freed_memory
-from finetune.train.build import build_plan, build_state
-from finetune.train.diagnose import Diagnostics
+from finetune.train.build import build_plan, build_saved_state, build_state
+from finetune.train.continuing import checkpoint_of, continued, saved_for, without_surgery
 from finetune.train.hooks import Display, RunFolder, check_outdir, make_run_dir, print_reasons
-from finetune.train.loop import train
-from finetune.train.measure import Measurements, names_of
+from finetune.train.measure import names_of
+from finetune.train.saved import Saved, restore_random
+from finetune.train.session import Session, begin, check_ours, how_to_go_on
 from finetune.train.state import Plan, TrainState
-from finetune.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Prepared:
     plan: Plan
     notes: list[str]
     operations: list[Operation]
+    saved: Saved | None = None
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ def prepare(config: TrainConfig, console: Console | None = None) -> Prepared:
 
 
 def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
+    saved = saved_for(config.resume)
+    changes: list[str] = []
+    if saved is not None:
+        config, changes = continued(config, saved)
+        check_ours(saved.path.parent)
     config.validate()
     device = resolve_device(config.device)
     if config.precision == "fp16" and device.type != "cuda":
@@ -93,13 +101,17 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         ensure_weights(config.sd_backbone, tell)
     names_of(config)
     checkpoint = None
-    if config.resume is not None:
+    if saved is not None:
+        checkpoint = checkpoint_of(saved)
+    elif config.resume is not None:
         tell(f"Loading {config.resume} …")
         checkpoint = load_for_training(config.resume, new_d=config.new_d)
-    image_set, facts, notes = read_data(config, checkpoint, device, tell)
+    as_it_is = config if saved is None else without_surgery(config, checkpoint)
+    image_set, facts, notes = read_data(as_it_is, checkpoint, device, tell)
+    facts = replace(facts, from_scratch=config.scratch is not None)
     tell("Building the networks …")
     operations: list[Operation] = []
-    if checkpoint is not None:
+    if checkpoint is not None and saved is None:
         if facts.resolution == cast(Any, checkpoint.best).img_resolution:
             # Published settings are those of a resolution.
             facts = replace(facts, published=published_for(checkpoint.provenance))
@@ -115,20 +127,26 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         )
 
     torch.manual_seed(config.seed)
-    state = build_state(config, facts, checkpoint, device)
-    check_outdir(config, [state.G, state.D, state.G_ema])
+    if saved is None:
+        state = build_state(config, facts, checkpoint, device)
+        check_outdir(config, [state.G, state.D, state.G_ema])
+    else:
+        state = build_saved_state(config, facts, saved, device)
     distance = None
     if config.sd_weight:
         # Building a network draws random numbers even where its weights are then loaded.
         with torch.random.fork_rng(devices=[]):
             distance = build_distance(config.sd_backbone, facts.channels, device)
-    generator = torch.Generator().manual_seed(config.seed)
+    if saved is None:
+        state.label_generator.manual_seed(config.seed)
 
     def labels(count: int) -> torch.Tensor:
-        return image_set.random_labels(count, generator).to(device)
+        return image_set.random_labels(count, state.label_generator).to(device)
 
     plan = build_plan(config, facts, distance, labels, device)
-    return Prepared(config, facts, reasons, checkpoint, image_set, state, plan, notes, operations)
+    return Prepared(
+        config, facts, reasons, checkpoint, image_set, state, plan, notes, operations, saved, tuple(changes)
+    )
 
 
 def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
@@ -139,8 +157,8 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
         except FinetuneError:
             raise ConfigError(f"--resume {path}: this is a folder without snapshots; name a file.") from None
         raise ConfigError(
-            f"--resume {path}: this is a run folder, and continuing a run exactly is not possible yet.",
-            hint=f"To start from its weights alone: --resume {snapshot}",
+            f"--resume {path}: this run folder holds no training state to go on from.",
+            hint=f"To start from the weights of its newest snapshot: --resume {snapshot}",
         )
     checkpoint = load(path)
     if checkpoint.best is None:
@@ -276,6 +294,8 @@ def show(prepared: Prepared, console: Console) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     for line in (line for operation in prepared.operations for line in operation.lines()):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if prepared.saved is not None:
+        return show_continued(prepared, console)
     if prepared.checkpoint is not None:
         missing = [name for name in prepared.checkpoint.missing if name in ("G", "G_ema")]
         console.print(
@@ -287,56 +307,47 @@ def show(prepared: Prepared, console: Console) -> None:
     print_reasons(console, "", prepared.reasons)
 
 
+def show_continued(prepared: Prepared, console: Console) -> None:
+    """Say where a run goes on, and with which other options."""
+    saved = prepared.saved
+    assert saved is not None
+    lines = [*saved.skipped, f"Going on after {saved.nimg / 1000:g} kimg, from {saved.path}."]
+    lines.append("Changed: " + "; ".join(prepared.changes) if prepared.changes else "All options as before.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def start(
     prepared: Prepared,
     *,
     console: Console,
     on_tick: Callable[[TrainState, dict], None] | None = None,
 ) -> RunResult:
-    """Make the run folder and train."""
+    """Make the run folder, or go on in the one that there is, and train."""
     config, image_set, state, plan = prepared.config, prepared.image_set, prepared.state, prepared.plan
     if plan.device.type == "cpu":
         keep_freed_memory()
     source = None if prepared.checkpoint is None else prepared.checkpoint.provenance.to_dict()
-    desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
-    run_dir = make_run_dir(config.outdir, f"{desc}-{config.desc}" if config.desc else desc)
+    if prepared.saved is None:
+        desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
+        run_dir = make_run_dir(config.outdir, f"{desc}-{config.desc}" if config.desc else desc)
+    else:
+        run_dir, source = prepared.saved.path.parent, prepared.saved.content["source"]
     folder = RunFolder(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     folder.write_reals()
-    folder.write_fakes(state.G_ema, "-init")
-    workers, seed = config.workers or 0, config.seed
-    batches = build_loader(image_set, plan.batch, workers=workers, seed=seed, device=plan.device)
-    torch.manual_seed(seed + 1)  # not the numbers that the first weights were drawn from
-
-    ticks = 0
-    measurements = Measurements(config, image_set, plan.device, lambda text: display.say(text))
-
-    def tick(state: TrainState, numbers: dict) -> None:
-        nonlocal ticks
-        ticks += 1
-        if measurements.due(state.nimg, is_end=state.nimg >= plan.total_nimg):
-            if (found := measurements.take(state)) is not None:
-                numbers["metrics"] = found
-        folder.log(state, numbers)
-        display.tick(state, numbers)
-        if ticks % (config.snap or 1) == 0 and state.nimg < plan.total_nimg:
-            save(state, folder)
-        if on_tick is not None:
-            on_tick(state, numbers)
-
-    with Display(console, plan.total_nimg) as display:
-        watch = Watch(plan.device, (config.tick or 1) * 1000, tick, display.step, Diagnostics(state))
+    with Display(console, plan.total_nimg, state.nimg) as display:
         display.say(f"Run folder: {run_dir}")
-        with watch.stop_on_signals():
-            train(state, plan, batches, watch)
-            watch.tick(state)
-            snapshot = save(state, folder)
-            display.say(f"Saved {snapshot}")
-    if watch.stop_requested:
+        session = Session(prepared, folder, display, on_tick)
+        if prepared.saved is None:
+            begin(session)
+        else:
+            session.resume(prepared.saved.content)
+            restore_random(prepared.saved.content)
+        session.run()
+        if session.stopped_by is not None:
+            display.say(how_to_go_on(session))
+    folder.board.close()
+    if session.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
-    return RunResult(run_dir, snapshot, state.nimg, config)
-
-
-def save(state: TrainState, folder: RunFolder) -> Path:
-    """A snapshot and its sheet of pictures."""
-    folder.write_fakes(state.G_ema, folder.stem(state.nimg))
-    return folder.write_snapshot(state)
+    assert session.snapshot is not None, "the last save either works or raises"
+    return RunResult(run_dir, session.snapshot, state.nimg, config)

@@ -16,8 +16,9 @@ class TrainState:
     """What training changes. What is not in here (or in torch's random state and the sampler) does not exist.
 
     One clock: `nimg`, the images D has seen; `step` counts iterations. `teacher` is G_ema itself unless
-    another one was asked for. `sd_norms`: running averages of the norms of the adversarial and the unweighted
-    distillation gradient at the image, from which `--sd-weight auto:` follows.
+    another one was asked for. `label_generator` draws the labels of generated pictures. `sd_norms`: running
+    averages of the norms of the adversarial and the unweighted distillation gradient at the image, from which
+    `--sd-weight auto:` follows.
     """
 
     G: torch.nn.Module
@@ -32,6 +33,7 @@ class TrainState:
     sd_norms: torch.Tensor
     nimg: int = 0
     step: int = 0
+    label_generator: torch.Generator = field(default_factory=torch.Generator)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from types import FrameType
 
 import torch
 
-from finetune.errors import TrainingError
 from finetune.train.diagnose import Diagnostics
+from finetune.train.guard import Alarm, Diverged
 from finetune.train.state import TrainState
 
 CHECK_EVERY = 16  # steps between looks for non-finite losses on a device that would have to be waited for
@@ -30,13 +30,16 @@ class Watch:
         self, device: torch.device, tick_nimg: float, on_tick: Callable[[TrainState, dict], None],
         on_step: Callable[[TrainState], None] = lambda state: None,
         diagnostics: Diagnostics | None = None,
+        on_divergence: Callable[[Alarm, TrainState], None] | None = None,
     ) -> None:  # fmt: skip
+        self.on_divergence = on_divergence
         self.device = device
         self.diagnostics = diagnostics
         self.tick_nimg = tick_nimg
         self.on_tick = on_tick
         self.on_step = on_step
         self.stop_requested = False
+        self.stop_signal: int | None = None
         self.next_tick_nimg = tick_nimg
         self.tick_started = time.perf_counter()
         self.tick_nimg_start = 0
@@ -55,6 +58,11 @@ class Watch:
         seen = self.diagnostics
         return seen if seen is not None and seen.due and state.nimg >= middle else None
 
+    @property
+    def phase_name(self) -> str:
+        """The phase that is being timed."""
+        return self.clock.open[-1] if self.clock.open else ""
+
     def record(self, phase: str, **values: torch.Tensor) -> None:
         """Add values (any shape) to the averages of this tick."""
         for name, value in values.items():
@@ -72,14 +80,22 @@ class Watch:
             self.tick(state)
 
     def check_finite(self, state: TrainState) -> None:
-        """Raise TrainingError naming the phase and the time where a recorded value is not finite."""
-        for name, total in self.sums.items():
+        """Hand a recorded value that is not finite to `on_divergence`; without one, raise Diverged."""
+        for name, total in list(self.sums.items()):
             if not bool(torch.isfinite(total)):
-                raise TrainingError(
-                    f"{name} became {float(total)} in {self.phase_of[name]} at {state.nimg / 1000:g} kimg.",
-                    hint="The last snapshot is untouched. Try a smaller --glr and --dlr, a larger --gamma, "
-                    "or --precision fp32.",
-                )
+                value = float(total)
+                del self.sums[name], self.counts[name]  # told once
+                what = f"{name} became {value} in {self.phase_of[name]}"
+                if self.on_divergence is None:
+                    raise Diverged("not-finite", f"{what} at {state.nimg / 1000:g} kimg.", {name: value})
+                self.on_divergence(Alarm("not-finite", what, {name: str(value)}, True), state)
+
+    def start_at(self, nimg: int) -> None:
+        """Begin a tick at `nimg` images, with nothing measured yet."""
+        self.sums, self.counts = {}, {}
+        self.clock.read()
+        self.tick_started, self.tick_nimg_start = time.perf_counter(), nimg
+        self.next_tick_nimg = (nimg // self.tick_nimg + 1) * self.tick_nimg
 
     def tick(self, state: TrainState) -> None:
         """Hand out the averages since the last tick and start anew."""
@@ -113,7 +129,7 @@ class Watch:
         def request(number: int, frame: FrameType | None) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_requested, self.stop_signal = True, number
 
         for number in signals:
             signal.signal(number, request)

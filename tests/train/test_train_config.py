@@ -116,6 +116,7 @@ def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, 
         "metrics_kimg",
         "metrics_num",
         "metrics_inception",
+        "keep",
     }
     optional |= set() if scratch else {"resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim"}
     unset = {name for name, value in dataclasses.asdict(config).items() if value is None}

@@ -21,7 +21,8 @@ from finetune.metrics.perceptual import mean_squared
 from finetune.sampling import to_uint8, z_from_seeds
 from finetune.train import loop
 from finetune.train.build import build_plan
-from finetune.train.run import prepare, run, start
+from finetune.train.hooks import RunFolder
+from finetune.train.run import prepare, run
 from finetune.train.watch import Watch
 
 FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
@@ -39,7 +40,9 @@ def test_a_run_leaves_everything_behind(family, pictures, tmp_path):
     names.remove(events)
     stems = ("000000.016", "000000.032")
     assert names == {"config.json", "log.jsonl", "reals.png", "fakes-init.png"} | {
-        name for stem in stems for name in (f"fakes{stem}.png", f"network-snapshot-{stem}.pkl")
+        name
+        for stem in stems
+        for name in (f"fakes{stem}.png", f"network-snapshot-{stem}.pkl", f"training-state-{stem}.pt")
     }
     assert result.run_dir.name == f"00000-discs16-0-{family}-16-first-try"
     assert TrainConfig.read(result.run_dir / "config.json") == result.config
@@ -276,8 +279,10 @@ def test_a_snapshot_of_broken_weights_is_not_written(pictures, tmp_path):
     assert not list((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
 
 
-def test_a_run_folder_is_not_continued_yet_and_its_snapshot_is_named(pictures, tmp_path):
+def test_a_run_folder_without_a_state_is_not_continued_and_its_snapshot_is_named(pictures, tmp_path):
     result = run(options(pictures, tmp_path), console=quiet())
+    for path in result.run_dir.glob("training-state-*"):
+        path.unlink()
     with pytest.raises(ConfigError, match=result.snapshot.name):
         prepare(options(pictures, tmp_path, resume=str(result.run_dir)))
 
@@ -388,15 +393,13 @@ def test_a_run_on_cuda(family, precision, pictures, tmp_path):
     assert finetune.load(result.snapshot).missing == []
 
 
-def test_start_keeps_an_earlier_snapshot_when_stopped_in_between(pictures, tmp_path):
+def test_a_snapshot_of_other_weights_is_never_written_over(pictures, tmp_path):
     prepared = prepare(options(pictures, tmp_path, kimg=100, tick=1, snap=1))
-
-    def stop(state, numbers):
-        if state.nimg >= 1000:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    prepared.state.nimg = 996  # as if the run had come to the first whole kimg
-    with pytest.raises(KeyboardInterrupt):
-        start(prepared, console=quiet(), on_tick=stop)
-    names = sorted(path.name for path in (tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
-    assert names == ["network-snapshot-000001.000.pkl", "network-snapshot-000001.pkl"]
+    folder = RunFolder(
+        tmp_path, prepared.config, prepared.image_set, source=None, chunk=4, device=torch.device("cpu")
+    )
+    for nimg in (1000, 1004, 1004, 1000):
+        prepared.state.nimg = nimg
+        folder.write_snapshot(prepared.state)
+    names = sorted(path.name for path in tmp_path.glob("network-snapshot-*.pkl"))
+    assert names == ["network-snapshot-000001.004.pkl", "network-snapshot-000001.pkl"]

@@ -1,0 +1,334 @@
+"""A run that is stopped goes on as if nothing had happened: bit for bit; and what it says where it cannot."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import signal
+import zipfile
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_runs import options, quiet
+
+from finetune.config import TrainConfig
+from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from finetune.train import saved, session
+from finetune.train.guard import Guard
+from finetune.train.run import prepare, run, show, start
+
+# Everything that has a memory: ADA with its statistics, style mixing and path length (StyleGAN2), R1 and path
+# length every few steps, distillation every other step with a warm-up, labels of classes, a weight by ratio.
+ALL = dict(
+    batch=4, kimg=0.096, tick=0.016, snap=100, aug="ada", target=0.0, augpipe="blit", sd_interval=2,
+    sd_warmup_kimg=0.05, sd_weight="auto:0.2", save_every_min=0, ema_kimg=0.02, mirror=True,
+)  # fmt: skip
+
+
+def stopper(nimg):
+    """An `on_step` that asks for a stop after so many images."""
+
+    def stop(state):
+        if state.nimg >= nimg:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
+
+
+def run_until(config, nimg, monkeypatch):
+    """Run, be asked to stop after `nimg` images, and return the run folder."""
+    stop = stopper(nimg)
+    original = session.Session.step
+
+    def step(self, state):
+        original(self, state)
+        stop(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Session, "step", step)
+        return run(config, console=quiet()).run_dir
+
+
+def state_of(run_dir):
+    return saved.read_state(saved.states_of(run_dir)[0])
+
+
+def differences(a, b, name=""):
+    """Where two nested values are not equal, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [name]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        return [found for key in a for found in differences(a[key], b[key], f"{name}.{key}")]
+    if isinstance(a, list):
+        return [
+            found
+            for i, pair in enumerate(zip(a, b, strict=True))
+            for found in differences(*pair, f"{name}{i}")
+        ]
+    return [] if a == b else [f"{name}: {a} {b}"]
+
+
+def future(content):
+    """What of a state decides what comes; seconds do not."""
+    kept = ("networks", "opt_G", "opt_D", "ada", "path_mean", "sd_norms", "nimg", "step", "random", "sampler")
+    return {name: content[name] for name in kept}
+
+
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
+def test_stopped_runs_end_as_if_they_had_not_been(family, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.data.image_set.ImageSet.preload", lambda self, *args, **kwargs: False)
+    config = options(pictures, tmp_path, family, **ALL, workers=2)
+    whole = run(config, console=quiet()).run_dir
+    assert state_of(whole)["ada"]["p"] > 0 and float(state_of(whole)["sd_norms"][1]) > 0
+
+    # 20 images are 5 steps: inside the intervals of R1 (16), path length (4), ADA (4) and a tick (4).
+    run_dir = run_until(config, 20, monkeypatch)
+    assert state_of(run_dir)["nimg"] == 20
+    again = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir))
+    run_until(again, 52, monkeypatch)
+    result = run(again, console=quiet())
+    assert result.run_dir == run_dir and result.nimg == 96
+    assert differences(future(state_of(whole)), future(state_of(run_dir))) == []
+
+    first, second = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (whole, run_dir)
+    )
+    assert [line["nimg"] for line in first] == [16, 32, 48, 64, 80, 96]
+    assert [line["nimg"] for line in second] == [16, 20, 32, 48, 52, 64, 80, 96]
+    assert first[-1]["loss_G"] == second[-1]["loss_G"]
+    assert all(a["sec"] < b["sec"] for a, b in itertools.pairwise(second))
+
+
+def test_a_teacher_of_its_own_and_rates_that_are_changed(pictures, tmp_path, monkeypatch):
+    config = options(pictures, tmp_path, kimg=0.032, sd_teacher_kimg=0.1)
+    run_dir = run_until(config, 8, monkeypatch)
+    content = state_of(run_dir)
+    assert "teacher" in content["networks"]
+    console = Console(file=io.StringIO(), width=200)
+    prepared = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), glr=0.001, kimg=0.04))
+    show(prepared, console)
+    said = console.file.getvalue()
+    assert "Going on after 0.008 kimg" in said
+    assert "Changed: --kimg: 0.032 -> 0.04; --glr: 0.002 -> 0.001" in said
+    assert prepared.state.teacher is not prepared.state.G_ema
+    assert prepared.state.opt_G.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
+    assert prepared.state.opt_D.param_groups[0]["lr"] == content["opt_D"]["param_groups"][0]["lr"]
+    assert prepared.plan.total_nimg == 40
+
+
+class TestRefused:
+    def test_options_that_make_another_run(self, pictures, tmp_path, monkeypatch):
+        run_dir = run_until(options(pictures, tmp_path), 8, monkeypatch)
+        asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), batch=8, seed=5)
+        with pytest.raises(ConfigError, match=r"(?s)--batch 8: the run has 4.*--seed 5: the run has 0"):
+            prepare(asked)
+
+    def test_a_run_that_is_over(self, pictures, tmp_path):
+        result = run(options(pictures, tmp_path), console=quiet())
+        with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to go on, give a larger --kimg"):
+            prepare(dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir)))
+        more = dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir), kimg=0.036)
+        assert run(more, console=quiet()).nimg == 36
+
+    def test_other_pictures(self, pictures, tmp_path, monkeypatch):
+        run_dir = run_until(options(pictures, tmp_path), 8, monkeypatch)
+        other = tmp_path / "other.zip"
+        with zipfile.ZipFile(pictures(16)) as archive, zipfile.ZipFile(other, "w") as copy:
+            for name in archive.namelist()[1:]:
+                copy.writestr(name, archive.read(name))
+        asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), data=str(other))
+        with pytest.raises(ConfigError, match="these are not the pictures of the run"):
+            run(asked, console=quiet())
+
+
+class TestDamage:
+    def test_the_newest_whole_state_is_found_and_the_damaged_one_named(self, pictures, tmp_path):
+        result = run(options(pictures, tmp_path), console=quiet())
+        newest, before = saved.states_of(result.run_dir)
+        newest.write_bytes(newest.read_bytes()[:-2000])
+        found = saved.find_state(result.run_dir)
+        assert found.path == before and newest.name in found.skipped[0] and "damaged" in found.skipped[0]
+        before.write_bytes(b"")
+        with pytest.raises(CheckpointError, match="holds no training state that is whole"):
+            saved.find_state(result.run_dir)
+
+    def test_every_truncation_and_any_flipped_bit_of_a_tensor_is_noticed(self, pictures, tmp_path):
+        result = run(options(pictures, tmp_path), console=quiet())
+        path = saved.states_of(result.run_dir)[0]
+        content = path.read_bytes()
+        for size in range(0, len(content), 1000):
+            path.write_bytes(content[:size])
+            with pytest.raises(CheckpointError):
+                saved.read_state(path)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            largest = max(archive.infolist(), key=lambda info: info.file_size)
+        middle = largest.header_offset + largest.file_size // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        with pytest.raises(CheckpointError, match="checksum"):
+            saved.read_state(path)
+        path.write_bytes(content)
+        assert saved.read_state(path)["nimg"] == 32
+
+    def test_a_file_of_something_else(self, tmp_path):
+        path = tmp_path / "training-state-000001.000.pt"
+        torch.save({"format": 99}, path)
+        with pytest.raises(CheckpointError, match="its format is 99, not 1"):
+            saved.find_state(path)
+        torch.save([torch.nn.Linear(1, 1)], path)  # which weights_only refuses
+        with pytest.raises(CheckpointError, match="damaged"):
+            saved.find_state(path)
+
+
+class TestSaving:
+    def test_there_is_a_state_before_the_first_step_and_never_more_than_two(self, pictures, tmp_path):
+        seen = []
+
+        def look(state, numbers):
+            (run_dir,) = (tmp_path / "runs").iterdir()
+            seen.append([path.name for path in saved.states_of(run_dir)])
+
+        run(options(pictures, tmp_path, kimg=0.064), console=quiet(), on_tick=look)
+        assert seen[0] == ["training-state-000000.016.pt", "training-state-000000.000.pt"]
+        assert all(len(names) == 2 for names in seen)
+
+    def test_a_full_disk_is_a_warning_and_training_goes_on(self, pictures, tmp_path, monkeypatch):
+        write = saved.write_state
+
+        def full(path, state, **more):
+            if state.nimg == 16:
+                raise ExportError("No space left to write it.")
+            return write(path, state, **more)
+
+        monkeypatch.setattr(saved, "write_state", full)
+        console = Console(file=io.StringIO(), width=200)
+        result = run(options(pictures, tmp_path), console=console)
+        assert "0.016 kimg: not saved, and training goes on: No space left" in console.file.getvalue()
+        assert [path.name for path in saved.states_of(result.run_dir)][-1] == "training-state-000000.000.pt"
+        events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+        assert [event["event"] for event in events] == ["not-saved"]
+
+    def test_too_little_space_is_known_before_anything_is_written(self, pictures, tmp_path, monkeypatch):
+        prepared = prepare(options(pictures, tmp_path))
+        usage = type("Usage", (), {"free": 1000})
+        monkeypatch.setattr(session.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(TrainingError, match=r"(?s)cannot be saved: No space left.*0 MiB are free"):
+            start(prepared, console=quiet())
+        assert not list((tmp_path / "runs").glob("*/network-snapshot-*"))
+        assert len(list((tmp_path / "runs").glob("*/training-state-*"))) == 1
+
+    def test_by_the_clock(self, pictures, tmp_path, monkeypatch):
+        now = iter(range(0, 10**9, 61))
+        monkeypatch.setattr(session.time, "monotonic", lambda: next(now))
+        saves = []
+        monkeypatch.setattr(
+            session.Session, "save_state", lambda self, is_last: saves.append(self.state.nimg)
+        )
+        run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
+        assert saves[0] == 0 and {4, 8, 12} <= set(saves)
+
+    def test_snapshots_that_are_kept_and_the_best(self, pictures, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+        metrics = dict(metrics="random-fid", metrics_num=4, metrics_kimg=0.016)
+        result = run(options(pictures, tmp_path, kimg=0.064, keep=2, **metrics), console=quiet())
+        names = sorted(path.name for path in result.run_dir.glob("*.pkl"))
+        assert names == ["network-best.pkl"] + [f"network-snapshot-000000.0{n}.pkl" for n in (48, 64)]
+        book = state_of(result.run_dir)["book"]
+        lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
+        values = {line["nimg"]: line["metrics"]["random-fid"] for line in lines}
+        assert book["best"]["nimg"] == min(values, key=values.get)
+
+
+class TestDivergence:
+    def poisoned(self, nimg, monkeypatch, times=1):
+        """The generator gets a weight that is not a number after so many images, so many times."""
+        original, left = session.Session.step, [times]
+
+        def step(self, state):
+            if state.nimg >= nimg and left[0]:
+                left[0] -= 1
+                next(state.G.parameters()).data.fill_(float("nan"))
+            original(self, state)
+
+        monkeypatch.setattr(session.Session, "step", step)
+
+    def events(self, tmp_path):
+        (path,) = (tmp_path / "runs").glob("*/events.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def test_stop_names_the_phase_and_leaves_the_last_state(self, pictures, tmp_path, monkeypatch):
+        self.poisoned(20, monkeypatch)
+        with pytest.raises(TrainingError, match=r"became nan in G?D?main at 0\.024 kimg"):
+            run(options(pictures, tmp_path), console=quiet())
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        assert state_of(run_dir)["nimg"] == 16
+        assert self.events(tmp_path)[0]["event"] == "not-finite"
+
+    def test_rollback_goes_on_from_the_last_state_with_half_the_rates(self, pictures, tmp_path, monkeypatch):
+        self.poisoned(20, monkeypatch)
+        result = run(options(pictures, tmp_path, on_divergence="rollback"), console=quiet())
+        assert result.nimg == 32
+        rollback = self.events(tmp_path)[1]
+        assert (rollback["event"], rollback["nimg"], rollback["lr_D"]) == (
+            "rollback",
+            16,
+            pytest.approx(0.001 * 16 / 17),
+        )
+        content = state_of(result.run_dir)
+        assert content["book"]["rollbacks"] == 1
+        assert content["opt_D"]["param_groups"][0]["lr"] == pytest.approx(0.001 * 16 / 17)
+
+    def test_rollbacks_end(self, pictures, tmp_path, monkeypatch):
+        self.poisoned(20, monkeypatch, times=99)
+        with pytest.raises(TrainingError, match="3 rollbacks did not help"):
+            run(options(pictures, tmp_path, on_divergence="rollback"), console=quiet())
+        assert self.events(tmp_path)[-2]["lr_D"] == pytest.approx(0.002 / 8 * 16 / 17)
+
+    def test_ignore_says_so_and_never_saves_what_is_not_finite(self, pictures, tmp_path, monkeypatch):
+        self.poisoned(20, monkeypatch)
+        with pytest.raises(TrainingError, match="has weights that are not finite"):
+            run(options(pictures, tmp_path, on_divergence="ignore"), console=quiet())
+        assert {event["event"] for event in self.events(tmp_path)} == {"not-finite"}
+
+
+class TestGuard:
+    def state(self, p=0.0):
+        class Ada:
+            target = 0.6
+
+        class State:
+            augment_pipe, ada, nimg = object(), Ada(), 100
+
+        State.ada.p = p
+        return State()
+
+    def kinds(self, guard, numbers, p=0.0):
+        return [alarm.kind for alarm in guard.look(self.state(p), numbers)]
+
+    def test_scores(self):
+        assert self.kinds(Guard(), {"score_real": 30.0, "score_fake": -40.0}) == []
+        assert self.kinds(Guard(), {"score_real": 30.0, "score_fake": -600.0}) == ["score-explosion"]
+
+    def test_a_student_that_leaves(self):
+        guard = Guard()
+        for _ in range(5):
+            assert self.kinds(guard, {"loss_sd": 0.1}) == []
+        assert self.kinds(guard, {"loss_sd": 0.9}) == []
+        assert self.kinds(guard, {"loss_sd": 9.2}) == ["student-left-teacher"]
+
+    def test_networks_that_began_equal_drift_apart_unharmed(self):
+        guard = Guard(settled_nimg=101)
+        for power in range(12):
+            assert self.kinds(guard, {"loss_sd": 10.0**power}) == []
+
+    def test_a_discriminator_that_has_won_is_told_once(self):
+        guard, won = Guard(), {"sign_real": 1.0, "sign_fake": -1.0}
+        assert [self.kinds(guard, won) for _ in range(5)] == [[], [], ["d-overpowers-g"], [], []]
+        self.kinds(guard, {"sign_real": 0.5, "sign_fake": -0.5})
+        assert [self.kinds(guard, won) for _ in range(3)][-1] == ["d-overpowers-g"]
+
+    def test_augmentation_at_its_limit(self):
+        assert self.kinds(Guard(), {}, p=0.5) == [] and self.kinds(Guard(), {}, p=1.0) == ["ada-at-cap"]
