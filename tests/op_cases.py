@@ -167,3 +167,12 @@ def loss(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
         float((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-6)) if e.numel() else 0.0
         for a, e in zip(actual, exact)
     ]
+
+
+def send_sum(pipe: Any, case: Case) -> None:
+    """Run a case and send the sum of what comes out: a child process.
+
+    It is here because a spawned child looks for its function by name, and the names of test files begin with
+    `tests`, which other packages install, too.
+    """
+    pipe.send(float(run(case, tensors(case, torch.float32)).sum()))

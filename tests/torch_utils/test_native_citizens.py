@@ -8,7 +8,7 @@ import multiprocessing
 
 import pytest
 import torch
-from op_cases import CASES, run, tensors
+from op_cases import CASES, run, send_sum, tensors
 
 from finetune.models import stylegan2
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
@@ -144,20 +144,25 @@ def test_networks_copy_and_pickle_after_the_ops_ran():
     copy.deepcopy(y.detach())
 
 
-def child(queue, seed):
-    made = tensors(T, torch.float32)
-    queue.put((seed, float(run(T, made).sum())))  # no gradients: torch's autograd does not survive a fork
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes(method):
+    """No gradients in them: torch's autograd does not survive a fork."""
     expected = float(run(T, tensors(T, torch.float32)).sum())
     context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    process = context.Process(target=child, args=(queue, 0))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_sum, args=(there, T))
     process.start()
-    assert queue.get(timeout=60) == (0, pytest.approx(expected, rel=1e-6))
-    process.join()
+    there.close()  # the child has the only other end: if it dies, there is nothing to wait for
+    try:
+        assert here.poll(120), "the child hangs"
+        found = here.recv()
+    except EOFError:
+        process.join()
+        pytest.fail(f"the child ended with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_checkpointed_step_and_a_second_backward():
