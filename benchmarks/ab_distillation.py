@@ -5,13 +5,19 @@
     python benchmarks/ab_distillation.py --preset gpu --checkpoint ffhq-256-stylegan2 --improve ffhq.zip \\
         --adapt art.zip
     python benchmarks/ab_distillation.py --arm plain:sd_weight=0 --arm half:sd_weight=0.5 --jobs improve
+    python benchmarks/ab_distillation.py --preset cpu --pretrain stylegan3-t:kimg=30,cbase=512,cmax=32
 
 Jobs: `improve` goes on with the checkpoint's own pictures, `adapt` goes to others. Every arm is a set of
 option overrides (`NAME:option=value,option=value`); the first one is what the others are compared with. Runs
 are told apart by their options: what is finished in --work is not run again, so more arms or seeds can be
-added later, and an interrupted call goes on. The table holds, for each metric, the value at the start, at the
-end and at its best (mean ± deviation over seeds), and the differences to the first arm, seed by seed. A
-difference counts only where it is larger than its deviation; with three seeds even that is weak.
+added later, and an interrupted call goes on. `--pretrain` makes the checkpoint first, from random weights on
+the pictures of `improve` (seed 0, no self-distillation), and keeps it in --work.
+
+The table holds, for each metric, the value at the start, at the end and at its best (mean ± deviation over
+seeds), and the differences to the first arm, seed by seed, with Student's 95 % interval of their mean: what
+holds 0 is within the spread. Where the arms are equal, one comparison in twenty leaves 0 out by chance. Costs
+are given by phase: `Gdistill` in parts of the other phases of the same run, which other work on the machine
+does not change. benchmarks/summarise.py puts several reports into one table.
 """
 
 from __future__ import annotations
@@ -22,21 +28,24 @@ import hashlib
 import json
 import os
 import shutil
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from ab_report import COSTS, HEADER, Records, costs_of, plot, rows_of
 from measuring import ROOT, machine, table, write_report
 from rich.console import Console
 
 from finetune.checkpoint import load, resolve_network
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
+from finetune.data.decode import open_picture
+from finetune.data.sources import open_source
 from finetune.device import resolve_device
-from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation
-from finetune.train.run import run
+from finetune.errors import FinetuneError
+from finetune.metrics.evaluate import Evaluation
+from finetune.train.run import prepare, run
 
 DEMO = ROOT / "finetune" / "demo"
 SMALL: dict[str, Any] = dict(
@@ -56,6 +65,21 @@ OF_THE_DEMO: dict[str, dict[str, Any]] = {
     "improve": dict(recipe="improve", gamma=0.4, glr=0.0025, dlr=0.0025, ema_kimg=2.5),
     "adapt": dict(recipe="adapt", gamma=0.2, glr=0.0025, dlr=0.0025, ema_kimg=1.0, freezed=0),
 }
+# The size of the bundled checkpoint, for --pretrain on CPUs.
+PRETRAINED: dict[str, Any] = dict(
+    cbase=1024,
+    cmax=96,
+    z_dim=64,
+    w_dim=64,
+    map_depth=4,
+    gamma=0.4,
+    glr=0.0025,
+    dlr=0.0025,
+    aug="ada",
+    **SMALL,
+)
+# Where a record was made does not decide what it says.
+NOT_COMPARED = ("outdir", "data", "resume", "device", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +90,15 @@ class Arm:
     options: dict[str, Any]
 
 
-def parse_arm(text: str) -> Arm:
+def parse_arm(text: str, flag: str = "--arm") -> Arm:
     """`NAME:option=value,…`; values are JSON where they can be, else text. Exits for an unknown option."""
     name, _, rest = text.partition(":")
     options = {}
     for pair in filter(None, rest.split(",")):
         key, _, value = pair.partition("=")
         key = key.strip().replace("-", "_")
-        if key not in TrainConfig.__dataclass_fields__:
-            sys.exit(f"--arm {text}: there is no option {key}.")
+        if key not in TrainConfig.__dataclass_fields__ or not value:
+            sys.exit(f"{flag} {text}: {pair!r} is no option=value of finetune train.")
         try:
             options[key] = json.loads(value)
         except ValueError:
@@ -97,9 +121,60 @@ def config_of(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> Tra
         "device": options.device,
         "seed": seed,
         **preset["options"],
-        **(OF_THE_DEMO[job] if options.checkpoint.name == "faces-3d-64.pkl" else {"recipe": job}),
+        **(OF_THE_DEMO[job] if is_like_the_demo(options) else {"recipe": job}),
     }
     return TrainConfig(**(settings | arm.options))
+
+
+def is_like_the_demo(options: argparse.Namespace) -> bool:
+    """Whether the checkpoint was trained with the settings of the demo's."""
+    made_small = options.pretrain is not None and options.preset != "gpu"
+    return made_small or options.checkpoint.name == "faces-3d-64.pkl"
+
+
+def pretrained(options: argparse.Namespace) -> Path:
+    """The checkpoint that --pretrain asks for, from --work or trained there from random weights."""
+    family, changes = options.pretrain.name, options.pretrain.options
+    if "kimg" not in changes:
+        sys.exit(f"--pretrain {family}: say for how long, such as {family}:kimg=30.")
+    source = open_source(options.improve)
+    config = TrainConfig(
+        **{
+            "data": str(options.improve),
+            "scratch": family,
+            "resolution": open_picture(source.read(source.names[0])).width,
+            "sd_weight": 0,
+            "device": options.device,
+            **(PRETRAINED if options.preset != "gpu" else {}),
+            **changes,
+        }
+    )
+    key = hashlib.sha256(config.to_json().encode()).hexdigest()[:10]
+    checkpoint = (
+        options.work / f"pretrained-{family}-{options.improve.stem}-{changes['kimg']:g}kimg-{key}.pkl"
+    )
+    if not checkpoint.is_file():
+        folder = options.work / checkpoint.stem
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"training {checkpoint.name} …", flush=True)
+        result = run(dataclasses.replace(config, outdir=str(folder)), console=Console(stderr=True))
+        shutil.move(result.snapshot, checkpoint)
+        shutil.rmtree(folder)
+    return checkpoint
+
+
+def check_same(folder: Path, then: dict[str, Any], config: TrainConfig) -> None:
+    """Exit where a kept record was made with other defaults than today's."""
+    now = dataclasses.asdict(prepare(config).config)
+    is_plain = now["sd_weight"] == 0  # then the other options of self-distillation decide nothing
+    changed = [
+        f"{name} {then[name]} → {now[name]}"
+        for name in sorted(then.keys() & now.keys())
+        if then[name] != now[name] and name not in NOT_COMPARED and not (is_plain and name.startswith("sd_"))
+    ]
+    if changed:
+        found = ", ".join(changed)
+        sys.exit(f"{folder} was run with other defaults ({found}); delete it, or name them in the arm.")
 
 
 def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[str, Any]:
@@ -109,7 +184,9 @@ def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[
     folder = options.work / f"{job}-{arm.name}-seed{seed}-{key}"
     record = folder / "record.json"
     if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8"))
+        found = json.loads(record.read_text(encoding="utf-8"))
+        check_same(folder, found["config"], config)
+        return found
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call has left
     print(f"{job}, {arm.name}, seed {seed} …", flush=True)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -137,8 +214,8 @@ def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[
         "sec_per_kimg": sum(phases.values()) / result.nimg * 1000,
     }
     record.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    for snapshot in result.run_dir.glob("*.pkl"):
-        snapshot.unlink()
+    for left in (*result.run_dir.glob("*.pkl"), *result.run_dir.glob("training-state-*")):
+        left.unlink()
     return found
 
 
@@ -166,101 +243,6 @@ def start_of(options: argparse.Namespace, job: str) -> dict[str, float]:
     return found
 
 
-def names_of(records: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """The metrics that were measured."""
-    first = next(iter(records.values()))["points"][-1]
-    return [name for name in first if name not in ("kimg", "num", "sec") and not name.endswith("_spread")]
-
-
-def best(values: list[float], name: str) -> float:
-    """The best of some values of a metric."""
-    return max(values) if name.startswith(HIGHER_IS_BETTER) else min(values)
-
-
-def shown(values: list[float]) -> str:
-    """Mean ± deviation."""
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}"
-
-
-def rows_of(
-    records: dict[tuple[str, int], dict[str, Any]], arms: list[Arm], seeds: list[int], start: dict[str, float]
-) -> list[list[str]]:
-    """One row for each metric and arm."""
-    rows = []
-    for name in names_of(records):
-        for arm in arms:
-            found = [records[arm.name, seed]["points"] for seed in seeds]
-            last = [points[-1][name] for points in found]
-            top = [best([point[name] for point in points], name) for points in found]
-            row = [name, arm.name, f"{start[name]:.4g}", shown(last), shown(top)]
-            if arm is arms[0]:
-                rows.append([*row, "–", "–"])
-                continue
-            base = [records[arms[0].name, seed]["points"][-1][name] for seed in seeds]
-            differences = [ours - theirs for ours, theirs in zip(last, base, strict=True)]
-            sign = 1 if name.startswith(HIGHER_IS_BETTER) else -1
-            better = sum(sign * difference > 0 for difference in differences)
-            rows.append([*row, shown(differences), f"{better} of {len(seeds)}"])
-    return rows
-
-
-def costs_of(
-    records: dict[tuple[str, int], dict[str, Any]], arms: list[Arm], seeds: list[int]
-) -> list[list[str]]:
-    """Seconds per kimg of each arm, without the measurements, and what they are of those of the first."""
-    base = statistics.median(records[arms[0].name, seed]["sec_per_kimg"] for seed in seeds)
-    rows = []
-    for arm in arms:
-        found = [records[arm.name, seed] for seed in seeds]
-        seconds = statistics.median(record["sec_per_kimg"] for record in found)
-        share = statistics.median(
-            record["sec_per_phase"].get("Gdistill", 0.0) / sum(record["sec_per_phase"].values())
-            for record in found
-        )
-        rows.append([arm.name, f"{seconds:.2f}", f"{seconds / base:.3f}×", f"{share:.1%}"])
-    return rows
-
-
-def plot(
-    path: Path,
-    job: str,
-    records: dict[tuple[str, int], dict[str, Any]],
-    arms: list[Arm],
-    seeds: list[int],
-    start: dict[str, float],
-) -> None:
-    """Every metric over images seen: one line for each arm, its band the deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = names_of(records)
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for arm in arms:
-            found = [records[arm.name, seed]["points"] for seed in seeds]
-            kimg = [0.0, *(point["kimg"] for point in found[0])]
-            values = [[start[name], *(point[name] for point in points)] for points in found]
-            mean = [statistics.fmean(column) for column in zip(*values, strict=True)]
-            spread = [
-                statistics.stdev(column) if len(seeds) > 1 else 0.0 for column in zip(*values, strict=True)
-            ]
-            axis.plot(kimg, mean, marker="o", markersize=3, label=arm.name)
-            low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-            axis.fill_between(kimg, low, high, alpha=0.15)
-        axis.set_title(
-            f"{name} ({'higher' if name.startswith(HIGHER_IS_BETTER) else 'lower'} is better)", fontsize=9
-        )
-        axis.set_xlabel("kimg")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(job)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def parse() -> argparse.Namespace:
     """The command line, with what the preset says where nothing else is said."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -273,7 +255,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num", type=int, help="generated pictures for a measurement")
     parser.add_argument("--measurements", type=int, help="in each run")
     parser.add_argument("--metrics")
-    parser.add_argument("--checkpoint", default=str(DEMO / "faces-3d-64.pkl"), help="file, name or URL")
+    parser.add_argument("--checkpoint", help="file, name or URL (default: the bundled one)")
+    parser.add_argument(
+        "--pretrain", metavar="FAMILY:kimg=N,…", help="make the checkpoint first: stylegan2, stylegan3-t, -r"
+    )
     parser.add_argument(
         "--improve", type=Path, default=DEMO / "faces-3d.zip", help="the checkpoint's own pictures"
     )
@@ -291,27 +276,42 @@ def parse() -> argparse.Namespace:
     for name in ("seeds", "kimg", "num", "measurements", "metrics"):
         if getattr(options, name) is None:
             setattr(options, name, preset[name])
-    options.checkpoint = resolve_network(options.checkpoint)
+    torch.set_num_threads(options.threads)
+    if options.pretrain and options.checkpoint:
+        sys.exit("--pretrain makes the checkpoint that --checkpoint names: give one of them.")
     options.arms = [parse_arm(text) for text in options.arms or ARMS]
+    if options.pretrain:
+        options.pretrain = parse_arm(options.pretrain, "--pretrain")
+        options.checkpoint = pretrained(options)
+    else:
+        options.checkpoint = resolve_network(options.checkpoint or str(DEMO / "faces-3d-64.pkl"))
     return options
 
 
 def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
+    try:
+        options = parse()
+        compare(options)
+    except FinetuneError as error:
+        sys.exit(str(error))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Run what is missing, print the tables, and write the report."""
     arms, seeds = options.arms, options.seeds
+    names = [arm.name for arm in arms]
     texts, results = [], {}
     for job in options.jobs:
         start = start_of(options, job)
         # Seed by seed, so that an interrupted call leaves whole comparisons.
-        records = {(arm.name, seed): run_one(options, job, seed, arm) for seed in seeds for arm in arms}
-        header = ["metric", "arm", "start", "last", "best", f"last, against {arms[0].name}", "better"]
-        texts += [f"## {job}", table(header, rows_of(records, arms, seeds, start))]
-        costs = ["arm", "seconds per kimg", f"against {arms[0].name}", "of it distillation"]
-        texts.append(table(costs, costs_of(records, arms, seeds)))
+        records: Records = {
+            (arm.name, seed): run_one(options, job, seed, arm) for seed in seeds for arm in arms
+        }
+        texts += [f"## {job}", table(HEADER, rows_of(records, names, seeds, start))]
+        texts.append(table(COSTS, costs_of(records, names, seeds)))
         if options.out:
             picture = options.out.with_name(f"{options.out.stem}_{job}.png")
-            plot(picture, job, records, arms, seeds, start)
+            plot(picture, job, records, names, seeds, start)
             texts.append(f"![{job}]({picture.name})")
         results[job] = {
             "start": start,
@@ -319,29 +319,40 @@ def main() -> None:
         }
     print("\n\n".join(texts))
     if options.out:
-        settings = {
-            name: [dataclasses.asdict(arm) for arm in value] if name == "arms" else str(value)
-            for name, value in vars(options).items()
-            if name not in ("out", "work", "checkpoint", "improve", "adapt")
-        }
-        for name in ("checkpoint", "improve", "adapt"):
-            settings[name] = Path(getattr(options, name)).name
-        for job in results.values():
-            for each in job["runs"]:
-                for name in ("data", "resume", "outdir"):
-                    each["config"][name] = Path(each["config"][name]).name
-        record = {
-            "machine": machine(resolve_device(options.device)),
-            "settings": settings,
-            "results": results,
-        }
         write_report(
             options.out,
             "Self-distillation against plain training",
             f"python {' '.join(sys.argv)}",
             texts,
-            record,
+            {
+                "machine": machine(resolve_device(options.device)),
+                "settings": public(options),
+                "results": without_folders(results),
+            },
         )
+
+
+def public(options: argparse.Namespace) -> dict[str, Any]:
+    """The command line without folders."""
+    settings = {
+        name: str(value)
+        for name, value in vars(options).items()
+        if name not in ("arms", "pretrain", "out", "work", "checkpoint", "improve", "adapt")
+    }
+    for name in ("checkpoint", "improve", "adapt"):
+        settings[name] = Path(getattr(options, name)).name
+    settings["arms"] = [dataclasses.asdict(arm) for arm in options.arms]
+    settings["pretrain"] = dataclasses.asdict(options.pretrain) if options.pretrain else None
+    return settings
+
+
+def without_folders(results: dict[str, Any]) -> dict[str, Any]:
+    """The records with names of files in the place of paths."""
+    for job in results.values():
+        for each in job["runs"]:
+            paths = {name: Path(each["config"][name]).name for name in ("data", "resume", "outdir")}
+            each["config"] = each["config"] | paths
+    return results
 
 
 if __name__ == "__main__":

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import sys
+import types
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from finetune.config import TrainConfig
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -18,7 +25,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 def modules():
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("naive", "bench_ops")}
+        names = ("naive", "bench_ops", "ab_report", "ab_distillation", "summarise", "make_sets", "measuring")
+        yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -72,3 +80,145 @@ def test_inside_the_block_the_networks_call_the_yardstick(modules):
         got = upfirdn2d.upsample2d(x, f)
     assert upfirdn2d.upfirdn2d is before
     torch.testing.assert_close(got, upfirdn2d.upsample2d(x, f))
+
+
+def record(last, *before, distillation=0.5, **metrics):
+    """What ab_distillation keeps of a run, in part."""
+    points = [{"kimg": i, "num": 8, "sec": 1.0, "fd": value, "fd_spread": 0.1, "recall": 0.5, **metrics}
+              for i, value in enumerate((*before, last))]  # fmt: skip
+    return {
+        "points": points,
+        "sec_per_phase": {"Gmain": 4.0, "Gdistill": distillation},
+        "sec_per_kimg": 4 + distillation,
+    }
+
+
+class TestWhatAnABSays:
+    def test_intervals_are_student_s(self, modules):
+        from scipy import stats
+
+        report = modules["ab_report"]
+        for count in (2, 3, 5, 11):
+            values = np.random.RandomState(count).randn(count)
+            want = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+            assert report.interval(list(values)) == pytest.approx(want, rel=1e-4)
+        assert report.interval([1.0]) is None
+
+    @pytest.mark.parametrize(
+        ("differences", "name", "says"),
+        [
+            ([-3.0, -3.1, -2.9], "fd", "better"),
+            ([3.0, 3.1, 2.9], "fd", "worse"),
+            ([3.0, 3.1, 2.9], "recall-effnet", "better"),
+            ([-3.0, 1.0, -2.9], "fd", "within the spread"),
+            ([-3.0], "fd", "one seed"),
+        ],
+    )
+    def test_verdicts(self, modules, differences, name, says):
+        assert modules["ab_report"].verdict(differences, name) == says
+
+    def test_rows_pair_the_seeds(self, modules):
+        report = modules["ab_report"]
+        records = {}
+        for seed, (plain, ours) in enumerate([(10.0, 9.0), (20.0, 19.1), (30.0, 28.9)]):
+            records["plain", seed], records["sd", seed] = record(plain, 5.0), record(ours, 4.0)
+        rows = report.rows_of(records, ["plain", "sd"], [0, 1, 2], {"fd": 40.0, "recall": 0.1})
+        assert all(len(row) == len(report.HEADER) for row in rows)
+        by_arm = {(row[0], row[1]): dict(zip(report.HEADER, row, strict=True)) for row in rows}
+        ours = by_arm["fd", "sd"]
+        assert ours["start"] == "40" and ours["last"] == "19 ± 10" and ours["best"] == "4 ± 0"
+        assert (
+            ours["last, difference"] == "-1 ± 0.1" and ours["better"] == "3 of 3" and ours["says"] == "better"
+        )
+        assert ours["best, difference"] == "-1 ± 0"
+        assert by_arm["recall", "sd"]["better"] == "0 of 3"  # equal is not better
+        assert by_arm["fd", "plain"]["says"] == "–"
+
+    def test_costs_are_by_phase(self, modules):
+        records = {("plain", 0): record(1.0, distillation=0.0), ("sd", 0): record(1.0)}
+        rows = modules["ab_report"].costs_of(records, ["plain", "sd"], [0])
+        assert rows[1] == ["sd", "4.50", "1.125×", "11.1%", "+12.5%"]
+
+    def test_reports_are_put_together(self, modules, tmp_path):
+        summarise, paths = modules["summarise"], []
+        for seed in (0, 1):
+            config = {"resume": "a.pkl", "data": "b.zip", "kimg": 8.0, "metrics_num": 100}
+            runs = [{"arm": arm, "seed": seed, "config": config, **record(value + seed)}
+                    for arm, value in (("plain", 10.0), ("sd", 8.0))]  # fmt: skip
+            report = {"settings": {"arms": []}, "results": {"improve": {"start": {}, "runs": runs}}}
+            paths.append(tmp_path / f"{seed}.md")
+            modules["measuring"].write_report(paths[-1], "title", "command", ["| a |"], report)
+        header, plain, ours = summarise.rows_of([summarise.read(path) for path in paths], ["fd"], None)
+        assert ours[header.index("seeds")] == "2" and plain[header.index("fd")] == "10.5 ± 0.71"
+        assert ours[header.index("fd")] == "8.5 ± 0.71 (-2; -2 … -2; better in 2 of 2)"
+        assert ours[-1] == "+12.5%"
+        (tmp_path / "other.md").write_text("nothing")
+        with pytest.raises(SystemExit, match=r"other\.md is no report of ab_distillation\.py"):
+            summarise.read(tmp_path / "other.md")
+
+
+class TestAB:
+    def test_arms(self, modules):
+        arm = modules["ab_distillation"].parse_arm("a:sd-weight=auto:0.1,sd_interval=4")
+        assert arm.options == {"sd_weight": "auto:0.1", "sd_interval": 4}
+        with pytest.raises(SystemExit, match="--arm a:sd_wait=1: 'sd_wait=1' is no option=value"):
+            modules["ab_distillation"].parse_arm("a:sd_wait=1")
+
+    def test_records_of_other_defaults_are_not_used(self, modules, monkeypatch):
+        ab = modules["ab_distillation"]
+        now = TrainConfig(data="d", resume="r", sd_weight=0.1, sd_interval=2)
+        monkeypatch.setattr(ab, "prepare", lambda config: types.SimpleNamespace(config=config))
+        then = dataclasses.asdict(now) | {"sd_interval": 4, "outdir": "elsewhere"}
+        ab.check_same(Path("x"), dataclasses.asdict(now) | {"outdir": "elsewhere"}, now)
+        with pytest.raises(SystemExit, match=r"other defaults \(sd_interval 4 → 2\)"):
+            ab.check_same(Path("x"), then, now)
+        plain = dataclasses.replace(now, sd_weight=0)
+        ab.check_same(Path("x"), then | {"sd_weight": 0}, plain)
+
+    def test_from_nothing_to_a_report(self, modules, tmp_path, monkeypatch, capsys):
+        """A checkpoint is made, both arms run, what is there is not run again, plots and JSON are written."""
+        ab = modules["ab_distillation"]
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for i in range(6):
+                with archive.open(f"{i}.png", "w") as stream:
+                    Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(stream, "PNG")
+        arms = " ".join(
+            f"--arm {arm},batch=4,sd_backbone=l2" for arm in ("plain:sd_weight=0", "sd:sd_weight=1")
+        )
+        words = f"""ab --pretrain stylegan2:kimg=0.016,cbase=64,cmax=4,z_dim=4,w_dim=4,map_depth=1,batch=4
+            --improve {tmp_path}/a.zip --adapt {tmp_path}/a.zip --jobs improve --kimg 0.016 --num 4
+            --measurements 1 --metrics random-fid --threads 1 --device cpu --seeds 3
+            --work {tmp_path}/work --out {tmp_path}/report.md {arms}"""
+        monkeypatch.setattr(sys, "argv", words.split())
+        ab.main()
+        first = capsys.readouterr().out
+        assert "improve, sd, seed 3" in first and "| random-fid | sd |" in first
+        report = modules["summarise"].read(tmp_path / "report.md")
+        assert report["settings"]["pretrain"]["name"] == "stylegan2"
+        assert len(report["results"]["improve"]["runs"]) == 2 and str(tmp_path) not in json.dumps(report)
+        assert (tmp_path / "report_improve.png").stat().st_size > 10_000
+        assert not list((tmp_path / "work").rglob("training-state*"))
+        ab.main()
+        assert "seed" not in capsys.readouterr().out.replace("one seed", "")
+
+
+def test_the_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
+    make_sets = modules["make_sets"]
+    (tmp_path / "f" / "assets").mkdir(parents=True)
+    for name in ("1f600", "1f44d", "1f44d-1f3fb"):
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "f" / "assets" / f"{name}.webp")
+    (tmp_path / "g" / "img" / "google" / "64").mkdir(parents=True)
+    entries = []
+    for name, category in (("1f600", "Faces"), ("1f1e6", "Flags"), ("1f34e", "Food")):
+        Image.new("RGB", (64, 64), (0, 9, 0)).save(tmp_path / "g" / "img" / "google" / "64" / f"{name}.png")
+        entries.append({"image": f"{name}.png", "category": category, "has_img_google": True})
+    (tmp_path / "g" / "emoji.json").write_text(json.dumps(entries))
+    assert make_sets.fluent(tmp_path / "f", 32).keys() == {"1f600.png", "1f44d.png"}
+    pictures, labels = make_sets.google(tmp_path / "g", 32)
+    assert labels == {"1f600.png": 0, "1f34e.png": 1}
+    make_sets.write_zip(tmp_path / "a.zip", pictures, labels)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.namelist() == ["1f34e.png", "1f600.png", "dataset.json"]
+        with archive.open("1f600.png") as stream, Image.open(stream) as picture:
+            assert picture.size == (32, 32) and picture.getpixel((0, 0)) == (255, 255, 255)
