@@ -13,16 +13,18 @@ QUOTED = 80  # letters
 MARKUP = re.compile(r"\s*(<!doctype\s+html|<html|<head|<body|<\?xml|<!--)", re.IGNORECASE)
 TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 UNREAD = re.compile(r"<(script|style)\b.*?(</\1>|\Z)", re.IGNORECASE | re.DOTALL)
+JSON = re.compile(r'\s*(\{\s*["}]|\[\s*(["{\[\]\d-]|true|false|null))')  # a `[section]` of settings is none
 LFS = "version https://git-lfs"
 TEXT_HINT = "A failed download leaves such a file behind, and git without git-lfs does; get the file again."
 
+TORCH_SAVE = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"  # its magic number, before torch 1.6
 SAFETENSORS = rb".{8}\{\s*\""  # the length of a JSON header, then that header
 OTHER_FORMATS = (
     (
         rb"PK\x03\x04",
         "a zip archive, as torch.save writes them; StyleGAN checkpoints are plain pickles (.pkl)",
     ),
-    (rb"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9", "a file of torch.save, not a StyleGAN pickle"),
+    (re.escape(TORCH_SAVE), "a file of torch.save, not a StyleGAN pickle"),
     (SAFETENSORS, "a safetensors file"),
     (rb"\x1f\x8b", "gzip-compressed; unpack it first"),
     (rb"\x89HDF", "an HDF5 file"),
@@ -77,7 +79,7 @@ def describe_text(head: bytes) -> str | None:
         title = TITLE.search(text)
         said = title[1] if title and title[1].strip() else re.sub(r"<[^>]*>?", " ", UNREAD.sub(" ", text))
         return f"a web page: {_quoted(said if said.strip() else text)}"
-    if text.lstrip()[0] in "{[":
+    if JSON.match(text):
         return f"JSON: {_quoted(text)}"
     if text.startswith(LFS):
         return f"a git-lfs pointer, not the file itself: {_quoted(text)}"

@@ -210,6 +210,9 @@ def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance
 def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:
     lines = []
     for path, ours in module.named_modules():
+        if not net.has(path):  # one without tensors, which would be missed otherwise
+            lines.append(f"{path} ({type(ours).__name__}) is not in the file")
+            continue
         for name in sorted(DECISIVE & vars(ours).keys() & net.modules[path].keys()):
             seen, wanted = net.get(path, name), vars(ours)[name]
             if not _agree(seen, wanted):

@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.first_bytes import HEAD, describe_text
+from finetune.checkpoint.first_bytes import HEAD, TORCH_SAVE, describe_text
 from finetune.errors import FinetuneError
 from finetune.version import __version__
 
@@ -131,7 +131,7 @@ def transfer(url: str, part: Part, expected: Expected, progress: Progress | None
             os.fsync(stream.fileno())
     if total is not None and received != total:
         raise TryAgain(f"{url} broke off after {received:,} of {total:,} bytes")
-    if total is None and expected.size is None and not expected.sha256:
+    if not expected.sha256:
         _check_end(url, part)
     return _checked(url, part, expected, digest, received)
 
@@ -260,14 +260,16 @@ def _with(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _check_end(url: str, part: Part) -> None:
-    """Where nobody says how long the file is: a pickle ends with its own full stop."""
+    """Where no hash tells whether all is there: a pickle ends with its own full stop, and the length that a
+    server states may be wrong.
+    """
     with part.path.open("rb") as stream:
-        is_pickle = stream.read(1) == b"\x80"
+        head = stream.read(len(TORCH_SAVE))
         stream.seek(-1, os.SEEK_END)
-        if is_pickle and stream.read(1) != b".":
+        if head[:1] == b"\x80" and head != TORCH_SAVE and stream.read(1) != b".":
             size = stream.tell()
             part.discard()
-            raise TryAgain(f"{url} broke off after {size:,} bytes")
+            raise TryAgain(f"{url} broke off after {size:,} bytes, in the middle of a pickle")
 
 
 def _checked(url: str, part: Part, expected: Expected, digest: Any, num_bytes: int) -> tuple[str, int]:

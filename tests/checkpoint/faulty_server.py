@@ -120,6 +120,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(self.content[:HALF])
         self.close_connection = True
 
+    def send_too_short(self):
+        """Half of the file, as if it were all."""
+        self.answer(200, self.content[:HALF])
+
+    def send_redirect(self):
+        """Send on to the file, whose name is asked for as `moved`."""
+        self.answer(302, b"", Location=f"/moved?path={self.path.strip('/')}")
+
     def send_slowly(self):
         time.sleep(0.1)
         self.send_file()

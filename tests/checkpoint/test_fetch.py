@@ -99,6 +99,8 @@ def test_a_file_that_is_there_is_verified_and_kept(server, get, tmp_path):
         ("file", {"size": 10}, f"has {SIZE:,} bytes instead of 10"),
         ("unknown-size", {"size": 10}, "sends more than the 10 bytes expected"),
         ("unknown-size", {"size": SIZE + 1}, f"instead of {SIZE + 1:,}"),
+        ("too-short", {"size": SIZE}, f"has {HALF:,} bytes instead of {SIZE:,}"),
+        ("too-short", {"sha256": SHA256}, f"has SHA-256 .* instead of {SHA256}"),
     ],
     ids=str,
 )
@@ -118,6 +120,7 @@ def test_what_is_wrong_leaves_nothing_behind(server, get, pauses, tmp_path, plan
             f"broke off after {HALF // 4096 * 4096:,}|broke off after {HALF:,} of {SIZE:,} bytes",
         ),
         ("unknown-size-half", f"broke off after {HALF:,} bytes"),
+        ("too-short", f"broke off after {HALF:,} bytes, in the middle of a pickle"),
     ],
 )
 def test_what_fails_again_and_again(get, pauses, tmp_path, thing, words):
@@ -136,6 +139,18 @@ def test_a_fault_that_passes(server, get, pauses, tmp_path, fault, expected):
     # Only bytes of a version that has a name, or of a file whose hash is known, may be gone on with.
     assert ("Range" in second) == (fault in ("half", "stall", "reset") or (fault != 503 and bool(expected)))
     assert second.get("If-Range") == ('"1"' if fault in ("half", "stall", "reset") else None)
+
+
+def test_where_a_redirect_leads_a_broken_download_is_gone_on_with(server, get, pauses):
+    server.plan["moved"] = ["half", "file"]
+    assert get("redirect", sha256=SHA256).read_bytes() == CONTENT
+    assert [name for name, _ in server.requests] == ["a", "moved"] * 2
+    assert "Range" in server.requests[3][1] and len(pauses) == 1
+
+
+def test_a_file_of_torch_save_does_not_end_like_a_pickle(server, pauses, tmp_path):
+    server.files["t"] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9" + bytes(9000)
+    assert fetch(f"{server.url}/t", tmp_path / "t").stat().st_size == 9009 and pauses == []
 
 
 def test_many_breaks_are_no_failure_while_more_of_the_file_comes(get, pauses):

@@ -348,6 +348,34 @@ def test_other_files_are_named(tmp_path, words):
     assert not isinstance(refusal.value, PickleRefused) and str(path) in str(refusal.value)
 
 
+TEXTS = {
+    "source": "import numpy as np\nprint(np.pi)\n",
+    "prose": "Ich mag Züge\n",
+    "settings": "[project]\nname = 1\n",
+    "numbers": "1\n2\n",
+    "a page of words": "cat dog\nmouse\n" * 400,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_is_called_a_text(tmp_path, name):
+    """Though its first letters are opcodes, like the `i` of import."""
+    path = tmp_path / "network.pkl"
+    path.write_text(TEXTS[name], encoding="utf-8")
+    with pytest.raises(CheckpointError) as refusal:
+        finetune.load(path)
+    quoted = " ".join(TEXTS[name].split())[:40]
+    assert refusal.value.what.startswith(f"{path} is not a checkpoint: it is text: '{quoted}")
+    assert "asks for" not in str(refusal.value)
+
+
+def test_a_hostile_pickle_made_of_letters_is_called_hostile(tmp_path):
+    path = tmp_path / "network.pkl"
+    path.write_bytes(b"cos\nsystem\n(Vecho\ntR.")
+    with pytest.raises(PickleRefused, match=r"asks for os\.system"):
+        finetune.load(path)
+
+
 def test_names_are_printed_harmlessly():
     error = refused(forge.dumps(Name("os", "sys\x1b[31mtem" + "x" * 500)))
     assert "\x1b" not in str(error) and len(error.blocked) <= 200

@@ -210,6 +210,14 @@ class TestMismatch:
             [x for x in describe(discriminator).tensors if "b64" in x]
         )
 
+    def test_a_module_without_tensors_is_missed_too(self, opened, reload):
+        """Found by scripts/fuzz: without it the network would compute something else."""
+        discriminator = opened("stylegan2-ada-32")["D"]
+        del module_at(discriminator, "b4")["_modules"]["mbstd"]
+        with pytest.raises(CheckpointMismatch) as mismatch:
+            reload({"D": discriminator})
+        assert mismatch.value.differences == ["b4.mbstd (MinibatchStd) is not in the file"]
+
     @pytest.mark.parametrize(
         "path, name, value",
         [
