@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.checkpoint.described import MISSING, Described
-from finetune.checkpoint.safe_pickle import printable
+from finetune.checkpoint.stand_ins import printable
 from finetune.errors import PickleRefused
 
 GENERATOR = (

@@ -25,7 +25,7 @@ from finetune.checkpoint.arguments import (
     check_arguments,
 )
 from finetune.checkpoint.described import MISSING, Described, plain
-from finetune.checkpoint.safe_pickle import Array, Tensor, TFNetwork, damaged, printable
+from finetune.checkpoint.stand_ins import Array, Tensor, TFNetwork, damaged, printable
 from finetune.errors import PickleRefused
 from torch_utils.ops import upfirdn2d
 

@@ -14,14 +14,8 @@ from finetune.checkpoint.described import plain
 from finetune.checkpoint.known import find_licence
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
 from finetune.checkpoint.run import resolve_network
-from finetune.checkpoint.safe_pickle import (
-    PersistentObject,
-    PickleFile,
-    TFNetwork,
-    damaged,
-    printable,
-    read_pickle,
-)
+from finetune.checkpoint.safe_pickle import PickleFile, read_pickle
+from finetune.checkpoint.stand_ins import PersistentObject, TFNetwork, damaged, printable
 from finetune.checkpoint.tensor_file import NETWORKS, is_tensor_file, read_tensor_file
 from finetune.errors import CheckpointMismatch, PickleRefused
 

@@ -4,8 +4,8 @@ others.
 Nothing of the file is imported, called or executed: `pickle_machine` reads the opcodes, and `CheckpointWorld`
 below answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file,
 checked against what the file really holds. Nested storages (`torch.storage._load_from_bytes`) go through the
-same machine. The damage a file can do is to be refused: `PickleRefused` names the blocked global and its
-position.
+same machine (`storage_pickle`). The damage a file can do is to be refused: `PickleRefused` names the blocked
+global and its position.
 """
 
 from __future__ import annotations
@@ -13,28 +13,33 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from finetune.checkpoint.first_bytes import named_as_text, refuse_other_formats
-from finetune.checkpoint.pickle_machine import (
-    DAMAGED,
-    MAX_OPCODES,
-    Blob,
-    Budget,
-    Global,
-    Machine,
-    is_key,
-    kind,
+from finetune.checkpoint.pickle_machine import Machine
+from finetune.checkpoint.pickle_values import MAX_OPCODES, Blob, Budget, Global, is_key, kind
+from finetune.checkpoint.stand_ins import (
+    Array,
+    Dtype,
+    PersistentObject,
+    PlainObject,
+    Storage,
+    Tensor,
+    TFNetwork,
+    block,
+    check_extents,
+    damaged,
+    expect,
+    printable,
 )
+from finetune.checkpoint.storage_pickle import STORAGES, read_storage
 from finetune.errors import CheckpointError, PickleRefused
 
 MAX_FILE = 16 << 30  # bytes
-MAX_DIMENSIONS = 8
-MAX_EXTENT = 1 << 40  # elements along one axis, or stride: far above what fits a file, far below overflow
 META_VERSION = 6  # of `_reconstruct_persistent_obj`
 
 EASY_DICT = ("dnnlib.util.EasyDict", "dnnlib.EasyDict")
@@ -42,75 +47,8 @@ TF_NETWORK = "dnnlib.tflib.network.Network"
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 NUMPY = ("numpy.core.multiarray.", "numpy._core.multiarray.")
 
-# torch storage -> (torch dtype, numpy dtype of the same bytes); numpy has no bfloat16.
-STORAGES = {
-    "torch.FloatStorage": ("float32", "<f4"),
-    "torch.DoubleStorage": ("float64", "<f8"),
-    "torch.HalfStorage": ("float16", "<f2"),
-    "torch.BFloat16Storage": ("bfloat16", "<u2"),
-    "torch.LongStorage": ("int64", "<i8"),
-    "torch.IntStorage": ("int32", "<i4"),
-    "torch.ShortStorage": ("int16", "<i2"),
-    "torch.CharStorage": ("int8", "|i1"),
-    "torch.ByteStorage": ("uint8", "|u1"),
-    "torch.BoolStorage": ("bool", "|u1"),
-}
 # Mentioned by real files as arguments of other calls, and never called themselves.
 ONLY_NAMED = {"numpy.ndarray", *STORAGES}
-
-
-@dataclass(slots=True, eq=False)
-class PersistentObject:
-    """A module of the PyTorch generations: the name of its class and its `__dict__`, without its source."""
-
-    class_name: str
-    state: dict
-    offset: int
-
-
-@dataclass(slots=True, eq=False)
-class TFNetwork:
-    """A network of the TensorFlow generation; `state` is what it pickled."""
-
-    offset: int
-    state: dict = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Tensor:
-    """A tensor or parameter: a read-only numpy view of the file, and the name of its torch dtype."""
-
-    array: np.ndarray
-    dtype: str
-    offset: int
-    is_parameter: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Array:
-    """A numpy array; `value` is a read-only view of the file."""
-
-    value: np.ndarray | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Storage:
-    """The memory of a tensor, one-dimensional."""
-
-    array: np.ndarray
-    dtype: str
-
-
-@dataclass(slots=True, eq=False)
-class Dtype:
-    """A numpy dtype."""
-
-    value: np.dtype
-
-
-@dataclass(slots=True, eq=False)
-class PlainObject:
-    """An instance of `object`; whatever attributes it had are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +217,9 @@ class CheckpointWorld:
     def _tensor(self, args: tuple, offset: int) -> Tensor:
         expect(len(args) in (6, 7) and type(args[0]) is Storage, "a tensor without a storage", offset)
         storage, start, size, stride = args[:4]
-        _check_extents((start,), offset)
-        _check_extents(size, offset)
-        _check_extents(stride, offset)
+        check_extents((start,), offset)
+        check_extents(size, offset)
+        check_extents(stride, offset)
         expect(len(size) == len(stride), "a tensor with more strides than axes", offset)
         num_elements, available = math.prod(size), len(storage.array)
         last = start + sum((extent - 1) * step for extent, step in zip(size, stride))
@@ -317,63 +255,6 @@ CALLS: dict[str, Any] = {
 }
 
 
-class StorageWorld:
-    """The globals of one tensor storage: the names of the storage classes, and one persistent id."""
-
-    def find(self, name: Global) -> Global:
-        if name.name not in STORAGES:
-            block(name.name, name.offset)
-        return name
-
-    def call(self, function: Any, args: tuple, offset: int) -> NoReturn:
-        block(function.name if type(function) is Global else kind(function), offset, "is called")
-
-    def set_state(self, target: Any, state: Any, offset: int) -> NoReturn:
-        damaged("a state inside a tensor storage", offset)
-
-    def persistent(self, key: Any, offset: int) -> tuple:
-        is_storage = (
-            type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
-        )
-        expect(is_storage and type(key[2]) is str, "a tensor storage of unknown kind", offset)
-        expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
-        return key
-
-
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's file format before 1.6, which storages still use
-
-
-def read_storage(blob: Blob, budget: Budget) -> Storage:
-    """Read what `torch.save` wrote for one storage: five pickles, the number of elements, the elements."""
-    base = blob.offset or 0
-    machine = Machine(blob.view, StorageWorld(), budget, base=base)
-    if bytes(blob.view[:4]) == b"PK\x03\x04":
-        damaged("a tensor storage in zip form", base)
-    magic, protocol, system, key, keys = (machine.run() for _ in range(5))
-    expect(type(magic) is int and magic == MAGIC, "a tensor storage of unknown format", base)
-    expect(type(protocol) is int and protocol == PROTOCOL, "a tensor storage of unknown protocol", base)
-    is_little = type(system) is dict and system.get("little_endian") is True
-    expect(is_little, "a tensor storage that is not little-endian", base)
-    is_key = type(key) is tuple and type(keys) is list and len(keys) == 1 and type(keys[0]) is str
-    expect(is_key and key[2] == keys[0], "a tensor storage without its own key", base)
-    dtype, code = STORAGES[key[1].name]
-    raw = blob.view[machine.position :]
-    count, itemsize = key[4], np.dtype(code).itemsize
-    _check_extents((count,), base)
-    if len(raw) != 8 + count * itemsize or int.from_bytes(raw[:8], "little") != count:
-        damaged(
-            f"a tensor storage of {count:,} elements has {max(len(raw) - 8, 0):,} bytes",
-            base + machine.position,
-        )
-    return Storage(np.frombuffer(raw[8:], code) if count else np.empty(0, code), dtype)
-
-
-def _check_extents(extents: Any, offset: int) -> None:
-    is_short = type(extents) is tuple and len(extents) <= MAX_DIMENSIONS
-    good = is_short and all(type(extent) is int and 0 <= extent <= MAX_EXTENT for extent in extents)
-    expect(good, "a shape that is no shape", offset)
-
-
 def _byte_order(dtype: np.dtype, state: Any, offset: int) -> np.dtype:
     good = (
         type(state) is tuple
@@ -390,44 +271,13 @@ def _array(state: Any, offset: int) -> np.ndarray:
     _, shape, dtype, is_fortran, raw = state
     if type(dtype) is not Dtype or type(raw) is not Blob:
         damaged("a numpy array without bytes", offset)
-    _check_extents(shape, offset)
+    check_extents(shape, offset)
     if math.prod(shape) * dtype.value.itemsize != len(raw):
         damaged(f"a numpy array whose shape does not fit its {len(raw):,} bytes", offset)
     try:
         return np.ndarray(shape, dtype.value, raw.view, order="F" if is_fortran is True else "C")
     except (ValueError, TypeError):
         damaged("a numpy array of impossible shape", offset)
-
-
-# Refusals.
-
-
-def printable(text: str) -> str:
-    """`text` for a message: short, on one line, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
-
-
-def block(name: str, offset: int, why: str = "is not on the list of what a checkpoint may name") -> NoReturn:
-    """Refuse a global."""
-    name = printable(name)
-    raise PickleRefused(
-        f"the pickle asks for {name} (at byte {offset}), which {why}; nothing was executed",
-        offset=offset,
-        blocked=name,
-        hint="A StyleGAN checkpoint needs no such thing. Do not open this file with pickle or torch.load.",
-    )
-
-
-def damaged(why: str, offset: int) -> NoReturn:
-    """Refuse values that no checkpoint holds."""
-    raise PickleRefused(
-        f"the pickle is damaged or not a checkpoint: {why} (at byte {offset})", offset=offset, hint=DAMAGED
-    )
-
-
-def expect(condition: bool, why: str, offset: int) -> None:
-    if not condition:
-        damaged(why, offset)
 
 
 def _read(path: Path) -> bytes:

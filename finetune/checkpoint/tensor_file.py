@@ -19,7 +19,7 @@ from finetune.checkpoint import arguments
 from finetune.checkpoint.described import Described
 from finetune.checkpoint.first_bytes import SAFETENSORS
 from finetune.checkpoint.rebuild import Allowance, build_on_meta, compare, fill
-from finetune.checkpoint.safe_pickle import Tensor, printable
+from finetune.checkpoint.stand_ins import Tensor, printable
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 

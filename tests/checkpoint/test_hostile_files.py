@@ -305,6 +305,10 @@ LIES = {
         "in zip form",
     ),
     "storage of a number": (call("torch.storage", "_load_from_bytes", forge.dumps(1) * 5), "unknown format"),
+    "storage whose key is a plain tuple": (
+        call("torch.storage", "_load_from_bytes", forge.storage(F4).replace(b"tQ.", b"t0).")),
+        "without its own key",
+    ),
     "storage of a kind that is a text": (
         call("torch.storage", "_load_from_bytes", forge.storage(F4, kind="FloatStorage")),
         "unknown kind",

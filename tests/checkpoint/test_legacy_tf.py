@@ -11,7 +11,8 @@ from checkpoint import forge
 
 import finetune
 from finetune.checkpoint.rebuild import tensors_of
-from finetune.checkpoint.safe_pickle import Array, TFNetwork, read_pickle
+from finetune.checkpoint.safe_pickle import read_pickle
+from finetune.checkpoint.stand_ins import Array, TFNetwork
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 

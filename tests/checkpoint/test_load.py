@@ -20,7 +20,8 @@ from finetune.checkpoint import Provenance, catalog, newest_snapshot
 from finetune.checkpoint.arguments import MAPPING, SYNTHESIS2, SYNTHESIS3
 from finetune.checkpoint.described import MAX_MODULES, describe
 from finetune.checkpoint.rebuild import Allowance, fill, rebuild, tensors_of
-from finetune.checkpoint.safe_pickle import PersistentObject, Tensor, read_pickle
+from finetune.checkpoint.safe_pickle import read_pickle
+from finetune.checkpoint.stand_ins import PersistentObject, Tensor
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 

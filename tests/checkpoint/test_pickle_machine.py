@@ -12,7 +12,8 @@ from checkpoint import forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.checkpoint.pickle_machine import Blob, Budget, Machine
+from finetune.checkpoint.pickle_machine import Machine
+from finetune.checkpoint.pickle_values import Blob, Budget
 from finetune.checkpoint.safe_pickle import CheckpointWorld, loads
 from finetune.errors import PickleRefused
 

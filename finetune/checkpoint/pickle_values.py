@@ -1,0 +1,74 @@
+"""What a pickle language without calls computes with, and how much of it a file may spend."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import PickleRefused
+
+MAX_OPCODES = 500_000  # a 1024x1024 checkpoint has about 65,000, nested storages included
+MAX_TEXT = 1 << 20  # bytes of one string that is not Latin-1, and of one line of protocol 0
+MAX_LONG = 64  # bytes of one integer
+MAX_MARKS = 10_000  # open at once; a checkpoint has a few dozen
+MAX_PROTOCOL = 5
+
+DAMAGED = "If it should be one, compare its size and SHA-256 with the source's, or download it again."
+NOT_LATIN1 = re.compile(rb"[\xc4-\xff]")  # first bytes of UTF-8 sequences above U+00FF
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Blob:
+    """Bytes of the file: a view, not a copy, and the position of its first byte in the file (None for a
+    copy).
+    """
+
+    view: memoryview
+    offset: int | None
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Global:
+    """A name that the file mentions, as text; nothing is looked up."""
+
+    name: str
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class Budget:
+    """What is left to spend on one file: steps of the machine, and bytes copied out of the file."""
+
+    steps: int
+    copied: int
+
+    def step(self, count: int, offset: int) -> None:
+        self.steps -= count
+        if self.steps < 0:
+            raise PickleRefused(
+                f"the pickle takes more than {MAX_OPCODES:,} steps to read (at byte {offset}); "
+                "no checkpoint needs as many",
+                offset=offset,
+            )
+
+    def copy(self, num_bytes: int, offset: int) -> None:
+        self.copied -= num_bytes
+        if self.copied < 0:
+            raise PickleRefused(
+                f"the pickle grows to several times its size on disk (at byte {offset})", offset=offset
+            )
+
+
+def is_key(value: Any) -> bool:
+    """Whether `value` may be a key; large integers can be made to collide, so they may not."""
+    is_small = type(value) is int and -(2**31) <= value < 2**31
+    return is_small or value is None or type(value) in (str, bool)
+
+
+def kind(value: Any) -> str:
+    """What `value` is, in words that never contain the value itself."""
+    return f"a {value.name}" if type(value) is Global else f"a {type(value).__name__}"

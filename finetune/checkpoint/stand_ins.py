@@ -1,0 +1,102 @@
+"""The inert objects that stand for what a checkpoint file describes, and the refusals of what it must not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+
+from finetune.checkpoint.pickle_values import DAMAGED
+from finetune.errors import PickleRefused
+
+MAX_DIMENSIONS = 8
+MAX_EXTENT = 1 << 40  # elements along one axis, or stride: far above what fits a file, far below overflow
+
+
+@dataclass(slots=True, eq=False)
+class PersistentObject:
+    """A module of the PyTorch generations: the name of its class and its `__dict__`, without its source."""
+
+    class_name: str
+    state: dict
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class TFNetwork:
+    """A network of the TensorFlow generation; `state` is what it pickled."""
+
+    offset: int
+    state: dict = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Tensor:
+    """A tensor or parameter: a read-only numpy view of the file, and the name of its torch dtype."""
+
+    array: np.ndarray
+    dtype: str
+    offset: int
+    is_parameter: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Array:
+    """A numpy array; `value` is a read-only view of the file."""
+
+    value: np.ndarray | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """The memory of a tensor, one-dimensional."""
+
+    array: np.ndarray
+    dtype: str
+
+
+@dataclass(slots=True, eq=False)
+class Dtype:
+    """A numpy dtype."""
+
+    value: np.dtype
+
+
+@dataclass(slots=True, eq=False)
+class PlainObject:
+    """An instance of `object`; whatever attributes it had are dropped."""
+
+
+def printable(text: str) -> str:
+    """`text` for a message: short, on one line, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+def block(name: str, offset: int, why: str = "is not on the list of what a checkpoint may name") -> NoReturn:
+    """Refuse a global."""
+    name = printable(name)
+    raise PickleRefused(
+        f"the pickle asks for {name} (at byte {offset}), which {why}; nothing was executed",
+        offset=offset,
+        blocked=name,
+        hint="A StyleGAN checkpoint needs no such thing. Do not open this file with pickle or torch.load.",
+    )
+
+
+def damaged(why: str, offset: int) -> NoReturn:
+    """Refuse values that no checkpoint holds."""
+    raise PickleRefused(
+        f"the pickle is damaged or not a checkpoint: {why} (at byte {offset})", offset=offset, hint=DAMAGED
+    )
+
+
+def expect(condition: bool, why: str, offset: int) -> None:
+    if not condition:
+        damaged(why, offset)
+
+
+def check_extents(extents: Any, offset: int) -> None:
+    is_short = type(extents) is tuple and len(extents) <= MAX_DIMENSIONS
+    good = is_short and all(type(extent) is int and 0 <= extent <= MAX_EXTENT for extent in extents)
+    expect(good, "a shape that is no shape", offset)

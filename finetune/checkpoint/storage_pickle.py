@@ -1,0 +1,86 @@
+"""The memory of a tensor as `torch.save` wrote it: five small pickles for the same machine, and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from finetune.checkpoint.pickle_machine import Machine
+from finetune.checkpoint.pickle_values import Blob, Budget, Global, kind
+from finetune.checkpoint.stand_ins import Storage, block, check_extents, damaged, expect
+
+# torch storage -> (torch dtype, numpy dtype of the same bytes); numpy has no bfloat16.
+STORAGES = {
+    "torch.FloatStorage": ("float32", "<f4"),
+    "torch.DoubleStorage": ("float64", "<f8"),
+    "torch.HalfStorage": ("float16", "<f2"),
+    "torch.BFloat16Storage": ("bfloat16", "<u2"),
+    "torch.LongStorage": ("int64", "<i8"),
+    "torch.IntStorage": ("int32", "<i4"),
+    "torch.ShortStorage": ("int16", "<i2"),
+    "torch.CharStorage": ("int8", "|i1"),
+    "torch.ByteStorage": ("uint8", "|u1"),
+    "torch.BoolStorage": ("bool", "|u1"),
+}
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class StorageKey:
+    """The persistent id of a storage, which no other opcode can make: its class, its name, its elements."""
+
+    storage: str
+    name: str
+    count: Any
+
+
+class StorageWorld:
+    """The globals of one tensor storage: the names of the storage classes, and one persistent id."""
+
+    def find(self, name: Global) -> Global:
+        if name.name not in STORAGES:
+            block(name.name, name.offset)
+        return name
+
+    def call(self, function: Any, args: tuple, offset: int) -> NoReturn:
+        block(function.name if type(function) is Global else kind(function), offset, "is called")
+
+    def set_state(self, target: Any, state: Any, offset: int) -> NoReturn:
+        damaged("a state inside a tensor storage", offset)
+
+    def persistent(self, key: Any, offset: int) -> StorageKey:
+        is_storage = (
+            type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
+        )
+        expect(is_storage and type(key[2]) is str, "a tensor storage of unknown kind", offset)
+        expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
+        return StorageKey(key[1].name, key[2], key[4])
+
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's file format before 1.6, which storages still use
+
+
+def read_storage(blob: Blob, budget: Budget) -> Storage:
+    """Read what `torch.save` wrote for one storage: five pickles, the number of elements, the elements."""
+    base = blob.offset or 0
+    machine = Machine(blob.view, StorageWorld(), budget, base=base)
+    if bytes(blob.view[:4]) == b"PK\x03\x04":
+        damaged("a tensor storage in zip form", base)
+    magic, protocol, system, key, keys = (machine.run() for _ in range(5))
+    expect(type(magic) is int and magic == MAGIC, "a tensor storage of unknown format", base)
+    expect(type(protocol) is int and protocol == PROTOCOL, "a tensor storage of unknown protocol", base)
+    is_little = type(system) is dict and system.get("little_endian") is True
+    expect(is_little, "a tensor storage that is not little-endian", base)
+    is_key = type(key) is StorageKey and type(keys) is list and len(keys) == 1 and type(keys[0]) is str
+    expect(is_key and key.name == keys[0], "a tensor storage without its own key", base)
+    dtype, code = STORAGES[key.storage]
+    raw = blob.view[machine.position :]
+    count, itemsize = key.count, np.dtype(code).itemsize
+    check_extents((count,), base)
+    if len(raw) != 8 + count * itemsize or int.from_bytes(raw[:8], "little") != count:
+        damaged(
+            f"a tensor storage of {count:,} elements has {max(len(raw) - 8, 0):,} bytes",
+            base + machine.position,
+        )
+    return Storage(np.frombuffer(raw[8:], code) if count else np.empty(0, code), dtype)
