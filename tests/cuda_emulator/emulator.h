@@ -179,8 +179,10 @@ inline int max(int a, int b) { return a > b ? a : b; }
             for (unsigned y = 0; y < grid[1]; ++y)                                                                       \
                 for (unsigned x = 0; x < grid[0]; ++x) {                                                                 \
                     m.index = {x, y, z};                                                                                 \
-                    m.shared.assign(shared, 0xff); /* NaNs: what nobody wrote shows */                              \
+                    m.shared.assign(shared + 4096, 0xff); /* NaNs: what nobody wrote shows */                            \
                     sg_emulator::run_block(m);                                                                           \
+                    for (unsigned i = shared; i < shared + 4096; ++i)                                                    \
+                        if (m.shared[i] != 0xff) m.error = "a block writes behind its shared memory";                    \
                     if (m.error) return m.error;                                                                         \
                 }                                                                                                        \
         return nullptr;                                                                                                  \

@@ -63,6 +63,8 @@ def filtered_lrelu(
     y = forms.empty_activated(x, form.out_h, form.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
+    if x.stride(3) != 1:  # channels-last: one copy costs less than reading pixels far apart
+        x = x.contiguous()
     fu, fd, b = _taps(fu, x), _taps(fd, x), _dense(b)
     pointers = {"x": x.data_ptr(), "fu": fu.data_ptr(), "fd": fd.data_ptr(), "y": y.data_ptr()}
     if b is not None:

@@ -66,5 +66,5 @@ class FilteredLrelu(ctypes.Structure):
         *_fields(_i, "n c in_h in_w out_h out_w fu_h fu_w fd_h fd_w up down pad_x0 pad_y0"),
         *_fields(_i, "mask_h mask_w mask_row_bytes mask_off_x mask_off_y flip_filter mode dtype"),
         *_fields(_d, "up_gain slope clamp"),
-        *_fields(_i, "num_threads reserved"),
+        *_fields(_i, "num_threads tile_h"),
     ]

@@ -17,8 +17,14 @@ from .plan import Plan
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CHANNELS = (3, 32, 64, 512)  # of images, and those of features that share them out to threads differently
-# Sizes of StyleGAN3's layers from 64 to 1024 px, and what its last layers crop to.
+MOST = 64 * 1024  # channels times pixels of a side: the widest published networks
+# From the pixels of one layer of StyleGAN3 to those of the next: equal, growing, cropped at last.
 SIZES = (36, 52, 64, 84, 128, 148, 256, 276, 512, 532, 1024, 1044)
+SAME = tuple((size, size, 2) for size in SIZES)
+GROWING = ((36, 52, 4), (52, 84, 4), (84, 148, 4), (148, 276, 4), (276, 532, 4), (532, 1044, 4))
+CROPPED = tuple((size + 20, size, 2) for size in (64, 128, 256, 512, 1024))
+LAYERS = (*SAME, *GROWING, *CROPPED)
+LARGE = tuple(layer for layer in SAME if layer[0] >= 64)
 TAPS = 6  # that meet a pixel, in all published networks
 CLAMP = 256.0
 ALIGNED = 4096  # an address that stands for any that torch gives
@@ -41,18 +47,26 @@ def specialisations(
 
 
 def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    for act, order, clamp in itertools.product(("linear", "lrelu"), (0, 1), (CLAMP, forms.NO_CLAMP)):
-        for shape in (torch.Size((4, 64, 32, 32)), torch.Size((4, 512))):
-            form = forms.BiasActForm(1, act, 0.2, 1.0, clamp)
-            p = forms.bias_act_params(shape, _strides(shape), dtype, order == 0, form, order)
-            p.b = ALIGNED if order == 0 else None
-            p.ref = ALIGNED if order and form.needs()[1] else None
-            yield "bias_act", p
+    features, dense = torch.Size((4, 64, 32, 32)), torch.Size((4, 512))
+    kinds = itertools.product(
+        ("linear", "lrelu"), ((features, CLAMP), (features, forms.NO_CLAMP), (dense, forms.NO_CLAMP))
+    )
+    for (act, (shape, clamp)), order, has_bias in itertools.product(kinds, (0, 1), (True, False)):
+        if not has_bias and (order or act != "linear" or shape is features):
+            continue  # a layer without a bias or an activation has a gain at most
+        form = forms.BiasActForm(1, act, 0.2, 1.0, clamp)
+        p = forms.bias_act_params(shape, _strides(shape), dtype, order == 0 and has_bias, form, order)
+        p.b = ALIGNED if order == 0 and has_bias else None
+        p.ref = ALIGNED if order and form.needs()[1] else None
+        yield "bias_act", p
 
 
 def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     taps = torch.Size((4, 4))
-    for size, channels, last in itertools.product(RESOLUTIONS, CHANNELS, (False, True)):
+    layouts = (False, True) if dtype == torch.float16 else (False,)  # what layers in half precision may use
+    for size, channels, last in itertools.product(RESOLUTIONS, CHANNELS, layouts):
+        if size * channels > MOST:
+            continue
         # Around a convolution that doubles or halves, on the other way past it, and back: four forms in all.
         for before, after, up, down, pad in (
             (size + 1, size, 1, 1, 1),
@@ -62,27 +76,46 @@ def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         ):
             x, y = torch.Size((4, channels, before, before)), torch.Size((4, channels, after, after))
             form = forms.Upfirdn2dForm(up, up, down, down, pad, pad, after, after, False, 1.0)
-            yield (
-                "upfirdn2d",
-                forms.upfirdn2d_params(x, _strides(x, last), _strides(y, last), dtype, taps, form),
-            )
+            numbers = (x, _strides(x, last), _strides(y, last), dtype, taps, form)
+            yield "upfirdn2d", forms.upfirdn2d_params(*numbers)
 
 
 def _filtered_lrelu(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    for up, size, radial, mode in itertools.product((2, 4), SIZES, (False, True), (0, 1, 2)):
-        fu, fd = torch.Size((TAPS * up,)), torch.Size((TAPS * 2,) * (2 if radial else 1))
-        down = 2
-        if mode == params.GATE:  # the way back
-            fu, fd, up, down = fd, fu, down, up
-        x = torch.Size((4, 64, size * down // up + 8, size * down // up + 8))
-        y = torch.Size((4, 64, size, size))
-        form: Any = forms.FilteredLreluForm(up, down, 9, 9, size, size, False, 1.0, 0.2, CLAMP)
-        mask = None if mode == params.ACTIVATE else torch.Size((4, 64, size * down + 10, 1024))
-        if mode == params.GATE:
-            form = forms.GateForm(*form[:9], size * down + 10, 0, 0)
-        p = forms.filtered_lrelu_params(x, _strides(x), _strides(y), dtype, (fu, fd), mask, form, mode)
-        p.b = ALIGNED if mode != params.GATE else None
-        yield "filtered_lrelu", p
+    # T, whose 3x3 convolutions come with their border; R, and its last layers, which are not radial.
+    kinds = ((False, 2, LAYERS), (True, 0, LAYERS[: -len(CROPPED)]), (False, 0, (*LARGE, *CROPPED)))
+    for radial, border, layers in kinds:
+        for (before, after, up), mode in itertools.product(layers, (0, 1, 2)):
+            fu = torch.empty(TAPS * up, device="meta")
+            fd = torch.empty((TAPS * 2,) * (2 if radial else 1), device="meta")
+            yield (
+                "filtered_lrelu",
+                _layer(dtype, before + border, fu, fd, _form_of(before + border, after, up), mode),
+            )
+    for mode in (0, 1, 2):  # colours, of which the last layer makes an image without filters
+        form = forms.FilteredLreluForm(1, 1, 0, 0, 64, 64, False, 1.0, 1.0, CLAMP)
+        yield "filtered_lrelu", _layer(dtype, 64, None, None, form, mode)
+
+
+def _form_of(size: int, after: int, up: int) -> forms.FilteredLreluForm:
+    """A layer with its padding. Source: StyleGAN3, appendix on layer specifications."""
+    spare = (after - 1) * 2 + 1 - size * up + TAPS * (up + 2) - 2
+    pad = (spare + up) // 2
+    return forms.FilteredLreluForm(up, 2, pad, pad, after, after, False, 1.0, 0.2, CLAMP)
+
+
+def _layer(dtype: torch.dtype, size: int, fu: Any, fd: Any, form: Any, mode: int) -> Any:
+    """The struct of a layer whose input is so large; of the way back through it for GATE."""
+    height, _, row_bytes = form.mask_size(fd)
+    mask = None if mode == params.ACTIVATE else torch.Size((4, 64, height, row_bytes))
+    out = form.out_h
+    if mode == params.GATE:
+        form = form.gate(fd).adjoint(fu, fd, size, size)
+        fu, fd, size, out = fd, fu, out, size
+    x, y = torch.Size((4, 64, size, size)), torch.Size((4, 64, out, out))
+    shapes = tuple(torch.Size((1, 1)) if f is None else f.shape for f in (fu, fd))
+    p = forms.filtered_lrelu_params(x, _strides(x), _strides(y), dtype, shapes, mask, form, mode)
+    p.b = ALIGNED if mode != params.GATE else None
+    return p
 
 
 def _strides(shape: torch.Size, channels_last: bool = False) -> tuple[int, ...]:

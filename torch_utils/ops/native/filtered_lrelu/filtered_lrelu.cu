@@ -1,185 +1,545 @@
-// filtered_lrelu on CUDA: a tile of outputs of one image plane, its part of the upsampled image in shared memory alone.
+// filtered_lrelu on CUDA: a tile of outputs of one image plane is a block's, a column of the upsampled image a
+// thread's. Going down its column, a thread keeps in registers the rows that are not complete yet, of the
+// upsampled image and of what is filtered again: of upsampled size there is nothing in memory, and between two
+// separable filters not even in shared memory.
 //
-// Macros: SG_DTYPE, SG_UP, SG_DOWN, SG_TAPS_UX, SG_TAPS_UY, SG_TAPS_DX, SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D,
-// SG_MODE, SG_CLAMPS, SG_HAS_BIAS (0, 1), SG_TILE_W, SG_TILE_H (outputs of a block), SG_INDEX_64.
+// Which taps meet which rows and columns is known when this is compiled, as tiles start where the same tap always
+// meets the first input.
+//
+// Macros: SG_DTYPE, SG_UP, SG_DOWN, SG_PERIOD (their least common multiple), SG_TAPS_UX, SG_TAPS_UY, SG_TAPS_DX,
+// SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D (0, 1), SG_PHASE_X, SG_PHASE_Y (the tap that meets the first input of
+// a tile), SG_MODE, SG_CLAMPS (0, 1), SG_TILE_W (outputs of a row of a block; how many rows is the launch's affair),
+// SG_LOAD, SG_SHIFT (elements read at once, and the place of a tile's first input in them), SG_STORE (elements
+// written at once), SG_UNROLL (0: filters too large to write out), SG_INDEX_64.
 //
 // A row of the mask: for each 32 columns a word "passes as it is" and a word "passes times slope", the votes of a warp.
 // Tiles begin at multiples of 32 columns of the grid where bits are recorded, so each word has one writer.
 #include "filtered_lrelu.h"
 #include "../cuda.cuh"
 
-#define THREADS 256
-#define STEPS_UX ((SG_TAPS_UX + SG_UP - 1) / SG_UP)
-#define STEPS_UY ((SG_TAPS_UY + SG_UP - 1) / SG_UP)
-#define PADDED_UX (STEPS_UX * SG_UP)
-#define PADDED_UY (STEPS_UY * SG_UP)
-#define TAPS_U (SG_SEPARABLE_U ? PADDED_UX + PADDED_UY : PADDED_UX * PADDED_UY)
-#define TAPS_D (SG_SEPARABLE_D ? SG_TAPS_DX : SG_TAPS_DX * SG_TAPS_DY)
-// The part of the grid that a tile needs, its rows padded to whole warps.
-#define GRID_W ((SG_TILE_W - 1) * SG_DOWN + SG_TAPS_DX)
-#define GRID_H ((SG_TILE_H - 1) * SG_DOWN + SG_TAPS_DY)
-#define GRID_P ((GRID_W + 31) / 32 * 32)
-#define IN_W ((GRID_P + SG_TAPS_UX - 2) / SG_UP + 2)
-#define IN_H ((GRID_H + SG_TAPS_UY - 2) / SG_UP + 2)
+#if SG_UNROLL
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("unroll 1")
+#endif
+#define UP_TO(multiple, n) (((n) + (multiple) - 1) / (multiple) * (multiple))
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs that shared memory gives at once
 
-__device__ __forceinline__ int first_input(int m, int pad) { return -floor_div(pad - m, SG_UP); }  // rounded up
+// ---- Columns
 
+#define GRID_W ((SG_TILE_W - 1) * SG_DOWN + SG_TAPS_DX)  // of the upsampled image, that a tile needs
+#define THREADS UP_TO(32, GRID_W)
+#define STEPS_X ((SG_TAPS_UX + SG_UP - 1) / SG_UP)  // taps that meet a pixel
+#define FIRST_X(column) (((column) - SG_PHASE_X + SG_UP - 1) / SG_UP)  // input of a column, counted from the tile's
+#define RUN (SG_UP * QUAD)                          // columns that a thread filters side by side along x
+#define WIDE_P UP_TO(RUN, THREADS)
+#define READS_X UP_TO(QUAD, SG_SHIFT + FIRST_X(RUN - 1) + STEPS_X)
+#define IN_P UP_TO(LARGER(QUAD, SG_LOAD), (WIDE_P / RUN - 1) * QUAD + READS_X)
+#define WORDS (THREADS / 32 + 1)                    // of bits that a row of a tile needs, wherever they begin
+
+// ---- Rows, taken in blocks of SG_PERIOD of the upsampled image
+
+#define INPUTS (SG_PERIOD / SG_UP)     // rows of a block
+#define OUTPUTS (SG_PERIOD / SG_DOWN)
+// Rows of inputs that the first block needs before its own.
+#define EARLY ((SG_PERIOD + SG_TAPS_UY - 2 - SG_PHASE_Y) / SG_UP + 1 - INPUTS)
+#define OPEN_U LARGER(SG_PERIOD, (EARLY + INPUTS - 1) * SG_UP + SG_PHASE_Y + 1)  // rows that inputs at hand meet
+#define LATE ((SG_TAPS_DY + SG_DOWN - 1) / SG_DOWN - 1)  // rows of outputs begun before a block and not complete
+#define OPEN_D (OUTPUTS + LATE)
+#define BLOCKS(rows) ((((rows) - 1) * SG_DOWN + SG_TAPS_DY + SG_PERIOD - 1) / SG_PERIOD)
+
+// ---- The 2-D down filter: outputs of a thread, and rows of the grid in two halves, even and odd quads, so that
+// neighbouring threads read neighbouring quads
+
+#define COLUMNS_2D (2 * QUAD % SG_DOWN == 0 ? 2 * QUAD / SG_DOWN : 1)
+#define ROWS_2D 4
+#define IN_HALVES (COLUMNS_2D * SG_DOWN == 2 * QUAD)
+#define HALF (THREADS / 2 + (THREADS % 64 == 0 ? 16 : 0))
+#define GRID_P (2 * HALF)
+
+// ---- The 1-D down filter along x
+
+#define COLUMNS (QUAD % SG_DOWN == 0 ? QUAD / SG_DOWN : 1)
+#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // read at once by threads that far apart
+
+// ---- Taps in shared memory
+
+#define PADDED_UX (STEPS_X * SG_UP)
+#define PADDED_DX UP_TO(QUAD, SG_TAPS_DX)
+#define TAPS_U (SG_SEPARABLE_U ? SG_TAPS_UX + SG_TAPS_UY : SG_TAPS_UY * PADDED_UX)  // along x, then along y
+#define TAPS_D (SG_SEPARABLE_D ? SG_TAPS_DX : SG_TAPS_DY * PADDED_DX)
+
+__device__ __forceinline__ constexpr bool exists(int tap, int taps) { return tap >= 0 && tap < taps; }
+__device__ __forceinline__ bool within(int i, int size) {
+    return static_cast<unsigned>(i) < static_cast<unsigned>(size);
+}
+
+// In correlation order, the gain in those of the up filter (along y).
 __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc* up, acc* down) {
     const acc *const fu = static_cast<const acc*>(p.fu), *const fd = static_cast<const acc*>(p.fd);
     const acc gain = static_cast<acc>(p.up_gain);
     const bool as_given = p.flip_filter != 0;
+    for (int k = threadIdx.x; k < TAPS_U; k += THREADS) {
 #if SG_SEPARABLE_U
-    // Along x, then along y with the gain.
-    for (int k = threadIdx.x; k < TAPS_U; k += THREADS) {
-        const bool is_x = k < PADDED_UX;
-        const int i = is_x ? k : k - PADDED_UX;
-        acc v = acc(0);
-        if (i < SG_TAPS_UX) v = fu[as_given ? i : SG_TAPS_UX - 1 - i] * (is_x ? acc(1) : gain);
-        up[k] = v;
-    }
+        const int i = k < SG_TAPS_UX ? k : k - SG_TAPS_UX;
+        up[k] = fu[as_given ? i : SG_TAPS_UX - 1 - i] * (k < SG_TAPS_UX ? acc(1) : gain);
 #else
-    for (int k = threadIdx.x; k < TAPS_U; k += THREADS) {
-        const int ky = k / PADDED_UX, kx = k % PADDED_UX;
-        acc v = acc(0);
-        if (ky < SG_TAPS_UY && kx < SG_TAPS_UX)
-            v = gain * (as_given ? fu[ky * SG_TAPS_UX + kx] : fu[(SG_TAPS_UY - 1 - ky) * SG_TAPS_UX + SG_TAPS_UX - 1 - kx]);
-        up[k] = v;
-    }
+        const int ky = k / PADDED_UX, kx = k % PADDED_UX, i = ky * SG_TAPS_UX + kx;
+        up[k] = kx < SG_TAPS_UX ? fu[as_given ? i : SG_TAPS_UY * SG_TAPS_UX - 1 - i] * gain : acc(0);
 #endif
-    for (int k = threadIdx.x; k < TAPS_D; k += THREADS) down[k] = fd[as_given ? k : TAPS_D - 1 - k];
+    }
+    for (int k = threadIdx.x; k < TAPS_D; k += THREADS) {
+#if SG_SEPARABLE_D
+        down[k] = fd[as_given ? k : SG_TAPS_DX - 1 - k];
+#else
+        const int ky = k / PADDED_DX, kx = k % PADDED_DX, i = ky * SG_TAPS_DX + kx;
+        down[k] = kx < SG_TAPS_DX ? fd[as_given ? i : SG_TAPS_DY * SG_TAPS_DX - 1 - i] : acc(0);
+#endif
+    }
 }
 
-// Leaky ReLU and clamp, by value or by recorded bits, at row gy and column gx of the grid.
-__device__ __forceinline__ acc activate(
-    const sg_filtered_lrelu_params& p, acc u, int gy, int gx, unsigned char* mask, int owned_h, int owned_w) {
-    const acc slope = static_cast<acc>(p.slope);
-#if SG_MODE == SG_GATE
-    const int my = gy + p.mask_off_y, mx = gx + p.mask_off_x;
-    if (my < 0 || mx < 0 || my >= p.mask_h || mx >= p.mask_w) return acc(0);
-    const unsigned* const words =
-        reinterpret_cast<const unsigned*>(mask + static_cast<long long>(my) * p.mask_row_bytes) + (mx >> 5) * 2;
-    if ((words[0] >> (mx & 31)) & 1u) return u;
-    return (words[1] >> (mx & 31)) & 1u ? u * slope : acc(0);
-#else
-    const bool positive = u > acc(0);
-    acc v = positive ? u : u * slope;
-    bool inside = true;
-#if SG_CLAMPS
-    const acc clamp = static_cast<acc>(p.clamp);
-    inside = v <= clamp && v >= -clamp;
-    v = v > clamp ? clamp : v;
-    v = v < -clamp ? -clamp : v;
-#endif
-#if SG_MODE == SG_RECORD
-    inside = inside && gx < p.mask_w;
-    const unsigned passes = __ballot_sync(0xffffffffu, positive && inside);
-    const unsigned scaled = __ballot_sync(0xffffffffu, !positive && inside);
-    if (threadIdx.x % 32 == 0 && gy < owned_h && gx < owned_w) {
-        unsigned* const words =
-            reinterpret_cast<unsigned*>(mask + static_cast<long long>(gy) * p.mask_row_bytes) + (gx >> 5) * 2;
-        words[0] = passes;
-        words[1] = scaled;
+template <int N, int AT_ONCE>
+__device__ __forceinline__ void read_shared(const acc* from, acc* to) {
+#pragma unroll
+    for (int i = 0; i < N; i += AT_ONCE) {
+        const several<acc, AT_ONCE> part = *reinterpret_cast<const several<acc, AT_ONCE>*>(from + i);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) to[i + k] = part.v[k];
     }
-#endif
-    return v;
-#endif
 }
+
+// What a block works on.
+struct tile_t {
+    const scalar* x;      // the image plane
+    unsigned char* mask;  // likewise
+    acc bias;
+    int ix, iy;           // of the first input
+    int gx, gy;           // of the first column and row of the upsampled image
+    int columns, rows;    // of outputs
+    int owned_w, owned_h; // of the grid, where the bits are this tile's to write
+};
+
+// ---- Inputs
+
+// Fetch rows of inputs, biased, zeros where there is no image; four loads of a thread are on their way at once.
+__device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, acc* in) {
+    typedef several<scalar, SG_LOAD> unit;
+    constexpr int units = IN_P / SG_LOAD, part = SG_LOAD < QUAD ? SG_LOAD : QUAD;
+    const offset_t stride_y = static_cast<offset_t>(p.x_stride[2]);
+    for (int first = threadIdx.x; first < rows * units; first += 4 * THREADS) {
+        unit fetched[4];
+        bool there[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            const int i = first + t * THREADS, row = i / units, ix = tile.ix + i % units * SG_LOAD, iy = tile.iy + row;
+            there[t] = row < rows && within(iy, p.in_h) && within(ix, p.in_w);
+            fetched[t] = unit{};
+            if (there[t]) fetched[t] = *reinterpret_cast<const unit*>(tile.x + iy * stride_y + ix);
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            const int i = first + t * THREADS;
+            if (i >= rows * units) continue;
+#pragma unroll
+            for (int k = 0; k < SG_LOAD; k += part) {
+                several<acc, part> values;
+#pragma unroll
+                for (int e = 0; e < part; ++e) values.v[e] = there[t] ? tile.bias + to_acc(fetched[t].v[k + e]) : acc(0);
+                *reinterpret_cast<several<acc, part>*>(in + i * SG_LOAD + k) = values;
+            }
+        }
+    }
+}
+
+#if SG_MODE == SG_GATE
+typedef several<unsigned, 2> gate_t;
+
+// Fetch the recorded bits of a tile, zeros (nothing passes) where nothing was recorded.
+__device__ __forceinline__ void stage_gates(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, gate_t* gates) {
+    const int first = (tile.gx + p.mask_off_x) >> 5, words = (p.mask_w + 31) >> 5;
+    for (int i = threadIdx.x; i < rows * WORDS; i += THREADS) {
+        const int my = tile.gy + p.mask_off_y + i / WORDS, word = first + i % WORDS;
+        gate_t found = {};
+        if (within(my, p.mask_h) && within(word, words))
+            found = reinterpret_cast<const gate_t*>(tile.mask + static_cast<long long>(my) * p.mask_row_bytes)[word];
+        gates[i] = found;
+    }
+}
+#endif
+
+#if SG_SEPARABLE_U
+// Filter the rows of inputs along x.
+__device__ __forceinline__ void filter_rows(const acc* shared_taps, const acc* in, int rows, acc* wide) {
+#if SG_UNROLL
+    acc taps[SG_TAPS_UX];
+#pragma unroll
+    for (int k = 0; k < SG_TAPS_UX; ++k) taps[k] = shared_taps[k];
+#else
+    const acc* const taps = shared_taps;
+#endif
+    constexpr int runs = WIDE_P / RUN;
+    for (int i = threadIdx.x; i < rows * runs; i += THREADS) {
+        const int row = i / runs, run = i % runs;
+        acc values[READS_X];
+        read_shared<READS_X, QUAD>(in + row * IN_P + run * QUAD, values);
+        acc* const to = wide + row * WIDE_P + run * RUN;
+UNROLL
+        for (int column = 0; column < RUN; column += QUAD) {
+            several<acc, QUAD> sums = {};
+UNROLL
+            for (int c = 0; c < QUAD; ++c) {
+UNROLL
+                for (int t = 0; t < STEPS_X; ++t) {
+                    const int input = FIRST_X(column + c) + t, k = input * SG_UP + SG_PHASE_X - column - c;
+                    if (exists(k, SG_TAPS_UX)) sums.v[c] += taps[k] * values[SG_SHIFT + input];
+                }
+            }
+            *reinterpret_cast<several<acc, QUAD>*>(to + column) = sums;
+        }
+    }
+}
+#endif
+
+// ---- Down a column
+
+// Leaky ReLU and clamp, by value or by recorded bits, at a row of the tile's part of the grid.
+struct activation_t {
+    acc slope, clamp;
+#if SG_MODE == SG_GATE
+    const gate_t* gates;  // of this column
+    int bit;
+#elif SG_MODE == SG_RECORD
+    unsigned char* words;  // of this warp, in the first row
+    long long row_bytes;
+    int rows;              // that this thread writes
+    bool recorded;         // column of the mask
+#endif
+
+    __device__ __forceinline__ activation_t(const sg_filtered_lrelu_params& p, const tile_t& tile, const void* shared_gates)
+        : slope(static_cast<acc>(p.slope)), clamp(static_cast<acc>(p.clamp)) {
+        const int column = static_cast<int>(threadIdx.x);
+#if SG_MODE == SG_GATE
+        const int mx = tile.gx + p.mask_off_x + column;
+        gates = static_cast<const gate_t*>(shared_gates) + ((mx >> 5) - ((tile.gx + p.mask_off_x) >> 5));
+        bit = mx & 31;
+#elif SG_MODE == SG_RECORD
+        const int gx = tile.gx + column;
+        row_bytes = p.mask_row_bytes;
+        words = tile.mask + static_cast<long long>(tile.gy) * row_bytes + (gx >> 5) * 8;
+        rows = column % 32 == 0 && gx < tile.owned_w ? tile.owned_h - tile.gy : 0;
+        recorded = gx < p.mask_w;
+#endif
+        (void)column;
+    }
+
+    __device__ __forceinline__ acc operator()(acc u, int row) const {
+#if SG_MODE == SG_GATE
+        const gate_t found = gates[row * WORDS];
+        const acc scaled = (found.v[1] >> bit) & 1u ? u * slope : acc(0);
+        return (found.v[0] >> bit) & 1u ? u : scaled;
+#else
+        const bool positive = u > acc(0);
+        acc v = positive ? u : u * slope;
+#if SG_MODE == SG_RECORD
+        bool inside = recorded;
+#if SG_CLAMPS
+        inside = inside && v <= clamp && v >= -clamp;
+#endif
+        several<unsigned, 2> votes;
+        votes.v[0] = __ballot_sync(0xffffffffu, positive && inside);
+        votes.v[1] = __ballot_sync(0xffffffffu, !positive && inside);
+        if (row < rows) *reinterpret_cast<several<unsigned, 2>*>(words + row * row_bytes) = votes;
+#endif
+#if SG_CLAMPS
+        v = v > clamp ? clamp : v;
+        v = v < -clamp ? -clamp : v;
+#endif
+        return v;
+#endif
+    }
+};
+
+#define KEEPS_TAPS_2D (SG_UNROLL && !SG_SEPARABLE_U && SG_TAPS_UY * STEPS_X <= 80)  // in registers
+
+// The up filter along y (or, of a 2-D one, all of it) for one column: rows not complete yet.
+struct upsampled_t {
+    const acc* from;  // the next row of inputs
+#if SG_SEPARABLE_U
+    acc taps[SG_TAPS_UY];
+#elif KEEPS_TAPS_2D
+    acc taps[SG_TAPS_UY * STEPS_X];
+#else
+    const acc* taps;
+#endif
+    acc rows[OPEN_U];
+
+    __device__ __forceinline__ upsampled_t(const acc* shared_taps, const acc* in, const acc* wide) {
+        const int column = static_cast<int>(threadIdx.x);
+#if SG_SEPARABLE_U
+        from = wide + column;
+UNROLL
+        for (int k = 0; k < SG_TAPS_UY; ++k) taps[k] = shared_taps[SG_TAPS_UX + k];
+#else
+        const int first = FIRST_X(column);
+        from = in + SG_SHIFT + first;
+        const acc* const mine = shared_taps + first * SG_UP + SG_PHASE_X - column;
+#if KEEPS_TAPS_2D
+#pragma unroll
+        for (int ky = 0; ky < SG_TAPS_UY; ++ky)
+#pragma unroll
+            for (int t = 0; t < STEPS_X; ++t) taps[ky * STEPS_X + t] = mine[ky * PADDED_UX + t * SG_UP];
+#else
+        taps = mine;
+#endif
+#endif
+UNROLL
+        for (int s = 0; s < OPEN_U; ++s) rows[s] = acc(0);
+    }
+
+    // Add what the next row of inputs, number `input` of a block, gives to the rows from that block's first on.
+    __device__ __forceinline__ void take(int input) {
+#if SG_SEPARABLE_U
+        const acc value = *from;
+        from += WIDE_P;
+UNROLL
+        for (int s = 0; s < OPEN_U; ++s) {
+            const int k = (EARLY + input) * SG_UP + SG_PHASE_Y - s;
+            if (exists(k, SG_TAPS_UY)) rows[s] += taps[k] * value;
+        }
+#else
+        acc values[STEPS_X];
+UNROLL
+        for (int t = 0; t < STEPS_X; ++t) values[t] = from[t];
+        from += IN_P;
+UNROLL
+        for (int s = 0; s < OPEN_U; ++s) {
+            const int k = (EARLY + input) * SG_UP + SG_PHASE_Y - s;
+            if (!exists(k, SG_TAPS_UY)) continue;
+UNROLL
+            for (int t = 0; t < STEPS_X; ++t) {
+#if KEEPS_TAPS_2D
+                rows[s] += taps[k * STEPS_X + t] * values[t];
+#else
+                rows[s] += taps[k * PADDED_UX + t * SG_UP] * values[t];
+#endif
+            }
+        }
+#endif
+    }
+
+    __device__ __forceinline__ void next_block() {
+UNROLL
+        for (int s = 0; s < OPEN_U; ++s) rows[s] = s + SG_PERIOD < OPEN_U ? rows[(s + SG_PERIOD) % OPEN_U] : acc(0);
+    }
+};
+
+#if SG_SEPARABLE_D
+// The down filter along y for one column: rows of outputs not complete yet.
+struct filtered_t {
+    acc* to;  // this column of the rows that are only left to be filtered along x
+    acc taps[SG_TAPS_DY];
+    acc rows[OPEN_D];
+
+    __device__ __forceinline__ filtered_t(const acc* shared_taps, acc* area) : to(area + threadIdx.x) {
+UNROLL
+        for (int k = 0; k < SG_TAPS_DY; ++k) taps[k] = shared_taps[k];
+UNROLL
+        for (int a = 0; a < OPEN_D; ++a) rows[a] = acc(0);
+    }
+
+    // Add what row s of a block gives.
+    __device__ __forceinline__ void take(acc v, int, int s) {
+UNROLL
+        for (int a = 0; a < OPEN_D; ++a) {
+            const int k = s - (a - LATE) * SG_DOWN;
+            if (exists(k, SG_TAPS_DY)) rows[a] += taps[k] * v;
+        }
+    }
+
+    // Put away the outputs that block b has completed.
+    __device__ __forceinline__ void next_block(int b, int count) {
+UNROLL
+        for (int a = 0; a < OUTPUTS; ++a) {
+            const int j = b * OUTPUTS + a - LATE;
+            if (within(j, count)) to[j * THREADS] = rows[a];
+        }
+UNROLL
+        for (int a = 0; a < OPEN_D; ++a) rows[a] = a + OUTPUTS < OPEN_D ? rows[(a + OUTPUTS) % OPEN_D] : acc(0);
+    }
+};
+
+// Filter along x what has been filtered along y, and write it.
+__device__ __forceinline__ void write_outputs(
+    const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* shared_taps, const acc* tall, scalar* y) {
+#if SG_UNROLL
+    acc taps[SG_TAPS_DX];
+#pragma unroll
+    for (int k = 0; k < SG_TAPS_DX; ++k) taps[k] = shared_taps[k];
+#else
+    const acc* const taps = shared_taps;
+#endif
+    constexpr int groups = SG_TILE_W / COLUMNS, at_once = WIDEST(COLUMNS * SG_DOWN);
+    constexpr int reads = UP_TO(at_once, (COLUMNS - 1) * SG_DOWN + SG_TAPS_DX);
+    for (int i = threadIdx.x; i < tile.rows * groups; i += THREADS) {
+        const int row = i / groups, column = i % groups * COLUMNS;
+        if (column >= tile.columns) continue;
+        acc values[reads];
+        read_shared<reads, at_once>(tall + row * THREADS + column * SG_DOWN, values);
+        several<scalar, COLUMNS> out;
+UNROLL
+        for (int c = 0; c < COLUMNS; ++c) {
+            acc sum = acc(0);
+UNROLL
+            for (int k = 0; k < SG_TAPS_DX; ++k) sum += taps[k] * values[c * SG_DOWN + k];
+            out.v[c] = from_acc<scalar>(sum);
+        }
+        scalar* const to = y + row * static_cast<offset_t>(p.y_stride[2]) + column;
+#if SG_STORE > 1
+        *reinterpret_cast<several<scalar, COLUMNS>*>(to) = out;
+#else
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+            if (column + c < tile.columns) to[c] = out.v[c];
+#endif
+    }
+}
+#else
+__device__ __forceinline__ int place(int column) {  // in a row of the grid
+    if (!IN_HALVES) return column;
+    return column / QUAD % 2 * HALF + column / (2 * QUAD) * QUAD + column % QUAD;
+}
+
+struct filtered_t {
+    acc* to;  // this column of the grid
+
+    __device__ __forceinline__ filtered_t(const acc*, acc* area) : to(area + place(threadIdx.x)) {}
+    __device__ __forceinline__ void take(acc v, int row, int) { to[row * GRID_P] = v; }
+    __device__ __forceinline__ void next_block(int, int) {}
+};
+
+// Filter the grid and write the outputs, of which a thread has a few in each of a few rows.
+__device__ __forceinline__ void write_outputs(
+    const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
+    constexpr int groups = SG_TILE_W / COLUMNS_2D;
+    constexpr int at_once = IN_HALVES ? QUAD : 1, reads = UP_TO(at_once, (COLUMNS_2D - 1) * SG_DOWN + SG_TAPS_DX);
+    for (int i = threadIdx.x; i < (tile.rows + ROWS_2D - 1) / ROWS_2D * groups; i += THREADS) {
+        const int row = i / groups * ROWS_2D, group = i % groups, column = group * COLUMNS_2D;
+        if (column >= tile.columns) continue;
+        acc sums[ROWS_2D][COLUMNS_2D] = {};
+        const acc* from = grid + row * SG_DOWN * GRID_P + (IN_HALVES ? group * QUAD : column * SG_DOWN);
+UNROLL
+        for (int r = 0; r < (ROWS_2D - 1) * SG_DOWN + SG_TAPS_DY; ++r, from += GRID_P) {
+#if SG_UNROLL
+            acc values[reads];
+#pragma unroll
+            for (int at = 0; at < reads; at += at_once) read_shared<at_once, at_once>(from + place(at), values + at);
+#endif
+UNROLL
+            for (int j = 0; j < ROWS_2D; ++j) {
+                const int ky = r - j * SG_DOWN;
+                if (!exists(ky, SG_TAPS_DY)) continue;
+UNROLL
+                for (int kx = 0; kx < SG_TAPS_DX; ++kx) {
+                    const acc tap = taps[ky * PADDED_DX + kx];
+UNROLL
+                    for (int c = 0; c < COLUMNS_2D; ++c) {
+                        const int at = c * SG_DOWN + kx;
+#if SG_UNROLL
+                        sums[j][c] += tap * values[at];
+#else
+                        sums[j][c] += tap * from[place(at)];
+#endif
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < ROWS_2D; ++j) {
+            scalar* const to = y + (row + j) * static_cast<offset_t>(p.y_stride[2]) + column;
+            if (row + j >= tile.rows) continue;
+#pragma unroll
+            for (int c = 0; c < COLUMNS_2D; c += SG_STORE) {
+                several<scalar, SG_STORE> out;
+#pragma unroll
+                for (int k = 0; k < SG_STORE; ++k) out.v[k] = from_acc<scalar>(sums[j][c + k]);
+                if (column + c < tile.columns) *reinterpret_cast<several<scalar, SG_STORE>*>(to + c) = out;
+            }
+        }
+    }
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(const sg_filtered_lrelu_params p) {
     SG_SHARED_MEMORY;
+    const int all_blocks = BLOCKS(p.tile_h), all_inputs = EARLY + all_blocks * INPUTS;
+    const int in_accs = all_inputs * IN_P, filtered_accs = SG_SEPARABLE_D ? p.tile_h * THREADS : all_blocks * SG_PERIOD * GRID_P;
     acc* const up = reinterpret_cast<acc*>(sg_shared_memory);
-    acc* const down = up + TAPS_U;
-    acc* const grid = down + TAPS_D;             // [GRID_H][GRID_P]
-    acc* const in = grid + GRID_H * GRID_P;      // [IN_H][IN_W]
-    acc* const wide = in + IN_H * IN_W;          // [IN_H][GRID_P], filtered along x
-    acc* const tall = in;                        // [SG_TILE_H][GRID_P], filtered along y, when the inputs are done with
+    acc* const down = up + UP_TO(QUAD, TAPS_U);
+    acc* const in = down + UP_TO(QUAD, TAPS_D);
+#if SG_SEPARABLE_U
+    acc* const filtered = in;  // which is done with by then
+    acc* const wide = in + LARGER(in_accs, filtered_accs);
+    acc* const end = wide + all_inputs * WIDE_P;
+#else
+    acc* const filtered = in + in_accs;
+    acc* const wide = nullptr;
+    acc* const end = filtered + filtered_accs;
+#endif
     read_taps(p, up, down);
-    const int tiles_x = (p.out_w + SG_TILE_W - 1) / SG_TILE_W, tiles_y = (p.out_h + SG_TILE_H - 1) / SG_TILE_H;
+    const int tiles_x = (p.out_w + SG_TILE_W - 1) / SG_TILE_W, tiles_y = (p.out_h + p.tile_h - 1) / p.tile_h;
     const long long total = static_cast<long long>(p.n) * p.c * tiles_x * tiles_y;
     for (long long work = blockIdx.x; work < total; work += gridDim.x) {
         const int tile_x = static_cast<int>(work % tiles_x), tile_y = static_cast<int>(work / tiles_x % tiles_y);
         const long long plane = work / tiles_x / tiles_y;
         const offset_t n = static_cast<offset_t>(plane / p.c), c = static_cast<offset_t>(plane % p.c);
-        const scalar* const x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) + c * static_cast<offset_t>(p.x_stride[1]);
-        scalar* const y = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) + c * static_cast<offset_t>(p.y_stride[1]);
-        unsigned char* const mask = SG_MODE == SG_ACTIVATE ? p.mask : p.mask + plane * p.mask_h * static_cast<long long>(p.mask_row_bytes);
-        const int ox0 = tile_x * SG_TILE_W, oy0 = tile_y * SG_TILE_H, gx0 = ox0 * SG_DOWN, gy0 = oy0 * SG_DOWN;
+        const int ox = tile_x * SG_TILE_W, oy = tile_y * p.tile_h;
+        tile_t tile;
+        tile.x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) + c * static_cast<offset_t>(p.x_stride[1]);
+        tile.mask = SG_MODE == SG_ACTIVATE ? p.mask : p.mask + plane * p.mask_h * static_cast<long long>(p.mask_row_bytes);
+        tile.bias = p.b && SG_MODE != SG_GATE ? load_acc(static_cast<const scalar*>(p.b) + c) : acc(0);
+        tile.gx = ox * SG_DOWN, tile.gy = oy * SG_DOWN;
+        // Exact divisions: tiles begin where the phase is the same.
+        tile.ix = (tile.gx - p.pad_x0 + SG_PHASE_X) / SG_UP - SG_SHIFT, tile.iy = (tile.gy - p.pad_y0 + SG_PHASE_Y) / SG_UP;
+        tile.columns = p.out_w - ox < SG_TILE_W ? p.out_w - ox : SG_TILE_W;
+        tile.rows = p.out_h - oy < p.tile_h ? p.out_h - oy : p.tile_h;
         // The bits of rows and columns that the next tile also has are the next tile's to write.
-        const int owned_w = tile_x + 1 == tiles_x ? p.mask_w : gx0 + SG_TILE_W * SG_DOWN;
-        const int owned_h = tile_y + 1 == tiles_y ? p.mask_h : gy0 + SG_TILE_H * SG_DOWN;
-        const int ix0 = first_input(gx0, p.pad_x0), iy0 = first_input(gy0, p.pad_y0);
-#if SG_HAS_BIAS
-        const acc bias = load_acc(static_cast<const scalar*>(p.b) + c);
-#else
-        const acc bias = acc(0);
+        tile.owned_w = tile_x + 1 == tiles_x ? p.mask_w : tile.gx + SG_TILE_W * SG_DOWN;
+        tile.owned_h = tile_y + 1 == tiles_y ? p.mask_h : tile.gy + p.tile_h * SG_DOWN;
+        const int blocks = BLOCKS(tile.rows), inputs = EARLY + blocks * INPUTS;
+        if (work != blockIdx.x) __syncthreads();  // the tile before is done with
+        stage(p, tile, inputs, in);
+#if SG_MODE == SG_GATE
+        stage_gates(p, tile, blocks * SG_PERIOD, reinterpret_cast<gate_t*>(end));
 #endif
-        __syncthreads();  // the tile before is done, and the taps are there
-        for (int i = threadIdx.x; i < IN_H * IN_W; i += THREADS) {
-            const int ix = ix0 + i % IN_W, iy = iy0 + i / IN_W;
-            acc v = acc(0);
-            if (ix >= 0 && iy >= 0 && ix < p.in_w && iy < p.in_h)
-                v = bias + load_acc(x + static_cast<offset_t>(iy) * static_cast<offset_t>(p.x_stride[2]) + static_cast<offset_t>(ix) * static_cast<offset_t>(p.x_stride[3]));
-            in[i] = v;
-        }
         __syncthreads();
 #if SG_SEPARABLE_U
-        for (int i = threadIdx.x; i < IN_H * GRID_P; i += THREADS) {
-            const int gx = gx0 + i % GRID_P, ix = first_input(gx, p.pad_x0), k = ix * SG_UP + p.pad_x0 - gx;
-            const acc* const from = in + i / GRID_P * IN_W + ix - ix0;
-            acc sum = acc(0);
-#pragma unroll
-            for (int t = 0; t < STEPS_UX; ++t) sum += up[k + t * SG_UP] * from[t];
-            wide[i] = sum;
-        }
+        filter_rows(up, in, inputs, wide);
         __syncthreads();
 #endif
-        // Whole warps: a row of the grid part is a multiple of 32.
-        for (int i = threadIdx.x; i < GRID_H * GRID_P; i += THREADS) {
-            const int gx = gx0 + i % GRID_P, gy = gy0 + i / GRID_P;
-            const int iy = first_input(gy, p.pad_y0), ky = iy * SG_UP + p.pad_y0 - gy;
-            acc sum = acc(0);
-#if SG_SEPARABLE_U
-            const acc* const from = wide + (iy - iy0) * GRID_P + i % GRID_P;
-#pragma unroll
-            for (int t = 0; t < STEPS_UY; ++t) sum += up[PADDED_UX + ky + t * SG_UP] * from[t * GRID_P];
-#else
-            const int ix = first_input(gx, p.pad_x0), kx = ix * SG_UP + p.pad_x0 - gx;
-            const acc* const from = in + (iy - iy0) * IN_W + ix - ix0;
-#pragma unroll
-            for (int ty = 0; ty < STEPS_UY; ++ty)
-#pragma unroll
-                for (int tx = 0; tx < STEPS_UX; ++tx)
-                    sum += up[(ky + ty * SG_UP) * PADDED_UX + kx + tx * SG_UP] * from[ty * IN_W + tx];
-#endif
-            grid[i] = activate(p, sum, gy, gx, mask, owned_h, owned_w);
+        // Whole warps, which vote together.
+        if (static_cast<int>(threadIdx.x) / 32 * 32 < (tile.columns - 1) * SG_DOWN + SG_TAPS_DX) {
+            const activation_t activate(p, tile, end);
+            upsampled_t upsampled(up, in, wide);
+            filtered_t to(down, filtered);
+UNROLL
+            for (int i = 0; i < EARLY; ++i) upsampled.take(i - EARLY);
+#pragma unroll 1
+            for (int b = 0; b < blocks; ++b) {
+UNROLL
+                for (int i = 0; i < INPUTS; ++i) upsampled.take(i);
+UNROLL
+                for (int s = 0; s < SG_PERIOD; ++s) {
+                    const int row = b * SG_PERIOD + s;
+                    to.take(activate(upsampled.rows[s], row), row, s);
+                }
+                upsampled.next_block();
+                to.next_block(b, tile.rows);
+            }
         }
         __syncthreads();
-#if SG_SEPARABLE_D
-        for (int i = threadIdx.x; i < SG_TILE_H * GRID_P; i += THREADS) {
-            const acc* const from = grid + i / GRID_P * SG_DOWN * GRID_P + i % GRID_P;
-            acc sum = acc(0);
-#pragma unroll
-            for (int k = 0; k < SG_TAPS_DY; ++k) sum += down[k] * from[k * GRID_P];
-            tall[i] = sum;
-        }
-        __syncthreads();
-#endif
-        for (int i = threadIdx.x; i < SG_TILE_H * SG_TILE_W; i += THREADS) {
-            const int ox = i % SG_TILE_W, oy = i / SG_TILE_W;
-            if (ox0 + ox >= p.out_w || oy0 + oy >= p.out_h) continue;
-            acc sum = acc(0);
-#if SG_SEPARABLE_D
-            const acc* const from = tall + oy * GRID_P + ox * SG_DOWN;
-#pragma unroll
-            for (int k = 0; k < SG_TAPS_DX; ++k) sum += down[k] * from[k];
-#else
-            const acc* const from = grid + oy * SG_DOWN * GRID_P + ox * SG_DOWN;
-#pragma unroll
-            for (int ky = 0; ky < SG_TAPS_DY; ++ky)
-#pragma unroll
-                for (int kx = 0; kx < SG_TAPS_DX; ++kx) sum += down[ky * SG_TAPS_DX + kx] * from[ky * GRID_P + kx];
-#endif
-            store_acc(y + static_cast<offset_t>(oy0 + oy) * static_cast<offset_t>(p.y_stride[2]) + static_cast<offset_t>(ox0 + ox) * static_cast<offset_t>(p.y_stride[3]), sum);
-        }
+        scalar* const y = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) +
+                          c * static_cast<offset_t>(p.y_stride[1]) + oy * static_cast<offset_t>(p.y_stride[2]) + ox;
+        write_outputs(p, tile, down, filtered, y);
     }
 }

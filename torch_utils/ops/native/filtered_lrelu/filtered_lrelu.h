@@ -44,7 +44,7 @@ typedef struct {
     double slope;
     double clamp;           // negative: none
     int num_threads;        // CPU only
-    int reserved;
+    int tile_h;             // CUDA only: rows of outputs of a block
 } sg_filtered_lrelu_params;
 
 #ifndef __CUDACC__
