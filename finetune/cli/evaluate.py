@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,14 @@ DEFAULT = "fd-effnet,random-fid"
     help="Processes that decode pictures.",
 )
 @click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that share the work, one for each GPU (or CPU processes, with --device cpu). More "
+    "machines: torchrun.",
+)
+@click.option(
     "--inception", type=click.Path(path_type=Path), metavar="FILE", help="Its weights, where you have them."
 )
 @click.option(
@@ -65,6 +77,7 @@ def command(
     mirror: bool,
     batch: int,
     workers: int,
+    gpus: int,
     inception: Path | None,
     no_cache: bool,
     as_json: bool,
@@ -75,19 +88,46 @@ def command(
     G_ema where there is one, no truncation. Numbers depend on how many pictures there are on both sides, on
     the features and on how pictures are resized: compare only what was measured alike.
     """
-    from finetune.checkpoint import load
-    from finetune.data import ImageSet
-    from finetune.device import resolve_device
-    from finetune.metrics.evaluate import Evaluation, check_names
+    from finetune.cli.train import after_the_first
+    from finetune.metrics.evaluate import check_names
 
     names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
     if not names:
         raise ConfigError("--metrics is empty; name some, such as fd-effnet,random-fid.")
-    target = resolve_device(device)
-    checkpoint = load(network_file(network), device=target)
+    file = network_file(network)
+    if gpus > 1 and "RANK" not in os.environ:
+        from finetune.train.launch import launch
+
+        raise click.exceptions.Exit(launch(sys.argv[1:], gpus))
+    is_first = os.environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if is_first else after_the_first():
+        found, facts = measure(
+            file, names, data, num, device, seed=seed, fit=fit, cond=cond, mirror=mirror, batch=batch,
+            workers=workers, cache=not no_cache, inception=inception,
+        )  # fmt: skip
+    if is_first:
+        facts = {"network": network, **facts, "metrics": found}
+        click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+
+
+def measure(
+    file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str | None,
+    cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool, inception: Path | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """The metrics, and what they were measured on; in several processes where torchrun has started them."""
+    from finetune.checkpoint import load
+    from finetune.data import ImageSet
+    from finetune.device import resolve_device
+    from finetune.metrics.evaluate import Evaluation
+    from finetune.metrics.together import Share
+    from finetune.train.processes import join, leave
+
+    started = time.perf_counter()
+    processes, target = join(resolve_device(device))
+    checkpoint = load(file, device=target)
     G: Any = checkpoint.best
     if G is None:
-        raise CheckpointError(f"{network} holds no generator, only D.")
+        raise CheckpointError(f"{file} holds no generator, only D.")
     use_labels = G.c_dim > 0 if cond is None else cond
     if use_labels != (G.c_dim > 0):
         raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
@@ -100,32 +140,39 @@ def command(
         num_classes=G.c_dim if use_labels else None,
         mirror=mirror,
     )
-    started = time.perf_counter()
-    with progress_bar("looking at the pictures", len(image_set)) as progress:
+    bar = progress_bar if processes.is_first else no_bar
+    with bar("looking at the pictures", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
             names,
             device=target,
             batch=batch,
             workers=workers,
-            cache=not no_cache,
+            cache=cache,
             inception=inception,
             tell=lambda text: click.echo(text, err=True),
             progress=progress,
+            share=Share(processes.rank, processes.world, processes.control),
         )
-    with progress_bar("generating", num) as progress:
+    with bar("generating", num) as progress:
         found = evaluation.distances(G, num, seed, progress=progress)
+    leave()
     facts = {
-        "network": network,
         "sha256": checkpoint.provenance.sha256,
         "data": Path(data).name,
         "real": len(image_set),
         "generated": num,
         "seed": seed,
+        "processes": processes.world,
         "sec": round(time.perf_counter() - started, 1),
-        "metrics": {name: {"value": each.value, "spread": each.spread} for name, each in found.items()},
     }
-    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+    return {name: {"value": each.value, "spread": each.spread} for name, each in found.items()}, facts
+
+
+@contextlib.contextmanager
+def no_bar(what: str, total: int) -> Iterator[None]:
+    """In the place of a bar that another process shows."""
+    yield None
 
 
 def as_text(facts: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ from finetune.data import ImageSet, images_to_float
 from finetune.data.workers import available_cores, started
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
-from finetune.metrics.features import WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
+from finetune.metrics.clouds import Distance, kid, precision_recall
+from finetune.metrics.features import POOLED_SIZE, WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
 from finetune.metrics.inception import inception_features, inception_weights, require_torch_fidelity
 from finetune.metrics.path_length import perceptual_path_length
+from finetune.metrics.perceptual import Distance as Perceptual
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
+from finetune.metrics.together import ALONE, Share
 from finetune.sampling import to_uint8
 
 BATCH = 16  # bounds memory; no number depends on it
 OFFLINE = ("random-fid", "fd-effnet")  # what needs neither a download nor torch-fidelity
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-NEIGHBOURS = 3
-PRC_BATCH = 2500  # rows of distances at once
 
 # Name -> (feature space, what is computed in it).
 METRICS = {
@@ -44,22 +43,16 @@ PPL_BACKBONES = {"ppl": "lpips-vgg", "ppl-effnet": "efficientnet-lite0"}
 HIGHER_IS_BETTER = ("precision", "recall")
 
 
-@dataclass(frozen=True)
-class Distance:
-    """One number and its spread: over random networks (random-fid), subsets (kid), or its error (ppl)."""
-
-    value: float
-    spread: float = 0.0
-
-
 class Evaluation:
     """The real side of `distances`, computed once and compared with as many generators as wanted.
 
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
     `ppl`: perceptual path length. workers: processes that decode pictures. cache: keep what is found out
-    about the pictures. inception: the file of its weights, fetched if None. Raises ConfigError for unknown
-    metrics and where torch-fidelity is missing, WeightsMissing without weights.
+    about the pictures. inception: the file of its weights, fetched if None. share: this process among others
+    that do the same; each goes through its share of the pictures, in batches that do not depend on their
+    number, and all get the same distances. Raises ConfigError for unknown metrics and where torch-fidelity is
+    missing, WeightsMissing without weights.
     """
 
     def __init__(
@@ -74,7 +67,9 @@ class Evaluation:
         inception: Path | None = None,
         tell: Callable[[str], None] = lambda text: None,
         progress: Callable[[int, int], None] | None = None,
+        share: Share = ALONE,
     ) -> None:
+        self.share = share
         self.which = check_names(which)
         self.device = torch.device(device)
         self.image_set = image_set
@@ -82,23 +77,33 @@ class Evaluation:
         self._keeps = {METRICS[name][0] for name in which if METRICS[name][1] in ("kid", "prc")}
         self._networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._identities: dict[str, str] = {}
-        spaces = {METRICS[name][0] for name in which}
+        self._distances: dict[str, Perceptual] = {}
+        self.share.all_of(lambda: self._build(inception, tell), "loading the networks")
+        self._real = self._of_pictures(workers, cache, progress)
+
+    def _build(self, inception: Path | None, tell: Callable[[str], None]) -> None:
+        """The networks of the feature spaces, and the distances of path lengths."""
+        spaces = {METRICS[name][0] for name in self.which}
         if "random" in spaces:
             for seed in SEEDS:
                 self._add(
                     f"random-{seed}", f"random features 1, seed {seed}", RandomFeatures(seed, self.device)
                 )
         if "effnet" in spaces:
-            self._add("effnet", f"EfficientNet-Lite0 {WEIGHTS_SHA256}", EfficientNetLite0(self.device).pooled)
+            self._add(
+                "effnet",
+                f"EfficientNet-Lite0 {WEIGHTS_SHA256} at {POOLED_SIZE}",
+                EfficientNetLite0(self.device).pooled,
+            )
         if "inception" in spaces:
             path = inception_weights(inception, tell)
             self._add("inception", "torch-fidelity inception 2048", inception_features(path, self.device))
-        self._distances = {}
-        for name in which:
+        for name in self.which:
             if name in PPL_BACKBONES:
                 ensure_weights(PPL_BACKBONES[name], tell)
-                self._distances[name] = build_distance(PPL_BACKBONES[name], image_set.channels, self.device)
-        self._real = self._of_pictures(workers, cache, progress)
+                self._distances[name] = build_distance(
+                    PPL_BACKBONES[name], self.image_set.channels, self.device
+                )
 
     def _add(self, name: str, identity: str, network: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._networks[name], self._identities[name] = network, identity
@@ -119,9 +124,8 @@ class Evaluation:
         """
         if num < 2:
             raise ConfigError(f"a distance needs at least 2 generated pictures, not {num}.")
-        fake = self._statistics(
-            self._networks, _generated(G, self.image_set, num, seed, self.batch), num, progress
-        )
+        pictures = _generated(G, self.image_set, num, seed, self.batch, self.share)
+        fake = self._statistics(self._networks, pictures, num, progress)
         result: dict[str, Distance] = {}
         for metric in self.which:
             result |= self._compute(metric, fake, G, num, seed)
@@ -131,15 +135,21 @@ class Evaluation:
         self, metric: str, fake: dict[str, Features], G: torch.nn.Module, num: int, seed: int
     ) -> dict[str, Distance]:
         space, kind = METRICS[metric]
+        if kind == "ppl":
+            found = perceptual_path_length(
+                G, self.image_set, self._distances[metric], num, seed, self.batch, self.share
+            )
+            return {metric: Distance(*found)}
+        return self.share.first_of(lambda: self._compare(metric, space, kind, fake, seed), metric)
+
+    def _compare(
+        self, metric: str, space: str, kind: str, fake: dict[str, Features], seed: int
+    ) -> dict[str, Distance]:
+        """From features to numbers, in the first process, which has them all."""
         if kind == "frechet":
             names = [f"random-{each}" for each in SEEDS] if space == "random" else [space]
             found = [fake[name].statistics.distance(self._real[name].statistics) for name in names]
             return {metric: Distance(*mean_and_spread(found))}
-        if kind == "ppl":
-            distance = self._distances[metric]
-            return {
-                metric: Distance(*perceptual_path_length(G, self.image_set, distance, num, seed, self.batch))
-            }
         generated, real = fake[space].kept, self._real[space].kept
         if kind == "kid":
             return {metric: kid(generated, real, seed)}
@@ -150,21 +160,27 @@ class Evaluation:
     def _of_pictures(
         self, workers: int, cache: bool, progress: Callable[[int, int], None] | None
     ) -> dict[str, Features]:
-        content = self.image_set.content_hash() if cache else ""
-        found = {}
-        for name, identity in self._identities.items():
-            known = (
-                real_side.read(real_side.place_of(content, identity), name in self._keeps) if cache else None
-            )
-            if known is not None:
-                found[name] = known
-        missing = {name: network for name, network in self._networks.items() if name not in found}
+        places: dict[str, Path] = {}
+        found: dict[str, Features] = {}
+
+        def look() -> list[str]:
+            """What has to be computed, in the first process, which alone reads and writes the cache."""
+            if not cache:
+                return list(self._networks)
+            content = self.image_set.content_hash()
+            for name, identity in self._identities.items():
+                places[name] = real_side.place_of(content, identity)
+                if (known := real_side.read(places[name], name in self._keeps)) is not None:
+                    found[name] = known
+            return [name for name in self._networks if name not in found]
+
+        missing = {name: self._networks[name] for name in self.share.first_of(look, "the cache")}
         if missing:
-            pictures = _real(self.image_set, self.batch, workers)
+            pictures = _real(self.image_set, self.batch, workers, self.share)
             new = self._statistics(missing, pictures, len(self.image_set), progress)
-            if cache:
-                for name, features in new.items():
-                    real_side.write(real_side.place_of(content, self._identities[name]), features)
+            if self.share.is_first:
+                for name in places.keys() & new.keys():
+                    real_side.write(places[name], new[name])
             found |= new
         return found
 
@@ -176,13 +192,27 @@ class Evaluation:
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> dict[str, Features]:
+        """Features of all pictures, in their order, in the first process; nothing is kept in the others.
+
+        batches: those of this process, every `world`-th. One of each process at a time, so that memory stays
+        bounded.
+        """
         found = {name: Features(name in self._keeps) for name in networks}
-        done = 0
-        for pixels in batches if networks else ():
+        num_batches = -(-total // self.batch) if networks else 0
+
+        def next_features() -> dict[str, torch.Tensor]:
+            pixels = next(batches, None)
+            if pixels is None:
+                return {}
             img = images_to_float(pixels.to(self.device))
-            for name, network in networks.items():
-                found[name].add(network(img))
-            done += len(img)
+            return {name: network(img).float().cpu() for name, network in networks.items()}
+
+        done = 0
+        for _ in range(0, num_batches, self.share.world):
+            for part in self.share.all_of(next_features, "a batch of pictures"):
+                for name, features in part.items() if self.share.is_first else ():
+                    found[name].add(features)
+                done += len(next(iter(part.values()))) if part else 0
             if progress is not None:
                 progress(done, total)
         return found
@@ -212,49 +242,13 @@ def distances(
     return Evaluation(image_set, which, device=device).distances(G_ema, num, seed, progress=progress)
 
 
-def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
-    """Kernel distance of features `[N, d]`, `[M, d]`: mean and deviation over 100 subsets of at most 1,000.
-
-    Source: Bińkowski et al. 2018 (1801.01401), cubic kernel, unbiased.
-    """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    # In float64, as squares of nearly equal sums are subtracted.
-    found = kid_features_to_metric(
-        generated.double(),
-        real.double(),
-        kid_subsets=KID_SUBSETS,
-        kid_subset_size=size,
-        rng_seed=seed,
-        verbose=False,
-    )
-    return Distance(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
-
-
-def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
-    """Share of generated features inside the real manifold, and of real ones inside the generated.
-
-    Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbours. Raises ConfigError where there are fewer.
-    """
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    if min(len(generated), len(real)) <= NEIGHBOURS:
-        raise ConfigError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides.")
-    found = prc_features_to_metric(
-        generated,
-        real,
-        prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=PRC_BATCH,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
-
-
-def _real(image_set: ImageSet, batch: int, workers: int) -> Iterator[torch.Tensor]:
+def _real(image_set: ImageSet, batch: int, workers: int, share: Share = ALONE) -> Iterator[torch.Tensor]:
+    """This process's batches of the pictures, uint8 `[N, C, H, W]`."""
     loader: DataLoader[Any] = DataLoader(
-        image_set, batch_size=batch, num_workers=min(workers, available_cores()), generator=torch.Generator()
+        image_set,
+        batch_sampler=share.mine([part.tolist() for part in torch.arange(len(image_set)).split(batch)]),
+        num_workers=min(workers, available_cores()),
+        generator=torch.Generator(),
     )
     for pixels, _ in started(loader):
         yield pixels
@@ -262,13 +256,13 @@ def _real(image_set: ImageSet, batch: int, workers: int) -> Iterator[torch.Tenso
 
 @torch.no_grad()
 def _generated(
-    G: torch.nn.Module, image_set: ImageSet, num: int, seed: int, batch: int
+    G: torch.nn.Module, image_set: ImageSet, num: int, seed: int, batch: int, share: Share
 ) -> Iterator[torch.Tensor]:
-    """Pictures as they would be stored: rounded to uint8 `[N, C, H, W]`."""
+    """This process's batches as they would be stored: rounded to uint8 `[N, C, H, W]`."""
     device = next(G.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn([num, G.z_dim], generator=generator)
     c = image_set.random_labels(num, generator) if G.c_dim else torch.zeros([num, 0])
-    for z_part, c_part in zip(z.split(batch), c.split(batch), strict=True):
+    for z_part, c_part in share.mine(list(zip(z.split(batch), c.split(batch), strict=True))):
         img = G(z_part.to(device), c_part.to(device), noise_mode="const")
         yield torch.from_numpy(to_uint8(img)).movedim(-1, 1)

@@ -4,52 +4,80 @@ from __future__ import annotations
 
 import torch
 
+BLOCK = 1024  # features that are added to the sums together
+
 
 class FeatureStatistics:
     """Mean and covariance of features that arrive in batches; only the running sums are kept.
 
+    They are added in blocks of one size, so that the sums depend on the features and their order alone, and
+    not on the batches; and because a small block costs as much memory traffic as a large one.
     Source: Chan, Golub and LeVeque 1983, the pairwise update, which stays exact where the mean is far from 0.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self._summed = 0
+        self._waiting: list[torch.Tensor] = []
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, dtype=torch.float64)
 
     def add(self, features: torch.Tensor) -> None:
         """Take in `[N, d]` features, any float type and device."""
-        batch = features.detach().cpu().to(torch.float64)
-        if len(batch) == 0:
-            return
-        if self.count == 0:
+        self._waiting.append(features.detach().cpu().clone())
+        if sum(map(len, self._waiting)) >= BLOCK:
+            *blocks, rest = torch.cat(self._waiting).split(BLOCK)
+            if len(rest) == BLOCK:
+                blocks, rest = [*blocks, rest], rest[:0]
+            for block in blocks:
+                self._sum_up(block)
+            self._waiting = [rest.clone()]
+
+    def _sum_up(self, features: torch.Tensor) -> None:
+        batch = features.to(torch.float64)
+        if self._summed == 0:
             width = batch.shape[1]
             self._mean, self._scatter = batch.new_zeros(width), batch.new_zeros(width, width)
         batch_mean = batch.mean(dim=0)
         centred = batch - batch_mean
         shift = batch_mean - self._mean
-        total = self.count + len(batch)
-        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(batch) / total)
+        total = self._summed + len(batch)
+        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self._summed * len(batch) / total)
         self._mean += shift * (len(batch) / total)
-        self.count = total
+        self._summed = total
+
+    def _finish(self) -> None:
+        """Sum up what waits for its block to be full."""
+        waiting, self._waiting = self._waiting, []
+        if waiting and len(rest := torch.cat(waiting)):
+            self._sum_up(rest)
+
+    @property
+    def count(self) -> int:
+        """Features that were taken in."""
+        return self._summed + sum(map(len, self._waiting))
 
     @property
     def mean(self) -> torch.Tensor:
         """`[d]`, float64."""
+        self._finish()
         return self._mean
 
     @property
     def covariance(self) -> torch.Tensor:
         """`[d, d]`, float64, the unbiased estimate (divided by count - 1)."""
         assert self.count >= 2, "a covariance needs at least two features"
-        return self._scatter / (self.count - 1)
+        self._finish()
+        return self._scatter / (self._summed - 1)
 
     def state_dict(self) -> dict:
         """Tensors and numbers from which `load_state_dict` goes on exactly."""
-        return {"count": self.count, "mean": self._mean, "scatter": self._scatter}
+        self._finish()
+        return {"count": self._summed, "mean": self._mean, "scatter": self._scatter}
 
     def load_state_dict(self, state: dict) -> None:
         """The reverse of `state_dict`."""
-        self.count, self._mean, self._scatter = int(state["count"]), state["mean"], state["scatter"]
+        self._summed, self._mean, self._scatter = int(state["count"]), state["mean"], state["scatter"]
+        self._waiting = []
 
     def distance(self, other: FeatureStatistics) -> float:
         """The Fréchet distance to the features that `other` has seen."""

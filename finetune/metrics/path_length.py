@@ -1,7 +1,7 @@
 """Perceptual path length in W: how far pictures jump for a small step, through torch-fidelity.
 
-Source: Karras et al. 2019 (1812.04948), section 4.1, with the full path and no crop; steps of 1e-4 between
-two latents of W, the lowest and highest per cent left out.
+Source: Karras et al. 2019 (1812.04948), section 4.1: steps of 1e-4 from one latent of W towards another, at
+the ends of paths (t = 0) and without a crop, as in 1912.04958; the lowest and highest per cent are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from finetune.data import ImageSet
 from finetune.metrics.perceptual import Distance
+from finetune.metrics.together import ALONE, Share
 
 EPSILON = 1e-4
 PERCENTILES = (1, 99)
@@ -21,26 +22,50 @@ RESOLUTION = 256  # at which pictures are compared, if they are larger
 
 
 def perceptual_path_length(
-    G: Any, image_set: ImageSet, distance: Distance, num: int, seed: int, batch: int
+    G: Any,
+    image_set: ImageSet,
+    distance: Distance,
+    num: int,
+    seed: int,
+    batch: int,
+    share: Share = ALONE,
 ) -> tuple[float, float]:
-    """Mean and standard error of d(G(w), G(w + 1e-4·(w' - w))) / 1e-8 over `num` pairs, stored noise."""
+    """Mean and standard error of d(G(w), G(w + 1e-4·(w' - w))) / 1e-8 over `num` pairs, stored noise.
+
+    Both ends of a path have one label. share: this process among others, each of which takes its batches.
+    """
+    parts = share.all_of(
+        lambda: path_lengths(G, image_set, distance, num, seed, batch, share), "the path length"
+    )
+    # Sorted, so that the mean does not depend on which process had which.
+    lengths = np.sort(np.concatenate(parts).astype(np.float64))
+    low = np.percentile(lengths, PERCENTILES[0], method="lower")
+    high = np.percentile(lengths, PERCENTILES[1], method="higher")
+    kept = lengths[(lengths >= low) & (lengths <= high)]
+    return float(kept.mean()), float(kept.std(ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else 0.0
+
+
+def path_lengths(
+    G: Any, image_set: ImageSet, distance: Distance, num: int, seed: int, batch: int, share: Share
+) -> np.ndarray:
+    """The lengths of this process's pairs."""
     from torch_fidelity import registry
     from torch_fidelity.generative_model_base import GenerativeModelBase
     from torch_fidelity.metric_ppl import KEY_METRIC_PPL_RAW, calculate_ppl
     from torch_fidelity.sample_similarity_base import SampleSimilarityBase
 
     device = next(G.parameters()).device
+    chosen = share.mine(list(torch.arange(num).split(batch)))
+    if not chosen:
+        return np.zeros(0, dtype=np.float32)
+    labels = image_set.random_labels(num, torch.Generator().manual_seed(seed))
 
+    @torch.no_grad()
     def draw(rng: np.random.RandomState, shape: tuple[int, int]) -> torch.Tensor:
-        """Latents of W, with labels as frequent as in the pictures."""
-        generator = torch.Generator().manual_seed(int(rng.randint(2**31)))
-        ws = []
-        for size in torch.arange(shape[0]).split(batch):
-            z = torch.randn([len(size), G.z_dim], generator=generator)
-            c = image_set.random_labels(len(size), generator) if G.c_dim else z[:, :0]
-            with torch.no_grad():
-                ws.append(G.mapping(z.to(device), c.to(device))[:, 0].cpu())
-        return torch.cat(ws)
+        """Latents of W, with labels as frequent as in the pictures: once for each end of the paths."""
+        z = torch.randn([num, G.z_dim], generator=torch.Generator().manual_seed(int(rng.randint(2**31))))
+        c = labels if G.c_dim else z[:, :0]
+        return torch.cat([G.mapping(z[part].to(device), c[part].to(device))[:, 0].cpu() for part in chosen])
 
     class Synthesis(GenerativeModelBase):
         z_size, num_classes = G.w_dim, 0
@@ -64,7 +89,7 @@ def perceptual_path_length(
         found = calculate_ppl(
             1,
             input1=Synthesis(),
-            input1_model_num_samples=num,
+            input1_model_num_samples=sum(map(len, chosen)),
             batch_size=batch,
             cuda=False,  # the functions above know where G is
             verbose=False,
@@ -79,8 +104,4 @@ def perceptual_path_length(
     finally:
         registry.NOISE_SOURCE_REGISTRY.pop(Synthesis.z_type, None)
         registry.SAMPLE_SIMILARITY_REGISTRY.pop(Synthesis.z_type, None)
-    lengths = found[KEY_METRIC_PPL_RAW]
-    low = np.percentile(lengths, PERCENTILES[0], method="lower")
-    high = np.percentile(lengths, PERCENTILES[1], method="higher")
-    kept = lengths[(lengths >= low) & (lengths <= high)]
-    return float(kept.mean()), float(kept.std(ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else 0.0
+    return found[KEY_METRIC_PPL_RAW]

@@ -14,6 +14,7 @@ from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation, check_names
+from finetune.metrics.together import ALONE, Share
 from finetune.train.state import TrainState
 
 log = logging.getLogger("finetune.train")
@@ -28,12 +29,19 @@ def names_of(config: TrainConfig) -> tuple[str, ...]:
 
 class Measurements:
     """Measures G_ema whenever `metrics_kimg` have passed since the last time, and at the end; never at the
-    start. What fails is said once each time, and training goes on.
+    start. What fails is said once each time, and training goes on. share: this process among those that train
+    together; all of them take each measurement, and get the same numbers, or none.
     """
 
     def __init__(
-        self, config: TrainConfig, image_set: ImageSet, device: torch.device, tell: Callable[[str], None]
+        self,
+        config: TrainConfig,
+        image_set: ImageSet,
+        device: torch.device,
+        tell: Callable[[str], None],
+        share: Share = ALONE,
     ) -> None:
+        self.share = share
         self.names = names_of(config)
         self.config, self.image_set, self.device, self.tell = config, image_set, device, tell
         self.interval_nimg = (config.metrics_kimg or 0) * 1000
@@ -64,13 +72,15 @@ class Measurements:
                     cache=True,
                     inception=Path(inception) if inception else None,
                     tell=self.tell,
+                    share=self.share,
                 )
             num = self.config.metrics_num or 1000
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
         except (FinetuneError, RuntimeError, OSError) as error:
             what = error.what if isinstance(error, FinetuneError) else str(error)
-            self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training goes on: {what}")
-            log.warning("metrics failed at %d images: %s", state.nimg, what)
+            if self.share.is_first:
+                self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training goes on: {what}")
+                log.warning("metrics failed at %d images: %s", state.nimg, what)
             return None
         numbers: dict[str, Any] = {"num": num}
         for name, each in found.items():

@@ -1,15 +1,19 @@
 """Distances of a generator to a set of pictures: right, seeded, in chunks; errors name what exists."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from finetune.data import ImageSet
-from finetune.errors import ConfigError, WeightsMissing
+from finetune.errors import ConfigError, FinetuneError, WeightsMissing
 from finetune.metrics import evaluate
 from finetune.metrics.evaluate import Distance, Evaluation, distances
 from finetune.metrics.random_fid import random_fid
+from finetune.metrics.together import Share
 
 
 class Painter(torch.nn.Module):
@@ -25,6 +29,18 @@ class Painter(torch.nn.Module):
         assert noise_mode == "const"
         assert c.shape == (len(z), 0)
         return torch.tanh(z * self.scale)[:, :, None, None].expand(-1, -1, 16, 16)
+
+
+class Mapped(Painter):
+    """The same with a W."""
+
+    w_dim, num_ws = 3, 1
+
+    def mapping(self, z, c):
+        return z[:, None]
+
+    def synthesis(self, ws, noise_mode):
+        return self(ws[:, 0], ws[:, 0, :0], noise_mode)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +105,8 @@ class TestTheOtherMetrics:
         assert evaluate.precision_recall(features, features) == (1.0, 1.0)
         assert abs(evaluate.kid(features, features).value) < 0.5 * evaluate.kid(features, features + 1).value
         side = Evaluation(colours, ["fd-effnet", "random-fid"])
-        side_again = side._statistics(side._networks, evaluate._real(colours, 4, 0), 20, None)
-        for name, features in side_again.items():
+        again = Evaluation(colours, ["fd-effnet", "random-fid"], batch=4)
+        for name, features in again._real.items():
             assert side._real[name].statistics.distance(features.statistics) < 1e-3
 
     def test_kid_agrees_with_its_definition(self):
@@ -120,15 +136,6 @@ class TestTheOtherMetrics:
             assert other[name].value == pytest.approx(each.value, rel=1e-3, abs=1e-5), name
 
     def test_the_path_length_grows_with_the_step_from_picture_to_picture(self, colours):
-        class Mapped(Painter):
-            w_dim, num_ws = 3, 1
-
-            def mapping(self, z, c):
-                return z[:, None]
-
-            def synthesis(self, ws, noise_mode):
-                return self(ws[:, 0], ws[:, 0, :0], noise_mode)
-
         evaluation = Evaluation(colours, ["ppl-effnet"])
         slow, fast = (evaluation.distances(Mapped(scale), 12)["ppl-effnet"] for scale in (0.05, 0.2))
         assert 0 < slow.value < fast.value / 2 and fast.spread > 0
@@ -173,3 +180,80 @@ class TestTheOtherMetrics:
         gray = ImageSet(colours.path, resolution=16, channels=1)
         found = Evaluation(gray, ["fid"], batch=10)._real["inception"].statistics
         assert found.mean.shape == (2048,) and bool(torch.isfinite(found.covariance).all())
+
+
+class TestSeveralProcesses:
+    """Threads stand for processes, and one list for torch.distributed's exchange."""
+
+    WHICH = ("fd-effnet", "kid-effnet", "prc-effnet", "random-fid")
+
+    @pytest.fixture
+    def run(self, monkeypatch):
+        def run(world, call):
+            box, barrier, number = [None] * world, threading.Barrier(world, timeout=60), threading.local()
+
+            def exchange(found, mine, group):
+                box[number.rank] = mine
+                barrier.wait()
+                found[:] = box
+                barrier.wait()
+
+            monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
+
+            def one(rank):
+                number.rank = rank
+                try:
+                    return call(Share(rank, world))
+                except FinetuneError as error:
+                    return error
+
+            with ThreadPoolExecutor(world) as pool:
+                return list(pool.map(one, range(world)))
+
+        return run
+
+    def test_the_numbers_are_those_of_one(self, colours, run, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+        alone = Evaluation(colours, self.WHICH, batch=4).distances(Painter(), 18)
+        seen = []
+
+        def together(share):
+            counted = []
+            evaluation = Evaluation(colours, self.WHICH, batch=4, share=share, cache=True)
+            found = evaluation.distances(Painter(), 18, progress=lambda *numbers: counted.append(numbers))
+            seen.append(counted)
+            return found
+
+        for world in (2, 3):
+            assert run(world, together) == [alone] * world
+        assert seen[0] == [(8, 18), (16, 18), (18, 18)] and seen[-1] == [(12, 18), (18, 18)]
+        assert len(list((tmp_path / "metrics").iterdir())) == 4
+
+    def test_only_the_first_keeps_anything(self, colours, run):
+        sides = run(2, lambda share: Evaluation(colours, ["fd-effnet"], batch=4, share=share)._real)
+        assert [side["effnet"].statistics.count for side in sides] == [20, 0]
+
+    def test_path_lengths_are_shared(self, colours, run):
+        alone = Evaluation(colours, ["ppl-effnet"], batch=4).distances(Mapped(0.2), 10)
+
+        def call(share):
+            side = Evaluation(colours, ["ppl-effnet"], batch=4, share=share)
+            return side.distances(Mapped(0.2), 10)
+
+        assert run(2, call) == [alone] * 2
+
+    def test_all_learn_of_a_failure_in_one(self, colours, run):
+        class Broken(Painter):
+            def forward(self, z, c, noise_mode="random"):
+                raise RuntimeError("out of memory")
+
+        def call(share):
+            G = Broken() if share.rank == 1 else Painter()
+            return Evaluation(colours, ["random-fid"], batch=4, share=share).distances(G, 10)
+
+        for error in run(2, call):
+            assert str(error) == "a batch of pictures failed in process 1: out of memory"
+        few = run(2, lambda share: Evaluation(colours, ["prc-effnet"], share=share).distances(Painter(), 2))
+        assert {str(error) for error in few} == {
+            "precision and recall need more than 3 pictures on both sides."
+        }

@@ -1,0 +1,61 @@
+"""What two clouds of features say of each other beside their Fréchet distance: KID, precision, recall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from finetune.errors import ConfigError
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBOURS = 3
+PRC_BATCH = 2500  # rows of distances at once
+
+
+@dataclass(frozen=True)
+class Distance:
+    """One number and its spread: over random networks (random-fid), subsets (kid), or its error (ppl)."""
+
+    value: float
+    spread: float = 0.0
+
+
+def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
+    """Kernel distance of features `[N, d]`, `[M, d]`: mean and deviation over 100 subsets of at most 1,000.
+
+    Source: Bińkowski et al. 2018 (1801.01401), cubic kernel, unbiased.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = min(KID_SUBSET_SIZE, len(generated), len(real))
+    # In float64, as squares of nearly equal sums are subtracted.
+    found = kid_features_to_metric(
+        generated.double(),
+        real.double(),
+        kid_subsets=KID_SUBSETS,
+        kid_subset_size=size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    return Distance(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+
+
+def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
+    """Share of generated features inside the real manifold, and of real ones inside the generated.
+
+    Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbours. Raises ConfigError where there are fewer.
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    if min(len(generated), len(real)) <= NEIGHBOURS:
+        raise ConfigError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides.")
+    found = prc_features_to_metric(
+        generated,
+        real,
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=PRC_BATCH,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
