@@ -49,7 +49,7 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     if min(len(generated), len(real)) <= NEIGHBOURS:
-        raise ConfigError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides.")
+        raise too_few()
     found = prc_features_to_metric(
         generated,
         real,
@@ -59,3 +59,8 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float
         verbose=False,
     )
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+
+
+def too_few() -> ConfigError:
+    """What to say where a picture has not as many neighbours as are asked for."""
+    return ConfigError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides.")

@@ -13,7 +13,7 @@ from finetune.data import ImageSet, images_to_float
 from finetune.data.workers import available_cores, started
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
-from finetune.metrics.clouds import Distance, kid, precision_recall
+from finetune.metrics.clouds import NEIGHBOURS, Distance, kid, precision_recall, too_few
 from finetune.metrics.features import POOLED_SIZE, WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
 from finetune.metrics.inception import inception_features, inception_weights, require_torch_fidelity
 from finetune.metrics.path_length import perceptual_path_length
@@ -71,6 +71,8 @@ class Evaluation:
     ) -> None:
         self.share = share
         self.which = check_names(which)
+        if len(image_set) < 2:
+            raise ConfigError(f"a distance needs at least 2 real pictures, {image_set.path} has one.")
         self.device = torch.device(device)
         self.image_set = image_set
         self.batch = BATCH if batch is None else batch
@@ -100,7 +102,7 @@ class Evaluation:
             self._add("inception", "torch-fidelity inception 2048", inception_features(path, self.device))
         for name in self.which:
             if name in PPL_BACKBONES:
-                ensure_weights(PPL_BACKBONES[name], tell)
+                ensure_weights(PPL_BACKBONES[name], tell, wanted_by=name)
                 self._distances[name] = build_distance(
                     PPL_BACKBONES[name], self.image_set.channels, self.device
                 )
@@ -124,6 +126,9 @@ class Evaluation:
         """
         if num < 2:
             raise ConfigError(f"a distance needs at least 2 generated pictures, not {num}.")
+        for name in self.which:
+            if METRICS[name][1] == "prc" and num <= NEIGHBOURS:
+                raise too_few()
         pictures = _generated(G, self.image_set, num, seed, self.batch, self.share)
         fake = self._statistics(self._networks, pictures, num, progress)
         result: dict[str, Distance] = {}

@@ -41,11 +41,13 @@ class Distance(Protocol):
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: ...
 
 
-def ensure_weights(backbone: str, tell: Callable[[str], None] = lambda text: None) -> Path | None:
+def ensure_weights(
+    backbone: str, tell: Callable[[str], None] = lambda text: None, *, wanted_by: str | None = None
+) -> Path | None:
     """Find or fetch the file that a backbone needs, and verify it; None where it needs none.
 
-    `tell` hears how far a download is. Raises WeightsMissing, which says which file goes into
-    which folder and which backbones need no file.
+    `tell` hears how far a download is; wanted_by: a metric, where it is not --sd-backbone that asks. Raises
+    WeightsMissing, which says which file goes into which folder and what needs no file.
     """
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
@@ -66,9 +68,14 @@ def ensure_weights(backbone: str, tell: Callable[[str], None] = lambda text: Non
     try:
         return fetch(WEIGHTS_URL + name, folder / name, progress=progress, **check)
     except (FinetuneError, OSError) as error:
-        hint = f"Put {name} from {WEIGHTS_URL}{name} into {folder}, or choose another backbone. {NEED_NONE}"
+        instead = f"choose another backbone. {NEED_NONE}"
+        if wanted_by is not None:
+            instead = f"leave {wanted_by} out; {wanted_by}-effnet needs no download."
         what = error.what if isinstance(error, FinetuneError) else str(error)
-        raise WeightsMissing(f"--sd-backbone {backbone}: no weights for it: {what}.", hint=hint) from None
+        raise WeightsMissing(
+            f"{wanted_by or f'--sd-backbone {backbone}'}: no weights for it: {what}.",
+            hint=f"Put {name} from {WEIGHTS_URL}{name} into {folder}, or {instead}",
+        ) from None
 
 
 def build_distance(

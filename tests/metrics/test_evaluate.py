@@ -1,7 +1,9 @@
 """Distances of a generator to a set of pictures: right, seeded, in chunks; errors name what exists."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -257,3 +259,54 @@ class TestSeveralProcesses:
         assert {str(error) for error in few} == {
             "precision and recall need more than 3 pictures on both sides."
         }
+
+
+class TestWhatNetworksThereAre:
+    """Gray, colour, alpha; with labels and without."""
+
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    @pytest.mark.parametrize("num_classes", [0, 2])
+    def test_all_metrics_work(self, channels, num_classes, tmp_path):
+        labels = [[f"{i}.png", i % 2] for i in range(8)]
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        for i in range(8):
+            Image.new("RGBA", (16, 16), (30 * i, 9, 9, 255 - 20 * i)).save(tmp_path / f"{i}.png")
+
+        class G(torch.nn.Module):
+            z_dim, w_dim, num_ws, c_dim = channels, channels, 2, num_classes
+            seen: ClassVar = []
+
+            def __init__(self):
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.ones(()))
+
+            def mapping(self, z, c):
+                self.seen.append(c)
+                return (z + c.sum(dim=1, keepdim=True))[:, None].expand(-1, 2, -1)
+
+            def synthesis(self, ws, noise_mode):
+                return torch.tanh(ws[:, 0] * self.scale)[:, :, None, None].expand(-1, -1, 16, 16)
+
+            def forward(self, z, c, noise_mode):
+                return self.synthesis(self.mapping(z, c), noise_mode)
+
+        images = ImageSet(tmp_path, resolution=16, channels=channels, use_labels=num_classes > 0)
+        found = distances(G(), images, 8, which=["fd-effnet", "prc-effnet", "ppl-effnet"])
+        assert found.keys() == {"fd-effnet", "precision-effnet", "recall-effnet", "ppl-effnet"}
+        assert found["fd-effnet"].value > 0 and found["ppl-effnet"].value > 0
+        pictures, ends = G.seen[0], G.seen[1:]
+        assert len(ends) == 2 and torch.equal(*ends)  # a path begins and ends in one class
+        assert pictures.shape == (8, num_classes) and pictures.sum() == (8 if num_classes else 0)
+
+    def test_one_picture_has_no_spread(self, tmp_path):
+        Image.new("RGB", (16, 16)).save(tmp_path / "only.png")
+        with pytest.raises(ConfigError, match=r"at least 2 real pictures, .* has one"):
+            Evaluation(ImageSet(tmp_path, resolution=16, channels=3), ["random-fid"])
+
+    def test_missing_weights_of_a_metric_name_the_metric(self, colours, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_OFFLINE", "1")
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        with pytest.raises(
+            WeightsMissing, match=r"^ppl: no weights for it: .*\n.*ppl-effnet needs no download"
+        ):
+            Evaluation(colours, ["ppl"])
