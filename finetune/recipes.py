@@ -57,6 +57,7 @@ class Facts:
     num_freezable: int | None = None
     gpu_memory_gib: float | None = None
     published: Published | None = None
+    num_processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,17 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     batch = settle("batch", *_batch(facts))
     # A batch given by hand is cut into parts that divide it, and that D can group; they only bound memory.
     limit = _gpu_batch(facts) if on_gpu else 32
-    sizes = range(1, min(batch, limit) + 1)
-    part = max(size for size in sizes if batch % size == 0 and can_group(size, facts.group_size))
+    own = max(1, batch // facts.num_processes)
+    sizes = range(1, min(own, limit) + 1)
+    part = max(size for size in sizes if own % size == 0 and can_group(size, facts.group_size))
     why = "images in memory at once"
     if on_gpu:
         memory = f" and {facts.gpu_memory_gib:.0f} GiB" if facts.gpu_memory_gib else ""
         why += f", for {facts.resolution} px{memory} (published sizes for 16 GiB, not measured here)"
-    if part < min(batch, facts.group_size):
-        why += f"; batch {batch} does not divide into the groups of {facts.group_size} that D compares"
+    if facts.num_processes > 1:
+        why += f"; each of the {facts.num_processes} processes has {own} of a batch"
+    if part < min(own, facts.group_size):
+        why += f"; batch {own} does not divide into the groups of {facts.group_size} that D compares"
     settle("batch_gpu", part, why)
     formula = "0.0002 res²/batch" if stylegan2 else "res²/(1024 batch)"
     gamma = float(f"{r1_gamma(facts.family, facts.resolution, batch):.4g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def goes_on(resume: str | None) -> bool:
     with contextlib.suppress(OSError):
         return place.match("training-state-*.pt") or any(place.glob("training-state-*.pt"))
     return False
+
+
+@contextlib.contextmanager
+def after_the_first() -> Iterator[None]:
+    """What is wrong with options or pictures is wrong for all processes. The first one says it; the others
+    only where they are still there a moment later."""
+    import time
+
+    from finetune.errors import FinetuneError
+
+    try:
+        yield
+    except FinetuneError as error:
+        time.sleep(5)
+        error.what = f"Process {os.environ['RANK']}: {error.what}"
+        raise
 
 
 @click.command("train", short_help="Fine-tune a checkpoint to a folder of pictures, with self-distillation.")
@@ -171,9 +188,17 @@ def goes_on(resume: str | None) -> bool:
     "precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere."
 )
 @click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes on this machine, one for each GPU (or CPU processes, with --device cpu). More machines: "
+    "torchrun.",
+)
+@click.option(
     "-n", "--dry-run", is_flag=True, help="Check everything, print all options with their reasons, and stop."
 )
-def command(dry_run: bool, **options: Any) -> None:
+def command(dry_run: bool, gpus: int, **options: Any) -> None:
     """Go on training a checkpoint on pictures of yours, and hold it to its own average while it learns.
 
     `finetune train --resume ffhq.pkl --data pictures/ --outdir runs` needs nothing else: what is not said is
@@ -185,17 +210,32 @@ def command(dry_run: bool, **options: Any) -> None:
         config.validate()
     if config.resume is not None and not os.path.exists(config.resume):
         config = dataclasses.replace(config, resume=str(network_file(config.resume)))
+    if gpus > 1 and "RANK" not in os.environ:
+        import sys
+
+        from finetune.train.launch import launch
+
+        raise click.exceptions.Exit(launch(sys.argv[1:], gpus))
     from rich.console import Console
 
+    from finetune.train.processes import leave
     from finetune.train.run import prepare, show, start
 
-    console = Console()
-    prepared = prepare(config, console)
+    is_first = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not is_first)
+    with contextlib.nullcontext() if is_first else after_the_first():
+        prepared = prepare(config, console)
     show(prepared, console)
     if dry_run:
         console.print("Dry run: everything fits; nothing was written.", highlight=False)
         return
-    result = start(prepared, console=console)
+    try:
+        result = start(prepared, console=console)
+    except KeyboardInterrupt:
+        if is_first:
+            raise
+        raise click.exceptions.Exit(130) from None  # the first one says it
+    leave()
     console.print(
         f"Done: {result.nimg / 1000:g} kimg. Pictures of it: finetune generate --network {result.snapshot} "
         "--seeds 0-15 --outdir pictures",

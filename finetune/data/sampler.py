@@ -11,17 +11,27 @@ from torch.utils.data import Sampler
 class InfiniteSampler(Sampler[int]):
     """Item numbers without end: every epoch is another permutation, and holds each item exactly once.
 
-    The order is one stream that depends on `seed` and `num_items` alone; replica `rank` of `num_replicas`
-    takes every `num_replicas`-th item of it, so that the replicas together see what a single one would have
-    seen. `position` counts the items that all replicas together have drawn; with it, `state_dict` says
-    everything.
+    The order is one stream that depends on `seed` and `num_items` alone; `num_replicas` replicas take turns
+    with `block` items each (their batch), so that together they see what a single one would have seen, in
+    the same batches. `position` counts the items that all replicas together have drawn; with it, `state_dict`
+    says everything.
     """
 
     def __init__(
-        self, num_items: int, *, rank: int = 0, num_replicas: int = 1, shuffle: bool = True, seed: int = 0
+        self,
+        num_items: int,
+        *,
+        rank: int = 0,
+        num_replicas: int = 1,
+        block: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
     ) -> None:
-        if num_items < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(f"num_items={num_items}, rank={rank}, num_replicas={num_replicas}")
+        if num_items < 1 or block < 1 or not 0 <= rank < num_replicas:
+            raise ValueError(
+                f"num_items={num_items}, rank={rank}, num_replicas={num_replicas}, block={block}"
+            )
+        self.block = block
         self.num_items, self.rank, self.num_replicas = num_items, rank, num_replicas
         self.shuffle, self.seed = shuffle, seed
         self.position = 0
@@ -29,12 +39,13 @@ class InfiniteSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         epoch, order = -1, np.empty(0, np.int64)
         while True:
-            turn = self.position + self.rank
-            if turn // self.num_items != epoch:
-                epoch = turn // self.num_items
-                order = self._order(epoch)
-            self.position += self.num_replicas
-            yield int(order[turn % self.num_items])
+            first = self.position + self.rank * self.block
+            self.position += self.num_replicas * self.block
+            for turn in range(first, first + self.block):
+                if turn // self.num_items != epoch:
+                    epoch = turn // self.num_items
+                    order = self._order(epoch)
+                yield int(order[turn % self.num_items])
 
     def state_dict(self) -> dict:
         """Plain numbers from which another sampler goes on exactly."""

@@ -23,11 +23,11 @@ class AdaController:
         self.sign_sum: torch.Tensor | float = 0.0
         self.count = 0
 
-    def observe(self, real_logits: torch.Tensor) -> None:
-        """Take note of D's logits on (augmented) real images."""
+    def observe(self, sign_sum: torch.Tensor, count: int) -> None:
+        """Take note of the sum of the signs of D's logits on `count` (augmented) real images."""
         if self.target is not None:
-            self.sign_sum = self.sign_sum + real_logits.detach().sign().sum()
-            self.count += real_logits.numel()
+            self.sign_sum = self.sign_sum + sign_sum
+            self.count += count
 
     def update(self, step: int, batch: int) -> float:
         """The probability to use from now on, after step number `step` (from 1) of `batch` images."""

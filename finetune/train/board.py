@@ -10,8 +10,10 @@ from typing import Any
 class Board:
     """Writes numbers for TensorBoard into a run folder; does nothing where the package is missing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._writer: Any = None
+        if folder is None:
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the package's own imports
             try:

@@ -17,6 +17,7 @@ from finetune.train.ada import AdaController
 from finetune.train.continuing import apply_rates
 from finetune.train.distill import Distillation
 from finetune.train.losses import lazy_adam
+from finetune.train.processes import ALONE, Processes
 from finetune.train.saved import Saved, networks_of, restore
 from finetune.train.state import Plan, TrainState
 from torch_utils import misc
@@ -103,6 +104,7 @@ def build_plan(
     distance: Distance | None,
     labels: Callable[[int], torch.Tensor],
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> Plan:
     """What stays fixed while training. `distance` None means no self-distillation."""
     c = required(config)
@@ -138,6 +140,8 @@ def build_plan(
         blur_nimg=BLUR_KIMG * 1000,
         distillation=distillation,
         labels=labels,
+        seed=config.seed,
+        processes=processes,
         d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
         # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
         # student.

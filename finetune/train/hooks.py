@@ -109,8 +109,9 @@ class RunFolder:
         self.last_snapshot: Path | None = None
         spacing = (config.tick or 0) * (config.snap or 0)
         self.decimals = 0 if spacing >= 1 and float(config.kimg or 0).is_integer() else 3
-        self.board = Board(path)
-        (path / "config.json").write_text(config.to_json(), encoding="utf-8")
+        self.board = Board(path if type(self) is RunFolder else None)
+        if type(self) is RunFolder:
+            (path / "config.json").write_text(config.to_json(), encoding="utf-8")
 
     def seconds(self) -> float:
         """How long the run has taken so far, all its processes together."""
@@ -230,6 +231,31 @@ class RunFolder:
             "max_size": len(images),
             "xflip": self.config.mirror,
         }
+
+
+class NoFolder(RunFolder):
+    """What processes other than the first have in the place of a run folder: nothing is written."""
+
+    def write_reals(self) -> None:
+        pass
+
+    def write_fakes(self, G_ema: torch.nn.Module, stem: str) -> None:
+        pass
+
+    def keep_newest(self, count: int | None) -> None:
+        pass
+
+    def drop_later_lines(self, nimg: int) -> None:
+        pass
+
+    def log(self, state: TrainState, numbers: dict) -> None:
+        pass
+
+    def _write(self, path: Path, state: TrainState) -> None:
+        pass
+
+    def _append(self, name: str, line: dict) -> None:
+        pass
 
 
 def public_options(config: TrainConfig) -> dict:

@@ -11,6 +11,7 @@ from finetune.data import images_to_float
 from finetune.train import losses
 from finetune.train.ema import ema_decay, update_average
 from finetune.train.latents import NoiseReplay, draw_latents, map_latents
+from finetune.train.processes import fresh
 from finetune.train.state import Plan, TrainState
 from finetune.train.watch import Watch
 
@@ -24,7 +25,7 @@ def train(
 
     `batches` yields uint8 images `[batch, C, H, W]` and float32 labels `[batch, c_dim]`, on any device.
     """
-    while state.nimg < plan.total_nimg and not watch.stop_requested:
+    while state.nimg < plan.total_nimg and not watch.is_told_to_stop(state):
         with watch.phase("data"):
             img, c = next(batches)
             img, c = images_to_float(img.to(plan.device)), c.to(plan.device)
@@ -44,6 +45,7 @@ def train(
         if not learns_alone:
             update_averages(state, plan)
         state.ada.update(state.step, plan.batch)
+        fresh([state.label_generator], plan.seed, state.step, "between")  # what is saved is the same in all
         watch.end_of_step(state)
 
 
@@ -58,8 +60,10 @@ def update_averages(state: TrainState, plan: Plan) -> None:
 
 def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     """Gmain: fool D and, where distillation is due, stay near the teacher; one backward pass through G."""
-    with watch.phase("Gmain"), optimise("G", state.G, state.opt_G, watch):
-        for size in micro_batches(plan):
+    norms = []
+    with watch.phase("Gmain"), optimise("G", state.G, state.opt_G, watch, plan):
+        for index, size in micro_batches(plan):
+            fresh([state.label_generator], plan.seed, state.step, "Gmain", index)
             draw = draw_latents(state.G, plan.labels(size), plan.mixing)
             ws = map_latents(state.G, draw)
             replay = NoiseReplay(plan.device)
@@ -71,7 +75,7 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
             (gradient,) = torch.autograd.grad(loss.mean(), leaf)
             watch.record("Gmain", loss_G=loss, score_fake=logits, sign_fake=logits.sign())
 
-            pull = None
+            pull, norms_now = None, state.sd_norms.clone()
             if plan.distillation and plan.distillation.due(state.step):
                 with watch.phase("Gdistill"):
                     pull, distances = plan.distillation.image_gradient(
@@ -82,57 +86,77 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
                         state.nimg,
                         plan.synthesis,
                         gradient,
-                        state.sd_norms,
+                        norms_now,
                     )
                     watch.record("Gdistill", loss_sd=distances)
                     if plan.distillation.ratio is not None:
-                        watch.record("Gdistill", sd_weight=plan.distillation.auto_weight(state.sd_norms))
+                        watch.record("Gdistill", sd_weight=plan.distillation.auto_weight(norms_now))
             share = size / plan.batch
             if pull is not None and (diagnostics := watch.wants_gradients(state)) is not None:
                 with watch.phase("diagnose"):
                     diagnostics.compare_gradients(state.G, img, gradient * share, pull * share)
             img.backward((gradient if pull is None else gradient + pull) * share)
+            norms.append(norms_now)
+    if plan.distillation and plan.distillation.ratio is not None:
+        state.sd_norms = average(norms, plan, f"Gmain at step {state.step}")
 
 
 def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     """Greg: path length regularisation (StyleGAN2) on half of the batch, counted `path_interval` times."""
-    with watch.phase("Greg"), optimise("G", state.G, state.opt_G, watch):
-        for size in micro_batches(plan):
+    means = []
+    with watch.phase("Greg"), optimise("G", state.G, state.opt_G, watch, plan):
+        for index, size in micro_batches(plan):
+            fresh([state.label_generator], plan.seed, state.step, "Greg", index)
             draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
             ws = map_latents(state.G, draw)
             # Not fused: the gradient goes to the styles and leaves the weights out, which fused are one.
             img = state.G.synthesis(ws, **{**plan.synthesis, "fused_modconv": False})
             lengths = losses.path_lengths(img, ws)
-            penalty, state.path_mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
+            penalty, mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
+            means.append(mean)
             weight = plan.path_weight * plan.path_interval * (size / plan.batch)
             (penalty.mean() * weight).backward()
             watch.record("Greg", path_length=lengths, loss_path=penalty)
+    state.path_mean = average(means, plan, f"Greg at step {state.step}")
 
 
 def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
     """Dmain: tell real from generated. The running averages inside G move here, once a step."""
-    with watch.phase("Dmain"), optimise("D", state.D, state.opt_D, watch):
-        for index, (real, real_c) in enumerate(reals):
+    moving = moving_buffers(state.G)
+    before = after = [buffer.clone() for buffer in moving]
+    signs = torch.zeros([], device=plan.device)
+    with watch.phase("Dmain"), optimise("D", state.D, state.opt_D, watch, plan):
+        for (index, _), (real, real_c) in zip(micro_batches(plan), reals, strict=True):
+            fresh([state.label_generator], plan.seed, state.step, "Dmain", index)
             share = len(real) / plan.batch
             draw = draw_latents(state.G, plan.labels(len(real)), plan.mixing)
             with torch.no_grad():
                 ws = map_latents(state.G, draw, update_emas=index == 0)
                 fake = state.G.synthesis(ws, update_emas=index == 0, **plan.synthesis)
+            if index == 0:
+                # Every part of the batch starts from the same averages, wherever it is computed.
+                after = [buffer.clone() for buffer in moving]
+                put(moving, before)
             fake_loss = losses.fake_loss(score(state, plan, fake, draw.c))
             (fake_loss.mean() * share).backward()
 
             real_logits = score(state, plan, real, real_c)
             real_loss = losses.real_loss(real_logits)
             (real_loss.mean() * share).backward()
-            state.ada.observe(real_logits)
+            signs += real_logits.detach().sign().sum()
             watch.record("Dmain", loss_D=(fake_loss + real_loss).detach(), score_real=real_logits)
             watch.record("Dmain", sign_real=real_logits.sign())
+    put(moving, after)
+    plan.processes.take_from_first(moving, f"Dmain at step {state.step}")
+    plan.processes.add_up([signs], f"Dmain at step {state.step}")
+    state.ada.observe(signs, plan.batch)
 
 
 def r1_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
     """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
-    with watch.phase("Dreg"), optimise("D", state.D, state.opt_D, watch):
-        for real, real_c in reals:
+    with watch.phase("Dreg"), optimise("D", state.D, state.opt_D, watch, plan):
+        for (index, _), (real, real_c) in zip(micro_batches(plan), reals, strict=True):
+            fresh([state.label_generator], plan.seed, state.step, "Dreg", index)
             real = real.detach().requires_grad_()
             penalty = losses.r1_penalty(score(state, plan, real, real_c), real)
             weight = plan.gamma / 2 * plan.r1_interval * (len(real) / plan.batch)
@@ -152,14 +176,37 @@ def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> 
     return state.D(img, c, **plan.discriminator)
 
 
-def micro_batches(plan: Plan) -> list[int]:
-    """The sizes in which one batch goes through the networks."""
-    return [plan.batch_gpu] * (plan.batch // plan.batch_gpu)
+def micro_batches(plan: Plan) -> list[tuple[int, int]]:
+    """The parts in which this process puts its share of a batch through the networks: (number, size).
+
+    Numbers count the parts of all processes.
+    """
+    count = plan.batch // plan.processes.world // plan.batch_gpu
+    first = plan.processes.rank * count
+    return [(first + i, plan.batch_gpu) for i in range(count)]
+
+
+def average(parts: list[torch.Tensor], plan: Plan, what: str) -> torch.Tensor:
+    """The mean over the parts of a batch, those of other processes included."""
+    total = torch.stack(parts).mean(dim=0) / plan.processes.world
+    plan.processes.add_up([total], what)
+    return total
+
+
+def moving_buffers(G: torch.nn.Module) -> list[torch.Tensor]:
+    """The averages inside G that training moves: of w, and of StyleGAN3's magnitudes."""
+    return [buffer for name, buffer in G.named_buffers() if name.endswith(("w_avg", "magnitude_ema"))]
+
+
+def put(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copy values into tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 @contextlib.contextmanager
 def optimise(
-    name: str, network: torch.nn.Module, optimizer: torch.optim.Optimizer, watch: Watch
+    name: str, network: torch.nn.Module, optimizer: torch.optim.Optimizer, watch: Watch, plan: Plan
 ) -> Iterator[None]:
     """Collect gradients of this network, and of no other, inside the block; then take a step.
 
@@ -170,5 +217,6 @@ def optimise(
     yield
     network.requires_grad_(False)
     gradients = [each.grad for each in network.parameters() if each.grad is not None]
+    plan.processes.add_up(gradients, f"{watch.phase_name} at step {watch.step}")
     watch.record(watch.phase_name, **{f"grad_norm_{name}": torch.nn.utils.get_total_norm(gradients)})
     optimizer.step()

@@ -26,8 +26,9 @@ from finetune.recipes import Facts, Reason
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_saved_state, build_state
 from finetune.train.continuing import checkpoint_of, continued, saved_for, without_surgery
-from finetune.train.hooks import Display, RunFolder, check_outdir, make_run_dir, print_reasons
+from finetune.train.hooks import Display, NoFolder, RunFolder, check_outdir, make_run_dir, print_reasons
 from finetune.train.measure import names_of
+from finetune.train.processes import ALONE, Processes, join
 from finetune.train.saved import Saved, restore_random
 from finetune.train.session import Session, begin, check_ours, how_to_go_on
 from finetune.train.state import Plan, TrainState
@@ -91,7 +92,9 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         config, changes = continued(config, saved)
         check_ours(saved.path.parent)
     config.validate()
-    device = resolve_device(config.device)
+    processes, device = join(resolve_device(config.device))
+    if config.batch and config.batch % processes.world:
+        raise ConfigError(f"--batch {config.batch}: must be a multiple of the {processes.world} processes.")
     if config.precision == "fp16" and device.type != "cuda":
         raise ConfigError(
             f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto."
@@ -107,8 +110,8 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         tell(f"Loading {config.resume} …")
         checkpoint = load_for_training(config.resume, new_d=config.new_d)
     as_it_is = config if saved is None else without_surgery(config, checkpoint)
-    image_set, facts, notes = read_data(as_it_is, checkpoint, device, tell)
-    facts = replace(facts, from_scratch=config.scratch is not None)
+    image_set, facts, notes = read_data(as_it_is, checkpoint, device, tell, processes)
+    facts = replace(facts, from_scratch=config.scratch is not None, num_processes=processes.world)
     tell("Building the networks …")
     operations: list[Operation] = []
     if checkpoint is not None and saved is None:
@@ -120,6 +123,11 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(config, facts)
     config.validate()
+    if (config.batch or 1) % ((config.batch_gpu or 1) * processes.world):
+        raise ConfigError(
+            f"--batch-gpu {config.batch_gpu}: {processes.world} processes cannot share a batch of "
+            f"{config.batch} in parts of that size; use a part of {(config.batch or 1) // processes.world}."
+        )
     if not recipes.can_group(config.batch_gpu or 1, facts.group_size):
         raise ConfigError(
             f"--batch-gpu {config.batch_gpu}: the discriminator compares images in groups of "
@@ -143,7 +151,9 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     def labels(count: int) -> torch.Tensor:
         return image_set.random_labels(count, state.label_generator).to(device)
 
-    plan = build_plan(config, facts, distance, labels, device)
+    plan = build_plan(config, facts, distance, labels, device, processes)
+    networks = (state.G, state.D, state.G_ema, state.teacher)
+    processes.take_from_first((each for net in networks for each in net.state_dict().values()), "the start")
     return Prepared(
         config, facts, reasons, checkpoint, image_set, state, plan, notes, operations, saved, tuple(changes)
     )
@@ -187,7 +197,11 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
 
 
 def read_data(
-    config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device, tell: Callable[[str], None]
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    tell: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> tuple[ImageSet, Facts, list[str]]:
     """Look at every picture, compare data and network; the set, the facts of the run, and what is worth
     knowing."""
@@ -208,17 +222,21 @@ def read_data(
                 f"--classes {config.classes}: the checkpoint has no classes; use --cond to begin with those "
                 "of the pictures."
             )
-    with naming_the_ways_out(num_classes):
-        found = scan(
-            config.data,
-            resolution=resolution,
-            fit=config.fit,
-            use_labels=use_labels,
-            num_classes=num_classes,
-            workers=config.workers,
-            progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
-        )
-        found.raise_for_problems()
+    notes: list[str] = []
+    if processes.is_first:
+        with naming_the_ways_out(num_classes):
+            found = scan(
+                config.data,
+                resolution=resolution,
+                fit=config.fit,
+                use_labels=use_labels,
+                num_classes=num_classes,
+                workers=config.workers,
+                progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
+            )
+            found.raise_for_problems()
+        notes = found.notes
+    processes.agree(None, "looking at the pictures")
     image_set = ImageSet(
         config.data,
         resolution=resolution,
@@ -242,7 +260,7 @@ def read_data(
         group_size=group_size,
         gpu_memory_gib=gpu_memory_gib(device),
     )
-    return image_set, facts, found.notes
+    return image_set, facts, notes
 
 
 @contextlib.contextmanager
@@ -330,10 +348,13 @@ def start(
     source = None if prepared.checkpoint is None else prepared.checkpoint.provenance.to_dict()
     if prepared.saved is None:
         desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
-        run_dir = make_run_dir(config.outdir, f"{desc}-{config.desc}" if config.desc else desc)
+        desc = f"{desc}-{config.desc}" if config.desc else desc
+        made = make_run_dir(config.outdir, desc) if plan.processes.is_first else None
+        run_dir = cast(Path, plan.processes.agree(made, "making the run folder"))
     else:
         run_dir, source = prepared.saved.path.parent, prepared.saved.content["source"]
-    folder = RunFolder(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
+    kind = RunFolder if plan.processes.is_first else NoFolder
+    folder = kind(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     folder.write_reals()
     with Display(console, plan.total_nimg, state.nimg) as display:
         display.say(f"Run folder: {run_dir}")
@@ -347,6 +368,7 @@ def start(
         if session.stopped_by is not None:
             display.say(how_to_go_on(session))
     folder.board.close()
+    plan.processes.agree(None, "the end")  # nobody leaves before everything is saved and said
     if session.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     assert session.snapshot is not None, "the last save either works or raises"

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from finetune.data import build_loader
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.train import saved
@@ -59,21 +57,30 @@ class Session:
         self.book = Book()
         self.guard = self.new_guard()
         self.snapshot: Path | None = None
-        self.measurements = Measurements(self.config, self.image_set, self.plan.device, display.say)
+        self.processes = self.plan.processes
+        self.measurements = Measurements(
+            self.config if self.processes.is_first else replace(self.config, metrics=None),
+            self.image_set,
+            self.plan.device,
+            display.say,
+        )
         self.batches = build_loader(
             self.image_set,
-            self.plan.batch,
+            self.plan.batch // self.processes.world,
             workers=self.config.workers or 0,
             seed=self.config.seed,
             device=self.plan.device,
+            rank=self.processes.rank,
+            num_replicas=self.processes.world,
         )
         self.watch = Watch(
             self.plan.device,
             (self.config.tick or 1) * 1000,
             self.tick,
             self.step,
-            Diagnostics(self.state),
+            Diagnostics(self.state) if self.processes.is_first else None,
             self.diverged,
+            self.processes,
         )
         self.started = self.last_save = time.monotonic()  # which no clock that is set can change
 
@@ -126,15 +133,15 @@ class Session:
         is_end = state.nimg >= self.plan.total_nimg
         if self.measurements.due(state.nimg, is_end) and (found := self.measurements.take(state)) is not None:
             numbers["metrics"] = found
-        if skipped := getattr(self.batches, "skipped", 0):
-            numbers["skipped_pictures"] = skipped
+        if self.batches.unreadable:
+            numbers["unreadable"] = self.batches.unreadable
         self.folder.log(state, numbers)
         self.display.tick(state, numbers)
         for alarm in self.guard.look(state, numbers):
             self.diverged(alarm, state) if alarm.is_divergence else self.tell(alarm, state)
         if "metrics" in numbers:
             self.keep_best(numbers["metrics"])
-        if self.book.ticks % (self.config.snap or 1) == 0 and not is_end and not self.watch.stop_requested:
+        if self.book.ticks % (self.config.snap or 1) == 0 and not is_end and not self.watch.heard:
             self.save(is_last=False)
         if self.on_tick is not None:
             self.on_tick(state, numbers)
@@ -203,6 +210,8 @@ class Session:
 
     def save_state(self, *, is_last: bool) -> None:
         """The state alone, from which the run can go on."""
+        if not self.processes.is_first:
+            return
         self.last_save = time.monotonic()
         self.book.sec = self.folder.seconds()
         try:
@@ -231,6 +240,8 @@ class Session:
 
     def check_space(self) -> None:
         """Raise ExportError where the disk has no room for a snapshot and a state."""
+        if not self.processes.is_first:
+            return
         networks = (self.state.G, self.state.D, self.state.G_ema)
         size = sum(
             each.numel() * each.element_size()
@@ -259,13 +270,12 @@ class Session:
     @property
     def stopped_by(self) -> int | None:
         """The signal that ended the run early, if one did."""
-        return self.watch.stop_signal if self.watch.stop_requested else None
+        return self.watch.stop_signal
 
 
 def begin(session: Session) -> None:
     """What a new run leaves before its first step: sheets, and a state, so that there is always one."""
     session.folder.write_fakes(session.state.G_ema, "-init")
-    torch.manual_seed(session.config.seed + 1)  # not the numbers that the first weights were drawn from
     session.save_state(is_last=False)
 
 

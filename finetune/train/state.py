@@ -9,6 +9,7 @@ import torch
 
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
+from finetune.train.processes import ALONE, Processes
 
 
 @dataclass
@@ -40,7 +41,8 @@ class TrainState:
 class Plan:
     """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg).
 
-    d_warmup_nimg: images over which D learns alone, because it is new.
+    batch: images of all processes together; batch_gpu: in one part. d_warmup_nimg: images over which D learns
+    alone, because it is new.
     """
 
     device: torch.device
@@ -61,6 +63,8 @@ class Plan:
     distillation: Distillation | None
     labels: Callable[[int], torch.Tensor]
     d_warmup_nimg: float = 0.0
+    seed: int = 0
+    processes: Processes = ALONE
     synthesis: dict = field(default_factory=dict)
     discriminator: dict = field(default_factory=dict)
 

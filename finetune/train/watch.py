@@ -14,6 +14,7 @@ import torch
 
 from finetune.train.diagnose import Diagnostics
 from finetune.train.guard import Alarm, Diverged
+from finetune.train.processes import ALONE, Processes
 from finetune.train.state import TrainState
 
 CHECK_EVERY = 16  # steps between looks for non-finite losses on a device that would have to be waited for
@@ -31,20 +32,24 @@ class Watch:
         on_step: Callable[[TrainState], None] = lambda state: None,
         diagnostics: Diagnostics | None = None,
         on_divergence: Callable[[Alarm, TrainState], None] | None = None,
+        processes: Processes = ALONE,
     ) -> None:  # fmt: skip
+        self.processes = processes
+        self.step = 0  # for messages
         self.on_divergence = on_divergence
         self.device = device
         self.diagnostics = diagnostics
         self.tick_nimg = tick_nimg
         self.on_tick = on_tick
         self.on_step = on_step
-        self.stop_requested = False
-        self.stop_signal: int | None = None
+        self.heard: int | None = None  # the signal that asked this process to stop
+        self.stop_signal: int | None = None  # the one that all processes stop for
         self.next_tick_nimg = tick_nimg
         self.tick_started = time.perf_counter()
         self.tick_nimg_start = 0
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.added_up = False
         self.phase_of: dict[str, str] = {}
         self.clock = PhaseClock(device)
 
@@ -82,6 +87,8 @@ class Watch:
     def check_finite(self, state: TrainState) -> None:
         """Hand a recorded value that is not finite to `on_divergence`; without one, raise Diverged."""
         for name, total in list(self.sums.items()):
+            if not self.is_shared(name):
+                continue  # one process alone must not turn back: the others would wait for it
             if not bool(torch.isfinite(total)):
                 value = float(total)
                 del self.sums[name], self.counts[name]  # told once
@@ -90,9 +97,25 @@ class Watch:
                     raise Diverged("not-finite", f"{what} at {state.nimg / 1000:g} kimg.", {name: value})
                 self.on_divergence(Alarm("not-finite", what, {name: str(value)}, True), state)
 
+    def is_shared(self, name: str) -> bool:
+        """Whether all processes see the same sum: of gradients always, of the rest once it is added up."""
+        return self.processes.world == 1 or self.added_up or name.startswith("grad_norm")
+
+    def add_up(self) -> None:
+        """Make sums and counts those of all processes."""
+        self.added_up = True
+        if self.processes.world == 1 or not self.sums:
+            return
+        names = sorted(self.sums)
+        sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names])
+        counts = torch.tensor([self.counts[name] for name in names], device=self.device, dtype=torch.float32)
+        self.processes.add_up([sums, counts], f"the log of step {self.step}")
+        self.sums = dict(zip(names, sums.unbind(), strict=True))
+        self.counts = dict(zip(names, map(round, counts.tolist()), strict=True))
+
     def start_at(self, nimg: int) -> None:
         """Begin a tick at `nimg` images, with nothing measured yet."""
-        self.sums, self.counts = {}, {}
+        self.sums, self.counts, self.added_up = {}, {}, False
         self.clock.read()
         self.tick_started, self.tick_nimg_start = time.perf_counter(), nimg
         self.next_tick_nimg = (nimg // self.tick_nimg + 1) * self.tick_nimg
@@ -101,6 +124,7 @@ class Watch:
         """Hand out the averages since the last tick and start anew."""
         if state.nimg == self.tick_nimg_start:
             return
+        self.add_up()
         self.check_finite(state)
         seconds = time.perf_counter() - self.tick_started
         numbers = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
@@ -111,11 +135,18 @@ class Watch:
         numbers["sec_per_phase"] = self.clock.read()
         numbers["memory_gib"] = peak_memory_gib(self.device)
         self.on_tick(state, numbers)
-        self.sums, self.counts = {}, {}
+        self.sums, self.counts, self.added_up = {}, {}, False
         self.tick_started = time.perf_counter()
         self.tick_nimg_start = state.nimg
         while self.next_tick_nimg <= state.nimg:
             self.next_tick_nimg += self.tick_nimg
+
+    def is_told_to_stop(self, state: TrainState) -> bool:
+        """Whether a signal has reached any of the processes, which all stop after the same step then."""
+        self.step = state.step
+        heard = self.processes.largest(self.heard or 0, f"the beginning of step {state.step}")
+        self.stop_signal = heard or None
+        return self.stop_signal is not None
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
@@ -127,9 +158,9 @@ class Watch:
         before = [signal.getsignal(number) for number in signals]
 
         def request(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested:
+            if self.heard:
                 raise KeyboardInterrupt
-            self.stop_requested, self.stop_signal = True, number
+            self.heard = number
 
         for number in signals:
             signal.signal(number, request)

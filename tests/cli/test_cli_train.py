@@ -48,7 +48,7 @@ SHORT = ("--kimg", 0.008, "--batch", 4, "--tick", 0.004, "--sd-backbone", "l2", 
 
 def test_every_option_is_a_field_and_every_field_an_option():
     names = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
-    assert names.keys() - {"dry_run", "ops", "offline"} == set(TrainConfig.__dataclass_fields__)
+    assert names.keys() - {"dry_run", "ops", "offline", "gpus"} == set(TrainConfig.__dataclass_fields__)
     for name, field in TrainConfig.__dataclass_fields__.items():
         assert flag(name) in names[name].opts
         assert not names[name].required

@@ -44,7 +44,7 @@ def test_ada_takes_the_swing_to_go_from_0_to_1():
     ada = AdaController(0.0, target=0.6, swing_kimg=100)
     steps = 100_000 // 32
     for step in range(1, steps + 1):
-        ada.observe(torch.ones(32, 1))
+        ada.observe(torch.tensor(32.0), 32)
         ada.update(step, 32)
     assert ada.p == pytest.approx(1.0, abs=0.002)
 
@@ -55,9 +55,9 @@ def test_ada_takes_the_swing_to_go_from_0_to_1():
 def test_ada_moves_towards_the_target_every_fourth_step(logits, change):
     ada = AdaController(0.5, target=0.6, swing_kimg=100)
     for step in range(1, INTERVAL):
-        ada.observe(torch.tensor(logits))
+        ada.observe(torch.tensor(logits).sign().sum(), len(logits))
         assert ada.update(step, 16) == 0.5
-    ada.observe(torch.tensor(logits))
+    ada.observe(torch.tensor(logits).sign().sum(), len(logits))
     assert ada.update(INTERVAL, 16) == pytest.approx(0.5 + change * 16 * INTERVAL / 100_000, abs=1e-12)
     assert ada.count == 0
 
@@ -69,7 +69,7 @@ def test_ada_never_leaves_0_to_1_and_fixed_p_never_moves():
     )
     fixed = AdaController(0.3, target=None, swing_kimg=0.01)
     for step in range(1, 9):
-        low.observe(-torch.ones(4, 1))
+        low.observe(torch.tensor(-4.0), 4)
         for ada in (high, fixed):
-            ada.observe(torch.ones(4, 1))
+            ada.observe(torch.tensor(4.0), 4)
         assert (low.update(step, 4), high.update(step, 4), fixed.update(step, 4)) == (0.0, 1.0, 0.3)

@@ -57,7 +57,8 @@ def test_the_first_signal_asks_and_the_second_insists():
     before = signal.getsignal(signal.SIGINT)
     with watch.stop_on_signals():
         os.kill(os.getpid(), signal.SIGINT)
-        assert watch.stop_requested
+        assert watch.heard == signal.SIGINT and watch.stop_signal is None
+        assert watch.is_told_to_stop(state(4)) and watch.stop_signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
