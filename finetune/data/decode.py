@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from finetune.data.problems import NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
+from finetune.data.problems import CUT_SHORT, NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
 
 Fit = Literal["crop", "pad", "stretch"]
 FITS: tuple[str, ...] = get_args(Fit)
@@ -56,7 +56,7 @@ def open_picture(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+            picture = _opened(data)
             picture.load()
             turn = TURNS.get(_orientation(picture))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -64,9 +64,12 @@ def open_picture(data: bytes) -> Image.Image:
             seen = f"{int(size[1]):,}" if size else "more"
             raise Unusable(TOO_LARGE, f"{seen} pixels, {Image.MAX_IMAGE_PIXELS:,} are allowed") from None
         except UnidentifiedImageError:
+            if _is_cut_short(data):
+                raise Unusable(CUT_SHORT, "damaged: not even its header is whole") from None
             raise Unusable(UNREADABLE, _what_else(data)) from None
         except Exception as error:  # the decoders raise nearly every built-in exception on damaged files
-            raise Unusable(UNREADABLE, f"damaged: {str(error) or type(error).__name__}") from None
+            kind = CUT_SHORT if _is_cut_short(data) else UNREADABLE
+            raise Unusable(kind, f"damaged: {str(error) or type(error).__name__}") from None
         _check_mode(picture)
         return picture if turn is None else picture.transpose(turn)
 
@@ -112,6 +115,11 @@ def fit_square(picture: Image.Image, resolution: int, fit: str | None) -> Image.
     return _resize(picture, (resolution, resolution), box)
 
 
+def _opened(data: bytes) -> Image.Image:
+    """A picture whose pixels are not decoded yet. Raises whatever Pillow does."""
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
     """Lanczos; a picture much too large is first averaged down by a whole factor, for speed."""
     return picture.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
@@ -141,6 +149,45 @@ def _orientation(picture: Image.Image) -> int:
         return int(picture.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata is no reason to refuse a picture whose pixels are whole
         return 1
+
+
+def unusual(picture: Image.Image, data: bytes) -> str | None:
+    """What `to_channels` has to change by a rule that a person may not expect; None for plain L and RGB."""
+    found = []
+    if picture.mode.startswith("I") or (data.startswith(b"\x89PNG") and data[24:25] == b"\x10"):
+        found.append("16 bits a channel")
+    if picture.mode in ("P", "PA"):
+        found.append("palette")
+    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        found.append(picture.mode)
+    if picture.has_transparency_data:
+        found.append("transparency")
+    return ", ".join(found) or None
+
+
+def num_frames(data: bytes) -> int:
+    """How many frames or pages a picture has that `open_picture` could open; 1 for what is no sequence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = _opened(data)
+            # The further pictures of an MPO are previews of the first.
+            return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        except Exception:  # only the first frame is used, and that one is whole
+            return 1
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Whether the end of a damaged file is missing, by what its format says of its end."""
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-64:]
+    if data.startswith(b"RIFF"):
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data.startswith(b"BM"):
+        return len(data) < int.from_bytes(data[2:6], "little")
+    return data.startswith(b"GIF8") and not data.rstrip(b"\0").endswith(b";")
 
 
 def _what_else(data: bytes) -> str:

@@ -16,6 +16,8 @@ from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
 
+CACHE_BYTES = 256 << 20  # decoded; sets that take no more are read into memory once
+
 
 class ImageSet(Dataset):
     """Items `(uint8 [channels, resolution, resolution], float32 [num_classes])` in the order of sorted names.
@@ -88,7 +90,7 @@ class ImageSet(Dataset):
         picked = torch.randint(len(self.names), (n,), generator=generator)
         return torch.from_numpy(self._labels.one_hot(picked.numpy()))
 
-    def preload(self, max_bytes: int = 256 << 20, *, workers: int = 0) -> bool:
+    def preload(self, max_bytes: int = CACHE_BYTES, *, workers: int = 0) -> bool:
         """Decode everything into memory once if that takes at most `max_bytes`; say whether it is there."""
         num_bytes = len(self.names) * self.channels * self.resolution**2
         if self._pixels is None and num_bytes <= max_bytes:

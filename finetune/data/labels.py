@@ -55,6 +55,22 @@ def read_labels(
     return Labels(values, num_classes or int(values.max()) + 1), []
 
 
+def has_labels(source: Source) -> bool:
+    """Whether `dataset.json` is there and is not one that says that there are no labels."""
+    if source.labels_name is None:
+        return False
+    try:
+        content = json.loads(source.read(source.labels_name))
+    except (Unusable, ValueError, RecursionError):
+        return True  # there are some, and reading them says what is wrong
+    return not (isinstance(content, dict) and content.get("labels") is None)
+
+
+def labels_without_picture(source: Source) -> list[str]:
+    """Names in `dataset.json` that belong to no picture, sorted. Raises DataError as `read_labels` does."""
+    return sorted(_read_table(source, None).keys() - {source.label_key(name) for name in source.names})
+
+
 def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
     """Picture name -> label as the file has it; names with forward slashes."""
     advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}'

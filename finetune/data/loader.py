@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.image_set import ImageSet
+from finetune.data.image_set import CACHE_BYTES, ImageSet
 from finetune.data.sampler import InfiniteSampler
-from finetune.data.workers import available_cores, started
+from finetune.data.workers import available_cores, leave_interrupts_to_the_main_process, started, surviving
 from finetune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+NUM_STAND_INS = 8  # pictures tried in the place of one that cannot be read any more
+MAX_UNREADABLE = 0.1  # of the items of an epoch; with more, training would be on other pictures than was said
+GONE = (
+    "The pictures seem to be gone: a disk or a network share that went away? What was saved is whole; once "
+    "they are back, --resume the run folder."
+)
+
+log = logging.getLogger("finetune.data")
 
 
 class InfiniteLoader(Iterator[Batch]):
     """Yields `(uint8 [N, C, H, W], float32 [N, num_classes])` for ever, on the CPU (pinned for CUDA).
 
+    A picture that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
+    files); the first one is told. Raises DataError where none of the stand-ins can be read either, or where
+    more than `MAX_UNREADABLE` of an epoch were replaced. Where a worker dies, others go on in its place.
     `state_dict` counts what was handed out, not what workers have read ahead; load it before the first batch.
     """
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, batch_size: int) -> None:
         self._loader, self._sampler = loader, sampler
+        self._batch_size = batch_size
         self._step = batch_size * sampler.num_replicas
         self._position = sampler.position
         self._batches: Iterator | None = None
+        self.unreadable = 0
+        self._replaced = 0  # in this epoch
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = started(self._loader)
+            self._batches = surviving(self._start)
         batch = next(self._batches)
         if isinstance(batch, DataError):
             raise batch
+        images, labels, lost = batch
+        self._count(lost)
         self._position += self._step
-        return batch
+        return images, labels
+
+    def _start(self) -> Iterator:
+        self._sampler.position = self._position
+        return started(self._loader)
+
+    def _count(self, lost: list[str]) -> None:
+        """Count the pictures of a batch that had to be replaced. Raises DataError where they are too many."""
+        if lost and not self.unreadable:
+            log.warning("%s Another picture takes its place; the log counts these as `unreadable`.", lost[0])
+        self.unreadable += len(lost)
+        num_items = self._sampler.num_items
+        if self._position % num_items < self._step:  # another epoch
+            self._replaced = 0
+        self._replaced += len(lost)
+        if self._replaced > MAX_UNREADABLE * num_items / self._sampler.num_replicas:
+            raise DataError(
+                f"{self._replaced} items of this epoch of {num_items} could not be read any more, and "
+                f"training stops at more than {MAX_UNREADABLE:.0%}. The last one: {lost[-1]}",
+                hint=GONE,
+            )
 
     def state_dict(self) -> dict:
-        """The position in the order of items, as `InfiniteSampler.state_dict`."""
-        return {**self._sampler.state_dict(), "position": self._position}
+        """The position in the order of items, as `InfiniteSampler.state_dict`, and what was counted."""
+        return {**self._sampler.state_dict(), "position": self._position, "unreadable": self.unreadable}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state` was taken. Raises ValueError where it belongs to another order."""
         self._batches = None
         self._sampler.load_state_dict(state)
         self._position = self._sampler.position
+        self.unreadable = int(state.get("unreadable", 0))
+        self._replaced = 0
 
     def close(self) -> None:
         """Stop the workers; the next batch, if one is asked for, follows the last one handed out."""
@@ -62,7 +102,7 @@ def build_loader(
     device: torch.device | str,
     rank: int = 0,
     num_replicas: int = 1,
-    cache_bytes: int = 256 << 20,
+    cache_bytes: int = CACHE_BYTES,
 ) -> InfiniteLoader:
     """Endless shuffled batches of `batch_size` items for replica `rank`.
 
@@ -73,7 +113,9 @@ def build_loader(
     workers = min(workers, available_cores())
     if image_set.preload(cache_bytes, workers=workers):
         workers = 0
-    sampler = InfiniteSampler(len(image_set), rank=rank, num_replicas=num_replicas, seed=seed)
+    sampler = InfiniteSampler(
+        len(image_set), rank=rank, num_replicas=num_replicas, block=batch_size, seed=seed
+    )
     loader = DataLoader(
         _Items(image_set),
         batch_size=batch_size,
@@ -81,6 +123,7 @@ def build_loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=leave_interrupts_to_the_main_process,
         # Workers are seeded from here; the global generator is left alone.
         generator=torch.Generator().manual_seed(seed % 2**63),
     )
@@ -88,7 +131,12 @@ def build_loader(
 
 
 class _Items(Dataset):
-    """The items of a set; a problem is handed over as an item, because torch rewords what workers raise."""
+    """Items `(picture, label, why)` of a set; `why` says what is wrong with the picture it stands in for.
+
+    Which one stands in depends on the number of the item and on what can be read, so that a run that is
+    continued meets the same. A problem that remains is handed over as an item, because torch rewords what
+    workers raise.
+    """
 
     def __init__(self, image_set: ImageSet) -> None:
         self.image_set = image_set
@@ -96,16 +144,21 @@ class _Items(Dataset):
     def __len__(self) -> int:
         return len(self.image_set)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | DataError:
-        try:
-            return self.image_set[index]
-        except DataError as error:
-            return error
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, str | None] | DataError:
+        why: str | None = None
+        # From anywhere in the set: what vanishes is often a folder, whose pictures are neighbours.
+        others = np.random.RandomState(index).randint(len(self), size=NUM_STAND_INS)
+        for candidate in (index, *others.tolist()):
+            try:
+                return (*self.image_set[candidate], why)
+            except DataError as error:
+                why = why or error.what
+        return DataError(f"{why} Neither can {NUM_STAND_INS} others that were to take its place.", hint=GONE)
 
 
-def _collate(items: list) -> Batch | DataError:
+def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list[str]] | DataError:
     for item in items:
         if isinstance(item, DataError):
             return item
-    images, labels = zip(*items)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+    images, labels, why = zip(*items)
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), [w for w in why if w]

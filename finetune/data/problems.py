@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,43 @@ from pathlib import Path
 SHOWN_PER_KIND = 100  # names listed for one kind; a set of 70,000 wrong files should not fill the terminal
 
 UNREADABLE = "cannot be read"
+CUT_SHORT = "is cut short"
 TOO_LARGE = "has too many pixels"
 NO_RULE = "has pixel values without a rule"
 WRONG_SIZE = "has another size"
 BAD_LABEL = "has no usable label"
-KINDS = (UNREADABLE, TOO_LARGE, NO_RULE, WRONG_SIZE, BAD_LABEL)
+# What training refuses, and the names that programs know these kinds by.
+REFUSED = {
+    UNREADABLE: "unreadable",
+    CUT_SHORT: "truncated",
+    TOO_LARGE: "too-many-pixels",
+    NO_RULE: "no-rule",
+    WRONG_SIZE: "wrong-size",
+    BAD_LABEL: "bad-label",
+}
+NOT_SQUARE = "is not square"
+TOO_SMALL = "is smaller, and gets enlarged"
+UNUSUAL = "is stored in an unusual way"
+FRAMES = "has several frames, of which the first counts"
+DUPLICATE = "shows the same as another one"
+NO_PICTURE = "has a label, but is not there"
+SAME_NAME = "has a name that some systems take for another one's"
+# What training takes, but a person may want to know.
+REMARKS = {
+    NOT_SQUARE: "not-square",
+    TOO_SMALL: "too-small",
+    UNUSUAL: "unusual-mode",
+    FRAMES: "several-frames",
+    DUPLICATE: "duplicate",
+    NO_PICTURE: "label-without-picture",
+    SAME_NAME: "name-collision",
+}
+KINDS = (*REFUSED, *REMARKS)
+COUNTED = (WRONG_SIZE, NOT_SQUARE, TOO_SMALL, UNUSUAL, FRAMES)  # told by value, not by name: few of many
 
 HINTS = {
     UNREADABLE: "Repair or remove the files that cannot be read.",
+    CUT_SHORT: "Get the files that are cut short again, or remove them.",
     TOO_LARGE: "Make pictures with too many pixels smaller: they could be decompression bombs.",
     NO_RULE: "Save such pictures with 8 or 16 bits a channel.",
     WRONG_SIZE: "Say how pictures are brought to size: --fit crop (centre square), --fit pad (white margins) "
@@ -48,25 +76,31 @@ def describe(path: Path, num_images: int, problems: Iterable[Problem]) -> str:
     """All problems as text: a count for each kind, then the names; wrong sizes are counted by size."""
     problems = list(problems)
     num_bad = len({problem.name for problem in problems})
-    lines = [f"{path}: {num_bad} of {num_images} pictures cannot be used."]
+    first = f"{path}: {num_bad} of {num_images} pictures cannot be used."
+    return "\n".join([first, *listed(problems)])
+
+
+def listed(problems: Iterable[Problem], shown: int | None = SHOWN_PER_KIND) -> list[str]:
+    """Lines with a count for each kind and, below, `shown` names (None: all)."""
+    problems, lines = list(problems), []
     for kind in KINDS:
         found = [problem for problem in problems if problem.kind == kind]
         if not found:
             continue
         lines.append(f"  {kind}: {len(found)}")
-        if kind == WRONG_SIZE:
-            lines += _sizes(found)
+        if kind in COUNTED:
+            lines += _by_detail(found, shown)
             continue
-        lines += [f"    {printable(problem.name)}: {problem.detail}" for problem in found[:SHOWN_PER_KIND]]
-        if len(found) > SHOWN_PER_KIND:
-            lines.append(f"    … and {len(found) - SHOWN_PER_KIND} more")
-    return "\n".join(lines)
+        lines += [f"    {printable(problem.name)}: {problem.detail}" for problem in found[:shown]]
+        if shown is not None and len(found) > shown:
+            lines.append(f"    … and {len(found) - shown} more")
+    return lines
 
 
 def hint(problems: Iterable[Problem]) -> str:
     """What to do about these problems, one line for each kind that occurs."""
     present = {problem.kind for problem in problems}
-    return "\n".join(HINTS[kind] for kind in KINDS if kind in present)
+    return "\n".join(text for kind, text in HINTS.items() if kind in present)
 
 
 def printable(name: str) -> str:
@@ -74,12 +108,17 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _sizes(found: list[Problem]) -> list[str]:
+def _by_detail(found: list[Problem], shown: int | None) -> list[str]:
+    """A line for each value seen, with its count, and three names (all of them with `shown` None)."""
+    by_detail: dict[str, list[str]] = {}
+    for problem in found:
+        by_detail.setdefault(problem.detail, []).append(printable(problem.name))
     lines = []
-    for size, count in Counter(problem.detail for problem in found).most_common(SHOWN_PER_KIND):
-        examples = [printable(problem.name) for problem in found if problem.detail == size][:3]
-        lines.append(f"    {size}: {count} ({', '.join(examples)}{', …' if count > 3 else ''})")
-    num_sizes = len({problem.detail for problem in found})
-    if num_sizes > SHOWN_PER_KIND:
-        lines.append(f"    … and {num_sizes - SHOWN_PER_KIND} other sizes")
+    for detail, names in sorted(by_detail.items(), key=lambda item: -len(item[1]))[:shown]:
+        examples = names if shown is None else names[:3]
+        lines.append(
+            f"    {detail}: {len(names)} ({', '.join(examples)}{', …' if len(names) > len(examples) else ''})"
+        )
+    if shown is not None and len(by_detail) > shown:
+        lines.append(f"    … and {len(by_detail) - shown} others")
     return lines

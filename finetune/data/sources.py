@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import stat
 import zipfile
 import zlib
 from collections import Counter
@@ -30,17 +32,20 @@ class Source:
     """The pictures under one path.
 
     `names` are those of the pictures, with forward slashes, sorted by code point; `num_ignored` counts other
-    files. Raises DataError where the path holds no picture.
+    files; `repeated` are names that a zip has more than once (the last one counts). Raises DataError where
+    the path holds no picture.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files = sorted(name for name in set(self._files()) if not is_hidden(name))
+        listed = Counter(name for name in self._files() if not is_hidden(name))
+        files = sorted(listed)
+        self.repeated = sorted(name for name, count in listed.items() if count > 1)
         self.names = [name for name in files if PurePosixPath(name.lower()).suffix in PICTURE_SUFFIXES]
-        self.num_ignored = len(files) - len(self.names)
         if not self.names:
             raise _no_pictures(path, files)
         self.labels_name = self._find_labels(set(files))
+        self.num_ignored = len(files) - len(self.names) - (self.labels_name is not None)
 
     def _files(self) -> Iterator[str]:
         raise NotImplementedError
@@ -51,6 +56,10 @@ class Source:
 
     def checksum(self, name: str) -> tuple[int, int]:
         """Size in bytes and CRC-32 of one file: equal for a folder and for a zip made of it."""
+        raise NotImplementedError
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Two numbers that change when a file does, had without reading it; (-1, -1) where it is gone."""
         raise NotImplementedError
 
     def label_key(self, name: str) -> str:
@@ -89,7 +98,10 @@ class FolderSource(Source):
     def read(self, name: str) -> bytes:
         path = self.path / name
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise Unusable(UNREADABLE, "is no regular file")
+            if status.st_size > MAX_FILE_BYTES:
                 raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
             return path.read_bytes()
         except OSError as error:
@@ -102,6 +114,13 @@ class FolderSource(Source):
                 crc = zlib.crc32(block, crc)
                 size += len(block)
         return size, crc
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        try:
+            status = (self.path / name).stat()
+        except OSError:
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
 
 
 class ZipSource(Source):
@@ -128,19 +147,28 @@ class ZipSource(Source):
         return (entry.filename for entry in self.archive.infolist() if not entry.is_dir())
 
     def read(self, name: str) -> bytes:
-        entry = self.archive.getinfo(name)
+        try:
+            archive = self.archive
+            entry = archive.getinfo(name)
+        except DataError as error:  # it was whole when it was first opened
+            raise Unusable(UNREADABLE, error.what.removeprefix(f"{self.path}: ").rstrip(".")) from None
+        except KeyError:
+            raise Unusable(UNREADABLE, "is no longer in the zip") from None
         if entry.file_size > MAX_FILE_BYTES:
             raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB when unpacked")
         try:
-            return self.archive.read(entry)
+            return archive.read(entry)
         except RuntimeError:  # the one sign zipfile gives; NotImplementedError below is its subclass
             raise Unusable(UNREADABLE, "is encrypted, or packed by a method unknown to Python") from None
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, zlib.error) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise Unusable(UNREADABLE, f"is damaged inside the zip ({error})") from None
 
     def checksum(self, name: str) -> tuple[int, int]:
         entry = self.archive.getinfo(name)
         return entry.file_size, entry.CRC
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        return self.checksum(name)
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -152,6 +180,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         raise DataError(f"{path}: no such folder or zip.")
     if zipfile.is_zipfile(path):
         return ZipSource(path)
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            raise DataError(
+                f"{path}: the zip is cut short: its directory, which is at the end, is missing.",
+                hint="Copy or download it again.",
+            )
     raise DataError(
         f"{path}: neither a folder nor a zip file.", hint="Pass a folder of pictures, or a zip of them."
     )

@@ -1,16 +1,24 @@
-"""How worker processes of a DataLoader are counted and started."""
+"""How worker processes of a DataLoader are counted and started, and what happens when one dies."""
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from finetune.errors import DataError
+
 PARALLEL_FROM = 512  # pictures; below, starting workers costs more than they save
+MAX_DEATHS = 3  # of workers, one after the other, without one item in between
+
+log = logging.getLogger("finetune.data")
 
 
 def available_cores() -> int:
@@ -19,21 +27,90 @@ def available_cores() -> int:
 
 
 def started(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, without Python 3.12's warning about fork beside threads: the workers use none."""
+    """`iter(loader)`, without Python 3.12's warning about fork beside threads: the workers use none.
+
+    Torch's handler of SIGCHLD is not left in place: it raises wherever the main program happens to be, in the
+    middle of a training step or of a save. A dead worker is noticed all the same, where its batch is missing.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-        return iter(loader)
+        batches = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
-def in_order(items: Dataset, num_items: int, workers: int) -> Iterator:
+def leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one finishes its step, and needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def surviving(start: Callable[[], Iterator]) -> Iterator:
+    """The items of `start()`; where one of its workers dies, `start()` again, to go on with the next item.
+
+    Raises DataError where workers die again and again and nothing comes in between.
+    """
+    deaths, items = 0, start()
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _is_death(error):
+                raise
+            why = str(error)  # the error itself would keep the workers that are left alive
+        else:
+            deaths = 0
+            yield item
+            continue
+        deaths += 1
+        if deaths > MAX_DEATHS:
+            raise DataError(
+                f"Processes that decode pictures died {deaths} times in a row ({why}).",
+                hint="Mostly the system ends them for want of memory, or of shared memory (/dev/shm): use "
+                "fewer --workers, or --workers 0.",
+            )
+        log.warning("A process that decodes pictures died (%s); new ones go on where it was.", why)
+        items = iter(())  # ends the others before there are new ones
+        items = start()
+
+
+def in_order(items: Dataset, num_items: int, workers: int, parallel_from: int | None = None) -> Iterator:
     """The items of a data set one by one, made by `workers` processes (at most one a core) where it pays."""
-    num_workers = min(workers, available_cores()) if num_items >= PARALLEL_FROM else 0
-    # A generator of its own, because a DataLoader draws a seed from the global one otherwise.
-    loader = DataLoader(
-        items, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, generator=torch.Generator()
-    )
-    return started(loader)
+    pays = num_items >= (PARALLEL_FROM if parallel_from is None else parallel_from)
+    num_workers = min(workers, available_cores()) if pays else 0
+    done = 0
+
+    def start() -> Iterator:
+        loader = DataLoader(
+            items,
+            batch_size=None,
+            sampler=range(done, num_items),
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_interrupts_to_the_main_process,
+            # A generator of its own, because a DataLoader draws a seed from the global one otherwise.
+            generator=torch.Generator(),
+        )
+        return started(loader)
+
+    for item in surviving(start):
+        done += 1
+        yield item
 
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether an error of a DataLoader says that a worker is gone, and not what went wrong inside one."""
+    text = str(error)
+    if "in DataLoader worker process" in text:  # an exception that a worker has handed over
+        return False
+    # What receiving an item meets when its sender dies in that moment.
+    cut_off = isinstance(error, ConnectionError | FileNotFoundError | EOFError)
+    return cut_off or "DataLoader worker (pid" in text

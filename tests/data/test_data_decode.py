@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
 
-from finetune.data.decode import TURNS, decode, fit_square, images_to_float, open_picture
-from finetune.data.problems import NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
+from finetune.data.decode import (
+    TURNS,
+    decode,
+    fit_square,
+    images_to_float,
+    num_frames,
+    open_picture,
+    unusual,
+)
+from finetune.data.problems import CUT_SHORT, NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
 
 COLOURS = {1: [54], 3: [180, 0, 0], 4: [180, 0, 0, 255]}  # dark red; its luminance is 0.299 * 180
 
@@ -217,7 +228,52 @@ def test_what_is_no_picture_is_named():
 def test_truncated_files_are_refused(encode, noise, kind):
     data = encode(noise(32, 32, 3), kind)
     for keep in (len(data) // 2, 40):
-        assert refusal(data[:keep]).kind == UNREADABLE
+        problem = refusal(data[:keep])
+        # What a TIFF holds is said at its end, so that of half of one nothing is known.
+        assert problem.kind == (UNREADABLE if kind == "TIFF" else CUT_SHORT) and problem.detail
+
+
+def test_what_is_damaged_but_whole_is_not_called_cut_short(encode, noise):
+    data = bytearray(encode(noise(32, 32, 3)))
+    data[60:80] = bytes(20)
+    assert refusal(bytes(data)).kind == UNREADABLE
+
+
+@pytest.mark.parametrize(
+    "mode, what",
+    [
+        ("L", None),
+        ("RGB", None),
+        ("1", None),
+        ("P", "palette"),
+        ("LA", "transparency"),
+        ("RGBA", "transparency"),
+    ],
+)
+def test_what_is_unusual_about_a_mode(encode, mode, what):
+    data = encode(Image.new(mode, (4, 4)))
+    assert unusual(open_picture(data), data) == what and num_frames(data) == 1
+
+
+def test_what_else_is_unusual(encode):
+    def seen(data):
+        return unusual(open_picture(data), data)
+
+    assert seen(encode(Image.new("CMYK", (4, 4)), "JPEG")) == "CMYK"
+    assert seen(encode(np.zeros((4, 4), np.uint16))) == "16 bits a channel"
+    assert seen(encode(Image.new("P", (4, 4)), transparency=0)) == "palette, transparency"
+    # 16-bit colour, which Pillow gives as 8-bit RGB: a 1×1 PNG by hand.
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(7))), (b"IEND", b""))
+    parts = [len(d).to_bytes(4, "big") + t + d + zlib.crc32(t + d).to_bytes(4, "big") for t, d in chunks]
+    assert seen(b"\x89PNG\r\n\x1a\n" + b"".join(parts)) == "16 bits a channel"
+
+
+def test_frames_are_counted(encode):
+    frames = [plain("RGB", (180, 0, 0)), plain("RGB", (0, 0, 180)), plain("RGB", (0, 180, 0))]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        assert num_frames(encode(frames[0], kind, save_all=True, append_images=frames[1:])) == 3
+    assert num_frames(b"") == 1
 
 
 def test_flipped_bytes_never_raise_anything_else(encode, noise):

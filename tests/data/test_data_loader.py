@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import random
+import signal
+import zipfile
 from itertools import islice
 
 import numpy as np
@@ -133,7 +136,7 @@ def test_problems_keep_their_own_words(eight, two_cores, num_workers):
     with pytest.raises(DataError) as caught:
         next(batches)
     assert str(caught.value).startswith(str(path)) and "Traceback" not in str(caught.value)
-    assert "changed since" in caught.value.hint
+    assert "Neither can 8 others" in str(caught.value) and "--resume" in caught.value.hint
     batches.close()
 
 
@@ -166,6 +169,180 @@ def test_large_sets_are_preloaded_in_parallel_and_the_same(eight, two_cores, mon
     images, alone = (ImageSet(eight(".zip"), resolution=8, channels=3) for _ in range(2))
     assert images.preload(workers=2) and alone.preload()
     assert all(np.array_equal(images[i][0], alone[i][0]) for i in range(8))
+
+
+@pytest.fixture
+def forty(write_set, encode, noise):
+    """A folder, or a zip, of forty 8×8 pictures; picture i is gray i everywhere."""
+
+    def write(kind=""):
+        files = {f"{i:02}.png": encode(np.full((8, 8), i, np.uint8)) for i in range(40)}
+        return write_set(files, f"forty{kind}")
+
+    return write
+
+
+def lose(path, number, how):
+    """Make one picture of a folder unreadable."""
+    file = path / f"{number:02}.png"
+    if how == "deleted":
+        file.unlink()
+    elif how == "cut short":
+        file.write_bytes(file.read_bytes()[:50])
+    elif how == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.unlink()
+        file.symlink_to(file)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("how", ["deleted", "cut short", "a folder", "a loop"])
+def test_a_picture_that_is_lost_is_replaced_and_counted(forty, two_cores, caplog, num_workers, how):
+    path = forty()
+    images = ImageSet(path, resolution=8, channels=1)
+    batches = build(images, num_workers, cache_bytes=0, batch_size=4)
+    lose(path, 7, how)
+    with caplog.at_level("WARNING", "finetune.data"):
+        seen = [int(value) for _ in range(20) for value in next(batches)[0][:, 0, 0, 0]]
+    state = batches.state_dict()
+    batches.close()
+    order = take(InfiniteSampler(40, seed=1), 80)
+    stand_in = seen[order.index(7)]
+    assert stand_in != 7 and seen == [stand_in if item == 7 else item for item in order]
+    assert batches.unreadable == state["unreadable"] == 2
+    assert len(caplog.messages) == 1 and f"{path}: 07.png " in caplog.messages[0]
+    assert ("is cut short: damaged" if how == "cut short" else "cannot be read") in caplog.messages[0]
+
+    again = build(
+        ImageSet(path, resolution=8, channels=1) if how == "cut short" else images, 0, cache_bytes=0
+    )
+    again.load_state_dict({**state, "position": 0})
+    assert [int(next(again)[0][0, 0, 0, 0]) for _ in range(10)] == seen[:30:3], "the same one stands in"
+    assert again.unreadable >= 2
+
+
+def test_training_stops_when_too_much_of_an_epoch_is_lost(forty, two_cores):
+    path = forty()
+    batches = build(ImageSet(path, resolution=8, channels=1), cache_bytes=0, batch_size=4)
+    for number in range(4):  # a tenth is allowed
+        lose(path, number, "deleted")
+    for _ in range(30):
+        next(batches)
+    assert batches.unreadable == 12
+    lose(path, 4, "deleted")
+    with pytest.raises(
+        DataError, match=r"5 items of this epoch of 40 .* more than 10%.*No such file"
+    ) as caught:
+        for _ in range(20):
+            next(batches)
+    assert "--resume" in caught.value.hint
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_zip_that_is_cut_off_stops_training_with_a_message(forty, two_cores, num_workers):
+    path = forty(".zip")
+    batches = build(ImageSet(path, resolution=8, channels=1), num_workers, cache_bytes=0, batch_size=4)
+    next(batches)
+    with open(path, "r+b") as file:
+        file.truncate(60)
+    with pytest.raises(DataError, match=r"forty\.zip: \d\d\.png cannot be read: is damaged inside the zip"):
+        for _ in range(20):
+            next(batches)
+    batches.close()
+
+
+def test_a_zip_that_is_replaced_is_not_noticed_by_who_has_it_open(forty, tmp_path):
+    path = forty(".zip")
+    images = ImageSet(path, resolution=8, channels=1)
+    batches = build(images, cache_bytes=0, batch_size=4)
+    first = next(batches)[0]
+    other = tmp_path / "other.zip"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("99.png", b"")
+    other.replace(path)
+    assert [len(next(batches)[0]) for _ in range(10)] == [4] * 10 and batches.unreadable == 0
+    opened_later = build(pickle.loads(pickle.dumps(images)), cache_bytes=0, batch_size=4)
+    with pytest.raises(DataError, match="is no longer in the zip"):
+        next(opened_later)
+    assert first.shape == (4, 1, 8, 8)
+
+
+def test_the_processes_share_what_may_be_lost(forty):
+    path = forty()
+    batches = build(
+        ImageSet(path, resolution=8, channels=1), batch_size=4, rank=1, num_replicas=2, cache_bytes=0
+    )
+    # A tenth of an epoch is four items, of which two fall to each of two processes.
+    for number in take(InfiniteSampler(40, seed=1), 8):
+        lose(path, number, "deleted")
+    with pytest.raises(DataError, match=r"4 items of this epoch of 40"):
+        next(batches)
+
+
+def dying(numbers, *, after):
+    """A `start` whose workers die after so many items, again and again; and how often it was called."""
+    starts = []
+
+    def start():
+        starts.append(len(numbers))
+        for _ in range(after):
+            yield len(numbers)
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    return start, starts
+
+
+def test_workers_that_die_are_replaced(caplog):
+    done = []
+    start, starts = dying(done, after=1)
+    items = workers.surviving(start)
+    with caplog.at_level("WARNING", "finetune.data"):
+        for _ in range(5):
+            done.append(next(items))
+    assert done == [0, 1, 2, 3, 4] and starts == [0, 1, 2, 3, 4]
+    assert all("(DataLoader worker (pid(s) 7) exited unexpectedly)" in text for text in caplog.messages)
+
+
+def test_workers_that_die_at_once_are_given_up(caplog):
+    start, starts = dying([], after=0)
+    with pytest.raises(DataError, match=r"died 4 times in a row .*pid\(s\) 7") as caught:
+        next(workers.surviving(start))
+    assert "--workers 0" in caught.value.hint and len(starts) == 4
+
+
+def test_what_goes_wrong_inside_a_worker_is_no_death():
+    def start():
+        raise ConnectionError("Caught ConnectionError in DataLoader worker process 0.")
+        yield
+
+    with pytest.raises(ConnectionError):
+        next(workers.surviving(start))
+
+
+def test_signals_are_left_as_they_are(eight, two_cores):
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = build(ImageSet(eight(), resolution=8, channels=3), 2, cache_bytes=0)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGINT)  # as Ctrl-C does
+    assert [len(next(batches)[0]) for _ in range(8)] == [3] * 8
+    batches.close()
+
+
+@pytest.mark.slow  # torch looks for dead workers every five seconds
+def test_a_killed_worker_changes_nothing(forty, two_cores):
+    images = ImageSet(forty(), resolution=8, channels=1)
+    expected = build(images, cache_bytes=0, batch_size=4)
+    batches = build(images, 2, cache_bytes=0, batch_size=4)
+    for number in range(12):
+        assert torch.equal(next(batches)[0], next(expected)[0])
+        if number in (2, 6):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    batches.close()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.gpu

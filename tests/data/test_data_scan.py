@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 from PIL import Image
 
 from finetune.data import scan, workers
-from finetune.data.problems import SHOWN_PER_KIND
+from finetune.data.problems import (
+    BAD_LABEL,
+    DUPLICATE,
+    FRAMES,
+    NO_PICTURE,
+    NOT_SQUARE,
+    SAME_NAME,
+    SHOWN_PER_KIND,
+    TOO_SMALL,
+    UNREADABLE,
+    UNUSUAL,
+    WRONG_SIZE,
+)
 from finetune.errors import DataError
 
 
@@ -56,7 +70,8 @@ def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
     text = message(scan(path, resolution=8))
     assert text.splitlines()[0] == f"{path}: 8 of 9 pictures cannot be used."
     for expected in (
-        "  cannot be read: 3\n",
+        "  cannot be read: 2\n",
+        "  is cut short: 1\n",
         "    empty.jpg: is empty\n",
         "    page.webp: is a web page",
         "    sub/cut.png: damaged: ",
@@ -67,10 +82,12 @@ def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
         "    12×8 instead of 8×8: 1 (wide.png)\n",
         "--fit crop",
         "Repair or remove",
+        "Get the files that are cut short again",
     ):
         assert expected in text
     assert "good.png" not in text
 
+    assert scan(path, resolution=8).remarks == [], "only of a thorough scan"
     fitted = message(scan(path, resolution=8, fit="pad"))
     assert "5 of 9 pictures" in fitted and "size" not in fitted and "--fit" not in fitted
 
@@ -128,3 +145,79 @@ def test_workers_find_the_same(eight, kind, monkeypatch):
 def test_unknown_fit_is_a_mistake_of_the_program(eight):
     with pytest.raises(ValueError, match="squash"):
         scan(eight(), fit="squash")
+
+
+def kinds_of(found) -> dict[str, list[str]]:
+    """Kind -> names, of problems and remarks together."""
+    kinds: dict[str, list[str]] = {}
+    for problem in [*found.problems, *found.remarks]:
+        kinds.setdefault(problem.kind, []).append(problem.name)
+    return kinds
+
+
+@pytest.fixture
+def odd_set(write_set, encode, noise, request):
+    """One of everything that is worth knowing; a folder, or a zip with a param of ".zip"."""
+    good, other = encode(noise(8, 8, 3)), encode(noise(8, 8, 3, seed=1))
+    palette = Image.fromarray(noise(8, 8, seed=2), "L").convert("P")
+    palette.putpalette(bytes(range(256)) * 3)
+    files = {
+        "a/good.png": good,
+        "a/again.bmp": encode(noise(8, 8, 3), "BMP"),
+        "a/Good.png": other,
+        "a/wide.png": encode(noise(10, 20, 3)),
+        "a/tiny.png": encode(noise(4, 4, 3)),
+        "b/palette.png": encode(palette),
+        "b/deep.png": encode(noise(8, 8, seed=3).astype("uint16") * 257),
+        "b/cmyk.jpg": encode(Image.fromarray(noise(8, 8, 4, seed=4), "CMYK"), "JPEG"),
+        "b/clear.png": encode(noise(8, 8, 4, seed=5)),
+        "b/moving.gif": encode(
+            noise(8, 8, seed=6), "GIF", save_all=True, append_images=[Image.fromarray(noise(8, 8, seed=7))]
+        ),
+    }
+    files["dataset.json"] = {"labels": [[name, 0] for name in files] + [["a/gone.png", 1]]}
+    return write_set(files, f"odd{getattr(request, 'param', '')}")
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("odd_set", ["", ".zip"], indirect=True)
+def test_a_thorough_scan_tells_what_is_worth_knowing(odd_set):
+    found = scan(odd_set, resolution=8, fit="pad", use_labels=True, thorough=True)
+    assert found.problems == [] and found.class_counts == [10]
+    assert kinds_of(found) == {
+        SAME_NAME: ["a/good.png"],
+        NO_PICTURE: ["a/gone.png"],
+        NOT_SQUARE: ["a/wide.png"],
+        TOO_SMALL: ["a/tiny.png"],
+        UNUSUAL: ["b/clear.png", "b/cmyk.jpg", "b/deep.png", "b/moving.gif", "b/palette.png"],
+        FRAMES: ["b/moving.gif"],
+        DUPLICATE: ["a/good.png"],
+    }
+    details = {(each.name, each.kind): each.detail for each in found.remarks}
+    assert details["a/good.png", DUPLICATE] == "as a/again.bmp"
+    assert details["a/good.png", SAME_NAME] == "that of a/Good.png"
+    assert details["b/deep.png", UNUSUAL] == "16 bits a channel"
+    refused = kinds_of(scan(odd_set, resolution=8, thorough=True))
+    assert refused[WRONG_SIZE] == ["a/tiny.png", "a/wide.png"] and NOT_SQUARE not in refused
+    assert TOO_SMALL not in refused and NO_PICTURE not in refused
+
+
+def test_labels_that_cannot_be_had_do_not_hide_the_rest(write_set, encode, noise):
+    path = write_set({"a.png": encode(noise(8, 8)), "b.png": b"", "dataset.json": b"{"})
+    with pytest.raises(DataError, match="not valid JSON"):
+        scan(path, use_labels=True)
+    found = scan(path, use_labels=True, thorough=True)
+    assert kinds_of(found) == {BAD_LABEL: ["dataset.json"], UNREADABLE: ["b.png"]}
+    assert found.problems[0].detail.startswith("is not valid JSON")
+
+
+def test_twice_in_a_zip(tmp_path, encode, noise):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", encode(noise(8, 8)))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a.png", encode(noise(8, 8)))
+    found = scan(path, thorough=True)
+    assert [(each.name, each.kind, each.detail) for each in found.remarks] == [
+        ("a.png", SAME_NAME, "is in the zip more than once")
+    ]
