@@ -20,7 +20,7 @@ from finetune.errors import FinetuneError
 from finetune.version import __version__
 
 # In the order in which a person meets them; `finetune --help` keeps it.
-COMMANDS = ("demo", "checkpoints", "inspect", "train", "generate", "evaluate", "export", "doctor")
+COMMANDS = ("demo", "checkpoints", "inspect", "dataset", "train", "generate", "evaluate", "export", "doctor")
 
 
 class CommandFailed(click.ClickException):

@@ -1,0 +1,167 @@
+"""`finetune dataset`: check a set of pictures, and bring it into the form that trains fastest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune.cli.options import NETWORK, network_file, offline_option
+from finetune.cli.progress import progress_bar
+from finetune.errors import ConfigError, DataError
+
+FITS = ("crop", "pad", "stretch")
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Processes that decode pictures, at most one a core.  [default: one a core]",
+)
+
+
+@click.group("dataset", short_help="Check a set of pictures, or prepare one that trains fastest.")
+def command() -> None:
+    """Check a set of pictures before training, or bring it to size in a zip that trains fastest.
+
+    Neither is needed: training reads any folder or zip of pictures, checks all of it first, and brings
+    pictures to size by --fit.
+    """
+
+
+@command.command("check", short_help="Decode every picture and tell everything that is wrong.")
+@click.argument("path", type=click.Path(path_type=Path), metavar="DIR|ZIP")
+@click.option(
+    "--network",
+    metavar=NETWORK,
+    help="Check for training on this checkpoint: its resolution, channels and classes.",
+)
+@click.option("--resolution", type=click.IntRange(min=4), metavar="PIXELS", help="Check for this resolution.")
+@click.option("--fit", type=click.Choice(FITS), help="What training shall do with other sizes.")
+@click.option(
+    "--cond/--no-cond",
+    default=None,
+    help="Check the labels.  [default: as the network; without one, if there are any]",
+)
+@workers_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every offender, instead of text.")
+@offline_option()
+def check_command(
+    path: Path,
+    network: str | None,
+    resolution: int | None,
+    fit: str | None,
+    cond: bool | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Decode every picture and list, by kind, all that training would refuse, and what else is worth
+    knowing: odd modes, animations, duplicates, names that collide, labels of files that are not there.
+
+    Exit code 2 where training would refuse something, else 0.
+    """
+    from finetune.cli import dataset_report
+    from finetune.data import scan
+    from finetune.data.labels import has_labels
+    from finetune.data.problems import hint
+    from finetune.data.sources import open_source
+
+    channels, num_classes = None, None
+    if network is not None:
+        if resolution is not None:
+            raise ConfigError("--resolution: --network says it already; give one of the two.")
+        resolution, channels, c_dim = shape_of(network)
+        cond = c_dim > 0 if cond is None else cond
+        num_classes = c_dim or None
+    if fit is not None and resolution is None:
+        raise ConfigError(f"--fit {fit} needs --resolution or --network: the size to bring pictures to.")
+    use_labels = has_labels(open_source(path)) if cond is None else cond
+    with progress_bar("looking at the pictures", 0) as progress:
+        found = scan(
+            path,
+            resolution=resolution,
+            fit=fit,
+            use_labels=use_labels,
+            num_classes=num_classes,
+            workers=workers,
+            progress=progress,
+            thorough=True,
+        )
+    training = dataset_report.what_training_does(found, resolution, channels, fit)
+    if as_json:
+        values = dataset_report.as_values(found, resolution, fit, use_labels, training)
+        click.echo(json.dumps(values, indent=2))
+    else:
+        click.echo(dataset_report.as_text(found, training))
+    if found.problems:
+        num_bad = len({problem.name for problem in found.problems})
+        raise DataError(f"{path}: training would refuse it: {num_bad} offenders.", hint=hint(found.problems))
+
+
+def shape_of(network: str) -> tuple[int, int, int]:
+    """Resolution, channels and number of classes of the generator of a checkpoint."""
+    from finetune.checkpoint import load
+
+    G: Any = load(network_file(network)).best
+    if G is None:
+        raise ConfigError(f"--network {network}: it holds no generator, only D.")
+    return G.img_resolution, G.img_channels, G.c_dim
+
+
+@command.command("prepare", short_help="Bring pictures to size, in a zip that trains fastest.")
+@click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
+@click.option(
+    "--resolution",
+    type=click.IntRange(min=4),
+    metavar="PIXELS",
+    help="Side of the pictures.  [default: that of the first one]",
+)
+@click.option("--fit", type=click.Choice(FITS), help="What to do with other sizes.  [default: refuse them]")
+@click.option(
+    "--channels",
+    type=click.Choice(["1", "3", "4"]),
+    default="3",
+    show_default=True,
+    help="Gray, colour, or colour with alpha.",
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["folders", "none", "keep"]),
+    help="Classes from the folders, no labels, or those of dataset.json.  [default: keep, if there are any]",
+)
+@click.option(
+    "--format",
+    "encoding",
+    type=click.Choice(["tiff", "png"]),
+    default="tiff",
+    show_default=True,
+    help="tiff is read fastest, png takes less room.",
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out what cannot be used, instead of refusing the set.")
+@workers_option
+@click.option("--force", is_flag=True, help="Replace DEST if it exists.")
+def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> None:
+    """Bring the pictures of SRC, a folder or zip, to size and write them to the uncompressed zip DEST.
+
+    Folders in SRC stay folders in the zip. A call that was interrupted is gone on with by the same call, and
+    the zip comes out the same to the byte; DEST appears when it is whole.
+    """
+    from finetune.data.preparing import prepare
+    from finetune.data.problems import printable
+
+    try:
+        with progress_bar("preparing the pictures", 0) as progress:
+            made = prepare(src, dest, channels=int(channels), progress=progress, **options)
+    except KeyboardInterrupt:
+        click.echo("\nWhat is done is kept: the same command goes on with it.", err=True)
+        raise
+    for problem in made.left_out:
+        click.echo(f"left out: {printable(problem.name)} {problem.kind}: {problem.detail}")
+    side, mib = made.settings.resolution, made.num_bytes / 2**20
+    earlier = f", {made.num_found_done} of them by an earlier call" if made.num_found_done else ""
+    click.echo(f"{made.path}: {made.num_images} pictures of {side}×{side}{earlier}, {mib:,.1f} MiB")
+    for number, name in enumerate(made.classes):
+        click.echo(f"class {number}: {printable(name)}")
+    click.echo(f"To train on them: finetune train --data {made.path}")

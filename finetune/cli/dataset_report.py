@@ -1,0 +1,124 @@
+"""What `finetune dataset check` shows of a scan, as text and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.data.image_set import CACHE_BYTES
+from finetune.data.problems import KINDS, REFUSED, REMARKS, Problem, listed, printable
+from finetune.data.scanning import Scan
+
+SHOWN_CLASSES = 20
+KIND_IDS = REFUSED | REMARKS
+VERBS = {"crop": "cropped", "pad": "padded", "stretch": "stretched", None: "refused"}
+
+
+def what_training_does(
+    found: Scan, resolution: int | None, channels: int | None, fit: str | None
+) -> dict[str, Any]:
+    """How many pictures training at a resolution takes as they are and how many it changes, by what it does.
+
+    Empty without a resolution. Counts of pictures, and MiB decoded (of 3 channels where these are not known).
+    """
+    if resolution is None:
+        return {}
+    kept = found.sizes.get((resolution, resolution), 0)
+    others = {size: count for size, count in found.sizes.items() if size != (resolution, resolution)}
+    counts = {
+        "as_they_are": kept,
+        "not_square": sum(count for (width, height), count in others.items() if width != height),
+        "enlarged": sum(count for size, count in others.items() if min(size) < resolution),
+        "shrunk": sum(count for size, count in others.items() if min(size) > resolution),
+        "other_sizes": sum(others.values()),
+    }
+    num_bytes = sum(found.sizes.values()) * (channels or 3) * resolution**2
+    return {
+        "resolution": resolution,
+        "fit": fit,
+        **counts,
+        "decoded_mib": round(num_bytes / 2**20, 1),
+        "in_memory": num_bytes <= CACHE_BYTES,
+    }
+
+
+def as_values(
+    found: Scan, resolution: int | None, fit: str | None, use_labels: bool, training: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that was found, for programs."""
+    return {
+        "path": str(found.path),
+        "ok": not found.problems,
+        "num_images": found.num_images,
+        "num_ignored": found.num_ignored,
+        "sizes": {f"{width}x{height}": count for (width, height), count in found.sizes.items()},
+        "modes": found.modes,
+        "labels_checked": use_labels,
+        "num_classes": found.num_classes,
+        "class_counts": found.class_counts,
+        "training": training or None,
+        "problem_counts": _counts(found.problems),
+        "remark_counts": _counts(found.remarks),
+        "problems": [_values(problem) for problem in found.problems],
+        "remarks": [_values(remark) for remark in found.remarks],
+        "notes": found.notes,
+    }
+
+
+def as_text(found: Scan, training: dict[str, Any]) -> str:
+    """The same as a page: a summary, then every offender by kind, then what else is worth knowing."""
+    passed_over = f", {found.num_ignored} other files passed over" if found.num_ignored else ""
+    lines = [f"{printable(str(found.path))}: {found.num_images} pictures{passed_over}"]
+    sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
+    lines += [f"{'sizes':<12}{_tally(sizes)}"] if sizes else []
+    lines += [f"{'stored as':<12}{_tally(found.modes)}"] if sizes else []
+    lines += [f"{'classes':<12}{_classes(found)}"] if found.num_classes else []
+    lines.append(f"{'training':<12}{_training(found, training)}")
+    lines += [f"{'note':<12}{note}" for note in found.notes]
+    if found.problems:
+        lines += ["", "Training refuses:", *listed(found.problems, shown=None)]
+    if found.remarks:
+        lines += ["", "Training takes, but worth knowing:", *listed(found.remarks, shown=None)]
+    if not found.problems:
+        lines += ["", "Nothing here that training would refuse."]
+    return "\n".join(lines)
+
+
+def _training(found: Scan, training: dict[str, Any]) -> str:
+    if not training:
+        if len(found.sizes) == 1 and (size := next(iter(found.sizes)))[0] == size[1]:
+            return f"as they are, with a checkpoint of {size[0]} pixels; with any other, --fit says how"
+        return "--resolution or --network says what it would do with these sizes"
+    resolution, others = training["resolution"], training["other_sizes"]
+    parts = [f"at {resolution}×{resolution}: {training['as_they_are']} as they are"]
+    if others:
+        changes = [f"{training[key]} {key}" for key in ("shrunk", "enlarged") if training[key]]
+        if training["not_square"]:
+            changes.append(f"{training['not_square']} {VERBS[training['fit']]}")
+        fitted = f"{others} of other sizes ({', '.join(changes)})"
+        parts.append(fitted if training["fit"] else f"{others} refused")
+    where = "read into memory once" if training["in_memory"] else "decoded again each time, by --workers"
+    return f"{', '.join(parts)}; {training['decoded_mib']:g} MiB decoded, {where}"
+
+
+def _classes(found: Scan) -> str:
+    counts = found.class_counts
+    if not counts:
+        return f"vectors of {found.num_classes} numbers"
+    if len(counts) <= SHOWN_CLASSES:
+        return f"{len(counts)} ({', '.join(f'{index}: {count}' for index, count in enumerate(counts))})"
+    few, many = min(counts), max(counts)
+    return f"{len(counts)}, from {few} pictures (class {counts.index(few)}) to {many} ({counts.index(many)})"
+
+
+def _tally(counts: dict[str, int], shown: int = 12) -> str:
+    parts = [f"{name}: {count}" for name, count in list(counts.items())[:shown]]
+    return ", ".join(parts) + (f", and {len(counts) - shown} more" if len(counts) > shown else "")
+
+
+def _counts(problems: list[Problem]) -> dict[str, int]:
+    counts = {KIND_IDS[kind]: sum(problem.kind == kind for problem in problems) for kind in KINDS}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _values(problem: Problem) -> dict[str, str]:
+    return {"name": problem.name, "kind": KIND_IDS[problem.kind], "detail": problem.detail}

@@ -1,0 +1,363 @@
+"""Bring a set of pictures to size, in an uncompressed zip from which training reads fastest."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import PIL
+from PIL import Image
+from torch.utils.data import Dataset
+
+from finetune.data.decode import decode, open_picture
+from finetune.data.labels import has_labels, read_labels
+from finetune.data.naming import classes_of_folders, target_names
+from finetune.data.problems import WRONG_SIZE, Problem, Unusable, describe, hint
+from finetune.data.sources import LABELS_NAME, Source, open_source
+from finetune.data.stored_zip import Entry, StoredZip, whole_entries
+from finetune.data.workers import available_cores, in_order
+from finetune.errors import ConfigError, DataError
+
+FORMAT = 1  # of the journal
+PARALLEL_FROM = 64  # pictures; preparing one takes longer than looking at it
+LABELS = ("folders", "none", "keep")
+# Measured by benchmarks/bench_load.py: without compression, decoding is a copy.
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "tiff": {"format": "TIFF"},
+    "png": {"format": "PNG", "compress_level": 1},
+}
+SUFFIXES = {"tiff": ".tif", "png": ".png"}
+ROOM_FOR_HEADERS = 1024  # bytes a picture, in the file and twice in the zip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of every picture."""
+
+    resolution: int
+    channels: int
+    fit: str | None
+    encoding: str
+    pillow: str = PIL.__version__
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """What was written: where, how many pictures, how many of them by an earlier call; what was left out."""
+
+    path: Path
+    settings: Settings
+    num_images: int
+    num_found_done: int
+    num_bytes: int
+    classes: list[str]
+    left_out: list[Problem]
+
+
+def prepare(
+    src: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    resolution: int | None = None,
+    fit: str | None = None,
+    channels: int = 3,
+    labels: str | None = None,
+    encoding: str = "tiff",
+    skip_bad: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedSet:
+    """Decode, fit and store every picture of `src` in the zip `dest`, with its labels.
+
+    resolution: None means that of the first picture. labels: classes from `folders`, `none`, or `keep` those
+    of dataset.json (None: keep them if there are any). What is done is kept beside `dest` until all is done,
+    and a further call goes on with it where neither settings nor pictures have changed; the zip comes to the
+    same bytes. Raises ConfigError and DataError; with `skip_bad` pictures that cannot be used are left out.
+    """
+    source, path = open_source(src), Path(dest)
+    _check_destination(source, path, force)
+    settings = Settings(resolution or _first_resolution(source, fit), channels, fit, encoding)
+    names, values, classes, problems = _plan_labels(source, labels)
+    targets = target_names(names, SUFFIXES[encoding])
+    with _explained(path), _only_one(path), Draft(path, settings) as draft:
+        num_done = draft.go_on(source, names, targets)
+        num_found = len(draft.zip.entries)
+        _check_space(path, len(names) - num_done, settings)
+        cores = available_cores() if workers is None else workers
+        rest = names[num_done:]
+        encoded = in_order(_Encoded(source, rest, settings), len(rest), cores, PARALLEL_FROM)
+        for done, (name, data) in enumerate(zip(rest, encoded), start=num_done + 1):
+            draft.add(name, source.stamp(name), targets[name], data)
+            if progress is not None:
+                progress(done, len(names))
+        problems += draft.problems
+        if problems and not (skip_bad and draft.zip.entries):
+            ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
+            what = describe(source.path, len(source.names), problems)
+            raise DataError(what, hint=hint(problems) + ways_out)
+        written = [name for name in names if name not in draft.bad]
+        table = None if values is None else [[targets[name], values[name]] for name in written]
+        num_bytes = draft.publish({"labels": table} | ({"classes": classes} if classes else {}))
+    return PreparedSet(path, settings, len(written), num_found, num_bytes, classes, problems)
+
+
+class Draft:
+    """The zip while it grows, and beside it a journal: a line for each picture that was dealt with.
+
+    A line is `[name, stamp, target]`, followed by kind and detail where the picture cannot be used and is not
+    in the zip. A line is written after its picture, so that either may be cut off anywhere.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+        self.zip_path = path.with_name(f".{path.name}.partial")
+        self.journal_path = path.with_name(f".{path.name}.partial.jsonl")
+        self.problems: list[Problem] = []
+        self.bad: set[str] = set()
+
+    def __enter__(self) -> Draft:
+        for place in (self.zip_path, self.journal_path):
+            place.touch()
+        self.stream: BinaryIO = open(self.zip_path, "r+b")
+        self.journal: BinaryIO = open(self.journal_path, "r+b")
+        self.zip = StoredZip(self.stream)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stream.close()
+        self.journal.close()
+
+    def go_on(self, source: Source, names: list[str], targets: dict[str, str]) -> int:
+        """Keep what an earlier call has done of these pictures, drop the rest; how many they are."""
+        head = _line(asdict(self.settings))
+        kept, entries, done = 0, [], 0  # kept: bytes of the journal
+        if self.journal.readline() == head:
+            kept = len(head)
+            found = whole_entries(self.stream)
+            for name in names:
+                line = self.journal.readline()
+                start = [name, list(source.stamp(name)), targets[name]]
+                entry = self._same(line, start, found)
+                if entry is None:
+                    break
+                if isinstance(entry, Problem):
+                    self._refuse(entry)
+                else:
+                    entries.append(entry)
+                kept += len(line)
+                done += 1
+        self.zip = StoredZip(self.stream, entries)
+        self.stream.seek(self.zip.offset)
+        self.stream.truncate()
+        self.journal.seek(kept)
+        self.journal.truncate()
+        if not kept:
+            self.journal.write(head)
+            self.journal.flush()
+        return done
+
+    def _same(self, line: bytes, start: list, found: Iterator[Entry]) -> Entry | Problem | None:
+        """What a line of the journal says, if it is about this picture as it is now and the zip agrees."""
+        try:
+            values = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            values = None
+        if not isinstance(values, list) or values[:3] != start:
+            return None
+        if len(values) == 5:
+            return Problem(start[0], *values[3:])
+        entry = next(found, None)
+        return entry if entry is not None and entry.name == start[2] else None
+
+    def add(self, name: str, stamp: tuple[int, int], target: str, data: bytes | Unusable) -> None:
+        """Append a picture, or note that it cannot be used."""
+        line: list[Any] = [name, stamp, target]
+        if isinstance(data, Unusable):
+            self._refuse(Problem(name, data.kind, data.detail))
+            line += [data.kind, data.detail]
+        else:
+            self.zip.add(target, data)
+            self.stream.flush()
+        self.journal.write(_line(line))
+        self.journal.flush()
+
+    def kept(self) -> str:
+        """What is there for the next call, in words; files that hold nothing are deleted."""
+        if self.zip.entries:
+            return f"The {len(self.zip.entries)} others are kept for the next call, in {self.zip_path}."
+        for place in (self.zip_path, self.journal_path):
+            place.unlink()
+        return ""
+
+    def _refuse(self, problem: Problem) -> None:
+        self.problems.append(problem)
+        self.bad.add(problem.name)
+
+    def publish(self, labels: dict[str, Any]) -> int:
+        """Add the labels and the directory, make the file last, and give it its name; its size in bytes."""
+        self.zip.add(LABELS_NAME, json.dumps(labels, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+        self.zip.finish()
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        num_bytes = self.stream.tell()
+        self.stream.close()  # what is open cannot be renamed on Windows
+        os.replace(self.zip_path, self.path)
+        if os.name != "nt":  # which cannot open folders
+            handle = os.open(self.path.parent, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # of network file systems that refuse this; the file is safe
+                os.fsync(handle)
+            os.close(handle)
+        self.journal.close()
+        self.journal_path.unlink()
+        return num_bytes
+
+
+def _line(values: Any) -> bytes:
+    """A line of the journal; names that are no text stay what they are, as escapes."""
+    return json.dumps(values).encode("ascii") + b"\n"
+
+
+class _Encoded(Dataset):
+    """Item i is picture i, decoded, fitted and encoded anew, or why it cannot be."""
+
+    def __init__(self, source: Source, names: list[str], settings: Settings) -> None:
+        self.source, self.names, self.settings = source, names, settings
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> bytes | Unusable:
+        settings = self.settings
+        try:
+            pixels = decode(
+                self.source.read(self.names[index]),
+                resolution=settings.resolution,
+                channels=settings.channels,
+                fit=settings.fit,
+            )
+        except Unusable as problem:
+            if problem.kind == WRONG_SIZE:
+                problem.detail += f" instead of {settings.resolution}×{settings.resolution}"
+            return problem
+        stream = io.BytesIO()
+        picture = Image.fromarray(pixels[0] if settings.channels == 1 else pixels.transpose(1, 2, 0))
+        picture.save(stream, **ENCODINGS[settings.encoding])
+        return stream.getvalue()
+
+
+def _check_destination(source: Source, path: Path, force: bool) -> None:
+    if path.suffix.lower() != ".zip":
+        raise ConfigError(f"{path}: the set is written as a zip; give it a name that ends in .zip.")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a file to write.")
+    if path.exists() and path.samefile(source.path):
+        raise ConfigError(f"{path} is what is read; give the prepared set another name.")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists already; --force replaces it.")
+
+
+def _first_resolution(source: Source, fit: str | None) -> int:
+    """The side of the first picture that can be read, where no size was asked for."""
+    if fit is not None:
+        raise ConfigError(f"--fit {fit} needs --resolution: the size that pictures are brought to.")
+    for name in source.names:
+        with contextlib.suppress(Unusable):
+            width, height = open_picture(source.read(name)).size
+            if width == height:
+                return width
+            raise ConfigError(
+                f"{source.path}: the first picture is {width}×{height}, not square.",
+                hint="Say what to bring pictures to: --resolution PIXELS and --fit crop, pad or stretch.",
+            )
+    raise DataError(f"{source.path}: none of the {len(source.names)} pictures can be read.")
+
+
+def _plan_labels(
+    source: Source, labels: str | None
+) -> tuple[list[str], dict[str, Any] | None, list[str], list[Problem]]:
+    """The pictures that have a label or need none, their labels, names of classes, and the other pictures."""
+    names: list[str] = list(source.names)
+    if labels is None:
+        labels = "keep" if has_labels(source) else "none"
+    if labels == "none":
+        return names, None, [], []
+    if labels == "folders":
+        classes, folders, problems = classes_of_folders(names)
+        if not classes:
+            raise DataError(
+                f"{source.path}: --labels folders, but no picture is in a folder.",
+                hint="Put the pictures of each class in a folder of its own, or use --labels none.",
+            )
+        return list(classes), dict(classes), folders, problems
+    found, problems = read_labels(source, names)
+    if problems:
+        bad = {problem.name for problem in problems}
+        names = [name for name in names if name not in bad]
+        if not names:
+            raise DataError(describe(source.path, len(source.names), problems), hint=hint(problems))
+        found, _ = read_labels(source, names)
+    assert found is not None, "what is left has labels"
+    return names, dict(zip(names, found.values.tolist(), strict=True)), [], problems
+
+
+def _check_space(path: Path, num_images: int, settings: Settings) -> None:
+    needed = num_images * (settings.channels * settings.resolution**2 + ROOM_FOR_HEADERS)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise DataError(
+            f"{path}: the prepared set takes up to {needed / 2**20:,.0f} MiB more, and "
+            f"{free / 2**20:,.0f} MiB are free there.",
+            hint="Make room, or write to another disk. What is done is kept for the next call.",
+        )
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """An OSError of writing, in words."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} could not be written: {error.strerror or error}.",
+            hint="What is done is kept; the same command goes on with it.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock beside `path`, which the system lets go of however this process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that is open elsewhere cannot be renamed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.partial.lock")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())
+        except BlockingIOError:
+            is_ours = False
+        except OSError:  # a file system without locks
+            is_ours = True
+        if not is_ours:
+            raise DataError(f"{path} is being prepared by another process; wait for it to end.")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+    finally:
+        os.close(handle)

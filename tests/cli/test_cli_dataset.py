@@ -1,0 +1,194 @@
+"""`finetune dataset` as a person types it."""
+
+import io
+import json
+import signal
+import zipfile
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from finetune.cli import cli
+from finetune.data import preparing
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli, ["dataset", *map(str, arguments)])
+
+
+def png(*shape, seed=0):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, shape, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures of 16×16 in two folders, labelled."""
+    files = {f"{'ab'[i % 2]}/{i}.png": png(16, 16, 3, seed=i) for i in range(6)}
+    files["dataset.json"] = json.dumps({"labels": [[name, i % 2] for i, name in enumerate(files)]}).encode()
+    for name, data in files.items():
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "set"
+
+
+def test_a_clean_set(folder):
+    result = call("check", folder, "--resolution", 16)
+    assert result.exit_code == 0, result.output
+    for words in (
+        f"{folder}: 6 pictures\n",
+        "16×16: 6",
+        "RGB: 6",
+        "2 (0: 3, 1: 3)",
+        "at 16×16: 6 as they are; 0 MiB decoded, read into memory once",
+        "Nothing here that training would refuse.",
+    ):
+        assert words in result.stdout
+    assert result.stderr == ""
+
+
+def test_every_offender_is_listed_and_ends_with_2(folder):
+    for i in range(130):
+        (folder / f"bad{i:03}.png").write_bytes(b"")
+    (folder / "a/wide.png").write_bytes(png(8, 20, 3))
+    result = call("check", folder, "--resolution", 16, "--no-cond")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert result.stdout.count(": is empty\n") == 130 and "more" not in result.stdout
+    assert "20×8 instead of 16×16: 1 (a/wide.png)" in result.stdout
+    assert result.stderr.startswith(f"Error: {folder}: training would refuse it: 131 offenders.\n")
+    assert "--fit crop" in result.stderr
+    fitted = call("check", folder, "--resolution", 16, "--no-cond", "--fit", "pad")
+    assert "1 of other sizes (1 enlarged, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
+
+
+def test_json_is_complete(folder):
+    (folder / "bad.png").write_bytes(b"")
+    (folder / "a/copy.png").write_bytes((folder / "a/0.png").read_bytes())
+    result = call("check", folder, "--resolution", 8, "--fit", "crop", "--json", "--workers", 0)
+    assert result.exit_code == 2
+    values = json.loads(result.stdout)
+    assert values["ok"] is False and values["num_images"] == 8 and values["sizes"] == {"16x16": 7}
+    assert values["problem_counts"] == {"unreadable": 1, "bad-label": 2}
+    assert values["remark_counts"] == {"duplicate": 1}
+    assert {"name": "bad.png", "kind": "unreadable", "detail": "is empty"} in values["problems"]
+    assert values["remarks"] == [{"name": "a/copy.png", "kind": "duplicate", "detail": "as a/0.png"}]
+    assert values["training"] == {
+        "resolution": 8, "fit": "crop", "as_they_are": 0, "not_square": 0, "enlarged": 0, "shrunk": 7,
+        "other_sizes": 7, "decoded_mib": 0.0, "in_memory": True,
+    }  # fmt: skip
+    clean = json.loads(call("check", folder / "a", "--json").stdout)
+    assert clean["ok"] and clean["training"] is None and clean["labels_checked"] is False
+    assert clean["problems"] == []
+
+
+def test_labels_are_checked_where_there_are_some(folder):
+    (folder / "c.png").write_bytes(png(16, 16, 3, seed=9))
+    assert "c.png: not in dataset.json" in call("check", folder).stdout
+    assert call("check", folder, "--no-cond").exit_code == 0
+    result = call("check", folder / "a", "--cond")
+    assert result.exit_code == 2 and "there is no dataset.json" in result.stdout
+
+
+def test_a_network_says_what_it_needs(folder, golden_dir):
+    result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl", "--fit", "stretch")
+    assert result.exit_code == 0 and "at 64×64: 0 as they are, 6 of other sizes (6 enlarged)" in result.stdout
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": [[f"{'ab'[i % 2]}/{i}.png", 999] for i in range(6)]})
+    )
+    result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl", "--fit", "stretch")
+    assert result.exit_code == 2 and "class 999, but the classes are 0 to" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--fit", "crop"), "--fit crop needs --resolution or --network"),
+        (("--network", "nothing.pkl", "--resolution", 8), "--network says it already"),
+        (("--network", "nothing.pkl"), "nothing.pkl"),
+        (("--resolution", 2), "2 is not in the range"),
+    ],
+)
+def test_options_that_cannot_work(folder, options, words):
+    result = call("check", folder, *options)
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [("check",), ("prepare", "OUT")])
+def test_sets_that_are_none(tmp_path, command):
+    def refused(path):
+        more = [tmp_path / "out.zip"] if len(command) > 1 else []
+        result = call(command[0], path, *more)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        return result.stderr
+
+    assert "no such folder or zip" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no picture found (it is empty)" in refused(tmp_path / "empty")
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for i in range(20):
+            archive.writestr(f"{i}.png", b"x" * 100)
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(whole.getvalue()[:-200])
+    assert "the zip is cut short" in refused(cut)
+    cut.write_bytes(whole.getvalue()[:1000])
+    assert "the zip is cut short" in refused(cut)
+
+
+def test_prepare(folder, tmp_path):
+    out = tmp_path / "out.zip"
+    result = call("prepare", folder, out, "--resolution", 8, "--fit", "crop", "--labels", "folders")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"{out}: 6 pictures of 8×8, 0.0 MiB\nclass 0: a\nclass 1: b\n"
+        f"To train on them: finetune train --data {out}\n"
+    )
+    again = call("prepare", folder, out, "--resolution", 8, "--fit", "crop")
+    assert again.exit_code == 2 and "--force replaces it" in again.stderr
+    forced = call(
+        "prepare",
+        folder,
+        out,
+        "--resolution",
+        8,
+        "--fit",
+        "crop",
+        "--force",
+        "--format",
+        "png",
+        "--channels",
+        1,
+    )
+    assert forced.exit_code == 0 and "class" not in forced.stdout
+    found = json.loads(call("check", out, "--resolution", 8, "--json").stdout)
+    assert found["ok"] and found["modes"] == {"L": 6} and found["class_counts"] == [3, 3]
+    with zipfile.ZipFile(out) as archive:
+        assert sorted(archive.namelist())[0] == "a/0.png"
+
+
+def test_prepare_leaves_out_what_is_asked_for(folder, tmp_path):
+    (folder / "a/0.png").write_bytes(b"")
+    refused = call("prepare", folder, tmp_path / "out.zip")
+    assert refused.exit_code == 2 and "a/0.png: is empty" in refused.stderr
+    assert "--skip-bad" in refused.stderr and not (tmp_path / "out.zip").exists()
+    made = call("prepare", folder, tmp_path / "out.zip", "--skip-bad")
+    assert made.exit_code == 0 and "left out: a/0.png cannot be read: is empty\n" in made.stdout
+    assert "5 pictures of 16×16, 5 of them by an earlier call" in made.stdout
+
+
+def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
+    original = preparing.Draft.add
+
+    def add(self, *words):
+        original(self, *words)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.Draft, "add", add)
+        result = call("prepare", folder, tmp_path / "out.zip")
+    assert result.exit_code == 130 and "the same command goes on with it" in result.stderr
+    assert "1 of them by an earlier call" in call("prepare", folder, tmp_path / "out.zip").stdout
