@@ -230,21 +230,21 @@ def main() -> None:
     limits = ceilings(device, options.dtype)
     print({name: f"{value / 1e9:.1f} G" for name, value in limits.items()}, flush=True)
 
-    results = []
+    results: list[dict[str, Any]] = []
     arms = [
         arm for arm in ("naive", "ref", "cuda" if device.type == "cuda" else "cpu") if arm in options.arms
     ]
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    record = {"machine": machine(device), "settings": settings, "ceilings": limits, "results": results}
+    header = ["op", "case", "shape", *(f"{arm}, forward (ms)" for arm in arms), "naive / native"]
+    header += [*(f"{arm}, with backward (ms)" for arm in arms), "naive / native", "of floor"]
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
         if case.op in options.ops and options.match in case.name:
             results.append(run(case, options, limits))
             print(" | ".join(map(str, row(results[-1], arms))), flush=True)
-    header = ["op", "case", "shape", *(f"{arm}, forward (ms)" for arm in arms), "naive / native"]
-    header += [*(f"{arm}, with backward (ms)" for arm in arms), "naive / native", "of floor"]
-    text = table(header, [row(result, arms) for result in results])
-    if options.out:
-        settings = {key: value for key, value in vars(options).items() if key != "out"}
-        record = {"machine": machine(device), "settings": settings, "ceilings": limits, "results": results}
-        write_report(options.out, "Ops", f"python {' '.join(sys.argv)}", [text], record)
+            if options.out:  # after each, so that a run that is cut off leaves what it has
+                text = table(header, [row(result, arms) for result in results])
+                write_report(options.out, "Ops", f"python {' '.join(sys.argv)}", [text], record)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ def resident(what: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
-def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, dict]]:
-    """Measure all families and arms in turn."""
+def results_of(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, dict[str, dict]]]:
+    """Measure all families and arms in turn; what is known after each round."""
     pairs = [(family, arm) for family in options.families for arm in options.arms]
     # First, while this process holds nothing: the naive arm takes most of a machine's memory.
     memory = {pair: peak_memory(*pair, options) if options.memory else None for pair in pairs}
@@ -162,13 +162,14 @@ def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, d
         for family, arm in pairs:
             with running(arm, runs[family]) as prepared:
                 measure(prepared, repeats[family, arm] if number else {}, device)
-    results = {
-        family: {arm: summary(run, repeats[family, arm]) for arm in options.arms}
-        for family, run in runs.items()
-    }
-    for family, arm in pairs:
-        results[family][arm]["peak_mib"] = memory[family, arm]
-    return results
+        if number:
+            yield {
+                family: {
+                    arm: {**summary(run, repeats[family, arm]), "peak_mib": memory[family, arm]}
+                    for arm in options.arms
+                }
+                for family, run in runs.items()
+            }
 
 
 def rows(results: dict[str, dict[str, dict]]) -> list[list[str]]:
@@ -209,15 +210,18 @@ def main() -> None:
         only_memory(options, device)
         return
 
-    results = results_of(options, device)
     header = ["family", "arm", "images a second", f"against {options.arms[0]}"]
     header += [f"{name} (ms)" for name in PHASES] + ["peak memory (MiB)"]
-    text = table(header, rows(results))
+    text = ""
+    for results in results_of(options, device):
+        text = table(header, rows(results))
+        if options.out:  # after each round, so that a run that is cut off leaves what it has
+            settings = {
+                key: value for key, value in vars(options).items() if key not in ("out", "only_memory")
+            }
+            record = {"machine": machine(device), "settings": settings, "results": results}
+            write_report(options.out, "Training step", f"python {' '.join(sys.argv)}", [text], record)
     print(text)
-    if options.out:
-        settings = {key: value for key, value in vars(options).items() if key not in ("out", "only_memory")}
-        record = {"machine": machine(device), "settings": settings, "results": results}
-        write_report(options.out, "Training step", f"python {' '.join(sys.argv)}", [text], record)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +36,18 @@ def interleaved(
     """Median seconds of every call: one of each in turn, so that what else the machine does hits all alike.
 
     The first round is not counted. `repeats` rounds, fewer (but three) once `budget` seconds are spent. A GPU
-    gets short calls in runs of twenty, or the launches would be measured.
+    gets short calls in runs of up to twenty, or the launches would be measured.
     """
     rounds: dict[str, list[float]] = {name: [] for name in calls}
-    inner = 20 if device.type == "cuda" else 1
+    inner = dict.fromkeys(calls, 1)
     started = time.perf_counter()
     for number in range(repeats + 1):
         for name, call in calls.items():
-            taken = seconds(lambda call=call: [call() for _ in range(inner)], device) / inner  # type: ignore[misc]
+            run = [call] * inner[name]
+            taken = seconds(lambda run=run: [one() for one in run], device) / len(run)  # type: ignore[misc]
+            if number == 0 and device.type == "cuda":
+                taken = seconds(call, device)  # now that kernels are built
+                inner[name] = max(1, min(20, int(0.02 / taken)))
             if number:
                 rounds[name].append(taken)
         if number >= 3 and time.perf_counter() - started > budget:
@@ -82,6 +88,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def short_name(device: torch.device) -> str:
+    """The processor as a part of a file's name."""
+    name = machine(device)["device"].replace("NVIDIA", "").replace("Processor", "")
+    words = re.sub(r"\([^)]*\)", "", name).replace(" cores", "core").replace(" core", "core")
+    return "-".join(re.findall(r"[a-z0-9]+", words.lower()))
+
+
 def write_report(path: Path, title: str, command: str, tables: list[str], record: dict[str, Any]) -> None:
     """Write the tables, and below them everything as JSON."""
     text = f"# {title}\n\n`{command}`; settings and versions stand below.\n\n"
@@ -93,3 +106,10 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} sees no CUDA device: nothing can be measured on one")
+    print(short_name(torch.device(wanted)))

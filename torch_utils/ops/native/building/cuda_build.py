@@ -35,7 +35,8 @@ def find(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> by
 
 def key(plan: Plan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
     """The key of a specialisation: everything the compiler reads."""
-    return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, *_texts(sources)])
+    said = _own_texts() if sources == SOURCES else _texts(sources)
+    return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, said])
 
 
 def nvrtc(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
@@ -121,11 +122,17 @@ def _arch(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def _texts(sources: Path) -> list[bytes]:
+def _texts(sources: Path) -> str:
+    """A hash of all that a kernel may include."""
     files = sorted(path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".h"))
-    return [
-        part for path in files for part in (path.relative_to(sources).as_posix().encode(), path.read_bytes())
-    ]
+    parts = ([path.relative_to(sources).as_posix(), path.read_bytes()] for path in files)
+    return cache.key_of(part for pair in parts for part in pair)
+
+
+@functools.cache
+def _own_texts() -> str:
+    """The same of our own sources, read once: a network asks for dozens of kernels."""
+    return _texts(SOURCES)
 
 
 @functools.cache

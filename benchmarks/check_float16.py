@@ -1,0 +1,114 @@
+"""Layers in float16 against float32: images, logits, gradients of networks of every family; no overflow.
+
+    python benchmarks/check_float16.py --out benchmarks/results/float16_<machine>_<yyyymm>.md
+
+Networks of random weights, with float16 where published checkpoints have it, and the same networks with all
+layers in float32; with plain torch and with the native kernels. Errors are in units of the largest value; of
+gradients (of the logits of generated images, to every weight of G and D) the cosine. The exit code is 1 if a
+value is not finite or a limit is passed. Layers in float16 exist on CUDA alone: on a CPU both are float32,
+and nothing is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import machine, table, write_report
+
+from finetune.models import stylegan2, stylegan3
+from torch_utils.ops import impl
+
+LARGEST_ERROR = 0.05  # eleven bits, and some twenty layers of them
+LEAST_COSINE = 0.98
+R_OPTIONS = dict(conv_kernel=1, use_radial_filters=True)
+
+
+def networks(family: str, options: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """G and D of a family with float16 in the layers that published checkpoints have it in."""
+    torch.manual_seed(options.seed)
+    sizes = dict(channel_base=options.cbase, channel_max=options.cmax)
+    if family == "stylegan2":
+        G = stylegan2.Generator(64, 0, 64, options.resolution, 3, num_fp16_res=4, **sizes)
+    else:
+        more = R_OPTIONS if family == "stylegan3-r" else {}
+        G = stylegan3.Generator(64, 0, 64, options.resolution, 3, num_fp16_res=4, **sizes, **more)
+    D = stylegan2.Discriminator(0, options.resolution, 3, num_fp16_res=4, **sizes)
+    return G.to(options.device), D.to(options.device)
+
+
+def step(G, D, z: torch.Tensor, force_fp32: bool) -> dict[str, torch.Tensor]:
+    """Images, logits, and all gradients of the logits in one row."""
+    noise = {} if isinstance(G, stylegan3.Generator) else {"noise_mode": "const"}
+    img = G(z, None, force_fp32=force_fp32, **noise)
+    logits = D(img, None, force_fp32=force_fp32)
+    weights = [p for net in (G, D) for p in net.parameters() if p.requires_grad]
+    found = torch.autograd.grad(torch.nn.functional.softplus(-logits).sum(), weights, allow_unused=True)
+    gradients = torch.cat([g.flatten().double() for g in found if g is not None])
+    return {"images": img.detach().double(), "logits": logits.detach().double(), "gradients": gradients}
+
+
+def compare(half: dict[str, torch.Tensor], single: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Errors of what float16 layers give, and whether they are small enough."""
+    errors = {
+        name: float((half[name] - single[name]).abs().max() / single[name].abs().max())
+        for name in ("images", "logits")
+    }
+    cosine = float(torch.nn.functional.cosine_similarity(half["gradients"], single["gradients"], dim=0))
+    finite = all(bool(torch.isfinite(value).all()) for value in half.values())
+    fine = (
+        finite
+        and errors["images"] < LARGEST_ERROR
+        and errors["logits"] < LARGEST_ERROR
+        and cosine > LEAST_COSINE
+    )
+    return {**errors, "cosine of gradients": cosine, "finite": finite, "fine": fine}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--families", nargs="+", default=["stylegan2", "stylegan3-t", "stylegan3-r"])
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--cbase", type=int, default=16384)
+    parser.add_argument("--cmax", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    results = {}
+    for family in options.families:
+        G, D = networks(family, options)
+        z = torch.randn(options.batch, G.z_dim, generator=torch.Generator().manual_seed(options.seed)).to(
+            device
+        )
+        for name in ("ref", "auto"):
+            impl.set_default_impl(name)
+            results[f"{family}, {name}"] = compare(step(G, D, z, False), step(G, D, z, True))
+            print(family, name, results[f"{family}, {name}"], flush=True)
+        impl.set_default_impl(None)
+    columns = ["images", "logits", "cosine of gradients", "finite", "fine"]
+    rows = [
+        [
+            name,
+            *(f"{found[key]:.3g}" if isinstance(found[key], float) else str(found[key]) for key in columns),
+        ]
+        for name, found in results.items()
+    ]
+    text = table(["network, ops", *columns], rows)
+    print(text)
+    if options.out:
+        settings = {key: value for key, value in vars(options).items() if key != "out"}
+        record = {"machine": machine(device), "settings": settings, "results": results}
+        write_report(options.out, "float16", f"python {' '.join(sys.argv)}", [text], record)
+    if not all(found["fine"] for found in results.values()):
+        sys.exit("float16 layers differ too much from float32, or overflow: see the table")
+
+
+if __name__ == "__main__":
+    main()
