@@ -245,7 +245,7 @@ def _draw_trajectories(pyplot):
     axes[0].set(xlabel="θ (generator)", ylabel="ψ (critic)", title="gradient flow", aspect="equal")
     axes[0].plot(0, 0, "k+")
     axes[1].set(xlabel="time", ylabel="distance of (θ, ψ) to the solution")
-    axes[1].legend()
+    axes[1].legend(loc="lower left")
     return figure
 
 
@@ -254,26 +254,38 @@ def _draw_fields(pyplot):
     theta, psi = np.meshgrid(np.linspace(-1.5, 1.5, 17), np.linspace(-1.5, 1.5, 17))
     for axis, (name, game) in zip(axes, METHODS.items()):
         # The average is shown at 0: where it comes to rest, and what the pull then points to.
-        velocity = game.velocity(np.stack([theta, psi, np.zeros_like(theta)], axis=-1))
-        axis.quiver(theta, psi, velocity[..., 0], velocity[..., 1], color="0.6")
+        velocity = game.velocity(np.stack([theta, psi, np.zeros_like(theta)], axis=-1))[..., :2]
+        speed = np.linalg.norm(velocity, axis=-1)
+        along = np.moveaxis(velocity, -1, 0) / np.maximum(speed, 1e-9)
+        # Arrows of one length, or those near the solution would not be seen; darker is faster.
+        axis.quiver(theta, psi, *along, speed, cmap="Greys", clim=(-0.5, 1.5), scale=22, width=0.005)
         states = flow(game, START, 40)
-        axis.plot(states[:, 0], states[:, 1], linewidth=1)
+        axis.plot(states[:, 0], states[:, 1], linewidth=1.5)
+        axis.plot(0, 0, "r+")
         axis.set(title=name, xlabel="θ", aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6))
     axes[0].set_ylabel("ψ")
+    figure.suptitle(
+        "where (θ, ψ) goes while the average is at 0 (arrows), and a whole trajectory from (1, 1)"
+    )
     return figure
 
 
 def _draw_map(pyplot):
+    import matplotlib.colors
+
     figure, axis = pyplot.subplots(figsize=(6.5, 5))
     pulls, rates = np.logspace(-2, 1.3, 90), np.logspace(-3, 1.3, 90)
     decay = np.array([[-Game(k=k, tau=tau).decay() for k in pulls] for tau in rates])
-    shown = axis.pcolormesh(pulls, rates, decay, shading="nearest", cmap="viridis")
+    colours = matplotlib.colors.LogNorm(1e-3, 0.3)
+    shown = axis.pcolormesh(pulls, rates, decay, shading="nearest", cmap="viridis", norm=colours)
+    lines = axis.contour(pulls, rates, decay, [0.003, 0.01, 0.03, 0.1, 0.2], colors="k", linewidths=0.5)
+    axis.clabel(lines, fmt="%g", fontsize=7)
     axis.plot(pulls, [best_tau(k)[0] for k in pulls], "w--", linewidth=1, label="best τ for k")
     axis.plot(*best_pair()[:2], "r*", markersize=12, label="best pair")
     axis.set(xscale="log", yscale="log", xlabel="k (pull to the average)", ylabel="τ (rate of the average)")
     axis.set_ylim(rates[0], rates[-1])
-    axis.legend()
-    figure.colorbar(shown, label="rate at which the game comes to rest")
+    axis.legend(loc="upper right")
+    figure.colorbar(shown, label="rate at which the game comes to rest: smallest -Re(s)")
     return figure
 
 
@@ -285,7 +297,7 @@ def _draw_updates(pyplot):
             axis.semilogy(np.linalg.norm(states[:, :2], axis=1), label=name, linewidth=0.8)
         axis.set(title=title, xlabel="step", ylim=(1e-6, 10))
     axes[0].set_ylabel("distance to the solution")
-    axes[0].legend()
+    axes[0].legend(loc="lower right")
     return figure
 
 

@@ -125,10 +125,26 @@ def test_what_the_page_says_of_updates(dirac):
         assert dirac.spectral_radius(dirac.step_matrix(distilled, 0.2, alternating)) < 0.97
     for settings in dirac.UPDATES.values():
         ends = {
-            name: np.linalg.norm(dirac.train(game, dirac.START, 1000, **settings)[-200:, :2], axis=1).mean()
+            name: np.linalg.norm(dirac.train(game, dirac.START, 700, **settings)[-150:, :2], axis=1).mean()
             for name, game in (("plain", plain), ("distilled", distilled))
         }
         assert ends["distilled"] < ends["plain"] / 2
+
+
+def test_plain_training_creeps_inwards_as_the_page_says(dirac):
+    """By the bend of the logistic loss: 1/r² grows by t/8, and simultaneous steps stop at r² = 2h."""
+    end = dirac.flow(dirac.Game(), dirac.START, 60)[-1]
+    assert np.linalg.norm(end[:2]) == pytest.approx((1 / 2 + 60 / 8) ** -0.5, rel=0.03)
+    states = dirac.train(dirac.Game(), dirac.START, 300, rate=0.2, alternating=False)
+    assert np.linalg.norm(states[-1, :2]) == pytest.approx(0.4**0.5, rel=0.03)
+
+
+def test_the_period_is_seen_in_the_cosine_of_successive_steps(dirac):
+    tick, period = 2.0, 2 * math.pi / dirac.A
+    states = dirac.flow(dirac.Game(), np.array([1e-3, 0, 0]), 3 * tick)[:: round(tick / 0.01), :2]
+    first, second = np.diff(states, axis=0)[:2]
+    cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    assert 2 * math.pi * tick / math.acos(cosine) == pytest.approx(period, rel=1e-4)
 
 
 def test_pictures(dirac, tmp_path, monkeypatch):
