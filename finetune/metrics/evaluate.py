@@ -234,6 +234,19 @@ def check_names(which: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(which))
 
 
+def ensure_metric_weights(
+    which: Sequence[str], inception: Path | None = None, tell: Callable[[str], None] = lambda text: None
+) -> None:
+    """Find or fetch, and verify, every file that the metrics need. Raises WeightsMissing, ConfigError."""
+    for name in check_names(which):
+        if METRICS[name][0] == "inception":
+            inception_weights(inception, tell)
+        elif METRICS[name][0] == "effnet":
+            ensure_weights("efficientnet-lite0", tell)
+        elif name in PPL_BACKBONES:
+            ensure_weights(PPL_BACKBONES[name], tell, wanted_by=name)
+
+
 def distances(
     G_ema: torch.nn.Module,
     image_set: ImageSet,

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 
 import torch
 
 from finetune.train.state import TrainState
+
+LAGS = (2, 4, 8)  # ticks, beside 1
+MOST_KEPT = 1 << 16  # weights, spread over all, that cosines at a lag are taken of
 
 LAYER = re.compile(r"(mapping|synthesis\.(?:b\d+|L\d+|input))")
 
@@ -81,11 +85,13 @@ class Way:
     def __init__(self, network: torch.nn.Module) -> None:
         self.start = self.last = _weights(network)
         self.step: torch.Tensor | None = None
+        self.sparse: deque[torch.Tensor] = deque(maxlen=max(LAGS) + 1)
         self.length = 0.0
 
     def go_on(self, weights: torch.Tensor, kimg: float) -> dict[str, float]:
         """path_per_kimg: in parts of the weights' norm. straightness: distance from the start over the path.
-        update_cosine: of this tick's step and the last one's; below 0 where training goes round in circles.
+        update_cosine: of this tick's step and the last one's, update_cosine_lag2, 4, 8 of earlier ones. Where
+        training goes round in circles they are below 0 at lags between a quarter and three quarters of a turn.
         """
         step = weights - self.last
         moved = float(step.norm())
@@ -94,9 +100,11 @@ class Way:
         if self.length:
             numbers["straightness"] = float((weights - self.start).norm()) / self.length
         if self.step is not None:
-            numbers["update_cosine"] = _cosine(
-                *(float(a @ b) for a, b in ((step, self.step), (step, step), (self.step, self.step)))
-            )
+            numbers["update_cosine"] = _cosine_of(step, self.step)
+        self.sparse.append(step[:: len(step) // MOST_KEPT + 1].clone())
+        for lag in LAGS:
+            if len(self.sparse) > lag:
+                numbers[f"update_cosine_lag{lag}"] = _cosine_of(self.sparse[-1], self.sparse[-1 - lag])
         self.last, self.step = weights, step
         return numbers
 
@@ -104,6 +112,10 @@ class Way:
 def _weights(network: torch.nn.Module) -> torch.Tensor:
     """All parameters as one vector, float32 on the CPU."""
     return torch.cat([each.detach().flatten().float() for each in network.parameters()]).cpu()
+
+
+def _cosine_of(a: torch.Tensor, b: torch.Tensor) -> float:
+    return _cosine(float(a @ b), float(a @ a), float(b @ b))
 
 
 def _cosine(product: float, a: float, b: float) -> float:

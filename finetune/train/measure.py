@@ -13,7 +13,7 @@ import torch
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.errors import FinetuneError
-from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation, check_names
+from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation, check_names, ensure_metric_weights
 from finetune.metrics.together import ALONE, Share
 from finetune.train.state import TrainState
 
@@ -25,6 +25,16 @@ def names_of(config: TrainConfig) -> tuple[str, ...]:
     if config.metrics in (None, "none"):
         return ()
     return check_names([name.strip() for name in str(config.metrics).split(",") if name.strip()])
+
+
+def ensure_weights(config: TrainConfig, tell: Callable[[str], None]) -> None:
+    """Fetch what the metrics of a run need, before it starts. Raises WeightsMissing, ConfigError."""
+    ensure_metric_weights(names_of(config), inception_of(config), tell)
+
+
+def inception_of(config: TrainConfig) -> Path | None:
+    """The file of `--metrics-inception`, None for the one that is fetched."""
+    return Path(config.metrics_inception) if config.metrics_inception else None
 
 
 class Measurements:
@@ -63,21 +73,20 @@ class Measurements:
         started = time.perf_counter()
         try:
             if self._evaluation is None:
-                inception = self.config.metrics_inception
                 self._evaluation = Evaluation(
                     self.image_set,
                     self.names,
                     device=self.device,
                     workers=self.config.workers or 0,
                     cache=True,
-                    inception=Path(inception) if inception else None,
+                    inception=inception_of(self.config),
                     tell=self.tell,
                     share=self.share,
                 )
             num = self.config.metrics_num or 1000
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
-        except (FinetuneError, RuntimeError, OSError) as error:
-            what = error.what if isinstance(error, FinetuneError) else str(error)
+        except Exception as error:  # whatever it is, training is worth more
+            what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__
             if self.share.is_first:
                 self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training goes on: {what}")
                 log.warning("metrics failed at %d images: %s", state.nimg, what)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from typing import ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from tiny_runs import options, quiet, train_steps, weights
 
 import finetune
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, WeightsMissing
 from finetune.train import measure
 from finetune.train.diagnose import Diagnostics, Way
 from finetune.train.measure import is_better
@@ -57,6 +58,19 @@ class TestGradients:
         back = way.go_on(torch.tensor([1.5]), 0.5)
         assert back["update_cosine"] == pytest.approx(-1)
         assert back["straightness"] == pytest.approx(0.5 / 1.5)
+
+    def test_a_circle_shows_at_its_lags(self):
+        """A turn in sixteen ticks: a quarter at lag 4, half at lag 8."""
+        network = torch.nn.Linear(2, 1, bias=False)
+        network.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+        way = Way(network)
+        for tick in range(1, 11):
+            angle = torch.tensor(2 * math.pi * tick / 16)
+            numbers = way.go_on(torch.stack([angle.cos(), angle.sin()]), 1.0)
+            assert ("update_cosine_lag8" in numbers) == (tick > 8)
+        for lag, name in ((1, ""), (2, "_lag2"), (4, "_lag4"), (8, "_lag8")):
+            expected = math.cos(2 * math.pi * lag / 16)
+            assert numbers[f"update_cosine{name}"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,9 +148,10 @@ class TestMeasurements:
         lines = lines_of(run(config, console=quiet()))
         assert [line["nimg"] for line in lines if "metrics" in line] == [48, 64]
 
-    def test_a_failure_is_a_warning(self, pictures, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("error", [RuntimeError, ValueError])
+    def test_a_failure_is_a_warning(self, error, pictures, tmp_path, monkeypatch):
         def fail(*args, **kwargs):
-            raise RuntimeError("out of memory")
+            raise error("out of memory")
 
         monkeypatch.setattr(measure, "Evaluation", fail)
         console = Console(file=io.StringIO(), width=200)
@@ -151,6 +166,16 @@ class TestMeasurements:
             prepare(options(pictures, tmp_path, metrics_num=5))
         config = dataclasses.replace(options(pictures, tmp_path), metrics="none")
         assert measure.names_of(config) == ()
+
+    def test_what_they_need_is_there_before_a_run_starts(self, pictures, tmp_path, monkeypatch):
+        monkeypatch.setenv("FINETUNE_OFFLINE", "1")
+        for metric in ("fd-effnet", "random-fid", "ppl-effnet"):
+            measure.ensure_weights(options(pictures, tmp_path, metrics=metric), print)
+        with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
+            measure.ensure_weights(options(pictures, tmp_path, metrics="random-fid,kid"), print)
+        mine = options(pictures, tmp_path, metrics="fid", metrics_inception="nowhere.pth")
+        with pytest.raises(ConfigError, match=r"--inception nowhere\.pth: there is no such file"):
+            measure.ensure_weights(mine, print)
 
     def test_which_value_is_better(self):
         assert is_better("fid", 2.0, 3.0) and not is_better("recall-effnet", 0.2, 0.3)
