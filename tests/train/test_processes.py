@@ -1,0 +1,220 @@
+"""Two processes train as one does with the same parts of the batch; what happens when one is missing."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import options, quiet
+
+from finetune.config import TrainConfig, flag
+from finetune.errors import ConfigError
+from finetune.recipes import Facts, resolve
+from finetune.train import saved
+from finetune.train.processes import ALONE, fresh, join, timeout_min
+from finetune.train.run import run
+from tolerances import PROCESSES
+
+ROOT = Path(__file__).parents[2]
+# All that processes have to tell each other: ADA's signs, the mean path length, norms behind `auto:`, w_avg.
+SHARED = dict(
+    batch=8, batch_gpu=4, kimg=0.016, tick=0.008, snap=100, aug="ada", target=0.0, augpipe="blit", sd_interval=1,
+    sd_weight="auto:0.2", mirror=True, save_every_min=0,
+)  # fmt: skip
+
+
+def words(config):
+    """The options of a config as a command line has them."""
+    found = []
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        if value is None or value == field.default:
+            continue
+        name = flag(field.name)
+        found += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
+    return found
+
+
+def started(*arguments, **environment):
+    command = [sys.executable, "-m", "finetune", "train", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def done(*arguments, **environment):
+    """Run `finetune train` to its end: exit code, and what it said."""
+    process = started(*arguments, **environment)
+    said, _ = process.communicate(timeout=150)
+    return process.returncode, said
+
+
+def state_in(outdir):
+    (run_dir,) = outdir.iterdir()
+    return saved.read_state(saved.states_of(run_dir)[0])
+
+
+def distances(a, b, name=""):
+    """(relative distance, name) of every tensor and number of two states."""
+    if isinstance(a, torch.Tensor):
+        a, b = a.double(), b.double()
+        return [(float((a - b).norm() / a.norm().clamp_min(1e-3)), name)] if a.numel() else []
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        return [found for key in a for found in distances(a[key], b[key], f"{name}/{key}")]
+    if isinstance(a, list):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [found for index, (x, y) in pairs for found in distances(x, y, f"{name}/{index}")]
+    if isinstance(a, float):
+        return [(abs(a - b) / max(abs(a), 1e-3), name)]
+    assert a == b, name
+    return []
+
+
+def assert_alike(a, b):
+    parts = ("networks", "opt_G", "opt_D", "ada", "path_mean", "sd_norms", "nimg", "step", "sampler")
+    for part in parts:
+        for distance, name in distances(a[part], b[part], part):
+            assert distance <= PROCESSES, name
+    assert torch.equal(a["random"]["torch"], b["random"]["torch"])
+
+
+def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(pictures, tmp_path):
+    alone = options(pictures, tmp_path, **SHARED, outdir=str(tmp_path / "one"))
+    run(alone, console=quiet())
+    together = dataclasses.replace(alone, outdir=str(tmp_path / "two"))
+    code, said = done(*words(together), "--gpus", 2)
+    assert code == 0, said
+    assert said.count("Run folder:") == 1 and said.count("Done: 0.016 kimg") == 1
+    one, two = state_in(tmp_path / "one"), state_in(tmp_path / "two")
+    assert float(one["sd_norms"][1]) > 0 and float(one["path_mean"]) != 0 and one["ada"]["count"] == 16
+    assert_alike(one, two)
+
+    # The state of two goes on in one process as that of one does.
+    for name in ("one", "two"):
+        (run_dir,) = (tmp_path / name).iterdir()
+        longer = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.024)
+        run(longer, console=quiet())
+    assert_alike(state_in(tmp_path / "one"), state_in(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
+def test_the_state_of_one_goes_on_in_two(family, pictures, tmp_path):
+    for name in ("one", "two"):
+        run(options(pictures, tmp_path, family, **SHARED, outdir=str(tmp_path / name)), console=quiet())
+    (first,), (second,) = (tmp_path / "one").iterdir(), (tmp_path / "two").iterdir()
+    run(dataclasses.replace(TrainConfig(data=""), resume=str(first), kimg=0.024), console=quiet())
+    code, said = done("--resume", second, "--kimg", 0.024, "--gpus", 2)
+    assert code == 0, said
+    assert_alike(state_in(tmp_path / "one"), state_in(tmp_path / "two"))
+
+
+def long_run(pictures, tmp_path, **environment):
+    """Two processes that have passed their first tick."""
+    config = options(pictures, tmp_path, **{**SHARED, "kimg": 100.0, "tick": 0.04})
+    process = started(*words(config), "--gpus", 2, **environment)
+    lines = []
+    while not any("0.04 kimg" in line for line in lines):
+        line = process.stdout.readline()
+        assert line, "".join(lines)
+        lines.append(line)
+    return process
+
+
+def rank(number):
+    """The process id of a rank among the processes of this machine."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (place / "environ").read_bytes().split(b"\0")
+            command = (place / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"RANK={number}".encode() in environment and b"finetune" in command and b"--gpus" in command:
+            return int(place.name)
+    raise AssertionError(f"no process of rank {number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_reaches_all_and_everything_is_saved(name, code, pictures, tmp_path):
+    process = long_run(pictures, tmp_path)
+    process.send_signal(getattr(signal, name))
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code and said.count("To go on: finetune train --resume") == 1
+    content = state_in(tmp_path / "runs")
+    assert f"after {content['nimg'] / 1000:g} kimg" in said and content["nimg"] >= 40
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_the_run_down_with_its_name(pictures, tmp_path):
+    process = long_run(pictures, tmp_path)
+    os.kill(rank(1), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in said
+    assert re.search(r"Process 1 of 2 ended with SIGKILL|Process 0 of 2 waited in vain", said), said
+    assert state_in(tmp_path / "runs")["nimg"] == 0  # the last that was saved, whole
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_waited_for_no_longer_than_said(pictures, tmp_path):
+    process = long_run(pictures, tmp_path, FINETUNE_TIMEOUT_MIN="0.1")
+    os.kill(rank(1), signal.SIGSTOP)
+    since = time.monotonic()
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == 2 and time.monotonic() - since > 5
+    found = re.search(r"Process 0 of 2 waited in vain for the others in (.+?): ", said)
+    assert found and re.fullmatch(r"(Gmain|Greg|Dmain|Dreg|the beginning of|the log of).*step \d+", found[1]), said
+
+
+def test_what_is_drawn_follows_from_the_key_alone():
+    generator = torch.Generator()
+
+    def drawn(*key):
+        fresh([generator], *key)
+        return torch.randn(3), torch.rand(2, generator=generator)
+
+    first = drawn(0, 7, "Gmain", 1)
+    torch.randn(100)
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn(0, 7, "Gmain", 1), strict=True))
+    for other in ((1, 7, "Gmain", 1), (0, 8, "Gmain", 1), (0, 7, "Dmain", 1), (0, 7, "Gmain", 0)):
+        assert not torch.equal(first[0], drawn(*other)[0])
+
+
+def test_alone_is_the_rule(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert join(torch.device("cpu")) == (ALONE, torch.device("cpu"))
+    values = [torch.tensor([1.0, 2.0])]
+    ALONE.add_up(values, "nothing")
+    ALONE.take_from_first(values, "nothing")
+    assert values[0].tolist() == [1.0, 2.0] and ALONE.agree("x", "nothing") == "x" and ALONE.largest(3, "") == 3
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
+def test_how_long_to_wait_has_to_be_a_number_of_minutes(text, monkeypatch):
+    monkeypatch.setenv("FINETUNE_TIMEOUT_MIN", text)
+    with pytest.raises(ConfigError, match=f"FINETUNE_TIMEOUT_MIN={text}: must be a number of minutes above 0"):
+        timeout_min()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 processes on this machine, and torch sees 1 CUDA devices"):
+        join(torch.device("cuda"))
+    with pytest.raises(ConfigError, match="not on mps"):
+        join(torch.device("mps"))
+
+
+@pytest.mark.parametrize("world, batch, part", [(1, 32, 32), (2, 32, 16), (3, 36, 12), (8, 32, 4), (16, 64, 4)])
+def test_a_batch_that_all_processes_can_share(world, batch, part):
+    facts = Facts("stylegan2", 64, 3, 0, 5000, "cpu", 2, False, num_processes=world)
+    config, _ = resolve(TrainConfig(data="x", resume="y"), facts)
+    assert (config.batch, config.batch_gpu) == (batch, part)
