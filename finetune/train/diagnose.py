@@ -91,7 +91,7 @@ class Way:
     def go_on(self, weights: torch.Tensor, kimg: float) -> dict[str, float]:
         """path_per_kimg: in parts of the weights' norm. straightness: distance from the start over the path.
         update_cosine: of this tick's step and the last one's, update_cosine_lag2, 4, 8 of earlier ones. Where
-        training goes round in circles they are below 0 at lags between a quarter and three quarters of a turn.
+        training goes round in circles they are below 0 at lags of a quarter to three quarters of a turn.
         """
         step = weights - self.last
         moved = float(step.norm())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -49,6 +52,29 @@ def test_the_numbers_as_json_and_as_text(pictures, golden_dir, tmp_path):
     assert len(list((tmp_path / "cache" / "metrics").iterdir())) == 4
     text = call(pictures, golden_dir, *options).stdout
     assert "8 generated against 6 real pictures" in text and "recall-effnet" in text
+
+
+@pytest.mark.slow  # three processes load torch
+def test_two_processes_say_what_one_says(pictures, golden_dir, tmp_path):
+    command = [sys.executable, "-m", "finetune", "evaluate", "--network", golden_dir / "stylegan2-ada-32.pkl"]
+    command += [
+        "--data",
+        pictures,
+        "--workers",
+        "0",
+        "--metrics",
+        "fd-effnet,kid-effnet,random-fid,ppl-effnet",
+    ]
+    command += ["--num", "10", "--batch", "3", "--device", "cpu", "--no-cache", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = []
+    for gpus in ("1", "2"):
+        words = [*map(str, command), "--gpus", gpus]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert [each["processes"] for each in found] == [1, 2]
+    assert found[0]["metrics"] == found[1]["metrics"]
 
 
 @pytest.mark.parametrize(
