@@ -126,7 +126,7 @@ def have_cuda_kernels() -> None:
 
 def explain() -> dict[str, Any]:
     """What a person wants to know when the ops do not run as hoped, in plain values."""
-    from torch_utils.ops.native.building import cache, compilers, cpu_build, cuda_build
+    from torch_utils.ops.native.building import compilers, cpu_build, cuda_build
 
     def said(find: Any) -> dict[str, Any]:
         try:
@@ -135,12 +135,10 @@ def explain() -> dict[str, Any]:
         except NativeUnavailable as error:
             return {"works": False, "cause": error.cause, "remedy": error.remedy}
 
-    files, size = cache.size()
     return {
         "cxx": said(lambda: compilers.cxx()._asdict()),
         "nvcc": said(lambda: compilers.nvcc()._asdict()),
         "nvrtc": said(cuda_build.nvrtc_version),
         "ninja": cpu_build.find_ninja() or "",
         "cpu_library": said(cpu_library_info),
-        "cache": {"folder": str(cache.ops_folder()), "files": files, "bytes": size},
     }

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,17 +31,25 @@ def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> N
     Compilers are tried on three lines of code. None is needed for the program to work: where kernels cannot
     be built, the ops run in plain torch, which is right but slow.
     """
+    from finetune.errors import ConfigError
+
+    if arch and not build:
+        raise ConfigError(f"--arch {arch[0]}: only --build builds for it; write --build --arch {arch[0]}.")
     done: list[str] = []
     if clean:
         from torch_utils.ops.native.building import cache
 
         files, size = cache.clean()
         done.append(f"{cache.ops_folder()} is empty: {files} files, {size / 2**20:.1f} MiB removed")
+    built = True
     if build:
-        done += build_everything(capabilities(arch))
+        sentences, built = build_everything(capabilities(arch))
+        done += sentences
     facts = describe()
     facts["done"] = done
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+    if not built:  # what --build promises a script
+        raise SystemExit(1)
 
 
 def capabilities(arch: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -59,18 +69,18 @@ def capabilities(arch: tuple[str, ...]) -> list[tuple[int, int]]:
     return sorted(set(found))
 
 
-def build_everything(wanted: list[tuple[int, int]]) -> list[str]:
-    """Build what can be built; a sentence for each."""
+def build_everything(wanted: list[tuple[int, int]]) -> tuple[list[str], bool]:
+    """Build what can be built; a sentence for each, and whether all of it was built."""
     import time
 
     from torch_utils import custom_ops
 
-    started = time.perf_counter()
+    started, built = time.perf_counter(), True
     try:
         info = custom_ops.cpu_library_info()
         done = [f"CPU kernels are ready ({info}, {time.perf_counter() - started:.1f} s)"]
     except custom_ops.NativeUnavailable as error:
-        done = [f"CPU kernels cannot be built: {error}"]
+        done, built = [f"CPU kernels cannot be built: {error}"], False
     for capability in wanted:
         from torch_utils.ops.native import prebuild
 
@@ -82,7 +92,10 @@ def build_everything(wanted: list[tuple[int, int]]) -> list[str]:
             done.append(f"CUDA kernels for {name} are ready: {len(plans)} by {maker} in {taken:.1f} s")
         except custom_ops.NativeUnavailable as error:
             done.append(f"CUDA kernels for {name} cannot be built: {error}")
-    return done
+            built = False
+    if not wanted:
+        done.append("CUDA kernels: no GPU is here; --arch 9.0, say, builds them for others")
+    return done, built
 
 
 def describe() -> dict[str, Any]:
@@ -107,9 +120,16 @@ def describe() -> dict[str, Any]:
             {"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
             for i in range(torch.cuda.device_count())
         ],
+        # What the GPUs are, what torch was compiled for, what NVRTC can compile for.
+        "architectures": {
+            "gpus": [f"sm_{major}{minor}" for major, minor in capabilities(())],
+            "torch": torch.cuda.get_arch_list(),
+            "nvrtc": nvrtc_architectures(),
+        },
         "threads": torch.get_num_threads(),
         "packages": {m.__name__: folder_of(m) for m in (finetune, dnnlib, torch_utils)},
         **custom_ops.explain(),
+        "caches": caches(),
         "asked_for": {"variable": os.environ.get(impl.VARIABLE, ""), "impl": impl.default_impl()},
     }
     facts["ops"] = impl.explain(devices)
@@ -119,6 +139,39 @@ def describe() -> dict[str, Any]:
 def folder_of(package: Any) -> str:
     """Where a package was found: another copy of `dnnlib` or `torch_utils` may come first on the path."""
     return str(next(iter(package.__path__)))
+
+
+def caches() -> dict[str, dict[str, Any]]:
+    """Every folder in which something is kept, what is in it, and whether more may be."""
+    from torch_utils.ops.native.building import cache
+
+    found = {}
+    for name in ("ops", "checkpoints", "metrics"):
+        folder = cache.cache_root() / name
+        files, size = cache.size(folder)
+        found[name] = {"folder": str(folder), "files": files, "bytes": size, "writable": is_writable(folder)}
+    return found
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself; found out by making one."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def nvrtc_architectures() -> list[str]:
+    """What NVRTC can compile for; empty without one."""
+    try:
+        from cuda.bindings import nvrtc
+
+        return [f"sm_{number}" for number in nvrtc.nvrtcGetSupportedArchs()[1]]
+    except Exception:
+        return []
 
 
 def driver_version() -> str | None:
@@ -153,8 +206,14 @@ def as_text(facts: dict[str, Any]) -> str:
     ):
         lines.append((title, tool(facts[name])))
     lines.append(("ninja", facts["ninja"] or "not found: one file is compiled after the other"))
-    kept = facts["cache"]
-    lines.append(("cache", f"{kept['folder']} ({kept['files']} files, {kept['bytes'] / 2**20:.1f} MiB)"))
+    for name, title in (("torch", "torch is made for"), ("nvrtc", "NVRTC compiles for")):
+        lines.append((title, " ".join(facts["architectures"][name]) or "no GPU"))
+    for name, kept in facts["caches"].items():
+        size = f"{kept['files']} files, {kept['bytes'] / 2**20:.1f} MiB"
+        lines.append((f"cache: {name}", f"{kept['folder']} ({size})"))
+        if not kept["writable"]:
+            remedy = "FINETUNE_CACHE=/another/folder moves it"
+            lines.append(("", f"cannot be written: what is made serves one process; {remedy}"))
     if facts["asked_for"]["impl"] != "auto":
         lines.append(("asked for", facts["asked_for"]["impl"]))
     for op in facts["ops"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,13 +118,19 @@ def test_no_nvcc(monkeypatch):
 
 
 def test_an_nvcc_that_lies(tmp_path, monkeypatch):
+    """It names its version and compiles nothing: it is not taken, and NVRTC is used where there is one."""
     liar = script(tmp_path / "nvcc", 'echo "Cuda compilation tools, release 13.0"\nexit 0\n')
     monkeypatch.setenv("CUDACXX", liar)
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    found = shutil.which
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: found(name) if name == liar else None)
     with pytest.raises(
-        NativeUnavailable, match="cannot compile three lines: it says nothing and writes nothing"
+        NativeUnavailable, match=f"{liar} cannot compile three lines: it says nothing and writes"
     ):
-        compilers._first((liar,), "nvcc", "trial.cu", "", ["-o", "t.cubin"], "t.cubin", "")
+        compilers.nvcc()
+    monkeypatch.setattr(cuda_build, "nvrtc_many", lambda plans, capability: [])
+    assert custom_ops.build_cuda([PLAN], (8, 0)) == "nvrtc"
+    with pytest.raises(NativeUnavailable, match="it says nothing and writes nothing"):
+        custom_ops.build_cuda([PLAN], (8, 0), "nvcc")
 
 
 def test_an_nvcc_without_headers_is_quoted(tmp_path):
@@ -292,6 +299,27 @@ def test_both_makers_give_a_cubin_for_the_same_specialisation(tmp_path):
     assert cuda_build.find(PLAN, (9, 0), folder) is None
 
 
+def test_what_was_built_ahead_is_not_built_again(tmp_path, monkeypatch):
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "k.cu").write_text(KERNEL)
+    asked = []
+
+    def pretend(plans, capability, compiler, sources):
+        asked.append(len(plans))
+        return [b"binary"] * len(plans)
+
+    monkeypatch.setattr(compilers, "nvcc", lambda: compilers.Compiler("nvcc", "1"))
+    monkeypatch.setattr(cuda_build, "_make_with_nvcc", pretend)
+    other = PLAN._replace(defines=(("FACTOR", 4),))
+    assert cuda_build.nvcc([PLAN], (8, 0), folder) == [b"binary"]
+    assert cuda_build.nvcc([PLAN, other, PLAN], (8, 0), folder) == [b"binary"] * 3
+    assert cuda_build.nvcc([other, PLAN], (8, 0), folder) == [b"binary"] * 2
+    assert asked == [1, 1]
+    monkeypatch.setattr(cuda_build, "nvrtc", None)
+    assert cuda_build.nvrtc_many([PLAN, other], (8, 0), folder) == [b"binary"] * 2
+
+
 def test_nvrtc_is_quoted(tmp_path):
     folder = tmp_path / "sources"
     folder.mkdir()
@@ -312,7 +340,7 @@ def test_doctor_counts_and_cleans(sources, monkeypatch):
     cpu_build.build(sources)
     monkeypatch.setattr(custom_ops, "cpu_library_info", lambda: "a compiler")
     facts = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)
-    assert facts["cache"]["files"] > 0 and facts["cxx"]["works"]
+    assert facts["caches"]["ops"]["files"] > 0 and facts["cxx"]["works"]
     assert {op["op"] for op in facts["ops"]} == set(impl.OPS)
     assert facts["packages"]["torch_utils"] == str(ROOT / "torch_utils")
     done = CliRunner().invoke(cli, ["doctor", "--clean"], env={"FINETUNE_OPS": "ref"})

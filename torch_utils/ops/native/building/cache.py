@@ -133,9 +133,10 @@ def _private_folder() -> Path:
     return folder
 
 
-def size() -> tuple[int, int]:
-    """Files and bytes in the cache."""
-    files = [path for path in ops_folder().rglob("*") if path.is_file()] if ops_folder().is_dir() else []
+def size(folder: Path | None = None) -> tuple[int, int]:
+    """Files and bytes in a folder, the binaries of the ops without one."""
+    folder = folder or ops_folder()
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     return len(files), sum(path.stat().st_size for path in files)
 
 

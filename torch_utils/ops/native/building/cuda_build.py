@@ -65,30 +65,42 @@ def nvrtc(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> b
 
 
 def nvcc(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
-    """Compile many specialisations at once with nvcc, driven by ninja. Raises NativeUnavailable likewise."""
+    """Compile many specialisations at once with nvcc, driven by ninja; what it has made before is taken.
+
+    Raises NativeUnavailable likewise.
+    """
     compiler = compilers.nvcc()
-    plans = list(
-        dict.fromkeys(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in plans)
-    )
-    with (
-        build_lock(cache.ops_folder() / "nvcc.lock"),
-        tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder,
-    ):
-        said = _run_nvcc(Path(folder), plans, capability, compiler, sources)
+    plans = [plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in plans]
+    keys = {plan: key(plan, capability, "nvcc", sources) for plan in plans}
+    found = {plan: cache.find(keys[plan], NAME) for plan in keys}
+    if None in found.values():
+        with build_lock(cache.ops_folder() / "nvcc.lock"):  # whose holder may have made some of them
+            missing = [plan for plan in keys if cache.find(keys[plan], NAME) is None]
+            for plan, binary in zip(missing, _make_with_nvcc(missing, capability, compiler, sources)):
+                cache.publish(keys[plan], NAME, binary)
+        found = {plan: cache.find(keys[plan], NAME) for plan in keys}
+    return [path.read_bytes() for plan in plans if (path := found[plan])]
+
+
+def _make_with_nvcc(
+    plans: list[Plan], capability: tuple[int, int], compiler: compilers.Compiler, sources: Path
+) -> list[bytes]:
+    with tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder:
+        said = _run_nvcc(Path(folder), plans, capability, compiler, sources) if plans else None
         if said is not None:
             raise NativeUnavailable(
                 f"{compiler.path} ({compiler.version}) cannot compile the CUDA ops: {said}", compilers.NO_NVCC
             )
-        binaries = [(Path(folder) / f"{number}.cubin").read_bytes() for number in range(len(plans))]
-    for plan, binary in zip(plans, binaries):
-        cache.publish(key(plan, capability, "nvcc", sources), NAME, binary)
-    return binaries
+        return [(Path(folder) / f"{number}.cubin").read_bytes() for number in range(len(plans))]
 
 
 def nvrtc_many(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
-    """Compile many specialisations side by side; NVRTC lets go of Python's lock while it works."""
+    """Compile many specialisations side by side, those that are in the cache excepted.
+
+    NVRTC lets go of Python's lock while it works. Raises NativeUnavailable.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda plan: nvrtc(plan, capability, sources), plans))
+        return list(pool.map(lambda p: find(p, capability, sources) or nvrtc(p, capability, sources), plans))
 
 
 def _run_nvcc(

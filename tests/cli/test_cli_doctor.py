@@ -1,0 +1,125 @@
+"""`finetune doctor` tells what a person needs to know, and fails where what was asked for is not done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from finetune.cli import cli
+from torch_utils import custom_ops
+from torch_utils.ops import impl
+from torch_utils.ops.native.building import NativeUnavailable, cache, cuda_build
+
+
+def doctor(*options):
+    return CliRunner().invoke(cli, ["doctor", *options])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Nothing is built here; the library that other tests have built stands for one."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(custom_ops, "cpu_library_info", lambda: "a compiler")
+    return tmp_path / "cache"
+
+
+def unavailable(*args):
+    raise NativeUnavailable("the compiler is on holiday", "Wait for it.")
+
+
+def test_it_says_everything_in_text_and_in_json(own_cache):
+    facts = json.loads(doctor("--json").output)
+    assert facts.keys() >= {
+        "torch",
+        "cuda_of_torch",
+        "driver",
+        "gpus",
+        "cxx",
+        "nvcc",
+        "nvrtc",
+        "ninja",
+        "ops",
+    }
+    assert facts.keys() >= {"architectures", "caches", "packages", "asked_for", "cpu_library", "done"}
+    assert facts["packages"].keys() == {"finetune", "dnnlib", "torch_utils"}
+    assert facts["caches"].keys() == {"ops", "checkpoints", "metrics"}
+    text = doctor().output
+    for said in (
+        "driver",
+        "C++ compiler",
+        "NVRTC compiles for",
+        f"{own_cache / 'ops'} (0 files",
+        "upfirdn2d on cpu",
+    ):
+        assert said in text
+    assert "cannot be written" not in text
+
+
+def test_a_folder_that_cannot_be_written_is_pointed_out(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
+    assert json.loads(doctor("--json").output)["caches"]["ops"]["writable"] is False
+    assert "cannot be written: what is made serves one process; FINETUNE_CACHE=" in doctor().output
+
+
+def test_an_architecture_without_a_build_is_refused():
+    done = doctor("--arch", "9.0")
+    assert done.exit_code == 2 and "write --build --arch 9.0" in done.output
+    done = doctor("--build", "--arch", "sm_90")
+    assert done.exit_code == 2 and "write a compute capability like 8.6 or 9.0" in done.output
+
+
+def test_a_build_that_fails_is_told_and_ends_with_exit_code_1(monkeypatch):
+    monkeypatch.setattr(custom_ops, "cpu_library_info", unavailable)
+    monkeypatch.setattr(custom_ops, "build_cuda", unavailable)
+    done = doctor("--build", "--arch", "9.0")
+    assert done.exit_code == 1
+    assert "CPU kernels cannot be built: the compiler is on holiday; Wait for it." in done.output
+    assert "CUDA kernels for sm_90 cannot be built: the compiler is on holiday" in done.output
+
+
+def test_a_build_says_what_it_made_and_what_it_did_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        custom_ops, "build_cuda", lambda plans, capability: asked.append(capability) or "nvcc"
+    )
+    done = doctor("--build", "--arch", "8.6", "--arch", "9.0")
+    assert done.exit_code == 0 and asked == [(8, 6), (9, 0)]
+    assert "CPU kernels are ready (a compiler" in done.output
+    assert "CUDA kernels for sm_86 are ready: " in done.output and " by nvcc in " in done.output
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert "no GPU is here; --arch 9.0, say, builds them" in doctor("--build").output
+
+
+def test_an_architecture_that_no_compiler_knows_is_quoted():
+    with pytest.raises(NativeUnavailable, match="sm_11") as caught:
+        cuda_build.nvrtc(some_plan(), (1, 1))
+    assert "NVRTC" in str(caught.value) or "cuda-core" in str(caught.value)
+
+
+def some_plan():
+    from torch_utils.ops.native import prebuild
+
+    return prebuild.specialisations((9, 0))[0]
+
+
+def test_a_cache_that_may_not_be_emptied_is_named(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    cache.ops_folder().mkdir(parents=True)
+    monkeypatch.setattr(cache.shutil, "rmtree", refuse)
+    done = doctor("--clean")
+    assert (
+        done.exit_code == 2 and "Permission denied" in done.output and str(cache.ops_folder()) in done.output
+    )
+
+
+def test_what_is_asked_for_is_shown(monkeypatch):
+    monkeypatch.setenv(impl.VARIABLE, "ref")
+    assert "plain torch: asked for" in doctor().output
+    monkeypatch.setenv(impl.VARIABLE, "bogus")
+    done = doctor()
+    assert done.exit_code == 2 and "FINETUNE_OPS: impl must be one of" in done.output
