@@ -54,6 +54,30 @@ def test_the_numbers_as_json_and_as_text(pictures, golden_dir, tmp_path):
     assert "8 generated against 6 real pictures" in text and "recall-effnet" in text
 
 
+def test_every_option_has_its_effect(pictures, golden_dir, tmp_path):
+    def facts(*arguments):
+        result = call(pictures, golden_dir, "--metrics", "random-fid", "--num", 4, "--json", *arguments)
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        return found, found["metrics"]["random-fid"]["value"]
+
+    cache = tmp_path / "cache" / "metrics"
+    plain, value = facts("--no-cache")
+    assert not cache.exists()
+    assert facts("--seed", 1)[1] != value and len(list(cache.iterdir())) == 3
+    assert facts("--no-cond", "--workers", 1, "--no-cache")[1] == value
+    mirrored, _ = facts("--mirror")
+    assert (plain["real"], mirrored["real"]) == (6, 12) and len(list(cache.iterdir())) == 6
+    large = tmp_path / "large"
+    large.mkdir()
+    for i in range(3):
+        Image.new("RGB", (48, 40), (9, 70 * i, 0)).save(large / f"{i}.png")
+    refused = call(large, golden_dir, "--metrics", "random-fid", "--num", 4)
+    assert refused.exit_code == 2 and "48" in refused.stderr
+    cropped, padded = (facts("--data", large, "--fit", fit)[1] for fit in ("crop", "pad"))
+    assert cropped != padded
+
+
 @pytest.mark.slow  # three processes load torch
 def test_two_processes_say_what_one_says(pictures, golden_dir, tmp_path):
     command = [sys.executable, "-m", "finetune", "evaluate", "--network", golden_dir / "stylegan2-ada-32.pkl"]
