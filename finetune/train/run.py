@@ -23,11 +23,11 @@ from finetune.device import resolve_device
 from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
+from finetune.train import measure
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_saved_state, build_state
 from finetune.train.continuing import checkpoint_of, continued, saved_for, without_surgery
 from finetune.train.hooks import Display, NoFolder, RunFolder, check_outdir, make_run_dir, print_reasons
-from finetune.train.measure import names_of
 from finetune.train.processes import ALONE, Processes, join
 from finetune.train.saved import Saved, restore_random
 from finetune.train.session import Session, begin, check_ours, how_to_go_on
@@ -102,7 +102,7 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     if distils(recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight):
         tell(f"Checking the weights of {config.sd_backbone} …")
         ensure_weights(config.sd_backbone, tell)
-    names_of(config)
+    measure.ensure_weights(config, tell)
     checkpoint = None
     if saved is not None:
         checkpoint = checkpoint_of(saved)

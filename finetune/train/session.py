@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data import build_loader
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from finetune.metrics.together import Share
 from finetune.train import saved
 from finetune.train.diagnose import Diagnostics
 from finetune.train.guard import Alarm, Diverged, Guard
@@ -59,10 +60,11 @@ class Session:
         self.snapshot: Path | None = None
         self.processes = self.plan.processes
         self.measurements = Measurements(
-            self.config if self.processes.is_first else replace(self.config, metrics=None),
+            self.config,
             self.image_set,
             self.plan.device,
             display.say,
+            Share(self.processes.rank, self.processes.world, self.processes.control),
         )
         self.batches = build_loader(
             self.image_set,

@@ -1,6 +1,7 @@
 """Two processes train as one does with the same parts of the batch; what happens when one is missing."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import options, quiet
+from tolerances import PROCESSES
 
 from finetune.config import TrainConfig, flag
 from finetune.errors import ConfigError
@@ -19,13 +21,12 @@ from finetune.recipes import Facts, resolve
 from finetune.train import saved
 from finetune.train.processes import ALONE, fresh, join, timeout_min
 from finetune.train.run import run
-from tolerances import PROCESSES
 
 ROOT = Path(__file__).parents[2]
 # All that processes have to tell each other: ADA's signs, the mean path length, norms behind `auto:`, w_avg.
 SHARED = dict(
-    batch=8, batch_gpu=4, kimg=0.016, tick=0.008, snap=100, aug="ada", target=0.0, augpipe="blit", sd_interval=1,
-    sd_weight="auto:0.2", mirror=True, save_every_min=0,
+    batch=8, batch_gpu=4, kimg=0.016, tick=0.008, snap=100, aug="ada", target=0.0, augpipe="blit",
+    sd_interval=1, sd_weight="auto:0.2", mirror=True, save_every_min=0,
 )  # fmt: skip
 
 
@@ -45,7 +46,9 @@ def started(*arguments, **environment):
     command = [sys.executable, "-m", "finetune", "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def done(*arguments, **environment):
@@ -128,15 +131,15 @@ def long_run(pictures, tmp_path, **environment):
     return process
 
 
-def rank(number):
-    """The process id of a rank among the processes of this machine."""
+def rank(number, launcher):
+    """The process id of a rank among those that a launcher has started."""
     for place in Path("/proc").glob("[0-9]*"):
         try:
             environment = (place / "environ").read_bytes().split(b"\0")
-            command = (place / "cmdline").read_bytes()
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if f"RANK={number}".encode() in environment and b"finetune" in command and b"--gpus" in command:
+        if parent == launcher.pid and f"RANK={number}".encode() in environment:
             return int(place.name)
     raise AssertionError(f"no process of rank {number}")
 
@@ -155,7 +158,7 @@ def test_a_signal_reaches_all_and_everything_is_saved(name, code, pictures, tmp_
 @pytest.mark.slow
 def test_a_process_that_is_killed_takes_the_run_down_with_its_name(pictures, tmp_path):
     process = long_run(pictures, tmp_path)
-    os.kill(rank(1), signal.SIGKILL)
+    os.kill(rank(1, process), signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in said
     assert re.search(r"Process 1 of 2 ended with SIGKILL|Process 0 of 2 waited in vain", said), said
@@ -165,12 +168,14 @@ def test_a_process_that_is_killed_takes_the_run_down_with_its_name(pictures, tmp
 @pytest.mark.slow
 def test_a_process_that_hangs_is_waited_for_no_longer_than_said(pictures, tmp_path):
     process = long_run(pictures, tmp_path, FINETUNE_TIMEOUT_MIN="0.1")
-    os.kill(rank(1), signal.SIGSTOP)
+    os.kill(rank(1, process), signal.SIGSTOP)
     since = time.monotonic()
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 2 and time.monotonic() - since > 5
     found = re.search(r"Process 0 of 2 waited in vain for the others in (.+?): ", said)
-    assert found and re.fullmatch(r"(Gmain|Greg|Dmain|Dreg|the beginning of|the log of).*step \d+", found[1]), said
+    assert found and re.fullmatch(
+        r"(Gmain|Greg|Dmain|Dreg|the beginning of|the log of).*step \d+", found[1]
+    ), said
 
 
 def test_what_is_drawn_follows_from_the_key_alone():
@@ -193,13 +198,17 @@ def test_alone_is_the_rule(monkeypatch):
     values = [torch.tensor([1.0, 2.0])]
     ALONE.add_up(values, "nothing")
     ALONE.take_from_first(values, "nothing")
-    assert values[0].tolist() == [1.0, 2.0] and ALONE.agree("x", "nothing") == "x" and ALONE.largest(3, "") == 3
+    assert (
+        values[0].tolist() == [1.0, 2.0] and ALONE.agree("x", "nothing") == "x" and ALONE.largest(3, "") == 3
+    )
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
 def test_how_long_to_wait_has_to_be_a_number_of_minutes(text, monkeypatch):
     monkeypatch.setenv("FINETUNE_TIMEOUT_MIN", text)
-    with pytest.raises(ConfigError, match=f"FINETUNE_TIMEOUT_MIN={text}: must be a number of minutes above 0"):
+    with pytest.raises(
+        ConfigError, match=f"FINETUNE_TIMEOUT_MIN={text}: must be a number of minutes above 0"
+    ):
         timeout_min()
 
 
@@ -213,8 +222,24 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         join(torch.device("mps"))
 
 
-@pytest.mark.parametrize("world, batch, part", [(1, 32, 32), (2, 32, 16), (3, 36, 12), (8, 32, 4), (16, 64, 4)])
+@pytest.mark.parametrize(
+    "world, batch, part", [(1, 32, 32), (2, 32, 16), (3, 36, 12), (8, 32, 4), (16, 64, 4)]
+)
 def test_a_batch_that_all_processes_can_share(world, batch, part):
     facts = Facts("stylegan2", 64, 3, 0, 5000, "cpu", 2, False, num_processes=world)
     config, _ = resolve(TrainConfig(data="x", resume="y"), facts)
     assert (config.batch, config.batch_gpu) == (batch, part)
+
+
+@pytest.mark.slow
+def test_metrics_are_those_of_one_process(pictures, tmp_path):
+    metrics = dict(metrics="random-fid", metrics_num=16, metrics_kimg=0.008)
+    lines = {}
+    for name, more in (("one", ()), ("two", ("--gpus", 2))):
+        config = options(pictures, tmp_path, **SHARED, **metrics, outdir=str(tmp_path / name))
+        code, said = done(*words(config), *more, FINETUNE_CACHE=str(tmp_path / "cache"))
+        assert code == 0, said
+        (log,) = (tmp_path / name).glob("*/log.jsonl")
+        lines[name] = [json.loads(line)["metrics"] for line in log.read_text().splitlines()]
+    for one, two in zip(lines["one"], lines["two"], strict=True):
+        assert one["random-fid"] == pytest.approx(two["random-fid"], rel=10 * PROCESSES)
