@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import os
+import socket
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger("finetune.train")
+
 
 class Board:
-    """Writes numbers for TensorBoard into a run folder; does nothing where the package is missing."""
+    """Writes numbers for TensorBoard into a run folder; does nothing where the package is missing.
+
+    Record by record and without the package's own writer, whose thread dies of a full disk. Here that costs
+    the numbers of a tick.
+    """
 
     def __init__(self, folder: Path | None) -> None:
-        self._writer: Any = None
+        self._path: Path | None = None
         if folder is None:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the package's own imports
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                from tensorboard.compat.proto import event_pb2, summary_pb2
+                from tensorboard.summary.writer.record_writer import RecordWriter
             except ImportError:
                 return
-        self._writer = SummaryWriter(str(folder))
+        self._event, self._summary, self._writer = event_pb2.Event, summary_pb2.Summary, RecordWriter
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._append(file_version="brain.Event:2")
 
-    def add(self, nimg: int, numbers: dict[str, Any], prefix: str = "") -> None:
+    def add(self, nimg: int, numbers: dict[str, Any]) -> None:
         """Add the numbers of a tick, nested ones as `outer/inner`; the axis is images seen."""
-        if self._writer is None:
+        if self._path is None:
             return
-        for name, value in numbers.items():
-            if isinstance(value, dict):
-                self.add(nimg, value, f"{prefix}{name}/")
-            elif isinstance(value, (int, float)):
-                self._writer.add_scalar(prefix + name, value, nimg)
-        if not prefix:
-            self._writer.flush()
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in _flat(numbers)]
+        self._append(step=nimg, summary=self._summary(value=values))
 
-    def close(self) -> None:
-        """Finish the file."""
-        if self._writer is not None:
-            self._writer.close()
+    def _append(self, **content: Any) -> None:
+        assert self._path is not None
+        record = io.BytesIO()
+        self._writer(record).write(self._event(wall_time=time.time(), **content).SerializeToString())
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with open(self._path, "ab") as file:
+                file.write(record.getvalue())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a part of a record would hide all that follow
+                os.truncate(self._path, size)
+            log.warning("%s: numbers are lost: %s", self._path, error.strerror or error)
+
+
+def _flat(numbers: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, float(value)

@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         raise TrainingError(
             f"Process {rank} of {num_processes} ended with {described(failure.exitcode)}; the others were "
             "stopped.",
-            hint="What it printed stands above. What was saved is whole: --resume the run folder to go on.",
+            hint="What it printed stands above. What was saved is whole.",
         ) from None
     return 0
 

@@ -367,7 +367,6 @@ def start(
         session.run()
         if session.stopped_by is not None:
             display.say(how_to_go_on(session))
-    folder.board.close()
     plan.processes.agree(None, "the end")  # nobody leaves before everything is saved and said
     if session.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt

@@ -261,7 +261,8 @@ class Session:
     def keep_best(self, metrics: dict[str, Any]) -> None:
         """Keep the generator with the best value of the first metric as `network-best.pkl`."""
         name = next(key for key in metrics if key != "num")
-        if not is_better(name, metrics[name], self.book.best.get("value")):
+        before = self.book.best.get("value") if self.book.best.get("metric") == name else None
+        if not is_better(name, metrics[name], before):
             return
         self.book.best = {"metric": name, "value": metrics[name], "nimg": self.state.nimg}
         try:

@@ -1,0 +1,91 @@
+"""Disks that are full or turn read-only under a run: what was saved stays whole. Needs the right to mount."""
+
+import dataclasses
+import io
+import subprocess
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_runs import options, quiet
+
+from finetune.config import TrainConfig
+from finetune.errors import TrainingError
+from finetune.train import saved
+from finetune.train.run import run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Call with a size in KiB: a new file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def make(kib):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+        mounted.append(place)
+        return place
+
+    yield make
+    for each in mounted:
+        subprocess.run(["umount", "-l", str(each)], check=True)
+
+
+def said_by(config, **more):
+    """What a run says that ends because it cannot save."""
+    console = Console(file=io.StringIO(), width=300)
+    with pytest.raises(
+        TrainingError, match=r"(?s)The run is over and cannot be saved.*What was saved before is whole"
+    ):
+        run(config, console=console, **more)
+    return console.file.getvalue()
+
+
+def whole_states(place):
+    (run_dir,) = (place / "runs").iterdir()
+    assert not list(run_dir.glob(".*")), "a temporary file is left"
+    return [saved.read_state(path)["nimg"] for path in saved.states_of(run_dir)]
+
+
+def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk):
+    place = disk(2000)
+    filled = place / "of somebody else"
+
+    def fill(state, numbers):
+        if state.nimg == 16:  # at the next save there is nothing left, though there was when the run began
+            filled.write_bytes(bytes(10**5))
+            while True:
+                try:
+                    with open(filled, "ab") as file:
+                        file.write(bytes(4096))
+                except OSError:
+                    break
+
+    said = said_by(options(pictures, place, kimg=0.064), on_tick=fill)
+    assert "0.032 kimg: not saved, and training goes on: No space left" in said
+    assert whole_states(place) == [16, 0]
+    filled.unlink()
+    (run_dir,) = (place / "runs").iterdir()
+    assert run(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir)), console=quiet()).nimg == 64
+
+
+def test_a_disk_that_turns_read_only(pictures, disk):
+    place = disk(20_000)
+
+    def freeze(state, numbers):
+        if state.nimg == 16:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+
+    said = said_by(options(pictures, place, kimg=0.064), on_tick=freeze)
+    assert "0.032 kimg: not saved, and training goes on" in said and "Read-only" in said
+    assert whole_states(place) == [16, 0]
+    (run_dir,) = (place / "runs").iterdir()
+    (snapshot,) = run_dir.glob("network-snapshot-*.pkl")
+    from finetune import load
+
+    assert all(bool(torch.isfinite(each).all()) for each in load(snapshot).G_ema.state_dict().values())
