@@ -98,7 +98,7 @@ def command(
     if gpus > 1 and "RANK" not in os.environ:
         from finetune.train.launch import launch
 
-        raise click.exceptions.Exit(launch(sys.argv[1:], gpus))
+        raise click.exceptions.Exit(launch(sys.argv[1:], gpus, device))
     is_first = os.environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if is_first else after_the_first():
         found, facts = measure(

@@ -215,7 +215,7 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
 
         from finetune.train.launch import launch
 
-        raise click.exceptions.Exit(launch(sys.argv[1:], gpus))
+        raise click.exceptions.Exit(launch(sys.argv[1:], gpus, options["device"]))
     from rich.console import Console
 
     from finetune.train.processes import leave

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +14,7 @@ from finetune.errors import TrainingError
 USER_ERROR, INTERRUPTED = 2, 130
 
 
-def launch(arguments: Sequence[str], num_processes: int) -> int:
+def launch(arguments: Sequence[str], num_processes: int, device: str = "auto") -> int:
     """Run `finetune ARGUMENTS` in `num_processes` processes, and return the exit code of the command.
 
     Where one fails, the others are ended. Signals are handed on once, and half a minute is given for saving.
@@ -23,7 +25,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    build_first()
+    build_first(on_cuda=device != "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the message below says it
     config = LaunchConfig(
@@ -53,14 +55,29 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     return 0
 
 
-def build_first() -> None:
-    """Build the CPU kernels, so that the processes find them instead of building them all at once."""
+# In a process of its own, which takes its hold of the GPUs with it.
+BUILD_CUDA = """
+import torch
+from torch_utils import custom_ops
+from torch_utils.ops.native import prebuild
+for found in {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}:
+    custom_ops.build_cuda(prebuild.specialisations(found), found)
+"""
+
+
+def build_first(*, on_cuda: bool) -> None:
+    """Build the kernels, so that the processes find them instead of waiting for each other.
+
+    What cannot be built here is no error: each process says so, and how it runs instead.
+    """
+    import torch
+
     from torch_utils.custom_ops import NativeUnavailable, cpu_library
 
-    try:
+    with contextlib.suppress(NativeUnavailable):
         cpu_library()
-    except NativeUnavailable:
-        pass  # each process will say so, and how it runs instead
+    if on_cuda and torch.cuda.device_count():
+        subprocess.run([sys.executable, "-c", BUILD_CUDA], capture_output=True, check=False)
 
 
 def described(exit_code: int) -> str:
