@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import traceback
 import warnings
 
@@ -55,9 +56,11 @@ class CommandTable(click.Group):
             click.echo("\nInterrupted.", err=True)
             raise click.exceptions.Exit(130) from None
         except Exception as error:
-            if ctx.params.get("debug"):
+            failure = explain(error)
+            # Of several processes, the one that fails may not fail again when it is asked to.
+            if ctx.params.get("debug") or (failure.exit_code == 1 and "RANK" in os.environ):
                 traceback.print_exc()
-            raise explain(error) from None
+            raise failure from None
 
 
 def explain(error: Exception) -> CommandFailed:

@@ -90,6 +90,14 @@ def test_no_memory_left_is_no_defect(monkeypatch):
     assert result.exit_code == 2 and "not enough memory" in result.stderr
 
 
+def test_one_of_several_processes_shows_the_traceback_of_a_defect_unasked(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    failed = run_raising(monkeypatch, KeyError("missing key"))
+    assert failed.exit_code == 1 and "Traceback" in failed.stderr and "raise error" in failed.stderr
+    refused = run_raising(monkeypatch, ConfigError("--kimg 0: too few."))
+    assert refused.exit_code == 2 and "Traceback" not in refused.stderr
+
+
 def test_a_defect_says_so_and_shows_its_traceback_only_on_request(monkeypatch):
     quiet = run_raising(monkeypatch, KeyError("missing key"))
     assert quiet.exit_code == 1
