@@ -45,8 +45,8 @@ SG_INLINE V piecewise(const Call<T>& call, V in, V at) {
     }
 }
 
-template <int ACT, int ORDER, class R>
-SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
+template <int ACT, int ORDER, class T, class R>
+SG_INLINE R smooth(const Call<T>& call, R in, R in2, R at) {
     if constexpr (ORDER == 0) {
         R v = activated<ACT>(in) * call.gain;
         if (call.clamps) {
@@ -59,7 +59,7 @@ SG_INLINE R smooth(const Call<double>& call, R in, R in2, R at) {
         if constexpr (ACT == SG_SWISH) {
             if (call.clamps) y = activated<ACT>(at) * call.gain;
         } else {
-            a = at * call.inverse_gain();
+            a = at * static_cast<T>(call.inverse_gain());
         }
         R v;
         if constexpr (ORDER == 1) v = in * (slope<ACT>(a) * call.gain);
@@ -76,34 +76,39 @@ void run_smooth(const Call<double>& call, const double* in, const double* in2, c
     for (sg_int64 i = 0; i < count; ++i) {
         const double bias = b ? b[step ? i : 0] : 0.0;
         const double at = ref ? ref[i] + (ACT == SG_SWISH ? bias : 0.0) : 0.0;
-        out[i] = smooth<ACT, ORDER, double>(call, in[i] + (ORDER == 0 ? bias : 0.0), in2 ? in2[i] : 0.0, at);
+        out[i] = smooth<ACT, ORDER>(call, in[i] + (ORDER == 0 ? bias : 0.0), in2 ? in2[i] : 0.0, at);
     }
 }
 
 template <int ACT, int ORDER>
 void run_smooth(const Call<float>& call, const float* in, const float* in2, const float* ref, const float* b, int step,
                 float* out, sg_int64 count) {
-    const Call<double> wide_call{call.gain, call.alpha, call.clamp, call.clamps};
+    constexpr bool is_single = ORDER < 2 && (ACT == SG_SIGMOID || ACT == SG_SWISH);
+    typedef typename working<is_single>::number number;
+    typedef typename working<is_single>::vector vector;
+    typedef typename working<is_single>::memory memory;
+    constexpr int lanes = sizeof(vector) / sizeof(number);
+    const Call<number> own_call{call.gain, call.alpha, call.clamp, call.clamps};
     auto widen = [](const float* from) {
-        narrow v;
+        memory v;
         std::memcpy(&v, from, sizeof v);
-        return __builtin_convertvector(v, wide);
+        return __builtin_convertvector(v, vector);
     };
-    const wide same = wide{} + static_cast<double>(b && !step ? *b : 0.0f);
+    const vector same = vector{} + static_cast<number>(b && !step ? *b : 0.0f);
     auto run_vector = [&](const float* in, const float* in2, const float* ref, const float* b, float* out) {
-        const wide bias = step && b ? widen(b) : same;
-        wide v = widen(in), second{}, at{};
+        const vector bias = step && b ? widen(b) : same;
+        vector v = widen(in), second{}, at{};
         if constexpr (ORDER == 0) v += bias;
         else at = ACT == SG_SWISH ? widen(ref) + bias : widen(ref);
         if constexpr (ORDER == 2) second = widen(in2);
-        const narrow result = __builtin_convertvector(smooth<ACT, ORDER, wide>(wide_call, v, second, at), narrow);
+        const memory result = __builtin_convertvector(smooth<ACT, ORDER>(own_call, v, second, at), memory);
         std::memcpy(out, &result, sizeof result);
     };
     sg_int64 i = 0;
-    for (; i + WIDE <= count; i += WIDE)
+    for (; i + lanes <= count; i += lanes)
         run_vector(in + i, in2 + (in2 ? i : 0), ref + (ref ? i : 0), b + (b && step ? i : 0), out + i);
     if (i == count) return;
-    float parts[5][WIDE] = {};
+    float parts[5][lanes] = {};
     const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
     std::memcpy(parts[0], in + i, bytes);
     if (in2) std::memcpy(parts[1], in2 + i, bytes);
