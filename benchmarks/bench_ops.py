@@ -24,7 +24,7 @@ from typing import Any
 
 import naive
 import torch
-from measuring import ceilings, interleaved, machine, table, write_report
+from measuring import ceilings, count_cpu_time, interleaved, machine, table, write_report
 
 from finetune.train.allocator import keep_freed_memory
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
@@ -219,10 +219,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds after which three repeats do")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time: for busy machines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        if torch.device(options.device).type == "cuda":
+            parser.error("--cpu-time: a GPU's work takes no CPU time")
+        options.threads = 1
+        count_cpu_time()
     options.dtype = getattr(torch, options.dtype)
     device = torch.device(options.device)
     if not options.fresh_memory:
