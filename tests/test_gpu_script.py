@@ -6,6 +6,7 @@ import argparse
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,16 @@ def test_what_fails_is_written_down_and_the_rest_still_runs(tmp_path):
 def test_an_option_that_does_not_exist_is_named():
     done = gpu_sh("--fast")
     assert done.returncode == 2 and "unknown option --fast" in done.stderr
+
+
+def test_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    measuring, ticks = importlib.import_module("measuring"), iter(range(10))
+    monkeypatch.setattr(measuring, "clock", lambda: next(ticks))
+    cpu = measuring.torch.device("cpu")
+    assert measuring.seconds(lambda: next(ticks), cpu) == 2
+    measuring.count_cpu_time()
+    assert measuring.clock is time.process_time and measuring.torch.get_num_threads() == 1
 
 
 @pytest.mark.slow
