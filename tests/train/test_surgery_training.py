@@ -26,6 +26,9 @@ def resume(golden_dir, name, **changes):
         ("stylegan2-32", {"cond": True}, 3, "classes 0 → 3"),
         ("stylegan2-64-cond", {"cond": False}, 0, "classes 5 → 0"),
         ("stylegan2-64-cond", {"classes": "extend"}, 7, "classes 5 → 7"),
+        ("stylegan2-64-cond", {"classes": "keep"}, 3, "classes 5 → 3"),
+        ("stylegan2-64-cond", {"classes": "fresh"}, 5, "fresh classes"),
+        ("stylegan2-ada-32", {"channels": 4}, 0, "channels 3 → 4"),
         ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made anew"),
     ],
 )
@@ -42,6 +45,9 @@ def test_it_trains_and_says_what_was_done(name, changes, num_labels, words, gold
     train_steps(prepared, 2)
     for key, values in before.items():
         assert moved(values, getattr(prepared.state, key)), key
+    G = prepared.state.G_ema
+    img = G(torch.randn(2, G.z_dim), torch.eye(max(G.c_dim, 2))[:2, : G.c_dim], noise_mode="const")
+    assert img.shape == (2, G.img_channels, G.img_resolution, G.img_resolution) and img.isfinite().all()
 
 
 def test_a_new_discriminator_learns_alone_first(pictures, tmp_path):
