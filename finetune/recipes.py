@@ -13,8 +13,8 @@ from typing import Any
 
 from finetune.config import TrainConfig, distils
 
-# Provisional: of the range that the pilot looked at (0.05 to 0.2, where small weights already helped); to be
-# settled by the A/B runs.
+AB = "benchmarks/results/ab_epyc-2core_202611.md"
+# Compared there with none, at the interval below, on small networks.
 SD_WEIGHT = 0.1
 ADA_TARGET = 0.6
 
@@ -23,12 +23,16 @@ ADA_TARGET = 0.6
 class Published:
     """What is publicly stated about the training of a checkpoint of the catalogue.
 
-    trained, finetune: (gamma, batch) of its own training, and of fine-tuning it; None where nothing is known.
+    trained, finetune: (gamma, batch) of its own training, and of fine-tuning it; glr, dlr, target: learning
+    rates and ADA's target of its own training. None where nothing is known.
     """
 
     name: str
     trained: tuple[float, int] | None = None
     finetune: tuple[float, int] | None = None
+    glr: float | None = None
+    dlr: float | None = None
+    target: float | None = None
 
     def gamma(self, which: str, batch: int) -> float | None:
         """The R1 weight for another batch: the weight goes with 1/batch."""
@@ -73,7 +77,8 @@ class Reason:
 class Row:
     """One number of a recipe. The first row whose recipe and condition fit gives an option its value.
 
-    `value` gets the facts and the batch; None passes on to the next row. `why` may quote fields of the facts.
+    `value` gets the facts and the batch; None passes on to the next row. `why` may quote fields of the facts,
+    the batch and the value.
     """
 
     option: str
@@ -87,7 +92,22 @@ class Row:
 FEW_PICTURES, SOME_PICTURES, MANY_PICTURES = 1000, 2000, 50_000
 TRANSFER = ("adapt", "few-shot")
 EVERY = ("improve", "adapt", "few-shot", "custom")
+SCRATCH = "scratch"  # the job of a run without a checkpoint
 OURS = "our choice, not measured yet"
+AS_TRAINED = ("as this checkpoint was trained", "published settings of {published}")
+
+
+def _published(name: str) -> Callable[[Facts, int], Any]:
+    return lambda facts, batch: getattr(facts.published, name, None)
+
+
+def _is_stylegan2(facts: Facts) -> bool:
+    return facts.family == "stylegan2"
+
+
+def _gamma(facts: Facts, batch: int) -> float:
+    return float(f"{r1_gamma(facts.family, facts.resolution, batch):.4g}")
+
 
 ROWS = (
     Row(
@@ -99,12 +119,21 @@ ROWS = (
         lambda facts: facts.num_images < SOME_PICTURES,
     ),
     Row("kimg", EVERY, lambda facts, batch: 1000.0, "{num_images} pictures", OURS),
+    Row("kimg", (SCRATCH,), lambda facts, batch: 5000.0, "from scratch", OURS),
+    Row(
+        "batch",
+        (*EVERY, SCRATCH),
+        lambda facts, batch: max(8, 4096 // facts.resolution),
+        "{family} at {resolution} px: 4096/res",
+        "published rule for one GPU; at least 8, our choice",
+        lambda facts: _is_stylegan2(facts) and facts.resolution > 128,
+    ),
+    Row("batch", (*EVERY, SCRATCH), lambda facts, batch: 32, "{family} at {resolution} px", "published runs"),
     Row(
         "gamma",
         ("improve",),
         lambda facts, batch: facts.published and facts.published.gamma("trained", batch),
-        "as this checkpoint was trained",
-        "published settings of {published}",
+        *AS_TRAINED,
     ),
     Row(
         "gamma",
@@ -112,6 +141,33 @@ ROWS = (
         lambda facts, batch: facts.published and facts.published.gamma("finetune", batch),
         "as this checkpoint is fine-tuned",
         "published settings of {published}",
+    ),
+    Row(
+        "gamma",
+        (*EVERY, SCRATCH),
+        _gamma,
+        "0.0002 res²/batch at {resolution} px, batch {batch}",
+        "published rule for StyleGAN2",
+        _is_stylegan2,
+    ),
+    Row(
+        "gamma",
+        (*EVERY, SCRATCH),
+        _gamma,
+        "res²/(1024 batch) at {resolution} px, batch {batch}",
+        "a rule that fits what is published for StyleGAN3",
+    ),
+    Row("glr", ("improve", *TRANSFER), _published("glr"), *AS_TRAINED),
+    Row("glr", (*EVERY, SCRATCH), lambda facts, batch: 0.002, "{family}", "published rate", _is_stylegan2),
+    Row("glr", (*EVERY, SCRATCH), lambda facts, batch: 0.0025, "{family}", "published rate"),
+    Row("dlr", ("improve", *TRANSFER), _published("dlr"), *AS_TRAINED),
+    Row("dlr", (*EVERY, SCRATCH), lambda facts, batch: 0.002, "discriminator", "published rate"),
+    Row(
+        "ema_kimg",
+        (*EVERY, SCRATCH),
+        lambda facts, batch: batch * 10 / 32,
+        "half-life of the exported average: batch·10/32 = {value:g} kimg",
+        "published rule",
     ),
     Row(
         "aug",
@@ -122,12 +178,35 @@ ROWS = (
         lambda facts: facts.num_images >= MANY_PICTURES,
     ),
     Row(
+        "aug",
+        (*EVERY, SCRATCH),
+        lambda facts, batch: "ada",
+        "as much augmentation as D needs not to learn the pictures by heart",
+        "ADA",
+    ),
+    Row("target", ("improve",), _published("target"), *AS_TRAINED),
+    Row(
+        "target",
+        (*EVERY, SCRATCH),
+        lambda facts, batch: ADA_TARGET,
+        "share of real images D should be sure of",
+        "ADA",
+    ),
+    Row(
         "freezed",
         ("few-shot",),
         lambda facts, batch: min(10, round(0.4 * (facts.num_freezable or 0))),
         "the first of {num_freezable} layers of D know enough for {num_images} pictures",
-        "public practice: 10 of 25 layers at 1024 px",
+        "published advice: 10 or 13; at 1024 px there are 25",
         lambda facts: bool(facts.num_freezable),
+    ),
+    Row("freezed", EVERY, lambda facts, batch: 0, "all of the discriminator learns", OURS),
+    Row(
+        "sd_weight",
+        (*EVERY, SCRATCH),
+        lambda facts, batch: SD_WEIGHT,
+        "self-distillation",
+        AB,
     ),
 )
 
@@ -141,16 +220,17 @@ def job_of(config: TrainConfig, facts: Facts) -> tuple[str, str]:
     return "adapt", "say --recipe improve where the pictures are the checkpoint's own"
 
 
-def from_rows(option: str, job: str, facts: Facts, batch: int) -> tuple[Any, str] | None:
-    """The value that the recipe gives an option, with the reason and its source, or None."""
+def from_rows(option: str, job: str, facts: Facts, batch: int) -> tuple[Any, str]:
+    """The value that the recipe gives an option, with the reason and its source."""
     for row in ROWS:
         if row.option != option or job not in row.recipes or not row.only_if(facts):
             continue
         value = row.value(facts, batch)
         if value is not None:
-            words = {**vars(facts), "published": facts.published.name if facts.published else ""}
+            name = facts.published.name if facts.published else ""
+            words = {**vars(facts), "published": name, "batch": batch, "value": value}
             return value, f"{row.why.format(**words)} ({row.source.format(**words)})"
-    return None
+    raise AssertionError(f"no row gives {option} a value for {job}")
 
 
 def r1_gamma(family: str, resolution: int, batch: int) -> float:
@@ -161,6 +241,12 @@ def r1_gamma(family: str, resolution: int, batch: int) -> float:
     """
     per_pixel = 0.0002 if family == "stylegan2" else 0.5 * 32 / 128**2
     return per_pixel * resolution**2 / batch
+
+
+def fair(batch: int, facts: Facts) -> int:
+    """The next larger batch of which each process has an equal share, in whole groups that D compares."""
+    unit = facts.num_processes * facts.group_size
+    return math.ceil(batch / unit) * unit
 
 
 def can_group(count: int, group_size: int) -> bool:
@@ -181,24 +267,26 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         reasons.append(Reason(name, value, "set by hand" if by_hand else why))
         return value
 
-    def settle_by_job(name: str, default: Any, why: str) -> Any:
-        row = None if facts.from_scratch else from_rows(name, job, facts, filled.get("batch") or 0)
-        return settle(name, *(row or (default, why)))
+    def settle_by_job(name: str) -> Any:
+        return settle(name, *from_rows(name, job, facts, filled.get("batch") or 0))
 
     on_gpu = facts.device_type == "cuda"
-    job = ""
+    job = SCRATCH
     if not facts.from_scratch:
         job, why = job_of(config, facts)
         filled["recipe"] = job
         reasons.append(Reason("recipe", job, why))
-    stylegan2 = facts.family == "stylegan2"
     if facts.from_scratch:
         _settle_architecture(settle, facts)
     origin = "from scratch: labels are used only on request" if facts.from_scratch else "as the checkpoint"
     settle("cond", facts.c_dim > 0, origin)
     _settle_shape(settle, config, facts)
-    kimg = settle_by_job("kimg", 5000.0, "from scratch")
-    batch = settle("batch", *_batch(facts))
+    kimg = settle_by_job("kimg")
+    batch, why = from_rows("batch", job, facts, 0)
+    if facts.num_processes > 1:
+        batch = fair(batch, facts)
+        why += f", in equal shares of the {facts.num_processes} processes"
+    batch = settle("batch", batch, why)
     # A batch given by hand is cut into parts that divide it, and that D can group; they only bound memory.
     limit = _gpu_batch(facts) if on_gpu else 32
     own = max(1, batch // facts.num_processes)
@@ -213,17 +301,10 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     if part < min(own, facts.group_size):
         why += f"; batch {own} does not divide into the groups of {facts.group_size} that D compares"
     settle("batch_gpu", part, why)
-    formula = "0.0002 res²/batch" if stylegan2 else "res²/(1024 batch)"
-    gamma = float(f"{r1_gamma(facts.family, facts.resolution, batch):.4g}")
-    settle_by_job("gamma", gamma, f"{formula} at {facts.resolution} px, batch {batch}")
-    settle("glr", 0.002 if stylegan2 else 0.0025, f"published rate for {facts.family}")
-    settle("dlr", 0.002, "published rate for the discriminator")
+    for name in ("gamma", "glr", "dlr"):
+        settle_by_job(name)
     settle("g_beta1", 0.0, "published: Adam's momentum of the generator")
-    settle(
-        "ema_kimg",
-        batch * 10 / 32,
-        f"half-life of the exported average: batch·10/32 = {batch * 10 / 32:g} kimg",
-    )
+    settle_by_job("ema_kimg")
     settle("mirror", None, "pictures are shown mirrored only on request")
     if facts.from_scratch:
         filled["freezed"] = 0
@@ -233,15 +314,15 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         if config.new_d:
             settle("freezed", 0, "a new discriminator has nothing to keep")
         else:
-            settle_by_job("freezed", 0, "all of the discriminator learns")
-    aug = settle_by_job("aug", "ada", "as much augmentation as D needs not to learn the pictures by heart")
+            settle_by_job("freezed")
+    aug = settle_by_job("aug")
     if aug == "fixed":
         settle("p", None, "probability of augmentation")
     if aug == "ada":
-        settle("target", ADA_TARGET, "share of real images D should be sure of (ADA)")
+        settle_by_job("target")
     if aug != "noaug":
         settle("augpipe", "bgc", "flips, shifts, turns, scales and colours; the pipe of the ADA paper")
-    weight = settle("sd_weight", SD_WEIGHT, "provisional: inside the range a pilot found useful")
+    weight = settle_by_job("sd_weight")
     if distils(weight):
         _settle_distillation(settle, config, facts)
     else:
@@ -293,8 +374,8 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     settle("sd_batch_share", None, "the whole batch is compared")
     settle(
         "sd_interval",
-        1 if cheap else 2,
-        "every step: l2 is cheap" if cheap else "every 2nd step, counted twice",
+        1 if cheap else 4,
+        "every step: l2 is cheap" if cheap else f"every 4th step, counted four times ({AB})",
     )
     settle("sd_resolution", min(facts.resolution, 256), "distances are taken at 256 px or less")
 
@@ -311,12 +392,6 @@ def _gpu_batch(facts: Facts) -> int:
     per_16_gib = (2048 if facts.family == "stylegan3-r" else 4096) // facts.resolution
     size = max(4, min(32, per_16_gib)) * (facts.gpu_memory_gib or 16) / 16
     return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))
-
-
-def _batch(facts: Facts) -> tuple[int, str]:
-    if facts.family != "stylegan2" or facts.resolution <= 128:
-        return 32, f"{facts.family} at {facts.resolution} px"
-    return max(8, 4096 // facts.resolution), f"{facts.family} at {facts.resolution} px (4096/res, at least 8)"
 
 
 def _tick(kimg: float) -> tuple[float, str]:

@@ -60,7 +60,15 @@ def published(entry: Entry) -> Published | None:
         values = entry.published.get(which, {})
         return (values["gamma"], values["batch"]) if "gamma" in values and "batch" in values else None
 
-    found = Published(entry.id, trained=settings("trained"), finetune=settings("finetune"))
+    own = entry.published.get("trained", {})
+    found = Published(
+        entry.id,
+        trained=settings("trained"),
+        finetune=settings("finetune"),
+        glr=own.get("glr", own.get("lr")),
+        dlr=own.get("dlr", own.get("lr")),
+        target=own.get("target"),
+    )
     if "published" in entry.inferred:
         found = dataclasses.replace(found, name=f"{entry.id}, concluded from the name of its configuration")
     return found if found.trained or found.finetune else None

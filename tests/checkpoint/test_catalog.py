@@ -147,5 +147,7 @@ def test_published_settings_as_recipes_take_them():
     assert (transfer.trained, transfer.finetune) == ((32.8, 32), (6.6, 32))
     assert transfer.gamma("finetune", 16) == 13.2
     concluded = known.published(catalog.get("ffhq-256-stylegan2"))
-    assert "concluded" in concluded.name
+    assert "concluded" in concluded.name and (concluded.glr, concluded.dlr) == (0.0025, 0.0025)
+    one_rate = known.published(catalog.get("stylegan2-ffhq-config-f"))
+    assert (one_rate.glr, one_rate.dlr, one_rate.target) == (0.002, 0.002, None)
     assert known.published(catalog.get("lhq-1024")) is None

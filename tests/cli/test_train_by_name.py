@@ -90,9 +90,13 @@ def test_the_recipe_of_a_public_checkpoint(server, name, pictures, tmp_path):
         value, why = rows["gamma"]
         gamma = published and published.gamma(which, int(rows["batch"][0]))
         if gamma is None:
-            assert "published" not in why
+            assert "published settings" not in why
         else:
             assert float(value) == gamma and f"published settings of {entry.id}" in why
+        for option in ("glr", "dlr"):
+            rate = published and getattr(published, option)
+            value, why = rows[option]
+            assert float(value) == rate if rate else "published settings" not in why
     assert len(server.requests) == 1
     assert table(train(name, pictures, "--gamma", "3.5").stdout)["gamma"][0] == "3.5"
 

@@ -12,7 +12,7 @@ FFHQ = recipes.Published("stylegan3-t-ffhq-1024x1024", trained=(32.8, 32), finet
 
 
 def settle(facts=BASE, **options):
-    config, reasons = recipes.resolve(TrainConfig(data="x", resume="a.pkl", **options), facts)
+    config, reasons = recipes.resolve(TrainConfig(**{"data": "x", "resume": "a.pkl", **options}), facts)
     return config, {reason.name: reason for reason in reasons}
 
 
@@ -44,6 +44,33 @@ def test_published_gamma_by_job_and_scaled_to_the_batch():
     assert settle(facts, recipe="custom")[0].gamma == pytest.approx(32)
     unknown = dataclasses.replace(facts, published=recipes.Published("other"))
     assert settle(unknown, recipe="improve")[0].gamma == pytest.approx(32)
+
+
+def test_published_learning_rates_and_target_are_gone_on_with():
+    known = recipes.Published("a", trained=(1.0, 64), glr=0.0025, dlr=0.0015, target=0.7)
+    facts = dataclasses.replace(BASE, published=known)
+    for recipe in ("improve", "adapt", "few-shot"):
+        config, table = settle(facts, recipe=recipe)
+        assert (config.glr, config.dlr) == (0.0025, 0.0015)
+        assert "published settings of a" in table["glr"].why and "published settings of a" in table["dlr"].why
+        assert config.target == (0.7 if recipe == "improve" else 0.6)  # that of its own pictures
+    assert settle(facts, recipe="improve", glr=0.001)[0].glr == 0.001
+    config, table = settle(facts, recipe="custom")
+    assert (config.glr, config.dlr) == (0.002, 0.002) and "published rate" in table["glr"].why
+
+
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
+@pytest.mark.parametrize("scratch", [False, True])
+def test_what_a_job_sets_comes_from_a_row_with_its_source(family, scratch):
+    """Every number that --recipe is about, also where there is no checkpoint."""
+    facts = dataclasses.replace(BASE, family=family, from_scratch=scratch)
+    start = {"resume": None, "scratch": family} if scratch else {}
+    config, table = settle(facts, **start)
+    by_row = ["kimg", "batch", "gamma", "glr", "dlr", "ema_kimg", "aug", "target", "sd_weight"]
+    for name in by_row if scratch else [*by_row, "freezed"]:
+        job = recipes.SCRATCH if scratch else config.recipe
+        assert (table[name].value, table[name].why) == recipes.from_rows(name, job, facts, config.batch)
+        assert table[name].why.endswith(")"), "the source stands behind the reason"
 
 
 def test_few_pictures_freeze_part_of_d_and_many_need_no_augmentation():
@@ -82,5 +109,5 @@ def test_more_memory_takes_more_images_at_once(family, resolution, memory, size)
 
 def test_every_row_says_where_its_number_comes_from():
     for row in recipes.ROWS:
-        assert row.source and set(row.recipes) <= set(RECIPES)
+        assert row.source and set(row.recipes) <= {*RECIPES, recipes.SCRATCH}
         assert row.option in TrainConfig.__dataclass_fields__
