@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.decode import FITS, num_frames, open_picture, unusual
 from finetune.data.image_set import choose
-from finetune.data.labels import Labels, labels_without_picture, read_labels
+from finetune.data.labels import Labels, has_labels, labels_without_picture, read_labels
 from finetune.data.problems import (
     BAD_LABEL,
     DUPLICATE,
@@ -37,6 +37,9 @@ from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.workers import available_cores, in_order
 from finetune.errors import DataError
 
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+GRAY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -45,7 +48,8 @@ class Scan:
     `sizes` counts pictures by (width, height) upright, `modes` by Pillow's mode, both without the unreadable
     ones; `class_counts` is the number of pictures of each class (empty without labels, and for vectors);
     `num_ignored` counts files that are no pictures. `problems` is what training refuses, `remarks` (of a
-    thorough scan) what it takes, but a person may want to know, picture by picture.
+    thorough scan) what it takes, but a person may want to know, picture by picture. `has_labels` says whether
+    there are any, used or not.
     """
 
     path: Path
@@ -58,6 +62,29 @@ class Scan:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     remarks: list[Problem] = field(default_factory=list)
+    has_labels: bool = False
+
+    def against(self, channels: int) -> list[str]:
+        """What pictures and the `channels` of a network do not share, and the option that changes it."""
+        alpha = sum(count for mode, count in self.modes.items() if mode in ALPHA)
+        gray = sum(count for mode, count in self.modes.items() if mode in GRAY)
+        colours = self.num_images - gray
+        notes = []
+        if alpha and channels < 4:
+            notes.append(
+                f"{alpha} pictures are transparent and come onto white: the network has {channels} channels; "
+                "--channels 4 changes it."
+            )
+        if colours and channels == 1:
+            notes.append(
+                f"{colours} pictures have colours and become gray: the network has 1 channel; --channels 3 "
+                "changes it."
+            )
+        if channels > 1 and gray == self.num_images:
+            notes.append(
+                f"All pictures are gray and the network has {channels} channels; --channels 1 changes it."
+            )
+        return notes
 
     def raise_for_problems(self) -> None:
         """Raise one DataError that names every picture that cannot be used, and says what to do."""
@@ -137,6 +164,7 @@ def scan(
         problems=problems,
         notes=_notes(sizes, resolution, class_counts),
         remarks=remarks,
+        has_labels=has_labels(source),
     )
 
 

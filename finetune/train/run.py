@@ -99,10 +99,7 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         raise ConfigError(
             f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto."
         )
-    if distils(recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight):
-        tell(f"Checking the weights of {config.sd_backbone} …")
-        ensure_weights(config.sd_backbone, tell)
-    measure.ensure_weights(config, tell)
+    measure.names_of(config)
     checkpoint = None
     if saved is not None:
         checkpoint = checkpoint_of(saved)
@@ -112,6 +109,11 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     as_it_is = config if saved is None else without_surgery(config, checkpoint)
     image_set, facts, notes = read_data(as_it_is, checkpoint, device, tell, processes)
     facts = replace(facts, from_scratch=config.scratch is not None, num_processes=processes.world)
+    # After what takes a moment to find wrong: these may be half a gigabyte to fetch.
+    if distils(recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight):
+        tell(f"Checking the weights of {config.sd_backbone} …")
+        ensure_weights(config.sd_backbone, tell)
+    measure.ensure_weights(config, tell)
     tell("Building the networks …")
     operations: list[Operation] = []
     if checkpoint is not None and saved is None:
@@ -235,7 +237,12 @@ def read_data(
                 progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
             )
             found.raise_for_problems()
-        notes = found.notes
+        notes = [*found.notes, *found.against(channels)]
+        if checkpoint is not None and config.cond is None and not use_labels and found.has_labels:
+            notes.append(
+                "The pictures have labels and the checkpoint has no classes: they are not used. --cond gives "
+                "it those of the pictures."
+            )
     processes.agree(None, "looking at the pictures")
     image_set = ImageSet(
         config.data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from finetune.data.problems import (
     UNUSUAL,
     WRONG_SIZE,
 )
+from finetune.data.scanning import Scan
 from finetune.errors import DataError
 
 
@@ -221,3 +223,19 @@ def test_twice_in_a_zip(tmp_path, encode, noise):
     assert [(each.name, each.kind, each.detail) for each in found.remarks] == [
         ("a.png", SAME_NAME, "is in the zip more than once")
     ]
+
+
+@pytest.mark.parametrize(
+    "modes, channels, said",
+    [
+        ({"RGB": 3}, 3, []),
+        ({"RGBA": 2, "RGB": 1}, 3, ["2 pictures are transparent", "--channels 4"]),
+        ({"RGBA": 2, "RGB": 1}, 4, []),
+        ({"L": 2, "RGB": 1}, 3, []),
+        ({"L": 2, "1": 1}, 3, ["All pictures are gray", "--channels 1"]),
+        ({"L": 2, "RGB": 1}, 1, ["1 pictures have colours", "--channels 3"]),
+    ],
+)
+def test_what_a_network_of_other_channels_does_to_pictures(modes, channels, said):
+    notes = "\n".join(Scan(Path("set.zip"), 3, modes=modes).against(channels))
+    assert all(words in notes for words in said) and bool(notes) == bool(said)

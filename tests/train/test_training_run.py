@@ -148,6 +148,22 @@ def test_resuming_starts_from_the_weights_and_says_so(pictures, tmp_path):
     assert child.augment_pipe is None
 
 
+def test_what_pictures_and_checkpoint_do_not_share_is_said_with_the_option_that_changes_it(
+    pictures, tmp_path
+):
+    snapshot = str(run(options(pictures, tmp_path), console=quiet()).snapshot)
+    assert prepare(options(pictures, tmp_path, resume=snapshot)).notes == []
+    labelled = options(pictures, tmp_path, resume=snapshot, data=str(pictures(16, 3)))
+    (note,) = prepare(labelled).notes
+    assert "have labels and the checkpoint has no classes" in note and "--cond" in note
+    assert prepare(dataclasses.replace(labelled, cond=False)).notes == []
+    gray = str(run(options(pictures, tmp_path, channels=1), console=quiet()).snapshot)
+    assert (
+        "12 pictures have colours and become gray"
+        in prepare(options(pictures, tmp_path, resume=gray)).notes[0]
+    )
+
+
 def test_a_frozen_discriminator_thaws(pictures, tmp_path):
     frozen = run(options(pictures, tmp_path, sd_weight=0.0), console=quiet())
     frozen = run(options(pictures, tmp_path, resume=str(frozen.snapshot), freezed=3), console=quiet())
