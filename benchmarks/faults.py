@@ -30,8 +30,8 @@ from finetune.train import saved
 PICTURES = ROOT / "finetune" / "demo" / "faces-flat.zip"
 TINY = (
     "--scratch stylegan2 --resolution 64 --fit stretch --cbase 256 --cmax 16 --z-dim 16 --w-dim 16 "
-    "--map-depth 2 --batch 4 --aug ada --target 0 --augpipe blit --sd-backbone l2 --sd-weight auto:0.2 --device cpu "
-    "--workers 2 --snap 1 --keep 2"
+    "--map-depth 2 --batch 4 --aug ada --target 0 --augpipe blit --sd-backbone l2 --sd-weight auto:0.2 "
+    "--device cpu --workers 2 --snap 1 --keep 2"
 ).split()
 
 

@@ -16,7 +16,7 @@ SAME_F32 = 1e-5
 # float16 against float32: ten bits of mantissa (5e-4 a rounding), one convolution and a network.
 CONV_F16 = 5e-3
 NETWORK_F16 = 2e-2
-# Two processes against one: the first steps of Adam divide small gradients by their own size, rounding and all.
+# Two processes against one: the first steps of Adam divide small gradients by their size, rounding and all.
 PROCESSES = 1e-3
 
 
