@@ -240,6 +240,10 @@ def test_training_stops_when_too_much_of_an_epoch_is_lost(forty, two_cores):
     assert "--resume" in caught.value.hint
 
 
+# A worker that opens the zip only now finds none.
+CUT_OFF = r"forty\.zip: \d\d\.png cannot be read: (is damaged inside the zip|the zip cannot be opened)"
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_zip_that_is_cut_off_stops_training_with_a_message(forty, two_cores, num_workers):
     path = forty(".zip")
@@ -247,7 +251,7 @@ def test_a_zip_that_is_cut_off_stops_training_with_a_message(forty, two_cores, n
     next(batches)
     with open(path, "r+b") as file:
         file.truncate(60)
-    with pytest.raises(DataError, match=r"forty\.zip: \d\d\.png cannot be read: is damaged inside the zip"):
+    with pytest.raises(DataError, match=CUT_OFF):
         for _ in range(20):
             next(batches)
     batches.close()

@@ -111,8 +111,8 @@ def test_what_is_built_ahead_is_what_the_networks_ask_for(on_cuda):
     for resampling in (dict(up=2), dict(down=2)):
         y = conv2d_resample.conv2d_resample(features, weights, taps, padding=1, **resampling)
         y.backward(torch.randn_like(y))
-    for image in (torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16).to(memory_format=torch.channels_last)):
-        upfirdn2d.upsample2d(image, taps)
-        upfirdn2d.downsample2d(image, taps)
+    image = torch.randn(1, 3, 16, 16)  # in float32, which no network keeps channels-last
+    upfirdn2d.upsample2d(image, taps)
+    upfirdn2d.downsample2d(image, taps)
     asked = {plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in on_cuda}
     assert len(asked) > 5 and asked <= set(listed)
