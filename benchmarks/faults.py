@@ -3,10 +3,11 @@
     scripts/faults --kills 100 --out benchmarks/results/faults_<machine>_<yyyymm>.md
 
 A tiny StyleGAN2 with everything that has a memory is trained once without disturbance, and once with a kill
-after a random time again and again until enough kills have landed; then to its end. After every kill, the
-newest state that is whole is looked for: there must always be one, and never an older one than before. Saves
-are frequent, so that kills land inside them: a temporary file that is left tells. The end must be equal, bit
-for bit. Exits with 1 where something of that is not so.
+after a random time again and again until enough kills have landed; then to its end. Four of five times are
+counted from the moment at which the run begins to train, the fifth from the start of the process. After every
+kill, the newest state that is whole is looked for: there must always be one, and never an older one than
+before. Saves are frequent, so that kills land inside them: a temporary file that is left tells. The end must
+be equal, bit for bit. Exits with 1 where something of that is not so.
 """
 
 from __future__ import annotations
@@ -64,21 +65,35 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
     return [] if a == b else [name]
 
 
+def run_in(outdir: Path) -> Path | None:
+    """The run that has come as far as a first state; those killed before are left behind."""
+    found = [path for path in sorted(outdir.glob("0*")) if saved.states_of(path)]
+    return found[0] if found else None
+
+
+def until_it_trains(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the line that says where the run is."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(b"Run folder:"):
+            return
+
+
 def disturb(options: argparse.Namespace, outdir: Path) -> dict[str, Any]:
     """Run, kill, go on; counts of what was seen."""
     rng = random.Random(options.seed)
     seen: dict[str, Any] = dict(kills=0, in_a_save=0, before_the_first_state=0, without_state=0, went_back=0)
     progress, newest, finished = [], -1, 0
     while seen["kills"] < options.kills:
-        run_dir = next(iter(sorted(outdir.glob("0*"))), None)
-        if run_dir is None or not saved.states_of(run_dir):
-            words = new_run(options, outdir)
-        else:
-            words = command("--resume", run_dir)
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-        # Much of a process is its start; kills there matter as well, but most shall come while it trains.
+        run_dir = run_in(outdir)
+        words = new_run(options, outdir) if run_dir is None else command("--resume", run_dir)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(words, stdout=pipe, stderr=pipe, cwd=ROOT)
+        # Much of a process is its start; some kills shall come there, and most while it trains and saves.
+        if seen["kills"] % 5:
+            until_it_trains(process)
         try:
-            process.wait(rng.uniform(options.shortest, options.longest))
+            process.wait(rng.uniform(0, options.longest))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -88,8 +103,8 @@ def disturb(options: argparse.Namespace, outdir: Path) -> dict[str, Any]:
             assert process.returncode == 0, process.stderr.read().decode()[-2000:]
             finished += 1
             break
-        run_dir = next(iter(sorted(outdir.glob("0*"))), None)
-        if run_dir is None or not any(run_dir.glob("*.pt")):
+        run_dir = run_in(outdir)
+        if run_dir is None:
             seen["before_the_first_state"] += 1
             continue
         left = [
@@ -117,8 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--kimg", type=float, default=4.0, help="long enough to be killed so often")
-    parser.add_argument("--shortest", type=float, default=2.5, help="seconds before a kill")
-    parser.add_argument("--longest", type=float, default=7.0)
+    parser.add_argument("--longest", type=float, default=6.0, help="seconds before a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write what was seen to this Markdown file")
     options = parser.parse_args()
@@ -126,7 +140,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         disturbed = Path(folder) / "disturbed"
         seen = disturb(options, disturbed)
-        run_dir = next(iter(sorted(disturbed.glob("0*"))))
+        run_dir = run_in(disturbed)
+        assert run_dir is not None, "no run came as far as a first state"
         # To where the disturbed run has come, and both the same length further.
         kimg = min(options.kimg, (last_state(run_dir)["nimg"] + 200) // 4 * 4 / 1000)
         if not seen["finished_early"]:
