@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.config import TrainConfig, distils
 
-AB = "benchmarks/results/ab_epyc-2core_202611.md"
+AB = "benchmarks/results/ab_improve_epyc-2core_202611.md"
 # Compared there with none, at the interval below, on small networks.
 SD_WEIGHT = 0.1
 ADA_TARGET = 0.6
