@@ -21,7 +21,7 @@ import torch.distributed as dist
 from finetune.errors import ConfigError, TrainingError
 
 TIMEOUT_VARIABLE = "FINETUNE_TIMEOUT_MIN"
-TIMEOUT_MIN = 30.0  # a metric that one process takes while the others wait has to fit in
+TIMEOUT_MIN = 30.0  # what one process does alone, a save or a look at a large set, has to fit in
 
 T = TypeVar("T")
 
