@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 
 # Numbers of mallopt's options, fixed by <malloc.h>.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 LARGEST_BLOCK = 1 << 30  # bytes; larger blocks still go back to the system when they are freed
+USUAL_BLOCK = 128 << 10  # glibc's own
 NEVER_TRIM = 2**31 - 1
+
+_keeps = False  # whether this process does
 
 
 def keep_freed_memory() -> bool:
@@ -22,6 +27,7 @@ def keep_freed_memory() -> bool:
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     if tuned or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
+    global _keeps
     try:
         if not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"):
             return False
@@ -29,4 +35,23 @@ def keep_freed_memory() -> bool:
         done = [mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK), mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)]
     except (AttributeError, OSError, TypeError, ValueError):  # no confstr, no such name, no such function
         return False
-    return all(done)
+    _keeps = all(done)
+    return _keeps
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside the block, large blocks of memory go back to the system when they are freed: for saves.
+
+    What a save needs for a moment would else be taken from the memory that is kept for the steps, in another
+    place each time, and what is cut up by that grows.
+    """
+    if not _keeps:
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_THRESHOLD, USUAL_BLOCK)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)

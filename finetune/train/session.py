@@ -15,6 +15,7 @@ from finetune.data import build_loader
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.metrics.together import Share
 from finetune.train import saved
+from finetune.train.allocator import freed_at_once
 from finetune.train.diagnose import Diagnostics
 from finetune.train.guard import Alarm, Diverged, Guard
 from finetune.train.hooks import Display, RunFolder
@@ -201,8 +202,9 @@ class Session:
         """A snapshot, its sheet of pictures, and the state. What fails is a warning, but for the last one."""
         try:
             self.check_space()
-            self.folder.write_fakes(self.state.G_ema, self.folder.stem(self.state.nimg))
-            self.snapshot = self.folder.write_snapshot(self.state)
+            with freed_at_once():
+                self.folder.write_fakes(self.state.G_ema, self.folder.stem(self.state.nimg))
+                self.snapshot = self.folder.write_snapshot(self.state)
         except (ExportError, OSError) as error:
             self.not_saved(error, is_last)
             return
@@ -217,14 +219,15 @@ class Session:
         self.last_save = time.monotonic()
         self.book.sec = self.folder.seconds()
         try:
-            saved.write_state(
-                saved.path_for(self.folder.path, self.state.nimg),
-                self.state,
-                config=self.config.to_json(),
-                source=self.folder.source,
-                sampler=self.batches.state_dict(),
-                book={**vars(self.book), "written": dict(self.folder.written)},
-            )
+            with freed_at_once():
+                saved.write_state(
+                    saved.path_for(self.folder.path, self.state.nimg),
+                    self.state,
+                    config=self.config.to_json(),
+                    source=self.folder.source,
+                    sampler=self.batches.state_dict(),
+                    book={**vars(self.book), "written": dict(self.folder.written)},
+                )
         except (ExportError, OSError) as error:
             self.not_saved(error, is_last)
 
