@@ -55,11 +55,11 @@ class Processes:
 
     def largest(self, value: int, what: str) -> int:
         """The largest of the values that the processes give."""
-        if self.world == 1:
-            return value
-        box = torch.tensor(value)
-        self._together(lambda: dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control), what)
-        return int(box)
+        return self._one_number(value, dist.ReduceOp.MAX, what) if self.world > 1 else value
+
+    def total(self, value: int, what: str) -> int:
+        """The sum of the values that the processes give."""
+        return self._one_number(value, dist.ReduceOp.SUM, what) if self.world > 1 else value
 
     def agree(self, value: T, what: str) -> T:
         """The value of the first process: anything that can be pickled."""
@@ -68,6 +68,11 @@ class Processes:
         box: list[Any] = [value]
         self._together(lambda: dist.broadcast_object_list(box, 0, group=self.control), what)
         return box[0]
+
+    def _one_number(self, value: int, operation: Any, what: str) -> int:
+        box = torch.tensor(value)
+        self._together(lambda: dist.all_reduce(box, operation, group=self.control), what)
+        return int(box)
 
     def _flattened(
         self,

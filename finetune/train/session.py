@@ -85,6 +85,7 @@ class Session:
             self.diverged,
             self.processes,
         )
+        self.unreadable_elsewhere = 0  # items that other processes had to replace, as of the last tick
         self.started = self.last_save = time.monotonic()  # which no clock that is set can change
 
     def new_guard(self) -> Guard:
@@ -102,12 +103,19 @@ class Session:
         self.folder.drop_later_lines(self.state.nimg)
         self.measurements.start_at(self.state.nimg)
         try:
-            self.batches.load_state_dict(content["sampler"])
+            self.go_to(content["sampler"])
         except ValueError as error:
             raise ConfigError(
                 f"--data {self.config.data}: these are not the pictures of the run: {error}."
             ) from None
         self.watch.start_at(self.state.nimg)
+
+    def go_to(self, sampler: dict[str, Any]) -> None:
+        """Go on in the order of pictures where a state was saved. Raises ValueError for another order."""
+        self.batches.load_state_dict(sampler)
+        self.unreadable_elsewhere = 0
+        if not self.processes.is_first:
+            self.batches.unreadable = 0  # the first one has what all of them had counted
 
     def run(self) -> None:
         """Train to the end, or to a signal, and save. Raises TrainingError, Diverged among them."""
@@ -136,8 +144,10 @@ class Session:
         is_end = state.nimg >= self.plan.total_nimg
         if self.measurements.due(state.nimg, is_end) and (found := self.measurements.take(state)) is not None:
             numbers["metrics"] = found
-        if self.batches.unreadable:
-            numbers["unreadable"] = self.batches.unreadable
+        own = self.batches.unreadable
+        if unreadable := self.processes.total(own, f"the log of step {state.step}"):
+            numbers["unreadable"] = unreadable
+        self.unreadable_elsewhere = unreadable - own
         self.folder.log(state, numbers)
         self.display.tick(state, numbers)
         for alarm in self.guard.look(state, numbers):
@@ -182,7 +192,7 @@ class Session:
         for name, values in found.content["networks"].items():
             networks[name].load_state_dict(values["tensors"])
         saved.restore(self.state, found.content)
-        self.batches.load_state_dict(found.content["sampler"])
+        self.go_to(found.content["sampler"])
         saved.restore_random(found.content)
         factor = SLOWER**rollbacks / SLOWER ** found.content["book"]["rollbacks"]
         for optimizer in (self.state.opt_G, self.state.opt_D):
@@ -218,6 +228,8 @@ class Session:
             return
         self.last_save = time.monotonic()
         self.book.sec = self.folder.seconds()
+        sampler = self.batches.state_dict()
+        sampler["unreadable"] += self.unreadable_elsewhere
         try:
             with freed_at_once():
                 saved.write_state(
@@ -225,7 +237,7 @@ class Session:
                     self.state,
                     config=self.config.to_json(),
                     source=self.folder.source,
-                    sampler=self.batches.state_dict(),
+                    sampler=sampler,
                     book={**vars(self.book), "written": dict(self.folder.written)},
                 )
         except (ExportError, OSError) as error:

@@ -19,8 +19,10 @@ from finetune.config import TrainConfig, flag
 from finetune.errors import ConfigError
 from finetune.recipes import Facts, resolve
 from finetune.train import saved
-from finetune.train.processes import ALONE, fresh, join, timeout_min
-from finetune.train.run import run
+from finetune.train.hooks import Display, NoFolder
+from finetune.train.processes import ALONE, Processes, fresh, join, timeout_min
+from finetune.train.run import prepare, run, start
+from finetune.train.session import Session
 
 ROOT = Path(__file__).parents[2]
 # All that processes have to tell each other: ADA's signs, the mean path length, norms behind `auto:`, w_avg.
@@ -105,6 +107,33 @@ def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(p
         longer = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.024)
         run(longer, console=quiet())
     assert_alike(state_in(tmp_path / "one"), state_in(tmp_path / "two"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOfTwo(Processes):
+    """A first process whose other one has replaced five pictures."""
+
+    def total(self, value, what):
+        return value + 5
+
+
+def test_pictures_that_other_processes_replaced_count_and_are_counted_once(pictures, tmp_path):
+    prepared = prepare(options(pictures, tmp_path))
+    plan = dataclasses.replace(prepared.plan, processes=OneOfTwo())
+    run_dir = start(dataclasses.replace(prepared, plan=plan), console=quiet()).run_dir
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [line["unreadable"] for line in lines] == [5, 5]
+    content = saved.read_state(saved.states_of(run_dir)[0])
+    assert content["sampler"]["unreadable"] == 5
+
+    # The first process goes on with the count of all, the others with none.
+    for rank, expected in ((0, 5), (1, 0)):
+        again = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.04))
+        plan = dataclasses.replace(again.plan, processes=Processes(rank, 2))
+        folder = NoFolder(run_dir, again.config, again.image_set, source=None, chunk=4, device=plan.device)
+        goes_on = Session(dataclasses.replace(again, plan=plan), folder, Display(quiet(), 40), None)
+        goes_on.resume(content)
+        assert goes_on.batches.unreadable == expected
 
 
 @pytest.mark.slow
