@@ -191,6 +191,8 @@ def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[
     print(f"{job}, {arm.name}, seed {seed} …", flush=True)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         result = run(dataclasses.replace(config, outdir=str(folder)), console=Console(file=nowhere))
+    if result.nimg < round(config.kimg * 1000):  # by a signal, or by what went wrong
+        sys.exit(f"{folder} ended after {result.nimg / 1000:g} of {config.kimg:g} kimg; it is not recorded.")
     log = (result.run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.loads(line) for line in log]
     phases: dict[str, float] = {}

@@ -108,6 +108,7 @@ class TrainConfig:
     glr: float | None = None
     dlr: float | None = None
     g_beta1: float | None = None
+    lr_warmup_kimg: float | None = None
     ema_kimg: float | None = None
     d_warmup_kimg: float | None = None
     freezed: int | None = None
@@ -191,7 +192,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
     positive = {"kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "tick", "snap", *SCRATCH_ONLY}
     positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg", "metrics_kimg", "keep"}
     not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "d_warmup_kimg", "workers", "seed"}
-    not_negative.add("save_every_min")
+    not_negative |= {"save_every_min", "lr_warmup_kimg"}
     problems = []
     for name in TrainConfig.__dataclass_fields__:
         value = getattr(config, name)

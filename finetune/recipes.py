@@ -17,6 +17,8 @@ AB = "benchmarks/results/ab_improve_epyc-2core_202611.md"
 # Compared there with none, at the interval below, on small networks.
 SD_WEIGHT = 0.1
 ADA_TARGET = 0.6
+# 1/(1 - beta2): so many steps Adam's averages remember.
+WARMUP_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,7 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     for name in ("gamma", "glr", "dlr"):
         settle_by_job(name)
     settle("g_beta1", 0.0, "published: Adam's momentum of the generator")
+    settle("lr_warmup_kimg", *_rate_warmup(job, kimg, batch))
     settle_by_job("ema_kimg")
     settle("mirror", None, "pictures are shown mirrored only on request")
     if facts.from_scratch:
@@ -392,6 +395,16 @@ def _gpu_batch(facts: Facts) -> int:
     per_16_gib = (2048 if facts.family == "stylegan3-r" else 4096) // facts.resolution
     size = max(4, min(32, per_16_gib)) * (facts.gpu_memory_gib or 16) / 16
     return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))
+
+
+def _rate_warmup(job: str, kimg: float, batch: int) -> tuple[float, str]:
+    """Over how many kimg rates rise: a checkpoint comes without Adam's averages, and has much to lose."""
+    if job == SCRATCH:
+        return 0.0, "from scratch: as published, no warm-up of the learning rates"
+    if job == "custom":
+        return 0.0, "as published: no warm-up of the learning rates"
+    value = float(f"{min(WARMUP_STEPS * batch / 1000, kimg / 3):.4g}")
+    return value, f"kimg over which rates rise: {WARMUP_STEPS} steps, at most a third of the run ({AB})"
 
 
 def _tick(kimg: float) -> tuple[float, str]:

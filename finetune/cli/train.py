@@ -124,6 +124,7 @@ def after_the_first() -> Iterator[None]:
 @option("glr", float, "Learning rate of the generator.")
 @option("dlr", float, "Learning rate of the discriminator.")
 @option("g_beta1", float, "First beta of the generator's Adam.")
+@option("lr_warmup_kimg", float, "Let both learning rates grow from 0 over so many kimg.")
 @option("ema_kimg", float, "Half-life of the average generator, the one that is exported.")
 @option(
     "sd_weight",

@@ -143,6 +143,7 @@ def build_plan(
         seed=config.seed,
         processes=processes,
         d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
+        lr_warmup_nimg=(config.lr_warmup_kimg or 0) * 1000,
         # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
         # student.
         synthesis={

@@ -61,7 +61,7 @@ def update_averages(state: TrainState, plan: Plan) -> None:
 def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     """Gmain: fool D and, where distillation is due, stay near the teacher; one backward pass through G."""
     norms = []
-    with watch.phase("Gmain"), optimise("G", state.G, state.opt_G, watch, plan):
+    with watch.phase("Gmain"), optimise("G", state, plan, watch):
         for index, size in micro_batches(plan):
             fresh([state.label_generator], plan.seed, state.step, "Gmain", index)
             draw = draw_latents(state.G, plan.labels(size), plan.mixing)
@@ -104,7 +104,7 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
 def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     """Greg: path length regularisation (StyleGAN2) on half of the batch, counted `path_interval` times."""
     means = []
-    with watch.phase("Greg"), optimise("G", state.G, state.opt_G, watch, plan):
+    with watch.phase("Greg"), optimise("G", state, plan, watch):
         for index, size in micro_batches(plan):
             fresh([state.label_generator], plan.seed, state.step, "Greg", index)
             draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
@@ -125,7 +125,7 @@ def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch
     moving = moving_buffers(state.G)
     before = after = [buffer.clone() for buffer in moving]
     signs = torch.zeros([], device=plan.device)
-    with watch.phase("Dmain"), optimise("D", state.D, state.opt_D, watch, plan):
+    with watch.phase("Dmain"), optimise("D", state, plan, watch):
         for (index, _), (real, real_c) in zip(micro_batches(plan), reals, strict=True):
             fresh([state.label_generator], plan.seed, state.step, "Dmain", index)
             share = len(real) / plan.batch
@@ -154,7 +154,7 @@ def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch
 
 def r1_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
     """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
-    with watch.phase("Dreg"), optimise("D", state.D, state.opt_D, watch, plan):
+    with watch.phase("Dreg"), optimise("D", state, plan, watch):
         for (index, _), (real, real_c) in zip(micro_batches(plan), reals, strict=True):
             fresh([state.label_generator], plan.seed, state.step, "Dreg", index)
             real = real.detach().requires_grad_()
@@ -205,13 +205,12 @@ def put(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def optimise(
-    name: str, network: torch.nn.Module, optimizer: torch.optim.Optimizer, watch: Watch, plan: Plan
-) -> Iterator[None]:
-    """Collect gradients of this network, and of no other, inside the block; then take a step.
+def optimise(name: str, state: TrainState, plan: Plan, watch: Watch) -> Iterator[None]:
+    """Collect gradients of the network `name` (G or D), and of no other, inside the block; then take a step.
 
     The norm of the gradients is recorded: where it is not finite, the watch says so before anything is saved.
     """
+    network, optimizer = getattr(state, name), getattr(state, f"opt_{name}")
     optimizer.zero_grad(set_to_none=True)
     network.requires_grad_(True)
     yield
@@ -219,4 +218,18 @@ def optimise(
     gradients = [each.grad for each in network.parameters() if each.grad is not None]
     plan.processes.add_up(gradients, f"{watch.phase_name} at step {watch.step}")
     watch.record(watch.phase_name, **{f"grad_norm_{name}": torch.nn.utils.get_total_norm(gradients)})
-    optimizer.step()
+    with slowed(optimizer, plan.rate_share(name, state.nimg)):
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def slowed(optimizer: torch.optim.Optimizer, share: float) -> Iterator[None]:
+    """The optimizer with this share of its learning rates inside the block; states hold the whole ones."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= share
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

@@ -42,7 +42,7 @@ class Plan:
     """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg).
 
     batch: images of all processes together; batch_gpu: in one part. d_warmup_nimg: images over which D learns
-    alone, because it is new.
+    alone, because it is new. lr_warmup_nimg: images over which learning rates rise from 0.
     """
 
     device: torch.device
@@ -63,6 +63,7 @@ class Plan:
     distillation: Distillation | None
     labels: Callable[[int], torch.Tensor]
     d_warmup_nimg: float = 0.0
+    lr_warmup_nimg: float = 0.0
     seed: int = 0
     processes: Processes = ALONE
     synthesis: dict = field(default_factory=dict)
@@ -71,3 +72,15 @@ class Plan:
     def blur_at(self, nimg: int) -> float:
         """Standard deviation in pixels of the blur of D's input, fading linearly."""
         return self.blur_sigma * max(0.0, 1 - nimg / self.blur_nimg) if self.blur_sigma else 0.0
+
+    def rate_share(self, network: str, nimg: int) -> float:
+        """What part of its learning rate a network (G or D) has after `nimg` images: a straight line up to 1.
+
+        Adam's first steps, before its averages mean something, are the largest that it ever takes: every
+        weight moves by the whole rate.
+        Source: Ma and Yarats 2019 (1910.04209), equation 5: linear warm-up over 2/(1 - beta2) steps.
+        """
+        if not self.lr_warmup_nimg:
+            return 1.0
+        begun = self.d_warmup_nimg if network == "G" else 0.0
+        return min(1.0, (nimg - begun + self.batch) / self.lr_warmup_nimg)

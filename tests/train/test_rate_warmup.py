@@ -1,0 +1,81 @@
+"""Learning rates rise from 0 where that is asked for; states hold the whole rates."""
+
+import pytest
+import torch
+from tiny_runs import options, quiet, train_steps
+
+from finetune.recipes import WARMUP_STEPS
+from finetune.train.loop import slowed
+from finetune.train.run import prepare, run
+
+
+def test_the_share_of_the_rate_is_a_straight_line_up_to_one(pictures, tmp_path):
+    plan = prepare(options(pictures, tmp_path, lr_warmup_kimg=0.016)).plan  # batch 4: over 4 steps
+    assert [plan.rate_share("D", nimg) for nimg in (0, 4, 8, 12, 16, 400)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    none = prepare(options(pictures, tmp_path, lr_warmup_kimg=0)).plan
+    assert none.rate_share("G", 0) == none.rate_share("D", 0) == 1
+
+
+def test_a_generator_that_waits_for_a_new_discriminator_begins_when_it_begins(pictures, tmp_path):
+    parent = run(options(pictures, tmp_path), console=quiet())
+    changes = dict(resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, lr_warmup_kimg=0.016)
+    plan = prepare(options(pictures, tmp_path, **changes)).plan
+    assert [plan.rate_share("D", nimg) for nimg in (0, 8, 12)] == [0.25, 0.75, 1]
+    assert [plan.rate_share("G", nimg) for nimg in (8, 16, 20)] == [0.25, 0.75, 1]
+
+
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
+def test_the_first_step_is_that_share_of_a_whole_one(family, pictures, tmp_path):
+    """Adam's first step is the rate times the sign of the gradient, so that it shows the rate."""
+    largest = {}
+    for kimg in (0.0, 0.016):
+        # Plain, no path length and no R1: one step of Adam each.
+        prepared = prepare(options(pictures, tmp_path, family, lr_warmup_kimg=kimg, sd_weight=0, aug="noaug"))
+        state = prepared.state
+        before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("G", "D")}
+        plan = prepared.plan
+        object.__setattr__(plan, "path_interval", None)
+        object.__setattr__(plan, "gamma", 0.0)
+        train_steps(prepared, 1, plan)
+        for name, values in before.items():
+            moves = [
+                (new - old).abs().max()
+                for old, new in zip(values, getattr(state, name).parameters(), strict=True)
+            ]
+            largest[name, kimg] = float(max(moves))
+    for name, rate in (("G", prepared.config.glr), ("D", prepared.config.dlr)):
+        full = getattr(state, f"opt_{name}").param_groups[0]["lr"]
+        assert full <= rate
+        assert largest[name, 0.0] == pytest.approx(full, rel=0.01)
+        assert largest[name, 0.016] == pytest.approx(full / 4, rel=0.01)
+
+
+def test_rates_are_whole_again_even_after_an_error():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.003)
+    with pytest.raises(ZeroDivisionError), slowed(optimizer, 0.25):
+        assert optimizer.param_groups[0]["lr"] == 0.00075
+        raise ZeroDivisionError
+    assert optimizer.param_groups[0]["lr"] == 0.003
+
+
+@pytest.mark.parametrize(
+    "changes, value",
+    [
+        ({"recipe": "improve"}, 0.4),
+        ({"recipe": "few-shot", "batch": 8}, 0.8),
+        ({"recipe": "adapt", "kimg": 0.3}, 0.1),
+        ({"recipe": "custom"}, 0.0),
+        ({"recipe": "adapt", "lr_warmup_kimg": 0.2}, 0.2),
+    ],
+)
+def test_its_default_follows_the_batch_and_the_length(changes, value, pictures, tmp_path):
+    assert WARMUP_STEPS == 100
+    parent = run(options(pictures, tmp_path), console=quiet())
+    settings = {"resume": str(parent.snapshot), "kimg": 10.0, "batch": 4, **changes}
+    prepared = prepare(options(pictures, tmp_path, **settings))
+    assert prepared.config.lr_warmup_kimg == value == prepared.plan.lr_warmup_nimg / 1000
+    assert any(reason.name == "lr_warmup_kimg" for reason in prepared.reasons)
+
+
+def test_from_scratch_there_is_none(pictures, tmp_path):
+    assert prepare(options(pictures, tmp_path)).config.lr_warmup_kimg == 0
