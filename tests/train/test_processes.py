@@ -148,6 +148,23 @@ def test_the_state_of_one_goes_on_in_two(family, pictures, tmp_path):
     assert_alike(state_in(tmp_path / "one"), state_in(tmp_path / "two"))
 
 
+@pytest.mark.slow
+def test_two_that_are_stopped_end_as_if_they_had_not_been(pictures, tmp_path):
+    """Bit for bit: two numbers have one sum in either order."""
+    for name, kimg in (("whole", 0.024), ("stopped", 0.016)):
+        config = options(pictures, tmp_path, **SHARED | {"kimg": kimg}, outdir=str(tmp_path / name))
+        code, said = done(*words(config), "--gpus", 2)
+        assert code == 0, said
+    (run_dir,) = (tmp_path / "stopped").iterdir()
+    code, said = done("--resume", run_dir, "--kimg", 0.024, "--gpus", 2)
+    assert code == 0, said
+    whole, stopped = state_in(tmp_path / "whole"), state_in(tmp_path / "stopped")
+    assert whole["nimg"] == stopped["nimg"] == 24
+    parts = ("networks", "opt_G", "opt_D", "ada", "path_mean", "sd_norms", "step", "sampler", "random")
+    for part in parts:
+        assert {distance for distance, _ in distances(whole[part], stopped[part])} <= {0.0}, part
+
+
 def long_run(pictures, tmp_path, **environment):
     """Two processes that have passed their first tick."""
     config = options(pictures, tmp_path, **{**SHARED, "kimg": 100.0, "tick": 0.04})
