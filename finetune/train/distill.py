@@ -19,7 +19,7 @@ from finetune.metrics.perceptual import Distance
 from finetune.train.latents import Draw, NoiseReplay, map_latents
 
 NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
-MOST_AUTO = 10.0
+MOST_PULL = 4.0  # times what `auto:` asks for, in one step
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,20 @@ class Distillation:
             unit = gradient.norm() / scale if scale else gradient.norm()
             norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
             gradient = gradient * self.auto_weight(norms)
+            # The averages lag where a distance of nothing begins to grow: its first steps would be far too
+            # strong.
+            most = MOST_PULL * self.ratio * adversarial.norm() * scale
+            gradient = gradient * (most / gradient.norm().clamp_min(1e-30)).clamp(max=1)
         return F.pad(gradient, [0, 0] * 3 + [0, len(img) - count]), distances.detach()
 
     def auto_weight(self, norms: torch.Tensor) -> torch.Tensor:
-        """λ (a scalar) for running averages `[adversarial, distillation]`, at most MOST_AUTO.
+        """λ (a scalar) for running averages `[adversarial, distillation]`; 0 while there is nothing to pull.
 
-        Both begin at 0 and move alike, so their ratio is right from the start. Where student and teacher are
-        still equal there is nothing to pull, and the bound keeps the first steps after that sane.
+        Both averages begin at 0 and move alike, so their ratio is right from the start. λ itself has no
+        bound: what is usual differs a thousandfold between backbones.
         """
-        return (self.ratio * norms[0] / norms[1].clamp_min(1e-30)).clamp(max=MOST_AUTO)
+        weight = self.ratio * norms[0] / norms[1].clamp_min(1e-30)
+        return torch.where(norms[1] > 0, weight, 0)
 
 
 def area_resize(img: torch.Tensor, resolution: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import finetune
 from finetune.errors import ConfigError, WeightsMissing
 from finetune.train import measure
 from finetune.train.diagnose import Diagnostics, Way
+from finetune.train.latents import NoiseReplay, draw_latents, map_latents
 from finetune.train.measure import is_better
 from finetune.train.run import prepare, run
 from finetune.train.watch import Watch
@@ -109,14 +110,46 @@ class TestWeightByRatio:
         train_steps(prepared, 30)
         norms, distillation = prepared.state.sd_norms, prepared.plan.distillation
         weight = float(distillation.auto_weight(norms))
-        assert 0 < weight < 10
+        assert weight > 0
         assert weight * float(norms[1]) == pytest.approx(0.25 * float(norms[0]), rel=1e-5)
 
     def test_equal_networks_do_not_run_away(self, pictures, tmp_path):
         prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1"))
         distillation = prepared.plan.distillation
-        assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 10
+        assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 0
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.5]))) == pytest.approx(0.2)
+
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+    def test_the_scale_of_the_distance_does_not_matter_and_no_step_is_far_too_strong(
+        self, scale, pictures, tmp_path
+    ):
+        """Backbones differ by orders of magnitude; averages lag where the distance suddenly grows."""
+        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1", sd_interval=1))
+        state, plan = prepared.state, prepared.plan
+        distillation = dataclasses.replace(
+            plan.distillation, distance=lambda a, b: scale * (a - b).square().sum(dim=[1, 2, 3])
+        )
+        draw = draw_latents(state.G, plan.labels(4), 0.0)
+        replay = NoiseReplay(plan.device)
+        with torch.no_grad():
+            img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
+        adversarial = torch.randn(img.shape, generator=torch.Generator().manual_seed(3))
+        norms, wanted = torch.zeros(2), 0.1 * float(adversarial.norm())
+
+        def pull(distance):
+            moved = img + distance * torch.ones_like(img)
+            gradient, _ = distillation.image_gradient(
+                state.G, moved, draw, replay, 0, plan.synthesis, adversarial, norms
+            )
+            return float(gradient.norm())
+
+        assert pull(0.0) == 0  # equal networks
+        first = pull(1e-3)  # the averages have seen the distance once and the other gradient twice
+        assert first == pytest.approx(1.95 * wanted, rel=1e-3)
+        for _ in range(200):
+            usual = pull(1e-3)
+        assert usual == pytest.approx(wanted, rel=1e-3)
+        assert pull(1.0) == pytest.approx(4 * wanted, rel=0.01)
 
     @pytest.mark.parametrize("value", ["auto", "auto:", "auto:0", "auto:x", "much", "auto:-1"])
     def test_mistakes(self, value, pictures, tmp_path):
