@@ -20,6 +20,9 @@ from finetune.train.latents import Draw, NoiseReplay, map_latents
 
 NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
 MOST_PULL = 4.0  # times what `auto:` asks for, in one step
+VISIBLE = (
+    1e-3  # difference of pixels (an eighth of a gray level, root mean square) above which `auto:` counts
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,17 @@ class Distillation:
         if self.ratio is not None:
             assert adversarial is not None and norms is not None, "a ratio needs something to compare with"
             scale = self.weight_at(nimg)
-            unit = gradient.norm() / scale if scale else gradient.norm()
-            norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
+            unit = gradient.norm() / (scale or 1.0)
+            if scale:  # else nothing is known about the distance yet
+                norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
             gradient = gradient * self.auto_weight(norms)
             # The averages lag where a distance of nothing begins to grow: its first steps would be far too
             # strong.
             most = MOST_PULL * self.ratio * adversarial.norm() * scale
-            gradient = gradient * (most / gradient.norm().clamp_min(1e-30)).clamp(max=1)
+            # And what is not to be seen is rounding, of which no weight should make a pull.
+            visible = (part.detach() - target[:count]).square().mean().sqrt() / VISIBLE
+            bound = (most / gradient.norm().clamp_min(1e-30)).clamp(max=1) * visible.clamp(max=1)
+            gradient = gradient * bound
         return F.pad(gradient, [0, 0] * 3 + [0, len(img) - count]), distances.detach()
 
     def auto_weight(self, norms: torch.Tensor) -> torch.Tensor:

@@ -119,12 +119,13 @@ class TestWeightByRatio:
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 0
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.5]))) == pytest.approx(0.2)
 
-    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+    @pytest.mark.parametrize("scale, interval", [(1e-6, 1), (1.0, 4), (1e6, 1)])
     def test_the_scale_of_the_distance_does_not_matter_and_no_step_is_far_too_strong(
-        self, scale, pictures, tmp_path
+        self, scale, interval, pictures, tmp_path
     ):
         """Backbones differ by orders of magnitude; averages lag where the distance suddenly grows."""
-        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1", sd_interval=1))
+        settings = dict(sd_weight="auto:0.1", sd_interval=interval, sd_warmup_kimg=0.02)
+        prepared = prepare(options(pictures, tmp_path, **settings))
         state, plan = prepared.state, prepared.plan
         distillation = dataclasses.replace(
             plan.distillation, distance=lambda a, b: scale * (a - b).square().sum(dim=[1, 2, 3])
@@ -134,22 +135,37 @@ class TestWeightByRatio:
         with torch.no_grad():
             img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
         adversarial = torch.randn(img.shape, generator=torch.Generator().manual_seed(3))
-        norms, wanted = torch.zeros(2), 0.1 * float(adversarial.norm())
+        norms, wanted = torch.zeros(2), 0.1 * float(adversarial.norm()) * interval / 2
 
-        def pull(distance):
+        def pull(distance, nimg=10):  # half of the warm-up
             moved = img + distance * torch.ones_like(img)
             gradient, _ = distillation.image_gradient(
-                state.G, moved, draw, replay, 0, plan.synthesis, adversarial, norms
+                state.G, moved, draw, replay, nimg, plan.synthesis, adversarial, norms
             )
             return float(gradient.norm())
 
+        assert pull(2e-3, nimg=0) == 0 and norms.tolist() == [0, 0]  # the warm-up begins: nothing is known
         assert pull(0.0) == 0  # equal networks
-        first = pull(1e-3)  # the averages have seen the distance once and the other gradient twice
+        first = pull(2e-3)  # the averages have seen the distance once and the other gradient twice
         assert first == pytest.approx(1.95 * wanted, rel=1e-3)
         for _ in range(200):
-            usual = pull(1e-3)
+            usual = pull(2e-3)
         assert usual == pytest.approx(wanted, rel=1e-3)
         assert pull(1.0) == pytest.approx(4 * wanted, rel=0.01)
+
+    def test_rounding_makes_no_pull(self, pictures, tmp_path):
+        """Student and teacher that differ by a thousandth of a gray level: the ratio is not made of that."""
+        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1", sd_interval=1))
+        state, plan = prepared.state, prepared.plan
+        draw, replay = draw_latents(state.G, plan.labels(4), 0.0), NoiseReplay(plan.device)
+        with torch.no_grad():
+            img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
+        adversarial, norms = torch.ones_like(img), torch.zeros(2)
+        for _ in range(10):
+            gradient, _ = plan.distillation.image_gradient(
+                state.G, img + 1e-5, draw, replay, 10, plan.synthesis, adversarial, norms
+            )
+        assert 0 < float(gradient.norm()) < 0.0011 * float(adversarial.norm())
 
     @pytest.mark.parametrize("value", ["auto", "auto:", "auto:0", "auto:x", "much", "auto:-1"])
     def test_mistakes(self, value, pictures, tmp_path):
