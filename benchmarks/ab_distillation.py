@@ -45,7 +45,7 @@ from finetune.data.sources import open_source
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation
-from finetune.train.run import prepare, run
+from finetune.train.run import RunResult, prepare, run
 
 DEMO = ROOT / "finetune" / "demo"
 SMALL: dict[str, Any] = dict(
@@ -158,9 +158,17 @@ def pretrained(options: argparse.Namespace) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         print(f"training {checkpoint.name} …", flush=True)
         result = run(dataclasses.replace(config, outdir=str(folder)), console=Console(stderr=True))
+        check_whole(result, config, folder)
         shutil.move(result.snapshot, checkpoint)
         shutil.rmtree(folder)
     return checkpoint
+
+
+def check_whole(result: RunResult, config: TrainConfig, folder: Path) -> None:
+    """Exit where a run was ended early, by a signal."""
+    assert config.kimg is not None
+    if result.nimg < round(config.kimg * 1000):
+        sys.exit(f"{folder} ended after {result.nimg / 1000:g} of {config.kimg:g} kimg; it is not kept.")
 
 
 def check_same(folder: Path, then: dict[str, Any], config: TrainConfig) -> None:
@@ -191,8 +199,7 @@ def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[
     print(f"{job}, {arm.name}, seed {seed} …", flush=True)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         result = run(dataclasses.replace(config, outdir=str(folder)), console=Console(file=nowhere))
-    if result.nimg < round(config.kimg * 1000):  # by a signal, or by what went wrong
-        sys.exit(f"{folder} ended after {result.nimg / 1000:g} of {config.kimg:g} kimg; it is not recorded.")
+    check_whole(result, config, folder)
     log = (result.run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.loads(line) for line in log]
     phases: dict[str, float] = {}

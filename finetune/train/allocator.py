@@ -41,10 +41,10 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Inside the block, large blocks of memory go back to the system when they are freed: for saves.
+    """Inside the block, memory beyond what is kept goes back to the system when it is freed: for saves.
 
-    What a save needs for a moment would else be taken from the memory that is kept for the steps, in another
-    place each time, and what is cut up by that grows.
+    What a save needs for a moment, in other sizes than the steps do, would else be kept as well, and every
+    save would find that in other pieces and need a little more.
     """
     if not _keeps:
         yield

@@ -15,6 +15,7 @@ from finetune.train.saved import Saved, find_state, networks_of
 # What does not change what a network or a batch is. Everything else makes another run.
 CHANGEABLE = (
     "data", "kimg", "tick", "snap", "save_every_min", "keep", "on_divergence", "glr", "dlr", "g_beta1",
+    "lr_warmup_kimg",
     "gamma", "ema_kimg", "target", "sd_weight", "sd_interval", "sd_warmup_kimg", "sd_batch_share",
     "sd_resolution",
     "batch_gpu", "workers", "device", "metrics", "metrics_kimg", "metrics_num", "metrics_inception",
@@ -33,6 +34,8 @@ def continued(asked: TrainConfig, saved: Saved) -> tuple[TrainConfig, list[str]]
     Raises ConfigError that lists what cannot be changed.
     """
     before = TrainConfig.from_json(saved.content["config"])
+    if before.lr_warmup_kimg is None:  # of a version that had none
+        before = dataclasses.replace(before, lr_warmup_kimg=0.0)
     changes: dict[str, Any] = {}
     problems = []
     for field in dataclasses.fields(TrainConfig):

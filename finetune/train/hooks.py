@@ -28,6 +28,7 @@ from finetune.export.atomic import atomic_write
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.recipes import Reason
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
+from finetune.train.allocator import freed_at_once
 from finetune.train.board import Board
 from finetune.train.state import TrainState
 
@@ -133,6 +134,7 @@ class RunFolder:
         self.labels = torch.from_numpy(np.stack([label for _, label in items]))
         save_grid(pictures, self.path / "reals.png", grid=self.grid)
 
+    @freed_at_once()
     def write_fakes(self, G_ema: torch.nn.Module, stem: str) -> None:
         """`fakes{stem}.png`: pictures of the average generator."""
         z = z_from_seeds(range(len(self.labels)), G_ema.z_dim, self.device)
@@ -170,6 +172,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             del self.written[name]
 
+    @freed_at_once()
     def _write(self, path: Path, state: TrainState) -> None:
         if state.augment_pipe is not None:
             state.augment_pipe.p.fill_(state.ada.p)

@@ -18,6 +18,7 @@ import torch
 
 from finetune.errors import CheckpointError
 from finetune.export.atomic import atomic_write
+from finetune.train.allocator import freed_at_once
 from finetune.train.state import TrainState
 from finetune.version import __version__
 
@@ -48,6 +49,7 @@ def path_for(run_dir: Path, nimg: int) -> Path:
     return run_dir / f"training-state-{nimg // 1000:06d}.{nimg % 1000:03d}.pt"
 
 
+@freed_at_once()
 def write_state(path: Path, state: TrainState, **more: Any) -> Path:
     """Write a state, whole or not at all, and delete those before the last but one.
 

@@ -15,7 +15,6 @@ from finetune.data import build_loader
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.metrics.together import Share
 from finetune.train import saved
-from finetune.train.allocator import freed_at_once
 from finetune.train.diagnose import Diagnostics
 from finetune.train.guard import Alarm, Diverged, Guard
 from finetune.train.hooks import Display, RunFolder
@@ -131,11 +130,13 @@ class Session:
         self.batches.close()
 
     def step(self, state: TrainState) -> None:
-        """After every step: move the bar, and save by the clock."""
+        """After every step: move the bar, and save by the clock, which the first process alone looks at."""
         self.display.step(state)
         minutes = self.config.save_every_min
-        if minutes and time.monotonic() - self.last_save > minutes * 60 and state.nimg < self.plan.total_nimg:
-            self.watch.check_finite(state)
+        if not minutes or not self.processes.is_first or state.nimg >= self.plan.total_nimg:
+            return
+        # What is not finite is not saved. It is not acted on either: all processes will see it together.
+        if time.monotonic() - self.last_save > minutes * 60 and self.watch.is_finite():
             self.save_state(is_last=False)
 
     def tick(self, state: TrainState, numbers: dict[str, Any]) -> None:
@@ -205,16 +206,16 @@ class Session:
         self.folder.event("rollback", self.state, number=rollbacks, lr_G=rates[0], lr_D=rates[1])
         self.display.say(
             f"Back to {self.state.nimg / 1000:g} kimg (rollback {rollbacks} of {ROLLBACKS}), learning rates "
-            f"now {rates[0]:.3g} and {rates[1]:.3g}."
+            f"now {rates[0]:.3g} and {rates[1]:.3g}"
+            f"{' after the warm-up' if self.plan.rate_share('G', self.state.nimg) < 1 else ''}."
         )
 
     def save(self, *, is_last: bool) -> None:
         """A snapshot, its sheet of pictures, and the state. What fails is a warning, but for the last one."""
         try:
             self.check_space()
-            with freed_at_once():
-                self.folder.write_fakes(self.state.G_ema, self.folder.stem(self.state.nimg))
-                self.snapshot = self.folder.write_snapshot(self.state)
+            self.folder.write_fakes(self.state.G_ema, self.folder.stem(self.state.nimg))
+            self.snapshot = self.folder.write_snapshot(self.state)
         except (ExportError, OSError) as error:
             self.not_saved(error, is_last)
             return
@@ -231,15 +232,14 @@ class Session:
         sampler = self.batches.state_dict()
         sampler["unreadable"] += self.unreadable_elsewhere
         try:
-            with freed_at_once():
-                saved.write_state(
-                    saved.path_for(self.folder.path, self.state.nimg),
-                    self.state,
-                    config=self.config.to_json(),
-                    source=self.folder.source,
-                    sampler=sampler,
-                    book={**vars(self.book), "written": dict(self.folder.written)},
-                )
+            saved.write_state(
+                saved.path_for(self.folder.path, self.state.nimg),
+                self.state,
+                config=self.config.to_json(),
+                source=self.folder.source,
+                sampler=sampler,
+                book={**vars(self.book), "written": dict(self.folder.written)},
+            )
         except (ExportError, OSError) as error:
             self.not_saved(error, is_last)
 

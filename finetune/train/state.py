@@ -76,9 +76,9 @@ class Plan:
     def rate_share(self, network: str, nimg: int) -> float:
         """What part of its learning rate a network (G or D) has after `nimg` images: a straight line up to 1.
 
-        Adam's first steps, before its averages mean something, are the largest that it ever takes: every
-        weight moves by the whole rate.
-        Source: Ma and Yarats 2019 (1910.04209), equation 5: linear warm-up over 2/(1 - beta2) steps.
+        In Adam's first steps all weights move by the whole rate at once, in directions that one noisy
+        gradient has set.
+        Source: Ma and Yarats 2019 (1910.04209): linear warm-up, there over 2/(1 - beta2) steps.
         """
         if not self.lr_warmup_nimg:
             return 1.0

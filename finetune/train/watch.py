@@ -97,6 +97,10 @@ class Watch:
                     raise Diverged("not-finite", f"{what} at {state.nimg / 1000:g} kimg.", {name: value})
                 self.on_divergence(Alarm("not-finite", what, {name: str(value)}, True), state)
 
+    def is_finite(self) -> bool:
+        """Whether everything that was recorded in this tick is finite, in this process."""
+        return all(bool(torch.isfinite(torch.as_tensor(total))) for total in self.sums.values())
+
     def is_shared(self, name: str) -> bool:
         """Whether all processes see the same sum: of gradients always, of the rest once it is added up."""
         return self.processes.world == 1 or self.added_up or name.startswith("grad_norm")

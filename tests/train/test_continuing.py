@@ -16,6 +16,7 @@ from tiny_runs import options, quiet
 from finetune.config import TrainConfig
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.train import saved, session
+from finetune.train.continuing import continued
 from finetune.train.guard import Guard
 from finetune.train.run import prepare, run, show, start
 
@@ -119,6 +120,19 @@ def test_a_teacher_of_its_own_and_rates_that_are_changed(pictures, tmp_path, mon
     assert prepared.state.opt_G.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
     assert prepared.state.opt_D.param_groups[0]["lr"] == content["opt_D"]["param_groups"][0]["lr"]
     assert prepared.plan.total_nimg == 40
+
+
+def test_a_state_of_a_version_without_warm_up_goes_on_without_one(pictures, tmp_path, monkeypatch):
+    run_dir = run_until(options(pictures, tmp_path, kimg=0.04), 8, monkeypatch)
+    found = saved.find_state(run_dir)
+    entries = json.loads(found.content["config"])
+    del entries["lr_warmup_kimg"]
+    found.content["config"] = json.dumps(entries)
+    again = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir))
+    config, said = continued(again, found)
+    assert config.lr_warmup_kimg == 0 and said == []
+    config, said = continued(dataclasses.replace(again, lr_warmup_kimg=0.02), found)
+    assert config.lr_warmup_kimg == 0.02 and said == ["--lr-warmup-kimg: 0.0 -> 0.02"]
 
 
 class TestRefused:

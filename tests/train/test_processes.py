@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,16 +151,17 @@ def test_the_state_of_one_goes_on_in_two(family, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_two_that_are_stopped_end_as_if_they_had_not_been(pictures, tmp_path):
-    """Bit for bit: two numbers have one sum in either order."""
-    for name, kimg in (("whole", 0.024), ("stopped", 0.016)):
-        config = options(pictures, tmp_path, **SHARED | {"kimg": kimg}, outdir=str(tmp_path / name))
+    """Bit for bit: two numbers have one sum in either order. Between two ticks, in all lazy intervals."""
+    for name, kimg in (("whole", 0.048), ("stopped", 0.024)):
+        changes = {"kimg": kimg, "tick": 0.016, "lr_warmup_kimg": 0.04, "outdir": str(tmp_path / name)}
+        config = options(pictures, tmp_path, **SHARED | changes)
         code, said = done(*words(config), "--gpus", 2)
         assert code == 0, said
     (run_dir,) = (tmp_path / "stopped").iterdir()
-    code, said = done("--resume", run_dir, "--kimg", 0.024, "--gpus", 2)
+    code, said = done("--resume", run_dir, "--kimg", 0.048, "--gpus", 2)
     assert code == 0, said
     whole, stopped = state_in(tmp_path / "whole"), state_in(tmp_path / "stopped")
-    assert whole["nimg"] == stopped["nimg"] == 24
+    assert whole["nimg"] == stopped["nimg"] == 48
     parts = ("networks", "opt_G", "opt_D", "ada", "path_mean", "sd_norms", "step", "sampler", "random")
     for part in parts:
         assert {distance for distance, _ in distances(whole[part], stopped[part])} <= {0.0}, part
@@ -247,6 +249,35 @@ def test_alone_is_the_rule(monkeypatch):
     assert (
         values[0].tolist() == [1.0, 2.0] and ALONE.agree("x", "nothing") == "x" and ALONE.largest(3, "") == 3
     )
+
+
+TELL = """
+import torch
+from finetune.train.processes import join, leave
+processes, _ = join(torch.device("cpu"))
+value = 3 + 4 * processes.rank
+print(processes.total(value, "a test"), processes.largest(value, "a test"), processes.agree(value, "a test"))
+leave()
+"""
+
+
+@pytest.mark.slow
+def test_two_tell_each_other_numbers(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TELL],
+            cwd=ROOT,
+            env={**os.environ, **places, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    assert [process.communicate(timeout=120)[0].split() for process in both] == [["10", "7", "3"]] * 2
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
