@@ -279,10 +279,6 @@ def _combination_problems(config: TrainConfig) -> list[str]:
         ]
     if config.classes and config.cond is False:
         problems.append(f"--classes {config.classes}: has no effect with --no-cond, which drops the classes.")
-    if config.kimg and config.lr_warmup_kimg and config.lr_warmup_kimg > config.kimg:
-        problems.append(
-            f"--lr-warmup-kimg {config.lr_warmup_kimg}: the run ends before it, after {config.kimg} kimg."
-        )
     if config.new_d and config.freezed:
         problems.append(f"--freezed {config.freezed}: would freeze random layers with --new-d.")
     if config.sd_teacher == "initial" and config.sd_teacher_kimg is not None:
