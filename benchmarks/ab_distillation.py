@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = dict(
     batch=8, mirror=True, augpipe="color", workers=0, sd_backbone="efficientnet-lite0"
 )
 OFFLINE = "fd-effnet,random-fid,kid-effnet,prc-effnet"
-ARMS = ("plain:sd_weight=0", "sd:sd_weight=0.1", "sd-auto:sd_weight=auto:0.1")
+ARMS = ("plain:sd_weight=0", "sd:sd_weight=auto:1", "sd-weak:sd_weight=auto:0.2")
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu-quick": dict(kimg=0.8, seeds=[0], num=256, measurements=2, options=SMALL),
     "cpu": dict(kimg=8.0, seeds=[0, 1, 2], num=1000, measurements=4, options=SMALL),

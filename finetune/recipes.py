@@ -15,8 +15,12 @@ from finetune.config import TrainConfig, distils
 
 WARMUP = "benchmarks/results/ab_warmup_epyc-2core_202611.md"
 AB = "benchmarks/results/ab_improve_epyc-2core_202611.md"
-# Compared there with none, at the interval below, on small networks.
-SD_WEIGHT = 0.1
+AUTO = "benchmarks/results/ab_improve-auto_epyc-2core_202611.md"
+ADAPT = "benchmarks/results/ab_adapt_epyc-2core_202611.md"
+# By ratio, because distances of different backbones differ by orders of magnitude. Compared with none in
+# AUTO and ADAPT, at the interval below, on small networks.
+SD_WEIGHT = "auto:1"
+CAREFUL_SD_WEIGHT = "auto:0.1"
 ADA_TARGET = 0.6
 # 1/(1 - beta2): so many steps Adam's averages remember. Half of what Ma and Yarats take; measured there.
 WARMUP_STEPS = 100
@@ -206,10 +210,24 @@ ROWS = (
     Row("freezed", EVERY, lambda facts, batch: 0, "all of the discriminator learns", OURS),
     Row(
         "sd_weight",
-        (*EVERY, SCRATCH),
+        ("improve",),
         lambda facts, batch: SD_WEIGHT,
-        "self-distillation",
-        AB,
+        "self-distillation, its gradient as long as the adversarial one",
+        AUTO,
+    ),
+    Row(
+        "sd_weight",
+        TRANSFER,
+        lambda facts, batch: SD_WEIGHT,
+        "self-distillation, its gradient as long as the adversarial one",
+        ADAPT,
+    ),
+    Row(
+        "sd_weight",
+        ("custom", SCRATCH),
+        lambda facts, batch: CAREFUL_SD_WEIGHT,
+        "self-distillation, its gradient a tenth of the adversarial one",
+        OURS,
     ),
 )
 

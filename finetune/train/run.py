@@ -110,7 +110,7 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     image_set, facts, notes = read_data(as_it_is, checkpoint, device, tell, processes)
     facts = replace(facts, from_scratch=config.scratch is not None, num_processes=processes.world)
     # After what takes a moment to find wrong: these may be half a gigabyte to fetch.
-    if distils(recipes.SD_WEIGHT if config.sd_weight is None else config.sd_weight):
+    if config.sd_weight is None or distils(config.sd_weight):  # no recipe goes without
         tell(f"Checking the weights of {config.sd_backbone} …")
         ensure_weights(config.sd_backbone, tell)
     measure.ensure_weights(config, tell)
