@@ -66,7 +66,7 @@ def test_the_demo_measures_both_distances_before_and_after(finished):
 
 def test_the_demo_says_what_it_did_and_where(finished):
     _, result, text = finished
-    options = "weight 0.1, backbone efficientnet-lite0"
+    options = "weight auto:1, backbone efficientnet-lite0"
     assert f"Fine-tuned for 0.032 kimg with self-distillation: {options}" in text
     assert ("every distance dropped." in text) == result.improved
     for name in ("before.png", "after.png", "fine-tuned.pkl", "ATTRIBUTION.md"):
