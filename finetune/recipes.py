@@ -15,10 +15,9 @@ from finetune.config import TrainConfig, distils
 
 WARMUP = "benchmarks/results/ab_warmup_epyc-2core_202611.md"
 AB = "benchmarks/results/ab_improve_epyc-2core_202611.md"
-AUTO = "benchmarks/results/ab_improve-auto_epyc-2core_202611.md"
 ADAPT = "benchmarks/results/ab_adapt_epyc-2core_202611.md"
 # By ratio, because distances of different backbones differ by orders of magnitude. Compared with none in
-# AUTO and ADAPT, at the interval below, on small networks.
+# AB and ADAPT, at the interval below, on small networks.
 SD_WEIGHT = "auto:1"
 CAREFUL_SD_WEIGHT = "auto:0.1"
 ADA_TARGET = 0.6
@@ -213,7 +212,7 @@ ROWS = (
         ("improve",),
         lambda facts, batch: SD_WEIGHT,
         "self-distillation, its gradient as long as the adversarial one",
-        AUTO,
+        AB,
     ),
     Row(
         "sd_weight",
