@@ -169,6 +169,14 @@ ROWS = (
     Row("dlr", ("improve", *TRANSFER), _published("dlr"), *AS_TRAINED),
     Row("dlr", (*EVERY, SCRATCH), lambda facts, batch: 0.002, "discriminator", "published rate"),
     Row(
+        "lr_warmup_kimg",
+        ("improve", *TRANSFER),
+        lambda facts, batch: WARMUP_STEPS * batch / 1000,
+        f"kimg over which rates rise: {WARMUP_STEPS} steps, a third of the run at most",
+        WARMUP,
+    ),
+    Row("lr_warmup_kimg", ("custom", SCRATCH), lambda facts, batch: 0.0, "no warm-up", "as published"),
+    Row(
         "ema_kimg",
         (*EVERY, SCRATCH),
         lambda facts, batch: batch * 10 / 32,
@@ -324,7 +332,8 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
     for name in ("gamma", "glr", "dlr"):
         settle_by_job(name)
     settle("g_beta1", 0.0, "published: Adam's momentum of the generator")
-    settle("lr_warmup_kimg", *_rate_warmup(job, kimg, batch))
+    warmup, why = from_rows("lr_warmup_kimg", job, facts, batch)
+    settle("lr_warmup_kimg", float(f"{min(warmup, kimg / 3):.4g}"), why)
     settle_by_job("ema_kimg")
     settle("mirror", None, "pictures are shown mirrored only on request")
     if facts.from_scratch:
@@ -413,19 +422,6 @@ def _gpu_batch(facts: Facts) -> int:
     per_16_gib = (2048 if facts.family == "stylegan3-r" else 4096) // facts.resolution
     size = max(4, min(32, per_16_gib)) * (facts.gpu_memory_gib or 16) / 16
     return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))
-
-
-def _rate_warmup(job: str, kimg: float, batch: int) -> tuple[float, str]:
-    """Over how many kimg rates rise: a checkpoint comes without Adam's averages, and has much to lose."""
-    if job == SCRATCH:
-        return 0.0, "from scratch: as published, no warm-up of the learning rates"
-    if job == "custom":
-        return 0.0, "as published: no warm-up of the learning rates"
-    value = float(f"{min(WARMUP_STEPS * batch / 1000, kimg / 3):.4g}")
-    return (
-        value,
-        f"kimg over which rates rise: {WARMUP_STEPS} steps, a third of the run at most ({WARMUP})",
-    )
 
 
 def _tick(kimg: float) -> tuple[float, str]:

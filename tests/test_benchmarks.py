@@ -175,6 +175,14 @@ class TestAB:
         plain = dataclasses.replace(now, sd_weight=0)
         ab.check_same(Path("x"), then | {"sd_weight": 0}, plain)
 
+    def test_runs_that_were_ended_early_are_not_kept(self, modules):
+        ab, config = modules["ab_distillation"], TrainConfig(data="d", resume="r", kimg=3.0)
+        result = types.SimpleNamespace(nimg=1504)
+        with pytest.raises(SystemExit, match=r"runs/a ended after 1\.504 of 3 kimg; it is not kept"):
+            ab.check_whole(result, config, Path("runs/a"))
+        result.nimg = 3000
+        ab.check_whole(result, config, Path("runs/a"))
+
     def test_from_nothing_to_a_report(self, modules, tmp_path, monkeypatch, capsys):
         """A checkpoint is made, both arms run, what is there is not run again, plots and JSON are written."""
         ab = modules["ab_distillation"]

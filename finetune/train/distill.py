@@ -20,9 +20,7 @@ from finetune.train.latents import Draw, NoiseReplay, map_latents
 
 NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
 MOST_PULL = 4.0  # times what `auto:` asks for, in one step
-VISIBLE = (
-    1e-3  # difference of pixels (an eighth of a gray level, root mean square) above which `auto:` counts
-)
+VISIBLE = 1e-3  # root mean square of a difference (an eighth of a gray level) from which `auto:` counts
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,16 @@ class TestSaving:
         run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
         assert saves[0] == 0 and {4, 8, 12} <= set(saves)
 
+    def test_by_the_clock_nothing_that_is_not_finite(self, pictures, tmp_path, monkeypatch):
+        now = iter(range(0, 10**9, 61))
+        monkeypatch.setattr(session.time, "monotonic", lambda: next(now))
+        monkeypatch.setattr(session.Watch, "is_finite", lambda self: False)
+        result = run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
+        assert [path.name for path in saved.states_of(result.run_dir)] == [
+            "training-state-000000.032.pt",
+            "training-state-000000.000.pt",
+        ]
+
     def test_snapshots_that_are_kept_and_the_best(self, pictures, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
         metrics = dict(metrics="random-fid", metrics_num=4, metrics_kimg=0.016)

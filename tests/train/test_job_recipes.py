@@ -66,7 +66,18 @@ def test_what_a_job_sets_comes_from_a_row_with_its_source(family, scratch):
     facts = dataclasses.replace(BASE, family=family, from_scratch=scratch)
     start = {"resume": None, "scratch": family} if scratch else {}
     config, table = settle(facts, **start)
-    by_row = ["kimg", "batch", "gamma", "glr", "dlr", "ema_kimg", "aug", "target", "sd_weight"]
+    by_row = [
+        "kimg",
+        "batch",
+        "gamma",
+        "glr",
+        "dlr",
+        "ema_kimg",
+        "aug",
+        "target",
+        "sd_weight",
+        "lr_warmup_kimg",
+    ]
     for name in by_row if scratch else [*by_row, "freezed"]:
         job = recipes.SCRATCH if scratch else config.recipe
         assert (table[name].value, table[name].why) == recipes.from_rows(name, job, facts, config.batch)

@@ -42,6 +42,15 @@ def test_a_loss_that_is_not_finite_names_phase_and_time(bad):
         watch.end_of_step(state(1500))
 
 
+@pytest.mark.parametrize("value, finite", [(1.0, True), (float("nan"), False), (float("inf"), False)])
+def test_what_is_not_finite_is_seen_without_acting_on_it(value, finite):
+    watch = Watch(CPU, 1000, lambda state, numbers: None)
+    assert watch.is_finite()
+    watch.record("Gmain", loss_G=torch.tensor([2.0]))
+    watch.record("Dreg", r1_penalty=torch.tensor([1.0, value]))
+    assert watch.is_finite() is finite
+
+
 def test_inner_phases_are_not_counted_twice(monkeypatch):
     times = iter([0.0, 1.0, 4.0, 10.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
