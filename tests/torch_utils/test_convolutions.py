@@ -69,6 +69,45 @@ def test_first_and_second_gradients(up, down):
     assert torch.autograd.gradgradcheck(op, (x, w))
 
 
+GEOMETRIES = [
+    dict(),
+    dict(padding=1),
+    dict(stride=2, padding=1),  # one row of an image of even height is not reached
+    dict(stride=(2, 1), padding=(0, 2), groups=2),
+    dict(padding=1, dilation=2, groups=2),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_bilinear_convolutions_differentiate_twice(monkeypatch, op, geometry):
+    monkeypatch.setattr(conv2d_gradfix, "_is_bilinear", lambda input, weight: True)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 4 // geometry.get("groups", 1), 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def convolve(x, w):
+        return getattr(conv2d_gradfix, op)(x, w, **geometry)
+
+    assert_close(convolve(x, w), getattr(F, op)(x, w, **geometry), OPS_F64, op)
+    assert torch.autograd.gradcheck(convolve, (x, w))
+    assert torch.autograd.gradgradcheck(convolve, (x, w))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bilinear_convolutions_equal_torchs_gradients(monkeypatch, device):
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.randn(4, 4, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    results = []
+    for bilinear in (True, False):
+        monkeypatch.setattr(conv2d_gradfix, "_is_bilinear", lambda input, weight, which=bilinear: which)
+        with conv2d_gradfix.no_weight_gradients():
+            y = both_convolutions(x, w)
+            (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        results.append((y, dx, *torch.autograd.grad(dx.square().sum(), [x, w])))
+    for ours, torchs, name in zip(*results, ("y", "dx", "ddx", "ddw")):
+        assert_close(ours, torchs, OPS_F64, name)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
