@@ -49,6 +49,22 @@ def octave_filter_bank(lowpass, num_bands):
     return bank
 
 
+_constants = {}
+
+
+def _constant(values, device, keep=True):
+    """Return a float32 tensor of a nested tuple, kept for each device unless the values follow from data.
+
+    Copying one to the device each time would make the host wait, which a CUDA graph does not allow.
+    """
+    if not keep:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    key = (values, str(device))
+    if key not in _constants:
+        _constants[key] = torch.tensor(values, dtype=torch.float32, device=device)
+    return _constants[key]
+
+
 class _Draws:
     """Random numbers for a batch of images, or the same quantile of each distribution for every image."""
 
@@ -140,7 +156,7 @@ class _ColorMap:
     def rotate_hue(self, angle):
         """Turn colours around the gray axis by `angle [N, 1]` radians (Rodrigues' formula)."""
         cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
-        across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=angle.device)
+        across = _constant(((0.0, -1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 1.0, 0.0)), angle.device)
         identity = torch.eye(3, device=angle.device)
         self.apply(self.gray + (identity - self.gray) * cos + across * (sin / math.sqrt(3)))
 
@@ -250,14 +266,16 @@ class AugmentPipe(torch.nn.Module):
         bank = octave_filter_bank(SYM2, num_bands=len(BAND_POWER))
         self.register_buffer("Hz_fbank", torch.as_tensor(bank, dtype=torch.float32))
 
-    def forward(self, images, debug_percentile=None):
+    def forward(self, images, debug_percentile=None, full_padding=False):
         """Augment a batch: `[N, C, H, W]` to the same shape and dtype.
 
         With `debug_percentile` q in (0, 1) every strength is the q-quantile of its distribution instead of a
         random one; which images are touched is still decided by chance, and noise stays noise.
+        `full_padding` pads by as much as any draw may need instead of what this batch needs, which takes
+        memory and lets the host run ahead of the device.
         """
         draws = _Draws(images.shape[0], images.device, debug_percentile)
-        images = self._geometry(images, draws)
+        images = self._geometry(images, draws, full_padding)
         images = self._color(images, draws)
         images = self._filter_octaves(images, draws)
         images = self._add_noise(images, draws)
@@ -265,15 +283,15 @@ class AugmentPipe(torch.nn.Module):
 
     # ---- Geometry
 
-    def _geometry(self, images, draws):
+    def _geometry(self, images, draws, full_padding):
         kinds = [self.xflip, self.rotate90, self.xint, self.scale, self.rotate, self.aniso, self.xfrac]
         if not any(probability > 0 for probability in kinds):
             return images
-        size = torch.tensor([images.shape[3], images.shape[2]], dtype=torch.float32, device=images.device)
+        size = _constant((images.shape[3], images.shape[2]), images.device)
         warp = _Warp(images.shape[0], images.device)
         self._draw_blits(warp, draws, size)
         self._draw_general(warp, draws, size)
-        return self._resample(images, warp)
+        return self._resample(images, warp, full_padding)
 
     def _draw_blits(self, warp, draws, size):
         """Mirror, quarter turns, shifts by whole pixels."""
@@ -309,22 +327,24 @@ class AugmentPipe(torch.nn.Module):
             share = draws.gate(self.xfrac * self.p, draws.normal(self.xfrac_std, columns=2), 0)
             warp.move(share * size)
 
-    def _resample(self, images, warp):
+    def _resample(self, images, warp, full_padding=False):
         """Read the images at the warp's source positions, at twice the resolution so that nothing aliases."""
         H, W = images.shape[2:]
         device = images.device
         support = self.Hz_geom.shape[0] // 2  # pixels that the two filters together look beyond a position
         margin = support - 1  # samples at double resolution that the second filter reads beyond the image
-        left, right, top, bottom = self._padding(warp, H, W, support)
+        left, right, top, bottom = most = [W - 1, W - 1, H - 1, H - 1]
+        if not full_padding:
+            left, right, top, bottom = self._padding(warp, H, W, support, most)
         images = self._enlarge(images, left, right, top, bottom)
 
         # affine_grid and grid_sample measure in halves of their own images: the former covers W + margin
         # pixels, the latter the padded image, whose centre has moved by half the difference of the paddings.
         # Both put the centre of pixel i at sample 2i + 1/2, where a symmetric filter of even length leaves
         # it; sym6 leaves it at 2i.
-        target = torch.tensor([W + margin, H + margin], dtype=torch.float32, device=device) / 2
-        source = torch.tensor([W + left + right, H + top + bottom], dtype=torch.float32, device=device) / 2
-        moved = torch.tensor([[left - right], [top - bottom]], dtype=torch.float32, device=device) / 2
+        target = _constant((W + margin, H + margin), device) / 2
+        source = _constant((W + left + right, H + top + bottom), device, keep=full_padding) / 2
+        moved = _constant(((left - right,), (top - bottom,)), device, keep=full_padding) / 2
         offset = warp.offset + moved + (warp.linear.sum(dim=2, keepdim=True) - 1) / 4
         theta = torch.cat([warp.linear * target, offset], dim=2) / source[:, None]
         shape = [images.shape[0], images.shape[1], 2 * (H + margin), 2 * (W + margin)]
@@ -357,15 +377,14 @@ class AugmentPipe(torch.nn.Module):
         return upfirdn2d.downsample2d(images, self.Hz_geom, down=2, padding=-margin, flip_filter=True)
 
     @staticmethod
-    def _padding(warp, height, width, support):
+    def _padding(warp, height, width, support, most):
         """How many pixels to add left, right, above and below: one number a side for the whole batch."""
         cx, cy = (width - 1) / 2, (height - 1) / 2
         device = warp.linear.device
-        corners = torch.tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy]], device=device)
+        corners = _constant(((-cx, cx, cx, -cx), (-cy, -cy, cy, cy)), device)
         reach = (warp.linear @ corners + warp.offset).permute(1, 0, 2).flatten(1)
         reach = torch.stack([-reach[0], reach[0], -reach[1], reach[1]]).max(dim=1).values
-        beyond = reach - torch.tensor([cx, cx, cy, cy], device=device) + support
-        most = [width - 1, width - 1, height - 1, height - 1]
+        beyond = reach - _constant((cx, cx, cy, cy), device) + support
         return [min(max(math.ceil(pixels), 0), limit) for pixels, limit in zip(beyond.tolist(), most)]
 
     # ---- Colour
@@ -410,7 +429,7 @@ class AugmentPipe(torch.nn.Module):
         if not self.imgfilter > 0:
             return images
         num_bands = self.Hz_fbank.shape[0]
-        power = torch.tensor(BAND_POWER, device=images.device)
+        power = _constant(tuple(BAND_POWER), images.device)
         gains = torch.ones([images.shape[0], num_bands], device=images.device)
         for band, multiplier in enumerate(self.imgfilter_bands):
             drawn = torch.exp2(draws.normal(self.imgfilter_std))

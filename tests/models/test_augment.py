@@ -245,6 +245,12 @@ def test_images_in_one_batch_do_not_mix():
     assert_close(module._resample(images[:1], alone), together[:1], NETWORK_F32)
 
 
+def test_full_padding_changes_nothing():
+    module, images = pipe(*GEOMETRY), torch.randn(3, 3, 12, 20)
+    expected = module(images, debug_percentile=0.7)
+    assert_close(module(images, debug_percentile=0.7, full_padding=True), expected, NETWORK_F32)
+
+
 @pytest.mark.parametrize("size", [(4, 4), (9, 5), (1, 6)])
 def test_small_images(size):
     """Filters reach further than such an image is wide."""
