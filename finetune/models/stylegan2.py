@@ -58,7 +58,7 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, 
     x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; noise broadcastable to the result or None.
     Returns [N, O, H*up, W*up] in the dtype of x. `fused` builds the weights of every sample and runs one
     grouped convolution; otherwise the features are scaled before and after an ordinary one: equal up to
-    rounding. "pointwise" does the first where k is 1. Source: StyleGAN2 equations 1 (modulation) and 3
+    rounding. "pointwise" does the first where k is 1, as products of matrices. Source: StyleGAN2 equations 1 (modulation) and 3
     (demodulation).
     """
     batch, channels_in, height, width = x.shape
@@ -84,6 +84,10 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, 
         per_sample = weight.unsqueeze(0) * styles.reshape(batch, 1, channels_in, 1, 1)
         if demodulation is not None:
             per_sample = per_sample * demodulation.reshape(batch, channels_out, 1, 1, 1)
+        if kernel == 1 and up == 1:  # a matrix for each sample, in either memory format
+            y = torch.bmm(per_sample.to(x.dtype).flatten(2), x.flatten(2))
+            y = y.reshape(batch, channels_out, height, width)
+            return y if noise is None else y + noise.to(y.dtype)
         grouped = per_sample.to(x.dtype).reshape(batch * channels_out, channels_in, kernel, kernel)
         y = x.reshape(1, batch * channels_in, height, width)
         y = conv2d_resample.conv2d_resample(y, grouped, groups=batch, **geometry)

@@ -80,7 +80,7 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
     x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; gain [] scales x.
     Returns [N, O, H + 2 padding - k + 1, likewise W] in the dtype of x. `fused` builds the weights of every
     sample and runs one grouped convolution; otherwise the features are scaled before and after an ordinary
-    one: equal up to rounding. "pointwise" does the first where k is 1.
+    one: equal up to rounding. "pointwise" does the first where k is 1, as products of matrices.
     Source: StyleGAN2 (1912.04958), equations 1 and 3; StyleGAN3, section 3.2.
     """
     batch, channels_in, height, width = x.shape
@@ -101,6 +101,9 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
         per_sample = weight.unsqueeze(0) * styles.reshape(batch, 1, channels_in, 1, 1)
         if demodulation is not None:
             per_sample = per_sample * demodulation.reshape(batch, channels_out, 1, 1, 1)
+        if kernel == 1 and padding == 0:  # a matrix for each sample, in either memory format
+            y = torch.bmm(per_sample.to(x.dtype).flatten(2), x.flatten(2))
+            return y.reshape(batch, channels_out, height, width)
         grouped = per_sample.to(x.dtype).reshape(batch * channels_out, channels_in, kernel, kernel)
         y = x.reshape(1, batch * channels_in, height, width)
         y = conv2d_gradfix.conv2d(y, grouped, padding=padding, groups=batch)

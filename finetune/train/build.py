@@ -148,7 +148,7 @@ def build_plan(
         # student.
         synthesis={
             "noise_mode": "random",
-            "fused_modconv": "pointwise" if device.type == "cpu" else False,
+            "fused_modconv": "pointwise",
             "force_fp32": force_fp32,
         },
         discriminator={"force_fp32": force_fp32},
