@@ -10,11 +10,17 @@ W(x, y) the weight gradient, each derivative of one of the three is again one of
 torch's own double backward of a convolution turns W into a convolution with the batch as channels and the
 image as kernel, for which cuDNN has no fast kernel (pytorch/pytorch#54840). R1 and path length
 regularization take second derivatives, so this matters on CUDA; elsewhere torch's own autograd runs.
+
+Inside `split_float32` the three run on tensor cores for float32: each factor is split into its leading 11
+bits, which TF32 holds exactly, and the rest, and of the four products all but that of the two rests is kept.
+The three products are one convolution over three times as many terms.
+Source: Ootomo and Yokota 2022 (2203.03341), for matrix products.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -42,17 +48,29 @@ def no_weight_gradients(disable: bool = True) -> Iterator[None]:
         _blocks -= step
 
 
+_splitting = False
+
+
+@contextlib.contextmanager
+def split_float32(enable: bool = True) -> Iterator[None]:
+    """Run float32 convolutions on CUDA as three TF32 products inside the block, to nearly float32 precision.
+
+    Needs tensor cores with TF32 (compute capability 8.0); on older devices and elsewhere nothing changes.
+    """
+    global _splitting
+    before, _splitting = _splitting, enable
+    try:
+        yield
+    finally:
+        _splitting = before
+
+
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> torch.Tensor:
     """Convolve as `torch.nn.functional.conv2d` does, with respect for `no_weight_gradients`."""
     if _is_bilinear(input, weight):
         y = _Convolution.apply(input, weight, _geometry(stride, padding, dilation, groups))
         return y if bias is None else y + bias.reshape(1, -1, 1, 1)
-    weight = _gated(weight)
-    if _is_batch_of_products(input, weight, bias, stride, padding):
-        x = input.reshape(groups, weight.shape[1], -1)
-        y = torch.bmm(weight.reshape(groups, -1, weight.shape[1]), x)
-        return y.reshape(1, weight.shape[0], *input.shape[2:])
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(input, _gated(weight), bias, stride, padding, dilation, groups)
 
 
 def conv_transpose2d(
@@ -69,8 +87,12 @@ def conv_transpose2d(
 
 
 def _is_bilinear(input, weight) -> bool:
-    """Whether the operations below run: on CUDA, if there is a gradient to take."""
-    return input.is_cuda and torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    """Whether the operations below run: on CUDA, if there is a gradient to take or a factor to split."""
+    if not input.is_cuda:
+        return False
+    return _splits(input, weight, 1) or (
+        torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    )
 
 
 # ---- The three operations of the module's docstring
@@ -100,6 +122,9 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, w, geometry):
         ctx.geometry, ctx.x_size, ctx.w_size = geometry, x.shape, w.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
+        if _splits(x, w, geometry.groups):
+            with _tf32():
+                return F.conv2d(_parts(x, 1), _counterparts(w, 1), None, *geometry)
         return F.conv2d(x, w, None, *geometry)
 
     @staticmethod
@@ -123,6 +148,10 @@ class _TransposedConvolution(torch.autograd.Function):
         sizes = zip(x_size, y.shape[2:], w.shape[2:], *geometry[:3], strict=True)
         extra = [x - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for x, n, k, s, p, d in sizes]
         stride, padding, dilation, groups = geometry
+        if _splits(y, w, groups):
+            y, w = _parts(y, 1), _counterparts(w, 0)
+            with _tf32():
+                return F.conv_transpose2d(y, w, None, stride, padding, extra, groups, dilation)
         return F.conv_transpose2d(y, w, None, stride, padding, extra, groups, dilation)
 
     @staticmethod
@@ -143,6 +172,9 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx, x, y, geometry, w_size):
         ctx.geometry, ctx.x_size = geometry, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, y if ctx.needs_input_grad[0] else None)
+        if _splits(x, y, geometry.groups):
+            with _tf32():
+                return torch.nn.grad.conv2d_weight(_parts(x, 0), w_size, _counterparts(y, 0), *geometry)
         return torch.nn.grad.conv2d_weight(x, w_size, y, *geometry)
 
     @staticmethod
@@ -154,6 +186,51 @@ class _WeightGradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dy = _Convolution.apply(x, dw, ctx.geometry)
         return dx, dy, None, None
+
+
+# ---- Float32 on tensor cores
+
+_MANY_TERMS = 32  # channels of both factors from which three products on tensor cores are faster
+
+
+def _splits(a: torch.Tensor, b: torch.Tensor, groups: int) -> bool:
+    """Whether the factors of a convolution are split."""
+    if not _splitting or a.dtype != torch.float32 or groups > 1:
+        return False
+    return min(*a.shape[:2], *b.shape[:2]) >= _MANY_TERMS and _has_tf32(a.device)
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _parts(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Lay the leading bits, the rest and the leading bits side by side, to be multiplied by `_counterparts`."""
+    leading = _leading_bits(x)
+    return torch.cat([leading, x - leading, leading], dim)
+
+
+def _counterparts(x: torch.Tensor, dim: int) -> torch.Tensor:
+    leading = _leading_bits(x)
+    return torch.cat([leading, leading, x - leading], dim)
+
+
+def _leading_bits(x: torch.Tensor) -> torch.Tensor:
+    """Drop the 13 bits of float32's mantissa that TF32 does not have."""
+    return (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Allow cuDNN to compute in TF32."""
+    cudnn = torch.backends.cudnn
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32", category=UserWarning)
+        before, cudnn.allow_tf32 = cudnn.allow_tf32, True
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32 = before
 
 
 # ---- torch's own convolutions, for devices other than CUDA
@@ -176,20 +253,3 @@ def _gated(weight: torch.Tensor) -> torch.Tensor:
         return _WeightGate.apply(weight)
     return weight
 
-
-def _is_batch_of_products(input, weight, bias, stride, padding) -> bool:
-    """Whether this is what modulated 1x1 convolutions ask for: a matrix for each sample, side by side.
-
-    CPUs multiply them faster than they convolve in groups, backward above all
-    (benchmarks/bench_modulated_conv.py).
-    """
-    return (
-        input.device.type == "cpu"
-        and input.ndim == 4
-        and input.shape[0] == 1
-        and weight.shape[1] < input.shape[1]
-        and tuple(weight.shape[2:]) == (1, 1)
-        and bias is None
-        and stride in (1, (1, 1))
-        and padding in (0, (0, 0))
-    )
