@@ -1,6 +1,10 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how exactly it multiplies float32 numbers."""
 
 from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -32,3 +36,36 @@ def resolve_device(name: str = "auto") -> torch.device:
     elif device.type != "cpu":
         raise ConfigError(f"--device {name}: not supported; use auto, cpu, cuda or mps.")
     return device
+
+
+@contextlib.contextmanager
+def float32_math(*, tf32: bool = False, benchmark: bool | None = None) -> Iterator[None]:
+    """Set how CUDA computes float32 convolutions and products inside the block, and restore it afterwards.
+
+    In float32 by default, as the original networks were trained and as their golden numbers ask; torch itself
+    leaves cuDNN's convolutions in TF32, which keeps 10 bits of mantissa. `tf32` allows it for convolutions
+    and matrix products. `benchmark` sets `torch.backends.cudnn.benchmark`; None leaves it as it is.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _old_switches():
+        before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+        cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    if benchmark is not None:
+        cudnn.benchmark = benchmark
+    try:
+        yield
+    finally:
+        with _old_switches():
+            cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _old_switches() -> Iterator[None]:
+    """Silence the advice of torch 2.9 and later to set `fp32_precision` in place of `allow_tf32`.
+
+    The new names do not exist in torch 2.6, and once they are set, torch refuses to read the old ones, which
+    torch.compile does.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32", category=UserWarning)
+        yield

@@ -43,6 +43,18 @@ def fixed_seeds():
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def float32_on_cuda(request):
+    """Tests on a GPU compute float32 in float32, as training and generating do; torch's default is TF32."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from finetune.device import float32_math
+
+    with float32_math():
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return GOLDEN

@@ -117,7 +117,7 @@ def measure(
     """The metrics, and what they were measured on; in several processes where torchrun has started them."""
     from finetune.checkpoint import load
     from finetune.data import ImageSet
-    from finetune.device import resolve_device
+    from finetune.device import float32_math, resolve_device
     from finetune.metrics.evaluate import Evaluation
     from finetune.metrics.together import Share
     from finetune.train.processes import join, leave
@@ -141,7 +141,7 @@ def measure(
         mirror=mirror,
     )
     bar = progress_bar if processes.is_first else no_bar
-    with bar("looking at the pictures", len(image_set)) as progress:
+    with float32_math(), bar("looking at the pictures", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
             names,
@@ -154,7 +154,7 @@ def measure(
             progress=progress,
             share=Share(processes.rank, processes.world, processes.control),
         )
-    with bar("generating", num) as progress:
+    with float32_math(), bar("generating", num) as progress:
         found = evaluation.distances(G, num, seed, progress=progress)
     leave()
     facts = {

@@ -77,7 +77,7 @@ def command(
         )
 
     from finetune.checkpoint import load
-    from finetune.device import resolve_device
+    from finetune.device import float32_math, resolve_device
     from finetune.sampling import generate, label_from_class, save_grid, to_image
 
     checkpoint = load(network_file(network), device=resolve_device(device))
@@ -89,7 +89,7 @@ def command(
         click.echo("The checkpoint has no G_ema; the pictures come from G.", err=True)
     outdir.mkdir(parents=True, exist_ok=True)
     pictures = []
-    with progress_bar("pictures", len(seeds)) as progress:
+    with float32_math(), progress_bar("pictures", len(seeds)) as progress:
         for seed, picture in generate(
             G,
             seeds,

@@ -186,7 +186,11 @@ def after_the_first() -> Iterator[None]:
 @ops_option()
 @offline_option()
 @option(
-    "precision", choices.PRECISIONS, "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere."
+    "precision",
+    choices.PRECISIONS,
+    "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere; fp32: float32 everywhere; tf32: "
+    "as auto, with float32 convolutions and products in TF32 (CUDA); fp16: float16 layers even where the "
+    "checkpoint has none (CUDA).",
 )
 @click.option(
     "--gpus",

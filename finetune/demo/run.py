@@ -15,7 +15,7 @@ from finetune.checkpoint import load
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.demo import KIMG
-from finetune.device import resolve_device
+from finetune.device import float32_math, resolve_device
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.verify import export_checkpoint
 from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
@@ -69,6 +69,7 @@ def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float, seed: in
     )
 
 
+@float32_math()
 def run_demo(
     outdir: Path,
     *,

@@ -19,7 +19,7 @@ from finetune.checkpoint.known import published_for
 from finetune.checkpoint.surgery import Operation, Wanted, operate
 from finetune.config import TrainConfig, distils
 from finetune.data import ImageSet, scan
-from finetune.device import resolve_device
+from finetune.device import float32_math, resolve_device
 from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
@@ -95,9 +95,9 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     processes, device = join(resolve_device(config.device))
     if config.batch and config.batch % processes.world:
         raise ConfigError(f"--batch {config.batch}: must be a multiple of the {processes.world} processes.")
-    if config.precision == "fp16" and device.type != "cuda":
+    if config.precision in ("tf32", "fp16") and device.type != "cuda":
         raise ConfigError(
-            f"--precision fp16: float16 layers need CUDA, this is {device}; use --precision auto."
+            f"--precision {config.precision}: this needs CUDA, the device is {device}; use --precision auto."
         )
     measure.names_of(config)
     checkpoint = None
@@ -363,7 +363,8 @@ def start(
     kind = RunFolder if plan.processes.is_first else NoFolder
     folder = kind(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     folder.write_reals()
-    with Display(console, plan.total_nimg, state.nimg) as display:
+    tf32 = config.precision == "tf32"
+    with float32_math(tf32=tf32), Display(console, plan.total_nimg, state.nimg) as display:
         display.say(f"Run folder: {run_dir}")
         session = Session(prepared, folder, display, on_tick)
         if prepared.saved is None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from tiny_runs import moved, options, quiet, read, train_steps, weights
 
 import finetune
-from finetune.config import TrainConfig
+from finetune.config import PRECISIONS, TrainConfig
 from finetune.errors import ConfigError, DataError, TrainingError, WeightsMissing
 from finetune.metrics.perceptual import mean_squared
 from finetune.sampling import to_uint8, z_from_seeds
@@ -329,7 +329,8 @@ def test_a_missing_generator_is_the_other_one(pictures, tmp_path):
 @pytest.mark.parametrize(
     "changes, error, words",
     [
-        ({"precision": "fp16"}, ConfigError, "need CUDA"),
+        ({"precision": "fp16"}, ConfigError, "--precision fp16: this needs CUDA"),
+        ({"precision": "tf32"}, ConfigError, "--precision tf32: this needs CUDA"),
         ({"sd_backbone": "lpips-vgg"}, WeightsMissing, "vgg16-397923af.pth"),
         ({"data": "nowhere"}, DataError, "nowhere"),
         ({"resolution": 32}, DataError, "16"),
@@ -402,7 +403,7 @@ def test_a_folder_without_snapshots_is_no_run(pictures, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_on_cuda(family, precision, pictures, tmp_path):
     result = run(options(pictures, tmp_path, family, device="cuda", precision=precision), console=quiet())

@@ -1,0 +1,40 @@
+"""How CUDA multiplies float32 numbers: switched around a run, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import options, quiet
+
+from finetune.device import float32_math
+from finetune.train import run
+
+
+def switches():
+    backends = torch.backends
+    return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark
+
+
+def test_inside_the_block_float32_is_float32():
+    before = switches()
+    assert before[0], "torch's default, which the block is there for, has changed"
+    with float32_math():
+        assert switches() == (False, False, before[2])
+        with float32_math(tf32=True, benchmark=True):
+            assert switches() == (True, True, True)
+        assert switches() == (False, False, before[2])
+    assert switches() == before
+
+
+def test_an_error_restores_the_switches():
+    before = switches()
+    with pytest.raises(KeyError), float32_math(benchmark=True):
+        raise KeyError
+    assert switches() == before
+
+
+def test_a_run_computes_in_float32(pictures, tmp_path):
+    before, seen = switches(), []
+    run(options(pictures, tmp_path), console=quiet(), on_tick=lambda state, numbers: seen.append(switches()))
+    assert seen and all(each[:2] == (False, False) for each in seen)
+    assert switches() == before
