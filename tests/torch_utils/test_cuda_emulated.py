@@ -10,7 +10,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulator import emulated as emulated
-from op_cases import CASES, derivatives, loss, tensors
+from op_cases import CASES, derivatives, loss, run, tensors
 
 from torch_utils import custom_ops
 from torch_utils.ops import conv2d_resample, impl, upfirdn2d
@@ -67,6 +67,19 @@ def test_other_types_lose_no_more_than_twice_what_torch_does(case, dtype, on_cud
     actual = loss(derivatives(case, made, order=1, impl="cpu"), exact)
     rounding = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
     assert all(a <= max(2 * p, rounding) for a, p in zip(actual, plain)), (actual, plain)
+
+
+RECORDING = [case for case in CASES if case.id in ("stylegan3_t", "stylegan3_r", "several_tiles_or_strips")]
+
+
+@pytest.mark.parametrize("case", RECORDING, ids=named)
+def test_recording_for_a_gradient_changes_no_bit(case, on_cuda):
+    """Tiles differ where bits are recorded; the order of sums does not."""
+    made = tensors(case, torch.float32)
+    plain = run(case, made, impl="cpu")
+    recorded = run(case, {**made, "x": made["x"].requires_grad_(True)}, impl="cpu")
+    assert torch.equal(recorded, plain)
+    assert len({plan.defines for plan in on_cuda}) == 2
 
 
 def test_a_trial_says_whether_the_kernels_work(on_cuda, monkeypatch):

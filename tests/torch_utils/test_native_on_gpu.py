@@ -108,3 +108,13 @@ def test_training_keeps_two_bits_of_an_upsampled_element():
     kept = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
     upsampled = 4 * 64 * (2 * y.shape[2] + 10) ** 2
     assert kept < upsampled / 4 * 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.op == "filtered_lrelu"], ids=lambda case: case.id)
+def test_recording_for_a_gradient_changes_no_bit(case, dtype):
+    """A student, whose gradient is wanted, equals a teacher of the same weights."""
+    made = tensors(case, dtype, "cuda")
+    teacher = run(case, made, impl="cuda")
+    student = run(case, {**made, "x": made["x"].clone().requires_grad_(True)}, impl="cuda")
+    assert torch.equal(student, teacher)

@@ -25,9 +25,10 @@ def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
             f"got {list(input.shape)} and {list(grid.shape)}"
         )
     dtype = input.dtype
-    if input.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):  # positions need more digits
-        input, grid = input.float(), grid.float()
     needs_grid = torch.is_grad_enabled() and grid.requires_grad
+    # Positions need more digits than half precision has. torch's kernels for CUDA compute them in float32.
+    if dtype in (torch.float16, torch.bfloat16) and (needs_grid or input.device.type == "cpu"):
+        input, grid = input.float(), grid.float()
     return (_gathered(input, grid) if needs_grid else _Sample.call(input, grid)).to(dtype)
 
 

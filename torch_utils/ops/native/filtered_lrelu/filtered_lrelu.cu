@@ -12,6 +12,9 @@
 // SG_LOAD, SG_SHIFT (elements read at once, and the place of a tile's first input in them), SG_STORE (elements
 // written at once), SG_UNROLL (0: filters too large to write out), SG_INDEX_64.
 //
+// SG_ACTIVATE and SG_RECORD give equal outputs bit for bit, whatever their tiles: each sum takes its terms in the
+// order of the taps, and multiply-adds are written as such, so that no compiler decides which products are rounded.
+//
 // A row of the mask: for each 32 columns a word "passes as it is" and a word "passes times slope", the votes of a warp.
 // Tiles begin at multiples of 32 columns of the grid where bits are recorded, so each word has one writer.
 #include "filtered_lrelu.h"
@@ -192,7 +195,7 @@ UNROLL
 UNROLL
                 for (int t = 0; t < STEPS_X; ++t) {
                     const int input = FIRST_X(column + c) + t, k = input * SG_UP + SG_PHASE_X - column - c;
-                    if (exists(k, SG_TAPS_UX)) sums.v[c] += taps[k] * values[SG_SHIFT + input];
+                    if (exists(k, SG_TAPS_UX)) sums.v[c] = mul_add(taps[k], values[SG_SHIFT + input], sums.v[c]);
                 }
             }
             *reinterpret_cast<several<acc, QUAD>*>(to + column) = sums;
@@ -305,7 +308,7 @@ UNROLL
 UNROLL
         for (int s = 0; s < OPEN_U; ++s) {
             const int k = (EARLY + input) * SG_UP + SG_PHASE_Y - s;
-            if (exists(k, SG_TAPS_UY)) rows[s] += taps[k] * value;
+            if (exists(k, SG_TAPS_UY)) rows[s] = mul_add(taps[k], value, rows[s]);
         }
 #else
         acc values[STEPS_X];
@@ -319,9 +322,9 @@ UNROLL
 UNROLL
             for (int t = 0; t < STEPS_X; ++t) {
 #if KEEPS_TAPS_2D
-                rows[s] += taps[k * STEPS_X + t] * values[t];
+                rows[s] = mul_add(taps[k * STEPS_X + t], values[t], rows[s]);
 #else
-                rows[s] += taps[k * PADDED_UX + t * SG_UP] * values[t];
+                rows[s] = mul_add(taps[k * PADDED_UX + t * SG_UP], values[t], rows[s]);
 #endif
             }
         }
@@ -353,7 +356,7 @@ UNROLL
 UNROLL
         for (int a = 0; a < OPEN_D; ++a) {
             const int k = s - (a - LATE) * SG_DOWN;
-            if (exists(k, SG_TAPS_DY)) rows[a] += taps[k] * v;
+            if (exists(k, SG_TAPS_DY)) rows[a] = mul_add(taps[k], v, rows[a]);
         }
     }
 
@@ -391,7 +394,7 @@ UNROLL
         for (int c = 0; c < COLUMNS; ++c) {
             acc sum = acc(0);
 UNROLL
-            for (int k = 0; k < SG_TAPS_DX; ++k) sum += taps[k] * values[c * SG_DOWN + k];
+            for (int k = 0; k < SG_TAPS_DX; ++k) sum = mul_add(taps[k], values[c * SG_DOWN + k], sum);
             out.v[c] = from_acc<scalar>(sum);
         }
         scalar* const to = y + row * static_cast<offset_t>(p.y_stride[2]) + column;
@@ -446,9 +449,9 @@ UNROLL
                     for (int c = 0; c < COLUMNS_2D; ++c) {
                         const int at = c * SG_DOWN + kx;
 #if SG_UNROLL
-                        sums[j][c] += tap * values[at];
+                        sums[j][c] = mul_add(tap, values[at], sums[j][c]);
 #else
-                        sums[j][c] += tap * from[place(at)];
+                        sums[j][c] = mul_add(tap, from[place(at)], sums[j][c]);
 #endif
                     }
                 }
