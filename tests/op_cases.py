@@ -91,6 +91,12 @@ CASES = [
 ]
 
 
+def _moved(x: torch.Tensor, dtype, device) -> torch.Tensor:
+    """Copy a tensor with its strides and its gaps, which `Tensor.to` closes on the way to another device."""
+    memory = torch.zeros(x.untyped_storage().nbytes() // x.itemsize, dtype=dtype, device=device)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
 def tensors(case: Case, dtype, device="cpu") -> dict[str, Any]:
     """The tensors of a call, drawn from a seed of their own: float32 values in `dtype`."""
     generator = torch.Generator().manual_seed(CASES.index(case))
@@ -105,10 +111,7 @@ def tensors(case: Case, dtype, device="cpu") -> dict[str, Any]:
         x = draw(*case.shape)
     if case.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    strides = x.stride()
-    x = x.to(dtype)
-    x = x.to(device) if x.stride() == strides else x
-    made: dict[str, Any] = {"x": x}
+    made: dict[str, Any] = {"x": _moved(x, dtype, device)}
     if case.op != "upfirdn2d" and case.bias:
         made["b"] = draw(case.shape[case.options.get("dim", 1)]).to(device, dtype)
     names = {"upfirdn2d": ["f"], "filtered_lrelu": ["fu", "fd"], "bias_act": []}[case.op]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 # golden/README.md: ops in float64, relative to the largest value (filters and their gain are float32).
 OPS_F64 = 1e-6
@@ -18,6 +19,20 @@ CONV_F16 = 5e-3
 NETWORK_F16 = 2e-2
 # Two processes against one: the first steps of Adam divide small gradients by their size, rounding and all.
 PROCESSES = 1e-3
+
+
+def sum_of_products(dtype: torch.dtype, terms: int, stored: int = 1) -> float:
+    """Bound the error of a sum of products, in units of the sum of the magnitudes of its products.
+
+    dtype: of the factors, taken as exact, and of what is stored. terms: products in a sum. stored: how often
+    the result or something that it is made of is rounded to `dtype`, each time by half a unit in the last
+    place. Sums are taken in float32 or wider, in any order: each addition rounds by half a unit of float32 at
+    most, of a partial sum that is no larger than the sum of the magnitudes (Higham, "Accuracy and Stability
+    of Numerical Algorithms", section 3.1). What a convolution gives on a GPU has to be held to this and
+    not to another algorithm's error: cuDNN chooses a different order of additions for each layout and size.
+    """
+    inside = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return stored * torch.finfo(dtype).eps / 2 + terms * inside / 2
 
 
 def assert_close(actual, expected, rel: float, name: str = "") -> None:

@@ -6,7 +6,6 @@ import copy
 import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from finetune.checkpoint import catalog, known
@@ -14,6 +13,7 @@ from finetune.checkpoint.catalog import Entry
 from finetune.checkpoint.schema import problems_of, schema
 from finetune.errors import CheckpointError, ConfigError
 
+jsonschema = pytest.importorskip("jsonschema")
 FILE = Path(catalog.__file__).parents[2] / catalog.NAME
 CONTENT = json.loads(FILE.read_text(encoding="utf-8"))
 

@@ -277,7 +277,7 @@ def test_averages_move_only_when_asked():
 @pytest.mark.gpu
 def test_half_precision_stays_close_to_single():
     G = generator(32, num_fp16_res=3, fp16_channels_last=True).cuda()
-    D = discriminator(32, num_fp16_res=3, fp16_channels_last=True).cuda()
+    D = discriminator(32, num_fp16_res=3, block_kwargs={"fp16_channels_last": True}).cuda()
     z = torch.randn(4, 8, device="cuda")
     single = G(z, None, noise_mode="const", force_fp32=True)
     for fused in (True, False):

@@ -8,7 +8,7 @@ import naive_ops
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import OPS_F64, assert_close
+from tolerances import OPS_F64, assert_close, sum_of_products
 
 from torch_utils.ops import conv2d_gradfix
 from torch_utils.ops.conv2d_resample import conv2d_resample
@@ -116,11 +116,18 @@ def test_low_precision_layouts_and_empty_batches(device, dtype, up, down):
     x, w = torch.randn(2, 8, 8, 8, device=device).to(dtype), torch.randn(8, 8, 3, 3, device=device).to(dtype)
     options = (up, down, [1, 1, 1, 1], 1, True, False)
     exact = definition(x.double(), w.double(), f.double(), *options)
+    magnitudes = definition(x.double().abs(), w.double().abs(), f.double(), *options)
+    resamples = up > 1 or down > 1
+    terms, stored = (8 * 9 + 2 * 4, 3) if resamples else (8 * 9, 1)  # two passes of a filter
+    bound = sum_of_products(dtype, terms, stored) * magnitudes
     plain = definition(x, w, f, *options)
     for layout in (torch.contiguous_format, torch.channels_last):
         y = conv2d_resample(x.contiguous(memory_format=layout), w, f, *options)
+        error = (y.double() - exact).abs()
         assert y.dtype == dtype
-        assert (y.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+        assert (error <= bound).all(), (error / bound).max()
+        if device == "cpu":  # cuDNN has another algorithm for each layout: one says nothing about the other
+            assert error.max() <= 2 * (plain.double() - exact).abs().max()
     assert conv2d_resample(x[:0], w, f, *options).shape == (0, *exact.shape[1:])
 
 
