@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from finetune.errors import ConfigError
+from torch_utils.ops import conv2d_gradfix
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -39,12 +40,15 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 @contextlib.contextmanager
-def float32_math(*, tf32: bool = False, benchmark: bool | None = None) -> Iterator[None]:
+def float32_math(
+    *, tf32: bool = False, split: bool = False, benchmark: bool | None = None
+) -> Iterator[None]:
     """Set how CUDA computes float32 convolutions and products inside the block, and restore it afterwards.
 
     In float32 by default, as the original networks were trained and as their golden numbers ask; torch itself
     leaves cuDNN's convolutions in TF32, which keeps 10 bits of mantissa. `tf32` allows it for convolutions
-    and matrix products. `benchmark` sets `torch.backends.cudnn.benchmark`; None leaves it as it is.
+    and matrix products. `split` computes convolutions as `conv2d_gradfix.split_float32` does. `benchmark`
+    sets `torch.backends.cudnn.benchmark`; None leaves it as it is.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with _old_switches():
@@ -53,7 +57,8 @@ def float32_math(*, tf32: bool = False, benchmark: bool | None = None) -> Iterat
     if benchmark is not None:
         cudnn.benchmark = benchmark
     try:
-        yield
+        with conv2d_gradfix.split_float32(split):
+            yield
     finally:
         with _old_switches():
             cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before

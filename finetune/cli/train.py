@@ -188,9 +188,9 @@ def after_the_first() -> Iterator[None]:
 @option(
     "precision",
     choices.PRECISIONS,
-    "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere; fp32: float32 everywhere; tf32: "
-    "as auto, with float32 convolutions and products in TF32 (CUDA); fp16: float16 layers even where the "
-    "checkpoint has none (CUDA).",
+    "auto: float16 layers as the checkpoint says on CUDA, float32 elsewhere, by tensor cores to five digits; "
+    "fp32: float32 everywhere; tf32: as auto, with float32 convolutions and products in TF32 (three digits); "
+    "fp16: as auto, with float16 layers even if the checkpoint has none.",
 )
 @click.option(
     "--gpus",

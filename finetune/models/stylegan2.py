@@ -58,8 +58,8 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, 
     x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; noise broadcastable to the result or None.
     Returns [N, O, H*up, W*up] in the dtype of x. `fused` builds the weights of every sample and runs one
     grouped convolution; otherwise the features are scaled before and after an ordinary one: equal up to
-    rounding. "pointwise" does the first where k is 1, as products of matrices. Source: StyleGAN2 equations 1 (modulation) and 3
-    (demodulation).
+    rounding. "pointwise" does the first where k is 1, as products of matrices.
+    Source: StyleGAN2 equations 1 (modulation) and 3 (demodulation).
     """
     batch, channels_in, height, width = x.shape
     channels_out, _, kernel, _ = weight.shape

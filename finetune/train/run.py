@@ -363,8 +363,10 @@ def start(
     kind = RunFolder if plan.processes.is_first else NoFolder
     folder = kind(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     folder.write_reals()
-    tf32 = config.precision == "tf32"
-    with float32_math(tf32=tf32), Display(console, plan.total_nimg, state.nimg) as display:
+    math = float32_math(
+        tf32=config.precision == "tf32", split=config.precision in ("auto", "fp16"), benchmark=True
+    )
+    with math, Display(console, plan.total_nimg, state.nimg) as display:
         display.say(f"Run folder: {run_dir}")
         session = Session(prepared, folder, display, on_tick)
         if prepared.saved is None:

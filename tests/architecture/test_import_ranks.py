@@ -14,7 +14,7 @@ RANKS = {
     "finetune.recipes": 0,
     "finetune.version": 0,
     "torch_utils": 1,
-    "finetune.device": 1,
+    "finetune.device": 2,
     "finetune.models": 2,
     "finetune.checkpoint": 3,
     "finetune.data": 3,

@@ -11,9 +11,10 @@ torch's own double backward of a convolution turns W into a convolution with the
 image as kernel, for which cuDNN has no fast kernel (pytorch/pytorch#54840). R1 and path length
 regularization take second derivatives, so this matters on CUDA; elsewhere torch's own autograd runs.
 
-Inside `split_float32` the three run on tensor cores for float32: each factor is split into its leading 11
-bits, which TF32 holds exactly, and the rest, and of the four products all but that of the two rests is kept.
-The three products are one convolution over three times as many terms.
+Inside `split_float32` C and T run on tensor cores for float32: each factor is split into its leading 11 bits,
+which TF32 holds exactly, and the rest, and of the four products all but that of the two rests is kept. The
+three products are one convolution over three times as many terms. W is left as it is: cuDNN's own float32
+kernels for it are faster than that.
 Source: Ootomo and Yokota 2022 (2203.03341), for matrix products.
 """
 
@@ -53,9 +54,11 @@ _splitting = False
 
 @contextlib.contextmanager
 def split_float32(enable: bool = True) -> Iterator[None]:
-    """Run float32 convolutions on CUDA as three TF32 products inside the block, to nearly float32 precision.
+    """Run float32 convolutions on CUDA as three TF32 products inside the block.
 
-    Needs tensor cores with TF32 (compute capability 8.0); on older devices and elsewhere nothing changes.
+    The error is some five times that of float32, because tensor cores cut off the last bits of a running sum
+    where others round. Needs tensor cores with TF32 (compute capability 8.0); on other devices nothing
+    changes.
     """
     global _splitting
     before, _splitting = _splitting, enable
@@ -172,9 +175,6 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx, x, y, geometry, w_size):
         ctx.geometry, ctx.x_size = geometry, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, y if ctx.needs_input_grad[0] else None)
-        if _splits(x, y, geometry.groups):
-            with _tf32():
-                return torch.nn.grad.conv2d_weight(_parts(x, 0), w_size, _counterparts(y, 0), *geometry)
         return torch.nn.grad.conv2d_weight(x, w_size, y, *geometry)
 
     @staticmethod
@@ -205,7 +205,7 @@ def _has_tf32(device: torch.device) -> bool:
 
 
 def _parts(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Lay the leading bits, the rest and the leading bits side by side, to be multiplied by `_counterparts`."""
+    """Put the leading bits, the rest and the leading bits side by side, to multiply `_counterparts`."""
     leading = _leading_bits(x)
     return torch.cat([leading, x - leading, leading], dim)
 
