@@ -17,7 +17,7 @@ The table holds, for each metric, the value at the start, at the end and at its 
 seeds), and the differences to the first arm, seed by seed, with Student's 95 % interval of their mean: what
 holds 0 is within the spread. Where the arms are equal, one comparison in twenty leaves 0 out by chance. Costs
 are given by phase: `Gdistill` in parts of the other phases of the same run, which other work on the machine
-does not change. benchmarks/summarise.py puts several reports into one table.
+does not change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ab_report import COSTS, HEADER, Records, costs_of, plot, rows_of
+from ab_report import COSTS, HEADER, Records, costs_of, plot, rows_of, seeds_of
 from measuring import ROOT, machine, table, write_report
 from rich.console import Console
 
@@ -278,7 +278,7 @@ def parse() -> argparse.Namespace:
         "--work", type=Path, default=Path("ab-work"), help="where runs and their records are kept"
     )
     parser.add_argument(
-        "--out", type=Path, help="write tables, plots and JSON to this Markdown file and beside it"
+        "--out", type=Path, help="write tables and a plot to this Markdown file and beside it"
     )
     options = parser.parse_args()
     preset = {"metrics": OFFLINE, **PRESETS[options.preset]}
@@ -309,35 +309,28 @@ def compare(options: argparse.Namespace) -> None:
     """Run what is missing, print the tables, and write the report."""
     arms, seeds = options.arms, options.seeds
     names = [arm.name for arm in arms]
-    texts, results = [], {}
+    texts: list[str] = []
+    jobs: dict[str, Records] = {}
+    starts: dict[str, dict[str, float]] = {}
     for job in options.jobs:
-        start = start_of(options, job)
+        starts[job] = start_of(options, job)
         # Seed by seed, so that an interrupted call leaves whole comparisons.
-        records: Records = {
-            (arm.name, seed): run_one(options, job, seed, arm) for seed in seeds for arm in arms
-        }
-        texts += [f"## {job}", table(HEADER, rows_of(records, names, seeds, start))]
-        texts.append(table(COSTS, costs_of(records, names, seeds)))
-        if options.out:
-            picture = options.out.with_name(f"{options.out.stem}_{job}.png")
-            plot(picture, job, records, names, seeds, start)
-            texts.append(f"![{job}]({picture.name})")
-        results[job] = {
-            "start": start,
-            "runs": [{"arm": arm, "seed": seed, **record} for (arm, seed), record in records.items()],
-        }
+        records = {(arm.name, seed): run_one(options, job, seed, arm) for seed in seeds for arm in arms}
+        jobs[job] = records
+        texts += [f"## {job}", table(HEADER, rows_of(records, names, seeds, starts[job]))]
+        by_seed, *rows = seeds_of(records, names, seeds)
+        texts += [table(by_seed, rows), table(COSTS, costs_of(records, names, seeds))]
     print("\n\n".join(texts))
     if options.out:
+        image = options.out.with_suffix(".png")
+        plot(image, jobs, names, seeds, starts)
+        texts.append(f"![metrics over images seen]({image.name})")
         write_report(
             options.out,
             "Self-distillation against plain training",
             f"python {' '.join(sys.argv)}",
             texts,
-            {
-                "machine": machine(resolve_device(options.device)),
-                "settings": public(options),
-                "results": without_folders(results),
-            },
+            {"machine": machine(resolve_device(options.device)), "settings": public(options)},
         )
 
 
@@ -353,15 +346,6 @@ def public(options: argparse.Namespace) -> dict[str, Any]:
     settings["arms"] = [dataclasses.asdict(arm) for arm in options.arms]
     settings["pretrain"] = dataclasses.asdict(options.pretrain) if options.pretrain else None
     return settings
-
-
-def without_folders(results: dict[str, Any]) -> dict[str, Any]:
-    """The records with names of files in the place of paths."""
-    for job in results.values():
-        for each in job["runs"]:
-            paths = {name: Path(each["config"][name]).name for name in ("data", "resume", "outdir")}
-            each["config"] = each["config"] | paths
-    return results
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What runs of an A/B say: tables with paired differences, costs by phase, plots.
+"""Tables and plots of an A/B comparison: paired differences, values by seed, costs by phase.
 
-Runs are records (see ab_distillation.run_one) under (arm, seed). The first arm is what the others are
-compared with, seed by seed: the two runs of a seed share checkpoint, pictures, latents and order, and their
-difference varies less than either. An interval is Student's, at 95 %; what holds 0 is within the spread. It
-takes differences for normally distributed, asks every metric by itself, and needs two seeds.
+A record (see ab_distillation.run_one) stands under (arm, seed). The other arms are compared with the first
+one, seed by seed: the two runs of a seed share checkpoint, images, latents and order, and their difference
+varies less than either. Intervals are Student's, at 95 %; an interval that contains 0 is within the spread.
+They assume normally distributed differences, treat every metric by itself, and need two seeds.
 """
 
 from __future__ import annotations
@@ -97,6 +97,21 @@ def rows_of(records: Records, arms: list[str], seeds: list[int], start: dict[str
     return rows
 
 
+def seeds_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
+    """List two metrics and the weight of `auto:` for every run, measurements in order; header first."""
+    rows = [["metric", "arm", *(f"seed {seed}" for seed in seeds)]]
+    for name in names_of(records)[:2]:
+        for arm in arms:
+            runs = [[point[name] for point in records[arm, seed]["points"]] for seed in seeds]
+            rows.append([name, arm, *(", ".join(f"{value:.4g}" for value in run) for run in runs)])
+    for arm in arms:
+        runs = [[line.get("sd_weight") for line in records[arm, seed]["diagnostics"]] for seed in seeds]
+        if any(filter(None, runs[0])):
+            cells = (", ".join(f"{value:.3g}" for value in run if value) for run in runs)
+            rows.append(["sd_weight", arm, *cells])
+    return rows
+
+
 def distillation_share(record: dict[str, Any]) -> float:
     """Seconds of the phase Gdistill in parts of all phases."""
     return record["sec_per_phase"].get("Gdistill", 0.0) / sum(record["sec_per_phase"].values())
@@ -121,31 +136,38 @@ def costs_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[s
 
 
 def plot(
-    path: Path, job: str, records: Records, arms: list[str], seeds: list[int], start: dict[str, float]
+    path: Path,
+    jobs: dict[str, Records],
+    arms: list[str],
+    seeds: list[int],
+    starts: dict[str, dict[str, float]],
 ) -> None:
-    """Every metric over images seen: one line for each arm, its band the deviation over seeds."""
+    """Plot every metric over images seen, a row for each job: a line for each arm, its band the deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = names_of(records)
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for arm in arms:
-            found = [records[arm, seed]["points"] for seed in seeds]
-            kimg = [0.0, *(point["kimg"] for point in found[0])]
-            values = [[start[name], *(point[name] for point in points)] for points in found]
-            columns = list(zip(*values, strict=True))
-            mean = [statistics.fmean(column) for column in columns]
-            spread = [statistics.stdev(column) if len(seeds) > 1 else 0.0 for column in columns]
-            axis.plot(kimg, mean, marker="o", markersize=3, label=arm)
-            low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-            axis.fill_between(kimg, low, high, alpha=0.15)
-        axis.set_title(f"{name} ({'higher' if is_higher_better(name) else 'lower'} is better)", fontsize=9)
-        axis.set_xlabel("kimg")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(job)
+    names = names_of(next(iter(jobs.values())))
+    size = (3.6 * len(names), 3.2 * len(jobs))
+    figure, grid = pyplot.subplots(len(jobs), len(names), figsize=size, squeeze=False)
+    for axes, (job, records) in zip(grid, jobs.items(), strict=True):
+        for axis, name in zip(axes, names, strict=True):
+            for arm in arms:
+                found = [records[arm, seed]["points"] for seed in seeds]
+                kimg = [0.0, *(point["kimg"] for point in found[0])]
+                values = [[starts[job][name], *(point[name] for point in points)] for points in found]
+                columns = list(zip(*values, strict=True))
+                mean = [statistics.fmean(column) for column in columns]
+                spread = [statistics.stdev(column) if len(seeds) > 1 else 0.0 for column in columns]
+                axis.plot(kimg, mean, marker="o", markersize=3, label=arm)
+                low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+                axis.fill_between(kimg, low, high, alpha=0.15)
+            direction = "higher" if is_higher_better(name) else "lower"
+            axis.set_title(f"{name} ({direction} is better)", fontsize=9)
+            axis.set_xlabel("kimg")
+        axes[0].set_ylabel(job)
+    grid[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -204,7 +204,6 @@ def main() -> None:
         settings = {key: value for key, value in vars(options).items() if key != "out"}
         compilers = {key: custom_ops.explain()[key] for key in ("cxx", "nvcc", "nvrtc", "ninja")}
         record = {"machine": machine(torch.device("cpu")), "compilers": compilers, "settings": settings}
-        record["results"] = results
         write_report(options.out, "Building the kernels", f"python {' '.join(sys.argv)}", [text], record)
 
 

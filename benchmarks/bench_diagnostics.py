@@ -135,11 +135,7 @@ def main() -> None:
     print(text)
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name != "out"} | {"ticks": ticks}
-        record = {
-            "machine": machine(resolve_device(options.device)),
-            "settings": settings,
-            "results": results,
-        }
+        record = {"machine": machine(resolve_device(options.device)), "settings": settings}
         command = f"python {' '.join(sys.argv)}"
         write_report(options.out, "What the diagnostics cost", command, [text], record)
 

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write what was measured to this Markdown file")
     options = parser.parse_args()
-    rows, results = [], []
+    rows = []
     for side in map(int, options.sides.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             forms = write_forms(Path(folder), side, options.count)
@@ -88,19 +88,13 @@ def main() -> None:
             }
             found = interleaved(calls, torch.device("cpu"), options.repeats)
             for name, sec in found.items():
-                result = {
-                    "side": side,
-                    "form": name,
-                    "ms": 1000 * sec / options.count,
-                    "kib": 1024 * size_mib(forms[name]) / options.count,
-                }
-                results.append(result)
-                rows.append([side, name, f"{result['ms']:.2f}", f"{result['kib']:,.0f}"])
+                ms, kib = 1000 * sec / options.count, 1024 * size_mib(forms[name]) / options.count
+                rows.append([side, name, f"{ms:.2f}", f"{kib:,.0f}"])
     text = table(["side", "form", "ms a picture", "KiB a picture"], rows)
     print(text)
     if options.out:
         settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
-        record = {"machine": machine(torch.device("cpu")), "settings": settings, "results": results}
+        record = {"machine": machine(torch.device("cpu")), "settings": settings}
         command = "python benchmarks/bench_load.py"
         write_report(options.out, "Reading pictures", command, [text], record)
 

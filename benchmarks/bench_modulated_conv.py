@@ -25,14 +25,14 @@ from finetune.train.allocator import keep_freed_memory
 SHAPES = (
     ((8, 128, 128, 16, 3), "StyleGAN2, 16²"),
     ((8, 64, 64, 64, 3), "StyleGAN2, 64²"),
-    ((8, 64, 3, 64, 1), "StyleGAN2, colours"),
+    ((8, 64, 3, 64, 1), "StyleGAN2, colors"),
     ((8, 128, 128, 36, 3), "T, 36²"),
     ((8, 128, 128, 84, 3), "T, 84²"),
     ((8, 81, 64, 84, 3), "T 64 px, odd channels"),
     ((8, 256, 256, 36, 1), "R, 36²"),
     ((8, 256, 256, 52, 1), "R, 52²"),
     ((8, 203, 161, 84, 1), "R 64 px, odd channels"),
-    ((8, 128, 3, 64, 1), "R, colours"),
+    ((8, 128, 3, 64, 1), "R, colors"),
     ((1, 128, 128, 84, 3), "T, one sample"),
 )
 
@@ -103,14 +103,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
+    parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    results, rows = [], []
+    rows = []
     for shape, where in SHAPES:
         result = measure(shape, options)
-        results.append({"shape": shape, "where": where, **result})
         cells = [
             f"{result[key][name]:.3g}" if name in result[key] else "–" for key in result for name in WAYS
         ]
@@ -120,7 +119,7 @@ def main() -> None:
     print(text)
     if options.out:
         settings = {key: value for key, value in vars(options).items() if key != "out"}
-        record = {"machine": machine(torch.device(options.device)), "settings": settings, "results": results}
+        record = {"machine": machine(torch.device(options.device)), "settings": settings}
         write_report(options.out, "Modulated convolution", f"python {' '.join(sys.argv)}", [text], record)
 
 

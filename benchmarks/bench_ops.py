@@ -76,7 +76,7 @@ CPU_CASES = (
     lrelu("R 64-256 px, 52² to 84²", (8, 256, 52, 52), 4, 2, [-2, -5, -2, -5], fu=24, fd=RADIAL),
     lrelu("R 64 px, 84²", (8, 203, 84, 84), 2, 2, [11, 10, 11, 10], fd=RADIAL),
     lrelu("R 256 px, 276²", (8, 32, 276, 276), 2, 2, [11, 10, 11, 10]),
-    lrelu("colours: no filter", (8, 3, 256, 256), 1, 1, 0, fu=None, fd=None),
+    lrelu("colors: no filter", (8, 3, 256, 256), 1, 1, 0, fu=None, fd=None),
     fir("up 2 (yardstick)", (8, 128, 64, 64), up=2, padding=[2, 1, 2, 1], gain=4),
     fir("down 2", (8, 128, 64, 64), down=2, padding=[1, 1, 1, 1]),
     fir("skip image up 2", (8, 3, 64, 64), up=2, padding=[2, 1, 2, 1], gain=4),
@@ -88,7 +88,7 @@ CPU_CASES = (
     act("lrelu", (8, 128, 64, 64), gain=math.sqrt(2)),
     act("lrelu, clamp", (8, 64, 128, 128), clamp=256),
     act("lrelu, clamp", (8, 32, 256, 256), clamp=256),
-    act("linear, clamp (colours)", (8, 3, 256, 256), act="linear", clamp=256),
+    act("linear, clamp (colors)", (8, 3, 256, 256), act="linear", clamp=256),
     act("tanh", (8, 64, 64, 64), act="tanh"),
     act("swish", (8, 64, 64, 64), act="swish"),
     act("dense layer", (8, 512, 1, 1)),
@@ -107,7 +107,7 @@ GPU_CASES = (
     fir("skip image up 2", (8, 3, 512, 512), up=2, padding=[2, 1, 2, 1], gain=4),
     act("lrelu", (8, 256, 256, 256), clamp=256),
     act("lrelu", (4, 64, 1024, 1024), clamp=256),
-    act("linear, clamp (colours)", (8, 3, 1024, 1024), act="linear", clamp=256),
+    act("linear, clamp (colors)", (8, 3, 1024, 1024), act="linear", clamp=256),
 )
 
 
@@ -241,7 +241,7 @@ def main() -> None:
         arm for arm in ("naive", "ref", "cuda" if device.type == "cuda" else "cpu") if arm in options.arms
     ]
     settings = {key: value for key, value in vars(options).items() if key != "out"}
-    record = {"machine": machine(device), "settings": settings, "ceilings": limits, "results": results}
+    record = {"machine": machine(device), "settings": settings, "ceilings": limits}
     header = ["op", "case", "shape", *(f"{arm}, forward (ms)" for arm in arms), "naive / native"]
     header += [*(f"{arm}, with backward (ms)" for arm in arms), "naive / native", "of floor"]
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:

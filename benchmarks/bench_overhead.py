@@ -86,8 +86,7 @@ def main() -> None:
     print(text)
     if options.out:
         settings = {key: value for key, value in vars(options).items() if key != "out"}
-        flat = {" | ".join(key): value for key, value in results.items()}
-        record = {"machine": machine(device), "settings": settings, "results": flat}
+        record = {"machine": machine(device), "settings": settings}
         write_report(options.out, "What a call costs", f"python {' '.join(sys.argv)}", [text], record)
 
 

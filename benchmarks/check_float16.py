@@ -104,7 +104,7 @@ def main() -> None:
     print(text)
     if options.out:
         settings = {key: value for key, value in vars(options).items() if key != "out"}
-        record = {"machine": machine(device), "settings": settings, "results": results}
+        record = {"machine": machine(device), "settings": settings}
         write_report(options.out, "float16", f"python {' '.join(sys.argv)}", [text], record)
     if not all(found["fine"] for found in results.values()):
         sys.exit("float16 layers differ too much from float32, or overflow: see the table")

@@ -56,8 +56,15 @@ def test_the_readme_starts_with_the_two_commands_and_names_every_command():
         assert f"`finetune {name}" in text, name
 
 
+def test_results_are_short_tables_without_raw_records():
+    for path in (ROOT / "benchmarks" / "results").glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 100 and "```json" not in text, path.name
+        assert text.count("![") <= 1, path.name
+
+
 def test_links_in_the_documents_lead_somewhere():
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
     assert len(documents) > 6
     broken = []
     for document in documents:
