@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=["stylegan2", "stylegan3-t", "stylegan3-r"])
     parser.add_argument("--only-networks", action="store_true", help="leave out the list of doctor --build")
     parser.add_argument("--repeats", type=int, default=3, help="processes for the warm times")
-    parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
+    parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     options = parser.parse_args()
     major, minor = map(int, options.arch.split("."))
     capability = (major, minor)

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=200, help="of a round")
-    parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
+    parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(1)

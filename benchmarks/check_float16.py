@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
+    parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     options = parser.parse_args()
     device = torch.device(options.device)
     results = {}

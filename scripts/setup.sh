@@ -1,11 +1,13 @@
 # Sourced by the scripts beside it: `setup EXTRA` makes the virtual environment (.venv, or $FINETUNE_VENV) and installs
-# this checkout with the extra, again only when pyproject.toml has changed. Needs Python 3.11 or newer and a package
-# registry, no root. Afterwards $VENV is its absolute path.
+# this checkout with the extra, again only when pyproject.toml has changed. TORCH=2.6 asks for that version of torch and
+# the torchvision that belongs to it, in .venv-torch2.6; without it the newest ones are installed. Needs Python 3.11 or
+# newer and a package registry, no root. Afterwards $VENV is the absolute path of the environment.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${CI:-}" = true ] && exec </dev/null # nobody is there to answer a question
 
-VENV=${FINETUNE_VENV:-.venv}
+TORCH=${TORCH:-}
+VENV=${FINETUNE_VENV:-.venv${TORCH:+-torch$TORCH}}
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -39,10 +41,12 @@ setup() {
     fi
     VENV=$(cd "$VENV" && pwd)
     # The stamps hold the pyproject.toml that was installed; dev contains every other extra.
-    if cmp -s pyproject.toml "$VENV/installed-dev" || cmp -s pyproject.toml "$VENV/installed-$extra"; then
+    local stamp=$VENV/installed${TORCH:+-torch$TORCH}
+    if cmp -s pyproject.toml "$stamp-dev" || cmp -s pyproject.toml "$stamp-$extra"; then
         return
     fi
-    say "Installing finetune[$extra] and what it needs into $VENV (the first time several minutes: PyTorch is large) …"
-    "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check --editable ".[$extra]" >&2
-    cp pyproject.toml "$VENV/installed-$extra"
+    say "Installing finetune[$extra]${TORCH:+ with torch $TORCH} into $VENV (the first time several minutes: PyTorch is large) …"
+    "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check --editable ".[$extra]" \
+        ${TORCH:+"torch==$TORCH.*"} >&2
+    cp pyproject.toml "$stamp-$extra"
 }
