@@ -212,7 +212,7 @@ class TestMismatch:
         )
 
     def test_a_module_without_tensors_is_missed_too(self, opened, reload):
-        """Found by scripts/fuzz: without it the network would compute something else."""
+        """Found by tests/stress/test_fuzzing.py: without it the network would compute something else."""
         discriminator = opened("stylegan2-ada-32")["D"]
         del module_at(discriminator, "b4")["_modules"]["mbstd"]
         with pytest.raises(CheckpointMismatch) as mismatch:

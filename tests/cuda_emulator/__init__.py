@@ -43,7 +43,7 @@ def _compiled(plan: Plan) -> Any:
     source.write_text(f'#include "{SOURCES / plan.source}"\nSG_EMULATE({plan.entry}, {struct})\n')
     macros = [f"-D{key}={value}" for key, value in plan.defines]
     command = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DSG_EMULATED", *macros]
-    command += os.environ.get("SG_EMULATOR_FLAGS", "").split()  # scripts/sanitize
+    command += os.environ.get("SG_EMULATOR_FLAGS", "").split()  # tests/stress/test_sanitizers.py
     command += ["-I", str(SOURCES), "-I", str(HERE), str(source), "-o", str(folder / f"{name}.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]

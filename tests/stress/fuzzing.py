@@ -1,20 +1,16 @@
-"""Feed the pickle reader with damaged and hostile files, and count what becomes of each.
+"""Feed the pickle reader with damaged and hostile files, and count the outcomes.
 
-    scripts/fuzz --inputs 100000 --coverage-inputs 200000 --out benchmarks/results/fuzz_pickles_<...>.md
-
-Every input is opened with `finetune.load` in a process of its own kind: Python's audit events are watched, so
-that nothing in it can execute, import, start or connect unseen; memory is limited to 1 GiB above what the
-process needed for the real files; a parent kills it after ten seconds on one input, and goes on behind it.
-An input is made from the seed and its number (`--only 4711` opens one alone and says all about it). Then
-atheris, where it is installed, looks for inputs that reach further, led by what of `finetune.checkpoint` ran.
-Exits with 1 where anything but loading and the refusals of `finetune.errors` was seen.
+Every input is opened with `finetune.load` in a separate process: Python's audit events are watched, so that
+nothing in it can execute, import, start or connect unseen; memory is limited to 1 GiB above what the process
+needed for the real files; the parent kills it after ten seconds on one input, and starts another behind it.
+An input is made from the seed and its number: `python tests/stress/fuzzing.py 4711` opens one alone and
+prints everything about it.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import importlib.util
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -29,10 +25,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pickle_mutations as mutations
-from pickle_watch import BAD, GOOD, open_one, prepare, sources_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a program
 
-ROOT = Path(__file__).resolve().parents[1]
+from stress import pickle_mutations as mutations
+from stress.pickle_watch import BAD, GOOD, open_one, prepare, sources_of
+
+ROOT = Path(__file__).resolve().parents[2]
 HANG_SEC = 10
 
 
@@ -149,11 +147,8 @@ def run(inputs: int, seed: int, processes: int, names: list[str] | None = None) 
 SLOTS = (*GOOD, *BAD)
 
 
-def coverage(inputs: int, seed: int) -> dict[str, int] | None:
-    """Let atheris look for inputs, in a process of its own; None where it is not installed."""
-    if importlib.util.find_spec("atheris") is None:
-        print("atheris is not installed (pip install atheris): no inputs led by coverage.")
-        return None
+def coverage(inputs: int, seed: int) -> dict[str, int]:
+    """Let atheris search for inputs that reach new code of `finetune.checkpoint`, in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, counts = Path(folder) / "corpus", Path(folder) / "counts"
         corpus.mkdir()
@@ -207,69 +202,20 @@ def guided(counts: Path, seed: int, arguments: list[str]) -> None:
     atheris.Fuzz()
 
 
-def report(options: argparse.Namespace, counts: Counts, found: dict[str, int] | None, sec: float) -> None:
-    """The tables, on the console and, where asked for, in a file."""
-    import torch
-    from measuring import machine, table, write_report
-
-    rows = [[name, f"{counts.outcomes[name]:,}", f"{found[name]:,}" if found else "-"] for name in SLOTS]
-    total = sum(found[name] for name in SLOTS) if found else 0
-    rows.append(["inputs in all", f"{counts.outcomes.total():,}", f"{total:,}" if found else "-"])
-    facts = [
-        ["most memory above that of the real files", f"{counts.grown_kib / 1024:.0f} MiB"],
-        ["slowest input", f"{counts.slowest[0]:.2f} s (number {counts.slowest[1]}, {counts.slowest[2]})"],
-    ]
-    if found:
-        facts.append(["inputs that atheris kept", f"{found['inputs kept for what they reached']:,}"])
-    by_source = [[name, f"{count:,}"] for name, count in counts.ways.most_common()]
-    texts = [
-        table(["outcome", "mutated and made by hand", "led by coverage"], rows),
-        table(["", ""], facts),
-        table(["made from", "inputs"], by_source),
-    ]
-    print("\n\n".join(texts))
-    if options.out:
-        settings = {
-            name: str(value) for name, value in vars(options).items() if name not in ("out", "guided")
-        }
-        record = {
-            "machine": machine(torch.device("cpu")),
-            "settings": settings,
-            "sec": round(sec),
-            "bad": counts.bad,
-        }
-        title = "Fuzzing the pickle reader"
-        write_report(options.out, title, f"scripts/fuzz {' '.join(sys.argv[1:])}", texts, record)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--coverage-inputs", type=int, default=200_000)
+    parser = argparse.ArgumentParser(description="Open one input, and print its outcome.")
+    parser.add_argument("number", type=int, nargs="?")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="open one input, and say all about it")
-    parser.add_argument("--out", type=Path, help="write what was seen to this Markdown file")
     parser.add_argument("--guided", type=Path, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args()
     if options.guided:
         return guided(options.guided, options.seed, rest)
-    if rest:
-        parser.error(f"unknown: {' '.join(rest)}")
-    if options.only is not None:
-        sources = sources_of()
-        name, data = make(options.only, options.seed, sources)
-        with tempfile.TemporaryDirectory() as folder:
-            print(name, len(data), *open_one(Path(folder) / "input.pkl", data, prepare(sources)), sep="\n")
-        return None
-    started = time.monotonic()
-    counts = run(options.inputs, options.seed, options.processes)
-    found = coverage(options.coverage_inputs, options.seed) if options.coverage_inputs else None
-    report(options, counts, found, time.monotonic() - started)
-    bad = sum(counts.outcomes[name] + (found[name] if found else 0) for name in BAD)
-    sys.exit(bool(bad))
+    if options.number is None:
+        parser.error("which input? Give its number.")
+    sources = sources_of()
+    name, data = make(options.number, options.seed, sources)
+    with tempfile.TemporaryDirectory() as folder:
+        print(name, len(data), *open_one(Path(folder) / "input.pkl", data, prepare(sources)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pickle_mutations as mutations
+from stress import pickle_mutations as mutations
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MEMORY = 1 << 30  # bytes above what real files need
 GOOD = (
     *("loaded", "refused, damaged", "refused, asks for a name", "refused, tensors do not fit"),

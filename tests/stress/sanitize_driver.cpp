@@ -1,4 +1,4 @@
-// Calls the CPU library in many random forms, from several threads at once, for the sanitizers to watch: scripts/sanitize.
+// Calls the CPU library in many random forms, from several threads at once, under the sanitizers (test_sanitizers.py).
 //
 // Arrays are as long as a form says and no longer, and what lies between their rows must be left alone. Results are
 // compared where that is cheap: one thread against several, a filter against its definition or its adjoint.
