@@ -19,6 +19,7 @@ from PIL import Image
 
 from finetune.config import MAX_SEED
 from finetune.errors import CheckpointError, ConfigError
+from finetune.models import Network
 
 NOISE_MODES = ("const", "random", "none")
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -36,7 +37,7 @@ def z_from_seeds(seeds: Iterable[int], z_dim: int, device: torch.device | str = 
 
 
 def label_from_class(
-    G: torch.nn.Module, class_index: int | None, n: int = 1, device: torch.device | str = "cpu"
+    G: Network, class_index: int | None, n: int = 1, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Return one-hot labels `[n, c_dim]` float32 (`[n, 0]` without classes).
 
@@ -69,7 +70,7 @@ def to_uint8(img: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def generate(
-    G: torch.nn.Module,
+    G: Network,
     seeds: Sequence[int],
     *,
     class_index: int | None = None,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
 
 from finetune.checkpoint import load
 from finetune.config import TrainConfig
@@ -20,6 +19,7 @@ from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.verify import export_checkpoint
 from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
+from finetune.models import Network
 from finetune.sampling import generate, save_grid
 from finetune.train import run
 
@@ -98,6 +98,7 @@ def run_demo(
 
     source = load(checkpoint, device=resolve_device(device))
     G = source.best
+    assert G is not None, f"{checkpoint} has no generator"
     say(
         f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Pictures: {pictures.name}."
     )
@@ -112,6 +113,7 @@ def run_demo(
 
     say("\nMeasuring again, and exporting …")
     result = load(trained.snapshot, device=resolve_device(device))
+    assert result.best is not None
     after = evaluation.distances(result.best, num_images, seed)
     save_pictures(result.best, outdir / "after.png")
     exported = outdir / "fine-tuned.pkl"
@@ -137,7 +139,7 @@ def what_is_possible(config: TrainConfig, say: Callable[[str], None]) -> tuple[T
     return config, OFFLINE
 
 
-def save_pictures(G: nn.Module, path: Path) -> None:
+def save_pictures(G: Network, path: Path) -> None:
     """A sheet of the first seeds, the same for every generator; classes, if any, take turns."""
     columns, rows = GRID
     pictures = []

@@ -22,6 +22,7 @@ import torch
 from finetune.errors import ExportError
 from finetune.export.atomic import atomic_write
 from finetune.export.provenance import complete_entry
+from finetune.models import Network
 from torch_utils import persistence
 
 PROTOCOL = 4  # the newest that Python 3.8 writes by default
@@ -108,7 +109,7 @@ class _Record:
         return persistence._reconstruct_persistent_obj, (self.meta,)
 
 
-def _describe(module: torch.nn.Module, shared: dict, where: str) -> _Record:
+def _describe(module: Network, shared: dict, where: str) -> _Record:
     """Turn a module, and all modules within, into records that hold nothing but plain values and tensors."""
     if not persistence.is_persistent(module):
         raise ExportError(
@@ -135,7 +136,7 @@ def _describe(module: torch.nn.Module, shared: dict, where: str) -> _Record:
     return _Record({**meta, "module_name": type(module).__module__, "state": state})
 
 
-def _constructor_arguments(module: torch.nn.Module, where: str) -> dict[str, Any]:
+def _constructor_arguments(module: Network, where: str) -> dict[str, Any]:
     """All constructor arguments by name, so that a reader without our classes knows what each one is."""
     by_name = inspect.signature(type(module)).bind_partial(*module.init_args).arguments
     return {
@@ -166,7 +167,7 @@ def plain(value: Any, where: str, shared: dict | None = None) -> Any:
     if isinstance(value, np.generic):
         return plain(value.item(), where)
     if isinstance(value, _PLAIN):
-        base = next(kind for kind in _PLAIN if isinstance(value, kind))
+        base: Any = next(kind for kind in _PLAIN if isinstance(value, kind))
         return value if type(value) is base else base(value)
     if isinstance(value, torch.Tensor):
         return _tensor(value, shared)
@@ -200,6 +201,7 @@ def named_globals(stream: BinaryIO) -> list[str]:
     recent: list[str] = []  # the last two texts put on the stack
     slot = 0
     last: str | None = None
+    arg: Any  # text, a number or nothing, by opcode
     for opcode, arg, _ in pickletools.genops(stream):
         if "UNICODE" in opcode.name:
             last = arg

@@ -15,6 +15,7 @@ from finetune.errors import CheckpointError, ExportError
 from finetune.export.provenance import entry_of
 from finetune.export.safetensors import save_safetensors
 from finetune.export.stylegan_pickle import save_stylegan_pickle
+from finetune.models import Network
 from finetune.sampling import device_of, z_from_seeds
 
 FORMATS = ("stylegan-pkl", "safetensors")
@@ -67,7 +68,7 @@ def export_checkpoint(
 
 
 def verify_export(
-    path: str | os.PathLike,
+    path: str | Path,
     checkpoint: Checkpoint,
     file_format: str = "stylegan-pkl",
     *,
@@ -79,6 +80,7 @@ def verify_export(
     noise modes in turn); the discriminator judges them. Raises ExportError, naming the first difference.
     """
     network = checkpoint.best if checkpoint.best is not None else checkpoint.D
+    assert network is not None
     try:
         again = load(path, device=device_of(network))
     except CheckpointError as error:
@@ -142,7 +144,7 @@ def _compare_images(
     return len(seeds) * len(generators), worst
 
 
-def _image(G: torch.nn.Module, seed: int) -> torch.Tensor:
+def _image(G: Network, seed: int) -> torch.Tensor:
     device = device_of(G)
     mode = ("const", "none")[seed % 2]  # random noise cannot be compared
     psi = 1 if seed % 4 < 2 else 0.7
@@ -151,19 +153,19 @@ def _image(G: torch.nn.Module, seed: int) -> torch.Tensor:
     ).cpu()
 
 
-def _label(network: torch.nn.Module, seed: int) -> torch.Tensor:
+def _label(network: Network, seed: int) -> torch.Tensor:
     label = torch.zeros([1, network.c_dim], device=device_of(network))
     if network.c_dim:
         label[0, seed % network.c_dim] = 1
     return label
 
 
-def _noise_image(D: torch.nn.Module, seed: int) -> torch.Tensor:
+def _noise_image(D: Network, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand([1, D.img_channels, D.img_resolution, D.img_resolution], generator=generator) * 2 - 1
 
 
-def _score(D: torch.nn.Module, img: torch.Tensor, seed: int) -> torch.Tensor:
+def _score(D: Network, img: torch.Tensor, seed: int) -> torch.Tensor:
     return D(img.to(device_of(D)), _label(D, seed)).cpu()
 
 

@@ -22,6 +22,7 @@ from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
 from finetune.metrics.together import ALONE, Share
+from finetune.models import Network
 from finetune.sampling import to_uint8
 
 BATCH = 16  # bounds memory; no number depends on it
@@ -274,7 +275,7 @@ def _real(image_set: ImageSet, batch: int, workers: int, share: Share = ALONE) -
 
 @torch.no_grad()
 def _generated(
-    G: torch.nn.Module, image_set: ImageSet, num: int, seed: int, batch: int, share: Share
+    G: Network, image_set: ImageSet, num: int, seed: int, batch: int, share: Share
 ) -> Iterator[torch.Tensor]:
     """This process's batches as they would be stored: rounded to uint8 `[N, C, H, W]`."""
     device = next(G.parameters()).device

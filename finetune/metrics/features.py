@@ -148,6 +148,7 @@ def _fill(network: EfficientNetLite0, weights: dict[str, torch.Tensor]) -> None:
     """Copy the published tensors, each convolution together with the batch norm behind it."""
     pairs = [(network.stem, "_conv_stem", "_bn0"), (network.head, "_conv_head", "_bn1")]
     for index, block in enumerate(network.blocks):
+        assert isinstance(block, Bottleneck)
         name = f"_blocks.{index}."
         convs = [(block.filter, "_depthwise_conv", "_bn1"), (block.project, "_project_conv", "_bn2")]
         if block.expand is not None:
@@ -158,6 +159,7 @@ def _fill(network: EfficientNetLite0, weights: dict[str, torch.Tensor]) -> None:
             mean, variance = weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"]
             scale = weights[f"{norm}.weight"] / torch.sqrt(variance + BATCH_NORM_EPS)
             conv.weight.copy_(weights[f"{theirs}.weight"] * scale.reshape(-1, 1, 1, 1))
+            assert conv.bias is not None
             conv.bias.copy_(weights[f"{norm}.bias"] - mean * scale)
 
 

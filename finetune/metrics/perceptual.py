@@ -64,9 +64,11 @@ def ensure_weights(
     def progress(done: int, total: int | None) -> None:
         tell(f"Fetching {name}: {done >> 20} MB" + (f" of {total >> 20} MB" if total else ""))
 
-    check = {"sha256": digest} if len(digest) == 64 else {"sha256_prefix": digest}
+    whole = digest if len(digest) == 64 else None
+    prefix = None if whole else digest
+    url = WEIGHTS_URL + name
     try:
-        return fetch(WEIGHTS_URL + name, folder / name, progress=progress, **check)
+        return fetch(url, folder / name, sha256=whole, sha256_prefix=prefix, progress=progress)
     except (FinetuneError, OSError) as error:
         instead = f"choose another backbone. {NEED_NONE}"
         if wanted_by is not None:
