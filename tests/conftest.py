@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +31,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+STARTED = time.monotonic()
+SLOW_MINUTES = float(os.environ.get("SLOW_MINUTES", "inf"))  # .ci/run sets it
+
+
+def pytest_runtest_setup(item):
+    """Skip slow tests that would start too late for the time limit of CI."""
+    if item.get_closest_marker("slow") and time.monotonic() - STARTED > 60 * SLOW_MINUTES:
+        pytest.skip(f"not started within {SLOW_MINUTES:g} minutes (SLOW_MINUTES)")
 
 
 @pytest.fixture(autouse=True)
