@@ -7,11 +7,11 @@
     python benchmarks/ab_distillation.py --arm plain:sd_weight=0 --arm half:sd_weight=0.5 --jobs improve
     python benchmarks/ab_distillation.py --preset cpu --pretrain stylegan3-t:kimg=30,cbase=512,cmax=32
 
-Jobs: `improve` goes on with the checkpoint's own pictures, `adapt` goes to others. Every arm is a set of
+Jobs: `improve` goes on with the checkpoint's own images, `adapt` goes to others. Every arm is a set of
 option overrides (`NAME:option=value,option=value`); the first one is what the others are compared with. Runs
 are told apart by their options: what is finished in --work is not run again, so more arms or seeds can be
 added later, and an interrupted call goes on. `--pretrain` makes the checkpoint first, from random weights on
-the pictures of `improve` (seed 0, no self-distillation), and keeps it in --work.
+the images of `improve` (seed 0, no self-distillation), and keeps it in --work.
 
 The table holds, for each metric, the value at the start, at the end and at its best (mean ± deviation over
 seeds), and the differences to the first arm, seed by seed, with Student's 95 % interval of their mean: what
@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         kimg=1000.0, seeds=[0, 1, 2], num=10_000, measurements=5, options={}, metrics="fid,random-fid,kid,prc"
     ),
 }
-# What the bundled checkpoint was trained with, and what its demo uses for other pictures.
+# What the bundled checkpoint was trained with, and what its demo uses for other images.
 OF_THE_DEMO: dict[str, dict[str, Any]] = {
     "improve": dict(recipe="improve", gamma=0.4, glr=0.0025, dlr=0.0025, ema_kimg=2.5),
     "adapt": dict(recipe="adapt", gamma=0.2, glr=0.0025, dlr=0.0025, ema_kimg=1.0, freezed=0),
@@ -261,7 +261,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arm", action="append", dest="arms", metavar="NAME:OPTION=VALUE,…")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--kimg", type=float)
-    parser.add_argument("--num", type=int, help="generated pictures for a measurement")
+    parser.add_argument("--num", type=int, help="generated images for a measurement")
     parser.add_argument("--measurements", type=int, help="in each run")
     parser.add_argument("--metrics")
     parser.add_argument("--checkpoint", help="file, name or URL (default: the bundled one)")
@@ -269,9 +269,9 @@ def parse() -> argparse.Namespace:
         "--pretrain", metavar="FAMILY:kimg=N,…", help="make the checkpoint first: stylegan2, stylegan3-t, -r"
     )
     parser.add_argument(
-        "--improve", type=Path, default=DEMO / "faces-3d.zip", help="the checkpoint's own pictures"
+        "--improve", type=Path, default=DEMO / "faces-3d.zip", help="the checkpoint's own images"
     )
-    parser.add_argument("--adapt", type=Path, default=DEMO / "faces-flat.zip", help="other pictures")
+    parser.add_argument("--adapt", type=Path, default=DEMO / "faces-flat.zip", help="other images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(

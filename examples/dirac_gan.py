@@ -34,7 +34,7 @@ class Game:
     gamma: float = 0.0
 
     def losses(self, theta, psi, m) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the generator and the critic minimise: non-saturating logistic losses, as in training.
+        """What the generator and the critic minimize: non-saturating logistic losses, as in training.
 
         The real data at 0 enter as the point 0 itself, so that R1 is γ/2 · |D'(0)|² = γ/2 · ψ².
         """
@@ -214,7 +214,7 @@ def _sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-# ---- Pictures
+# ---- Images
 
 
 def draw(folder: Path) -> None:
@@ -258,7 +258,8 @@ def _draw_fields(pyplot):
         speed = np.linalg.norm(velocity, axis=-1)
         along = np.moveaxis(velocity, -1, 0) / np.maximum(speed, 1e-9)
         # Arrows of one length, or those near the solution would not be seen; darker is faster.
-        axis.quiver(theta, psi, *along, speed, cmap="Greys", clim=(-0.5, 1.5), scale=22, width=0.005)
+        gray = "Greys"  # codespell:ignore greys
+        axis.quiver(theta, psi, *along, speed, cmap=gray, clim=(-0.5, 1.5), scale=22, width=0.005)
         states = flow(game, START, 40)
         axis.plot(states[:, 0], states[:, 1], linewidth=1.5)
         axis.plot(0, 0, "r+")
@@ -276,8 +277,8 @@ def _draw_map(pyplot):
     figure, axis = pyplot.subplots(figsize=(6.5, 5))
     pulls, rates = np.logspace(-2, 1.3, 90), np.logspace(-3, 1.3, 90)
     decay = np.array([[-Game(k=k, tau=tau).decay() for k in pulls] for tau in rates])
-    colours = matplotlib.colors.LogNorm(1e-3, 0.3)
-    shown = axis.pcolormesh(pulls, rates, decay, shading="nearest", cmap="viridis", norm=colours)
+    colors = matplotlib.colors.LogNorm(1e-3, 0.3)
+    shown = axis.pcolormesh(pulls, rates, decay, shading="nearest", cmap="viridis", norm=colors)
     lines = axis.contour(pulls, rates, decay, [0.003, 0.01, 0.03, 0.1, 0.2], colors="k", linewidths=0.5)
     axis.clabel(lines, fmt="%g", fontsize=7)
     axis.plot(pulls, [best_tau(k)[0] for k in pulls], "w--", linewidth=1, label="best τ for k")
@@ -335,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("dirac-gan"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("dirac-gan"), help="folder for the images")
     options = parser.parse_args()
     print(table())
     draw(options.out)
