@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import statistics
@@ -104,9 +103,10 @@ def short_name(device: torch.device) -> str:
 
 
 def write_report(path: Path, title: str, command: str, tables: list[str], record: dict[str, Any]) -> None:
-    """Write the tables, and below them everything as JSON."""
-    text = f"# {title}\n\n`{command}`; settings and versions stand below.\n\n"
-    text += "\n\n".join(tables) + "\n\n```json\n" + json.dumps(record, indent=1, default=str) + "\n```\n"
+    """Write the command, the machine with versions and date, the settings, and the tables."""
+    groups = {name: value for name, value in record.items() if isinstance(value, dict)}
+    facts = [f"{name}: " + ", ".join(f"{k} {v}" for k, v in group.items()) for name, group in groups.items()]
+    text = "\n\n".join([f"# {title}", f"`{command}`", *facts, *tables]) + "\n"
     path.write_text(text, encoding="utf-8")
 
 
