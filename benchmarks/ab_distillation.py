@@ -37,7 +37,6 @@ from ab_report import COSTS, HEADER, Records, costs_of, plot, rows_of, seeds_of
 from measuring import ROOT, machine, table, write_report
 from rich.console import Console
 
-from finetune.checkpoint import load, resolve_network
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.data.decode import open_picture
@@ -45,6 +44,7 @@ from finetune.data.sources import open_source
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation
+from finetune.resolve import load, resolve_network
 from finetune.train.run import RunResult, prepare, run
 
 DEMO = ROOT / "finetune" / "demo"

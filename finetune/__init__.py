@@ -11,16 +11,21 @@ from finetune.errors import FinetuneError
 from finetune.version import __version__
 
 if TYPE_CHECKING:
-    from finetune.checkpoint import Checkpoint, load
+    from finetune.checkpoint.load import Checkpoint
+    from finetune.resolve import load
 
 __all__ = ["Checkpoint", "FinetuneError", "__version__", "load"]
 
 
 def __getattr__(name: str):
-    if name in ("Checkpoint", "load"):
-        import finetune.checkpoint
+    if name == "load":
+        from finetune.resolve import load
 
-        return getattr(finetune.checkpoint, name)
+        return load
+    if name == "Checkpoint":
+        from finetune.checkpoint.load import Checkpoint
+
+        return Checkpoint
     raise AttributeError(f"module 'finetune' has no attribute {name!r}")
 
 

@@ -7,10 +7,10 @@ import dataclasses
 import os
 from pathlib import Path
 
-from checkpoint.faulty_server import serving
+from hub.faulty_server import serving
 
-from finetune.checkpoint import catalog, fetch, transfer
-from finetune.checkpoint.catalog import Entry, Licence
+from finetune.hub import catalog, download, transfer
+from finetune.hub.catalog import Entry, Licence
 
 LICENCE = Licence("Some Licence 1.0", "https://example.org/licence")
 
@@ -25,7 +25,7 @@ def served(folder: Path, files: dict[str, bytes], monkeypatch):
     monkeypatch.setenv("FINETUNE_CATALOGUE", str(folder / "mine.json"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download, "sleep", lambda seconds: None)
     monkeypatch.setattr(transfer, "TIMEOUT_SEC", (5, 0.3))
     with serving(files) as server:
         entries = {

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from finetune.checkpoint.described import MISSING, Described
-from finetune.checkpoint.stand_ins import printable
+from finetune.checkpoint.describe import MISSING, Described
+from finetune.checkpoint.unpickle.stubs import printable
 from finetune.errors import PickleRefused
 
 GENERATOR = (

@@ -24,8 +24,8 @@ from finetune.checkpoint.arguments import (
     SYNTHESIS2,
     check_arguments,
 )
-from finetune.checkpoint.described import MISSING, Described, plain
-from finetune.checkpoint.stand_ins import Array, Tensor, TFNetwork, damaged, printable
+from finetune.checkpoint.describe import MISSING, Described, plain
+from finetune.checkpoint.unpickle.stubs import Array, Tensor, TFNetwork, damaged, printable
 from finetune.errors import PickleRefused
 from torch_utils.ops import upfirdn2d
 

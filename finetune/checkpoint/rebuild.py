@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from finetune.checkpoint import arguments
-from finetune.checkpoint.described import MISSING, Described, describe
+from finetune.checkpoint.describe import MISSING, Described, describe
 from finetune.checkpoint.legacy_tf import add_filters, describe_tf
-from finetune.checkpoint.stand_ins import PersistentObject, Tensor, TFNetwork, printable
+from finetune.checkpoint.unpickle.stubs import PersistentObject, Tensor, TFNetwork, printable
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 

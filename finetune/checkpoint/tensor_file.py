@@ -16,12 +16,12 @@ import safetensors
 import torch
 
 from finetune.checkpoint import arguments
-from finetune.checkpoint.described import Described
-from finetune.checkpoint.first_bytes import SAFETENSORS
+from finetune.checkpoint.describe import Described
 from finetune.checkpoint.rebuild import Allowance, build_on_meta, compare, fill
-from finetune.checkpoint.stand_ins import Tensor, printable
+from finetune.checkpoint.unpickle.stubs import Tensor, printable
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
+from finetune.sniff import SAFETENSORS
 
 FORMAT = "stylegan-finetune/1"
 NETWORKS = ("G", "D", "G_ema")

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.checkpoint.catalog import Entry
+    from finetune.hub.catalog import Entry
 
 WIDTH = 180  # of a table that goes to a file
 
 
 def as_values(entry: Entry) -> dict[str, Any]:
     """An entry as JSON, with where its file is (None: not on this machine)."""
-    from finetune.checkpoint import store
+    from finetune.hub import store
 
     place = store.place_of(entry)
     return {**entry.to_json(), "path": str(place) if place.is_file() else None}
@@ -25,7 +25,7 @@ def print_table(entries: Iterable[Entry]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from finetune.checkpoint import store
+    from finetune.hub import store
 
     console = Console()
     if not console.is_terminal:
@@ -65,7 +65,7 @@ def size_text(entry: Entry) -> str:
 
 def as_text(entry: Entry) -> str:
     """All about one entry as lines of `name  value`."""
-    from finetune.checkpoint import store
+    from finetune.hub import store
 
     place = store.place_of(entry)
     record = store.record_of(place)

@@ -12,7 +12,7 @@ from finetune.cli.options import network_file, offline_option
 from finetune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from finetune.checkpoint.catalog import Entry
+    from finetune.hub.catalog import Entry
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -43,7 +43,7 @@ def show_entries(entries: list[Entry], as_json: bool) -> None:
 def list_command(everything: bool, here: bool, as_json: bool) -> None:
     """List the checkpoints of the catalogue: pixels, architecture, pictures, licence, size, and whether it is
     here."""
-    from finetune.checkpoint import catalog, store
+    from finetune.hub import catalog, store
 
     entries = [
         entry
@@ -63,7 +63,7 @@ def list_command(everything: bool, here: bool, as_json: bool) -> None:
 def search_command(words: tuple[str, ...], as_json: bool) -> None:
     """List the entries in which every word occurs: in name, architecture, pixels, pictures or licence, like
     `search ffhq 256 stylegan3`."""
-    from finetune.checkpoint import catalog
+    from finetune.hub import catalog
 
     entries = catalog.search(words)
     show_entries(entries, as_json)
@@ -76,8 +76,8 @@ def search_command(words: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def show_command(name: str, as_json: bool) -> None:
     """Say all that is publicly stated about a checkpoint, and by whom."""
-    from finetune.checkpoint import catalog
     from finetune.cli import checkpoint_tables as tables
+    from finetune.hub import catalog
 
     entry = catalog.get(name)
     if as_json:
@@ -95,8 +95,8 @@ def fetch_command(names: tuple[str, ...]) -> None:
     A download that breaks off is gone on with, also by the next call. Size and hash are compared with the
     catalogue; where it knows none, the hash of the first download is recorded, and must stay the same.
     """
-    from finetune.checkpoint import catalog
-    from finetune.checkpoint.run import as_url
+    from finetune.hub import catalog
+    from finetune.resolve import as_url
 
     wanted = [name if as_url(name) else catalog.get(name).id for name in names]
     for name in wanted:
@@ -105,9 +105,9 @@ def fetch_command(names: tuple[str, ...]) -> None:
 
 def fetched(name: str) -> Path:
     """The file of a name or URL, of networks for metrics as well."""
-    from finetune.checkpoint import catalog, store
-    from finetune.checkpoint.run import as_url
     from finetune.cli.progress import download_bar
+    from finetune.hub import catalog, store
+    from finetune.resolve import as_url
 
     with download_bar() as (tell, progress):
         if url := as_url(name):
@@ -121,7 +121,7 @@ def fetched(name: str) -> Path:
 def verify_command(names: tuple[str, ...], as_json: bool) -> None:
     """Read what is in the folder again, or what is named, and compare size and hash with the catalogue and
     with the first download."""
-    from finetune.checkpoint import store
+    from finetune.hub import store
 
     verdicts = [store.verify(path) for path in ([place(name) for name in names] or store.kept_files())]
     if as_json:
@@ -143,8 +143,8 @@ def verify_command(names: tuple[str, ...], as_json: bool) -> None:
 
 def place(name: str) -> Path:
     """Where the file of a name or URL is, or would be."""
-    from finetune.checkpoint import catalog, store
-    from finetune.checkpoint.run import as_url
+    from finetune.hub import catalog, store
+    from finetune.resolve import as_url
 
     if url := as_url(name):
         entry = catalog.find_url(url)
@@ -156,7 +156,7 @@ def place(name: str) -> Path:
 @click.argument("name", required=False, metavar="[NAME|URL]")
 def where_command(name: str | None) -> None:
     """Print the path of a checkpoint that is here, or of the folder of all; for scripts."""
-    from finetune.checkpoint import store
+    from finetune.hub import store
 
     if name is None:
         click.echo(store.folder())
@@ -178,16 +178,17 @@ def add_file_command(file: Path, name: str | None, licence: str | None) -> None:
 
     Its size, hash, architecture, resolution and classes must be those of the catalogue, where it knows them.
     """
-    from finetune.checkpoint import catalog, contribute, fetch, known, store
+    from finetune.hub import catalog, contribute, download, identify, store
+    from finetune.resolve import facts_of
 
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file", hint="Give the checkpoint that you have downloaded.")
     if name is not None:
         entry = catalog.get(name)
     else:
-        digest, size = fetch.identity(file)
-        of_name = known.entries_of_name(file.name, size)
-        found = known.entry_of_hash(digest) or (of_name[0] if len(of_name) == 1 else None)
+        digest, size = download.identity(file)
+        of_name = identify.entries_of_name(file.name, size)
+        found = identify.entry_of_hash(digest) or (of_name[0] if len(of_name) == 1 else None)
         if found is None:
             several = (
                 f"may be {' or '.join(entry.id for entry in of_name)}" if of_name else "is not recognised"
@@ -199,7 +200,7 @@ def add_file_command(file: Path, name: str | None, licence: str | None) -> None:
     if licence and entry.licence is not None:
         raise ConfigError(f"--licence: that of {entry.id} is stated, {entry.licence}.")
     if entry.kind == "checkpoint":
-        contribute.check_fits(file, entry)
+        contribute.check_fits(file, entry, facts_of(file))
     click.echo(f"{entry.id}: {store.add_file(file, entry, licence=licence)}")
     if not licence:
         for line in store.licence_lines(entry):
@@ -229,8 +230,8 @@ def add_command(url: str, into: Path | None, **said: Any) -> None:
     Architecture, resolution, classes, size and hash come from the file; what it does not say comes from the
     options, and is left empty otherwise. For a URL of the catalogue, its entry is completed.
     """
-    from finetune.checkpoint import catalog, contribute
-    from finetune.checkpoint.run import as_url
+    from finetune.hub import catalog, contribute
+    from finetune.resolve import as_url, facts_of
 
     if not as_url(url):
         raise ConfigError(f"{url} is no URL; give one that begins with https://.")
@@ -240,7 +241,7 @@ def add_command(url: str, into: Path | None, **said: Any) -> None:
     page, licence = said.pop("licence_page"), said.pop("licence")
     said["licence"] = catalog.Licence(licence, page) if licence else None
     said["published"] = {"trained": trained} if trained else None
-    entry = contribute.new_entry(url, network_file(url), **said)
+    entry = contribute.new_entry(url, facts_of(network_file(url)), **said)
     if into is None:
         click.echo(catalog.entry_text(entry.to_json()))
         return

@@ -101,7 +101,7 @@ def check_command(
 
 def shape_of(network: str) -> tuple[int, int, int]:
     """Resolution, channels and number of classes of the generator of a checkpoint."""
-    from finetune.checkpoint import load
+    from finetune.resolve import load
 
     G: Any = load(network_file(network)).best
     if G is None:

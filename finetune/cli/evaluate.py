@@ -115,11 +115,11 @@ def measure(
     cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool, inception: Path | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """The metrics, and what they were measured on; in several processes where torchrun has started them."""
-    from finetune.checkpoint import load
     from finetune.data import ImageSet
     from finetune.device import float32_math, resolve_device
     from finetune.metrics.evaluate import Evaluation
     from finetune.metrics.together import Share
+    from finetune.resolve import load
     from finetune.train.processes import join, leave
 
     started = time.perf_counter()

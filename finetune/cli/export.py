@@ -13,7 +13,7 @@ from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetune.checkpoint import Checkpoint
+    from finetune.checkpoint.load import Checkpoint
 
 _ENDINGS = {
     "stylegan-pkl": "give --format safetensors, or a name that ends in .pkl",
@@ -40,8 +40,8 @@ def command(network: str, file_format: str, out: Path, force: bool, licence: str
 
     FILE takes its name only when all agree. Where the weights come from, and their licence, travel along.
     """
-    from finetune.checkpoint import load
     from finetune.export.verify import export_checkpoint
+    from finetune.resolve import load
 
     source = network_file(network)
     if out.is_dir():
@@ -74,7 +74,7 @@ def command(network: str, file_format: str, out: Path, force: bool, licence: str
 
 def with_licence(checkpoint: Checkpoint, licence: str | None) -> Checkpoint:
     """The checkpoint with a licence that a person states; one that is known is not replaced."""
-    from finetune.checkpoint.known import BY_NAME
+    from finetune.hub.identify import BY_NAME
 
     origin = checkpoint.provenance
     if not licence or licence == origin.licence:

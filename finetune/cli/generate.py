@@ -76,8 +76,8 @@ def command(
             f"--grid {grid[0]}x{grid[1]} has {places} places, --seeds names {len(seeds)} pictures."
         )
 
-    from finetune.checkpoint import load
     from finetune.device import float32_math, resolve_device
+    from finetune.resolve import load
     from finetune.sampling import generate, label_from_class, save_grid, to_image
 
     checkpoint = load(network_file(network), device=resolve_device(device))

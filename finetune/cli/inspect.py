@@ -11,7 +11,7 @@ import click
 from finetune.cli.options import NETWORK, network_file, offline_option
 
 if TYPE_CHECKING:
-    from finetune.checkpoint import Checkpoint
+    from finetune.checkpoint.load import Checkpoint
 
 
 @click.command("inspect", short_help="Say what a checkpoint holds; nothing in it is executed.")
@@ -24,7 +24,7 @@ def command(network: str, as_json: bool) -> None:
     Generation, architecture, sizes, precision, where it comes from, and what is missing. The networks are
     built and every tensor is checked, so a file that passes can be used; nothing in it is executed.
     """
-    from finetune.checkpoint import load
+    from finetune.resolve import load
 
     path = network_file(network)
     facts = describe(path, load(path))
@@ -33,8 +33,7 @@ def command(network: str, as_json: bool) -> None:
 
 def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The facts about a checkpoint as plain values; its keys are a contract with scripts."""
-    generator = checkpoint.best
-    network: Any = generator if generator is not None else checkpoint.D
+    generator, network = checkpoint.best, checkpoint.network
     options = network.init_kwargs  # the constructor arguments, all of them by name
     present = {name: getattr(checkpoint, name) for name in ("G", "D", "G_ema")}
     return {

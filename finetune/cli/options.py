@@ -13,7 +13,7 @@ from finetune.config import MAX_SEED
 # As torch_utils.ops.impl has them, which imports torch.
 OPS_VARIABLE = "FINETUNE_OPS"
 OPS_IMPLEMENTATIONS = ("auto", "ref", "cpu", "cuda")
-# As finetune.checkpoint.fetch has it.
+# As finetune.hub.download has it.
 OFFLINE_VARIABLE = "FINETUNE_OFFLINE"
 NETWORK = "FILE|RUN|NAME|URL"
 MAX_SEEDS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
@@ -88,8 +88,8 @@ def network_option(**overrides: Any):
 
 def network_file(network: str) -> Path:
     """The file that `--network` means, downloaded where it is not here; says so, and under which licence."""
-    from finetune.checkpoint import resolve_network
     from finetune.cli.progress import download_bar
+    from finetune.resolve import resolve_network
 
     with download_bar() as (tell, progress):
         return resolve_network(network, tell=tell, progress=progress)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.checkpoint import load
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.demo import KIMG
@@ -20,6 +19,7 @@ from finetune.export.verify import export_checkpoint
 from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
 from finetune.models import Network
+from finetune.resolve import load
 from finetune.sampling import generate, save_grid
 from finetune.train import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.checkpoint import Checkpoint
+from finetune.checkpoint.load import Checkpoint
 from finetune.version import __version__
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from finetune.checkpoint import NETWORKS, Checkpoint
+from finetune.checkpoint.load import NETWORKS, Checkpoint
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.checkpoint.tensor_file import FORMAT
 from finetune.export.atomic import atomic_write

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoint import NETWORKS, Checkpoint, load
+from finetune.checkpoint.load import NETWORKS, Checkpoint, load
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.errors import CheckpointError, ExportError
 from finetune.export.provenance import entry_of

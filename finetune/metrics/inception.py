@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import catalog, store
 from finetune.errors import ConfigError
+from finetune.hub import catalog, store
 from finetune.metrics.features import to_rgb
 
 WEIGHTS = "pytorch-fid-inception"  # its entry in the catalogue
@@ -32,7 +32,7 @@ def require_torch_fidelity(metric: str) -> None:
 def inception_weights(given: Path | None, tell: Callable[[str], None]) -> Path:
     """The file of the weights: `given`, whose hash must be the known one, or fetched into the cache.
 
-    Raises ConfigError for another file, and what `finetune.checkpoint.fetch` raises.
+    Raises ConfigError for another file, and what `finetune.hub.download` raises.
     """
     entry = catalog.get(WEIGHTS)
     if given is None:

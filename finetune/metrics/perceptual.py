@@ -55,8 +55,8 @@ def ensure_weights(
         EfficientNetLite0(torch.device("cpu"))
     if backbone not in WEIGHTS:
         return None
-    from finetune.checkpoint.fetch import fetch
     from finetune.errors import FinetuneError
+    from finetune.hub.download import fetch
 
     name, digest = WEIGHTS[backbone]
     folder = Path(torch.hub.get_dir()) / "checkpoints"

@@ -23,7 +23,7 @@ from finetune.train.state import Plan, TrainState
 from torch_utils import misc
 
 if TYPE_CHECKING:
-    from finetune.checkpoint import Checkpoint
+    from finetune.checkpoint.load import Checkpoint
 
 BETAS = (0.0, 0.99)
 R1_INTERVAL = 16

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import Checkpoint, Provenance
+from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.provenance import Provenance
 from finetune.config import TrainConfig, flag
 from finetune.errors import CheckpointError, ConfigError
 from finetune.train.losses import lazy_adam

@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 
 from finetune import recipes
-from finetune.checkpoint import Checkpoint, load, newest_snapshot
-from finetune.checkpoint.known import published_for
+from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.surgery import Operation, Wanted, operate
 from finetune.config import TrainConfig, distils
 from finetune.data import ImageSet, scan
@@ -23,6 +22,7 @@ from finetune.device import float32_math, resolve_device
 from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
+from finetune.resolve import load, newest_snapshot, published_for
 from finetune.train import measure
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_saved_state, build_state

@@ -36,10 +36,11 @@ def test_importing_the_package_is_light():
 
 def test_the_package_passes_on_what_is_heavy_when_it_is_asked_for():
     import finetune
-    import finetune.checkpoint
+    from finetune import resolve
+    from finetune.checkpoint.load import Checkpoint
 
-    assert finetune.load is finetune.checkpoint.load
-    assert finetune.Checkpoint is finetune.checkpoint.Checkpoint
+    assert finetune.load is resolve.load
+    assert finetune.Checkpoint is Checkpoint
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = finetune.lod
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.checkpoint.stand_ins import Array, PersistentObject, Tensor, TFNetwork
-from finetune.checkpoint.storage_pickle import MAGIC, PROTOCOL
+from finetune.checkpoint.unpickle.storage import MAGIC, PROTOCOL
+from finetune.checkpoint.unpickle.stubs import Array, PersistentObject, Tensor, TFNetwork
 
 
 @dataclass

@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 
 import finetune
-from finetune.checkpoint.safe_pickle import loads
+from finetune.checkpoint.unpickle.globals import loads
 from finetune.errors import CheckpointMismatch, PickleRefused
 
 NAMES = ("stylegan2-ada-32", "stylegan2-tf-32", "stylegan3-t-32")

@@ -16,7 +16,7 @@ from checkpoint import forge
 from checkpoint.forge import Call, Name, Raw, call
 
 import finetune
-from finetune.checkpoint.safe_pickle import loads, read_pickle
+from finetune.checkpoint.unpickle.globals import loads, read_pickle
 from finetune.errors import CheckpointError, PickleRefused
 
 

@@ -11,8 +11,8 @@ from checkpoint import forge
 
 import finetune
 from finetune.checkpoint.rebuild import tensors_of
-from finetune.checkpoint.safe_pickle import read_pickle
-from finetune.checkpoint.stand_ins import Array, TFNetwork
+from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.stubs import Array, TFNetwork
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 

@@ -16,14 +16,16 @@ from conftest import GOLDEN_NETWORKS
 from tolerances import NETWORK_F32, assert_close
 
 import finetune
-from finetune.checkpoint import Provenance, catalog, newest_snapshot
 from finetune.checkpoint.arguments import MAPPING, SYNTHESIS2, SYNTHESIS3
-from finetune.checkpoint.described import MAX_MODULES, describe
+from finetune.checkpoint.describe import MAX_MODULES, describe
+from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import Allowance, fill, rebuild, tensors_of
-from finetune.checkpoint.safe_pickle import read_pickle
-from finetune.checkpoint.stand_ins import PersistentObject, Tensor
+from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.stubs import PersistentObject, Tensor
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
+from finetune.hub import catalog
 from finetune.models import stylegan2
+from finetune.resolve import newest_snapshot
 
 
 def module_at(network: PersistentObject, path: str) -> dict:

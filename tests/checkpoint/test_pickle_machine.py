@@ -12,9 +12,9 @@ from checkpoint import forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.checkpoint.pickle_machine import Machine
-from finetune.checkpoint.pickle_values import Blob, Budget
-from finetune.checkpoint.safe_pickle import CheckpointWorld, loads
+from finetune.checkpoint.unpickle.globals import CheckpointWorld, loads
+from finetune.checkpoint.unpickle.machine import Machine
+from finetune.checkpoint.unpickle.values import Blob, Budget
 from finetune.errors import PickleRefused
 
 keys = st.one_of(st.text(max_size=8), st.integers(-(2**31), 2**31 - 1), st.booleans(), st.none())

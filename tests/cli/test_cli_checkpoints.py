@@ -6,12 +6,12 @@ import hashlib
 import json
 
 import pytest
-from checkpoint.faulty_server import PAGE
 from click.testing import CliRunner
 from fake_catalogue import LICENCE, served
+from hub.faulty_server import PAGE
 
-from finetune.checkpoint import catalog, store
 from finetune.cli import cli
+from finetune.hub import catalog, store
 
 
 def call(*arguments):

@@ -11,7 +11,7 @@ from checkpoint import forge
 from click.testing import CliRunner
 
 import finetune
-from finetune.checkpoint.safe_pickle import read_pickle
+from finetune.checkpoint.unpickle.globals import read_pickle
 from finetune.cli import cli
 from finetune.export.safetensors import save_safetensors
 

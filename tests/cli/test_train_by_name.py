@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from fake_catalogue import served
 from PIL import Image
 
-from finetune.checkpoint import catalog, known
 from finetune.cli import cli
+from finetune.hub import catalog, identify
 
 # Name to type -> the golden file that is served in the place of the real one.
 KINDS = {
@@ -81,7 +81,7 @@ def test_the_recipe_of_a_public_checkpoint(server, name, pictures, tmp_path):
     assert f"Fetching {entry.id}" in result.stderr
     assert f"Licence: {entry.licence or 'not stated'}" in result.stderr
     assert not (tmp_path / "runs").exists()
-    published = known.published(entry)
+    published = identify.published(entry)
     for recipe, which in (("few-shot", "finetune"), ("improve", "trained")):
         result = train(name, pictures, "--recipe", recipe, "--offline")
         assert result.exit_code == 0 and "Fetching" not in result.output, result.output

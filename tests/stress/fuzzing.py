@@ -175,7 +175,7 @@ def guided(counts: Path, seed: int, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["finetune.checkpoint"]):
-        import finetune.checkpoint.opening  # noqa: F401
+        import finetune.checkpoint.load  # noqa: F401
     sources = sources_of(["stylegan2-tf-32", "stylegan2-ada-32"])
     canary = prepare(sources)
     with counts.open("r+b") as stream:

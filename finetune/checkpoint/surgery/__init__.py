@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import Checkpoint
-from finetune.checkpoint.surgery import blocks, colours, labels
+from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.surgery import blocks, colors, labels
 from finetune.errors import ConfigError
 from finetune.models import stylegan2
 
@@ -67,7 +67,7 @@ def operate(checkpoint: Checkpoint, wanted: Wanted, seed: int = 0) -> tuple[Chec
     a number of channels other than 1, 3 and 4, fewer classes to keep than there are, more than can be
     extended.
     """
-    G = checkpoint.best
+    G: Any = checkpoint.best
     target = {
         "c_dim": G.c_dim if wanted.c_dim is None else wanted.c_dim,
         "img_channels": G.img_channels if wanted.channels is None else wanted.channels,
@@ -96,8 +96,8 @@ def operate(checkpoint: Checkpoint, wanted: Wanted, seed: int = 0) -> tuple[Chec
 
 
 def _check(checkpoint: Checkpoint, wanted: Wanted, target: dict[str, int]) -> None:
-    G = checkpoint.best
-    if target["img_channels"] not in colours.ALLOWED:
+    G: Any = checkpoint.best
+    if target["img_channels"] not in colors.ALLOWED:
         raise ConfigError(f"--channels {target['img_channels']}: must be 1 (gray), 3 (RGB) or 4 (RGBA).")
     before, after = G.img_resolution, target["img_resolution"]
     if before != after:
@@ -162,7 +162,7 @@ def _change(
     if option == "c_dim":
         labels.change(network, new, classes, done.changed)
     if option == "img_channels":
-        colours.change(network, new, done.changed)
+        colors.change(network, new, done.changed)
     if option == "img_resolution":
         blocks.change(network, new, done.changed)
     drawn = {key for key, what in done.changed.items() if what == labels.DRAWN}

@@ -73,7 +73,8 @@ def _behead(old: Any, new: Any, changed: dict[str, str]) -> None:
     size = 8 * 2 ** len(dropped)  # its middle is far from the edges after every halving
     middle = []
     for some in colours.split(256):
-        x, img = None, some[:, :, None, None].expand(-1, -1, size, size).contiguous()
+        x: Any = None
+        img = some[:, :, None, None].expand(-1, -1, size, size).contiguous()
         for block in dropped:
             x, img = _run(block, x, img)
         middle.append(x[:, :, x.shape[2] // 2, x.shape[3] // 2])

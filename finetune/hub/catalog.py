@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from finetune.checkpoint.schema import problems_of
 from finetune.errors import CheckpointError, ConfigError
+from finetune.hub.schema import problems_of
 
 NAME = "checkpoints.json"
 VARIABLE = "FINETUNE_CATALOGUE"

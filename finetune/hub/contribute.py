@@ -1,4 +1,4 @@
-"""Entries for the catalogue, made from files: what a file itself says, and what a person adds to it."""
+"""Make entries for the catalog from what `finetune.resolve.facts_of` finds in a file and what a user adds."""
 
 from __future__ import annotations
 
@@ -9,42 +9,14 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune.checkpoint import catalog
-from finetune.checkpoint.catalog import Entry
-from finetune.checkpoint.opening import Checkpoint, load
-from finetune.checkpoint.schema import problems_of_entry
 from finetune.errors import CheckpointError, ConfigError
-
-FORMATS = {
-    "tf": "tensorflow-pickle",
-    "ada": "pytorch-pickle",
-    "sg3": "pytorch-pickle",
-    "finetune": "pytorch-pickle",
-}
+from finetune.hub import catalog
+from finetune.hub.catalog import Entry
+from finetune.hub.schema import problems_of_entry
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint file says of itself, as fields of an Entry. Errors: those of `load`."""
-    checkpoint = load(path)
-    network: Any = _network(checkpoint)
-    is_safetensors = path.suffix.lower() == ".safetensors"
-    return {
-        "format": "safetensors" if is_safetensors else FORMATS[checkpoint.provenance.generation],
-        "architecture": checkpoint.family,
-        "resolution": network.img_resolution,
-        "classes": network.c_dim,
-        "size": checkpoint.provenance.size,
-        "sha256": checkpoint.provenance.sha256,
-    }
-
-
-def _network(checkpoint: Checkpoint) -> Any:
-    return checkpoint.best if checkpoint.best is not None else checkpoint.D
-
-
-def check_fits(path: Path, entry: Entry) -> None:
-    """Open the file of an entry, and raise CheckpointError where it is not what the entry says."""
-    facts = facts_of(path)
+def check_fits(path: Path, entry: Entry, facts: dict[str, Any]) -> None:
+    """Raise CheckpointError if the facts found in the file at `path` are not those of the entry."""
     wrong = [
         f"its {name} is {facts[name]} instead of {stated}"
         for name in ("architecture", "resolution", "classes")
@@ -56,12 +28,11 @@ def check_fits(path: Path, entry: Entry) -> None:
         raise CheckpointError(f"{path} is not {entry.id}: {', '.join(wrong)}")
 
 
-def new_entry(url: str, path: Path, **said: Any) -> Entry:
-    """An entry for the file of a URL, or the entry that the catalogue has, with what only the file tells.
+def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
+    """Return an entry for the file of a URL, or the entry of the catalog completed with these facts.
 
     said: further fields of an Entry. Raises ConfigError where they are not as the schema has them.
     """
-    facts = facts_of(path)
     stated_by = f"the file, as it was on {time.strftime('%Y-%m-%d')}"
     known = catalog.find_url(url)
     said = {name: value for name, value in said.items() if value}

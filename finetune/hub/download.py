@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from finetune.checkpoint.lock import one_at_a_time
-from finetune.checkpoint.transfer import (
+from finetune.errors import FinetuneError, WeightsMissing
+from finetune.hub.lock import one_at_a_time
+from finetune.hub.transfer import (
     CHUNK,
     DownloadFailed,
     Expected,
@@ -24,7 +25,6 @@ from finetune.checkpoint.transfer import (
     TryAgain,
     transfer,
 )
-from finetune.errors import FinetuneError, WeightsMissing
 
 __all__ = ["CHUNK", "OFFLINE", "fetch", "is_offline"]
 
@@ -35,7 +35,7 @@ LONGEST_PAUSE_SEC = 120.0  # a server that asks for more is given up
 
 Tell = Callable[[str], None]
 
-log = logging.getLogger("finetune.checkpoint")
+log = logging.getLogger("finetune.hub")
 sleep = time.sleep
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from finetune.checkpoint.pickle_values import DAMAGED
+from finetune.checkpoint.unpickle.values import DAMAGED
 from finetune.errors import PickleRefused
 
 MAX_DIMENSIONS = 8

@@ -1,4 +1,4 @@
-"""What every opcode does to a `pickle_machine.Machine`: handlers that call nothing but its methods.
+"""What every opcode does to a `machine.Machine`: handlers that call nothing but its methods.
 
 Names and meanings of the opcodes: the documentation of the module pickletools.
 """
@@ -9,10 +9,10 @@ import re
 import struct
 from typing import TYPE_CHECKING, Any
 
-from finetune.checkpoint.pickle_values import MAX_LONG, MAX_PROTOCOL, MAX_TEXT, Blob, Global
+from finetune.checkpoint.unpickle.values import MAX_LONG, MAX_PROTOCOL, MAX_TEXT, Blob, Global
 
 if TYPE_CHECKING:
-    from finetune.checkpoint.pickle_machine import Machine
+    from finetune.checkpoint.unpickle.machine import Machine
 
 U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i", "<I", "<Q", ">d"))
 STOP = ord(".")

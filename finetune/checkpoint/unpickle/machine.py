@@ -15,8 +15,8 @@ import struct
 import sys
 from typing import Any, Protocol
 
-from finetune.checkpoint.pickle_opcodes import HANDLERS, STOP, UNSUPPORTED
-from finetune.checkpoint.pickle_values import (
+from finetune.checkpoint.unpickle.opcodes import HANDLERS, STOP, UNSUPPORTED
+from finetune.checkpoint.unpickle.values import (
     DAMAGED,
     MAX_MARKS,
     MAX_TEXT,

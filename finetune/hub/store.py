@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 
-from finetune.checkpoint import catalog, fetch
-from finetune.checkpoint.catalog import Entry
-from finetune.checkpoint.transfer import Expected, Part, Progress
 from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
+from finetune.hub import catalog, download
+from finetune.hub.catalog import Entry
+from finetune.hub.transfer import Expected, Part, Progress
 from torch_utils.ops.native.building.cache import cache_root
 
 Tell = Callable[[str], None]
 
-log = logging.getLogger("finetune.checkpoint")
+log = logging.getLogger("finetune.hub")
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def _get(
         return path
     name = entry.id if entry else urls[0]
     if not path.is_file():
-        if fetch.is_offline():
+        if download.is_offline():
             raise WeightsMissing(
-                f"{name} is not on this machine, and {fetch.OFFLINE} or --offline forbids fetching it",
+                f"{name} is not on this machine, and {download.OFFLINE} or --offline forbids fetching it",
                 hint=f"Get {urls[0]} by other means and give it to `finetune checkpoints add-file`.",
             )
         tell(f"Fetching {name} into {folder()}")
@@ -128,7 +128,7 @@ def _get(
             tell(line)
     expected = expected_of(path, entry)
     try:
-        fetch.fetch(urls, path, sha256=expected.sha256, size=expected.size, progress=progress, tell=tell)
+        download.fetch(urls, path, sha256=expected.sha256, size=expected.size, progress=progress, tell=tell)
     except FinetuneError as error:
         if expected.sha256 and (entry is None or entry.sha256 is None) and "instead of" in error.what:
             error.hint = (
@@ -164,7 +164,7 @@ def _since(path: Path) -> str:
 
 
 def _record(path: Path, entry: Entry | None, url: str | None, licence: str | None = None) -> Record:
-    digest, size = fetch.identity(path)
+    digest, size = download.identity(path)
     before = record_of(path)
     if licence is None and before is not None and before.sha256 == digest:
         licence = before.licence
@@ -193,7 +193,7 @@ def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
     """
     dest = place_of(entry)
     expected = expected_of(dest, entry)
-    digest, size = fetch.identity(path)
+    digest, size = download.identity(path)
     try:
         expected.check(path, digest, size)
     except FinetuneError as error:
@@ -241,7 +241,7 @@ def verify(path: Path) -> Verdict:
         return Verdict(path, name, "missing", "not on this machine")
     expected = expected_of(path, entry)
     try:
-        expected.check("the file", *fetch.identity(path))
+        expected.check("the file", *download.identity(path))
     except FinetuneError as error:
         return Verdict(path, name, "changed", error.what)
     if expected.sha256 is None:

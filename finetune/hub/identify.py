@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
-from finetune.checkpoint import catalog, store
-from finetune.checkpoint.catalog import Entry
+from finetune.hub import catalog, store
+from finetune.hub.catalog import Entry
 from finetune.recipes import Published
-
-if TYPE_CHECKING:
-    from finetune.checkpoint.opening import Provenance
 
 BY_NAME = "(recognised by the file name alone)"  # the remark on a licence that may be another's
 
@@ -72,18 +68,3 @@ def published(entry: Entry) -> Published | None:
     if "published" in entry.inferred:
         found = dataclasses.replace(found, name=f"{entry.id}, concluded from the name of its configuration")
     return found if found.trained or found.finetune else None
-
-
-def published_for(provenance: Provenance) -> Published | None:
-    """What is published about the training of the checkpoint that a file is, or whose descendant it is.
-
-    A file counts as that of the catalogue by its hash, or by its name where only one entry has that.
-    """
-    origin = provenance.to_dict()
-    while origin.get("parent"):
-        origin = origin["parent"]
-    entry = entry_of_hash(origin.get("sha256") or "")
-    if entry is None and origin.get("source") and origin.get("size"):
-        same = entries_of_name(origin["source"], origin["size"])
-        entry = same[0] if len(same) == 1 else None
-    return published(entry) if entry else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.checkpoint.stand_ins import Array, PersistentObject, Tensor, damaged, printable
+from finetune.checkpoint.unpickle.stubs import Array, PersistentObject, Tensor, damaged, printable
 
 MAX_MODULES = 5_000  # the largest public network has about 200
 MAX_ENTRIES = 50_000  # attributes and tensors of all its modules; the largest has about 5,000

@@ -1,11 +1,9 @@
-"""What the names in a checkpoint stand for: inert stand-ins for a fixed list of globals, a refusal for all
-others.
+"""Give inert stubs for the fixed list of names that a checkpoint may contain, and refuse all others.
 
-Nothing of the file is imported, called or executed: `pickle_machine` reads the opcodes, and `CheckpointWorld`
-below answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file,
-checked against what the file really holds. Nested storages (`torch.storage._load_from_bytes`) go through the
-same machine (`storage_pickle`). The damage a file can do is to be refused: `PickleRefused` names the blocked
-global and its position.
+Nothing of the file is imported, called or executed: `machine` reads the opcodes, and `CheckpointWorld` below
+answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file, checked
+against what the file really holds. Nested storages (`torch.storage._load_from_bytes`) go through the same
+machine (`storage`). `PickleRefused` has the refused global and its position.
 """
 
 from __future__ import annotations
@@ -19,10 +17,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from finetune.checkpoint.first_bytes import named_as_text, refuse_other_formats
-from finetune.checkpoint.pickle_machine import Machine
-from finetune.checkpoint.pickle_values import MAX_OPCODES, Blob, Budget, Global, is_key, kind
-from finetune.checkpoint.stand_ins import (
+from finetune.checkpoint.unpickle.machine import Machine
+from finetune.checkpoint.unpickle.storage import STORAGES, read_storage
+from finetune.checkpoint.unpickle.stubs import (
     Array,
     Dtype,
     PersistentObject,
@@ -36,8 +33,9 @@ from finetune.checkpoint.stand_ins import (
     expect,
     printable,
 )
-from finetune.checkpoint.storage_pickle import STORAGES, read_storage
+from finetune.checkpoint.unpickle.values import MAX_OPCODES, Blob, Budget, Global, is_key, kind
 from finetune.errors import CheckpointError, PickleRefused
+from finetune.sniff import named_as_text, refuse_other_formats
 
 MAX_FILE = 16 << 30  # bytes
 META_VERSION = 6  # of `_reconstruct_persistent_obj`

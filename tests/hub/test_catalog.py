@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checkpoint import catalog, known
-from finetune.checkpoint.catalog import Entry
-from finetune.checkpoint.schema import problems_of, schema
 from finetune.errors import CheckpointError, ConfigError
+from finetune.hub import catalog, identify
+from finetune.hub.catalog import Entry
+from finetune.hub.schema import problems_of, schema
 
 jsonschema = pytest.importorskip("jsonschema")
 FILE = Path(catalog.__file__).parents[2] / catalog.NAME
@@ -141,13 +141,13 @@ def test_search_wants_every_word():
 
 
 def test_published_settings_as_recipes_take_them():
-    known_by_name = known.published(catalog.get("metfaces-1024-stylegan3-t"))
+    known_by_name = identify.published(catalog.get("metfaces-1024-stylegan3-t"))
     assert known_by_name.trained == (6.6, 32)
-    transfer = known.published(catalog.get("ffhq-1024-stylegan3-t"))
+    transfer = identify.published(catalog.get("ffhq-1024-stylegan3-t"))
     assert (transfer.trained, transfer.finetune) == ((32.8, 32), (6.6, 32))
     assert transfer.gamma("finetune", 16) == 13.2
-    concluded = known.published(catalog.get("ffhq-256-stylegan2"))
+    concluded = identify.published(catalog.get("ffhq-256-stylegan2"))
     assert "concluded" in concluded.name and (concluded.glr, concluded.dlr) == (0.0025, 0.0025)
-    one_rate = known.published(catalog.get("stylegan2-ffhq-config-f"))
+    one_rate = identify.published(catalog.get("stylegan2-ffhq-config-f"))
     assert (one_rate.glr, one_rate.dlr, one_rate.target) == (0.002, 0.002, None)
-    assert known.published(catalog.get("lhq-1024")) is None
+    assert identify.published(catalog.get("lhq-1024")) is None

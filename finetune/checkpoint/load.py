@@ -1,58 +1,27 @@
-"""Opens a checkpoint: what its file says becomes networks of ours, each tensor in exactly one place."""
+"""Open a checkpoint file: rebuild its networks and put each tensor of the file in exactly one place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from finetune.checkpoint.described import plain
-from finetune.checkpoint.known import find_licence
+from finetune.checkpoint.describe import plain
+from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
-from finetune.checkpoint.run import resolve_network
-from finetune.checkpoint.safe_pickle import PickleFile, read_pickle
-from finetune.checkpoint.stand_ins import PersistentObject, TFNetwork, damaged, printable
 from finetune.checkpoint.tensor_file import NETWORKS, is_tensor_file, read_tensor_file
+from finetune.checkpoint.unpickle.globals import PickleFile, read_pickle
+from finetune.checkpoint.unpickle.stubs import PersistentObject, TFNetwork, damaged, printable
 from finetune.errors import CheckpointMismatch, PickleRefused
 
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
-Generation = Literal["tf", "ada", "sg3", "finetune"]
 Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where the weights of a checkpoint come from.
-
-    `generation` is the code base that wrote the file; `parent` is the provenance of the checkpoint that
-    training started from, `training` its options and `nimg` the images it saw: None where the file does not
-    say.
-    """
-
-    generation: Generation
-    source: str
-    sha256: str
-    size: int
-    licence: str | None = None
-    parent: dict | None = None
-    training: dict | None = None
-    nimg: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `from_dict` and JSON take them."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Provenance:
-        """The reverse of `to_dict`; unknown keys are dropped."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +45,11 @@ class Checkpoint:
         return self.G_ema if self.G_ema is not None else self.G
 
     @property
+    def network(self) -> Network:
+        """`best`, or D where the file holds a discriminator alone."""
+        return self.best if self.best is not None else self.D
+
+    @property
     def family(self) -> str:
         """'stylegan2', 'stylegan3-t' or 'stylegan3-r'; a lone discriminator is StyleGAN2's."""
         if self.best is None or not hasattr(self.best.synthesis, "input"):
@@ -89,14 +63,15 @@ class Checkpoint:
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
-    """Open a pickle of any generation or a safetensors file of ours; a run folder is its newest snapshot.
+    """Open a pickle of any generation, or a safetensors file that this program wrote.
 
     The networks are built from what the file says, and every tensor of the file lands in exactly one place of
-    ours. Nothing in the file is executed. Raises CheckpointError where it is no checkpoint, PickleRefused
-    where it is damaged or hostile, CheckpointMismatch with the complete list where its tensors are not those
-    of its networks.
+    ours. Nothing in the file is executed and no network is used. The license is that which the file states;
+    `finetune.resolve.load` looks it up as well. Raises CheckpointError where it is no checkpoint,
+    PickleRefused where it is damaged or hostile, CheckpointMismatch with the complete list where its tensors
+    are not those of its networks.
     """
-    path = resolve_network(path)
+    path = Path(path)
     if is_tensor_file(path):
         return _load_tensor_file(path, device)
     with _naming(path):
@@ -110,7 +85,10 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     options = plain(extras.get("training_set_kwargs"), 0)
     modules = {name: item.module.to(device) for name, item in rebuilt.items()}
     return Checkpoint(
-        **{name: modules.get(name) for name in (*NETWORKS, "augment_pipe")},
+        G=modules.get("G"),
+        D=modules.get("D"),
+        G_ema=modules.get("G_ema"),
+        augment_pipe=modules.get("augment_pipe"),
         training_set_kwargs=options if type(options) is dict else {},
         provenance=provenance,
         notes=tuple(notes),
@@ -119,12 +97,15 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
 
 def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
     file = read_tensor_file(path)
-    identity = {"source": path.name, "sha256": file.sha256, "size": file.size}
+    identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
+    modules = {name: module.to(device) for name, module in file.modules.items()}
     return Checkpoint(
-        **{name: file.modules[name].to(device) if name in file.modules else None for name in NETWORKS},
+        G=modules.get("G"),
+        D=modules.get("D"),
+        G_ema=modules.get("G_ema"),
         augment_pipe=None,
         training_set_kwargs=file.training_set_kwargs,
-        provenance=_stated(file.entry, identity),
+        provenance=Provenance.from_entry(file.entry, **identity),
     )
 
 
@@ -182,45 +163,9 @@ def _rebuild_all(networks: dict[str, Any], size: int) -> dict[str, Rebuilt]:
 
 
 def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: Any) -> Provenance:
-    network = next(rebuilt[name] for name in ("G_ema", "G", "D") if name in rebuilt)
     identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
     entry = plain(entry, 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
     if type(entry) is dict:
-        return _stated(entry, identity)
-    resolution = network.module.img_resolution
-    licence = find_licence(sha256=file.sha256, file_name=path.name, size=file.size, resolution=resolution)
-    return Provenance(**identity, generation=network.generation, licence=licence)
-
-
-def _stated(entry: dict[str, Any], identity: dict[str, Any]) -> Provenance:
-    """The provenance of a file of ours; a descendant has the licence of its source."""
-    parent = _lineage(entry.get("source"))
-    said = _of_their_types(entry)
-    return Provenance(
-        **identity,
-        generation="finetune",
-        licence=(parent or {}).get("licence") or said["licence"],
-        parent=parent,
-        training=said["training"],
-        nimg=said["nimg"],
-    )
-
-
-def _lineage(entry: Any) -> dict[str, Any] | None:
-    """What a file says of its source, its source's source and so on, as `Provenance.to_dict` gives it."""
-    lineage = []
-    while type(entry) is dict:
-        lineage.append(_of_their_types(entry))
-        entry = entry.get("parent")
-    parent = None
-    for step in reversed(lineage):
-        parent = {**step, "parent": parent}
-    return parent
-
-
-def _of_their_types(entry: dict[str, Any]) -> dict[str, Any]:
-    """The known values of an entry; what is of another type counts as not said, and texts are one line."""
-    types = {"generation": str, "source": str, "sha256": str, "size": int, "licence": str}
-    types |= {"training": dict, "nimg": int}
-    said = {key: entry[key] if type(entry.get(key)) is kind else None for key, kind in types.items()}
-    return {key: printable(value) if type(value) is str else value for key, value in said.items()}
+        return Provenance.from_entry(entry, **identity)
+    network = next(rebuilt[name] for name in ("G_ema", "G", "D") if name in rebuilt)
+    return Provenance(**identity, generation=network.generation)

@@ -18,8 +18,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.first_bytes import HEAD, TORCH_SAVE, describe_text
 from finetune.errors import FinetuneError
+from finetune.sniff import HEAD, TORCH_SAVE, describe_text
 from finetune.version import __version__
 
 CHUNK = 1 << 18  # bytes

@@ -43,7 +43,8 @@ def _change_torgb(old: Any, new: Any, changed: dict[str, str]) -> None:
     else:
         last = min(new.img_resolution, old.img_resolution)
         for size in new.synthesis.block_resolutions:
-            source, block = getattr(old.synthesis, f"b{size}", None), getattr(new.synthesis, f"b{size}")
+            source: Any = getattr(old.synthesis, f"b{size}", None)
+            block = getattr(new.synthesis, f"b{size}")
             if hasattr(source, "torgb") and hasattr(block, "torgb"):
                 # The pictures of all blocks are added up: the offset comes once.
                 layers.append((f"synthesis.b{size}.torgb", source.torgb, block.torgb, float(size == last)))

@@ -11,12 +11,12 @@ from collections import namedtuple
 from email.utils import formatdate
 
 import pytest
-from checkpoint.faulty_server import CONTENT, HALF, PAGE, SHA256, serving
+from hub.faulty_server import CONTENT, HALF, PAGE, SHA256, serving
 
-from finetune.checkpoint import fetch as fetching
-from finetune.checkpoint import transfer
-from finetune.checkpoint.fetch import fetch
 from finetune.errors import FinetuneError, WeightsMissing
+from finetune.hub import download as fetching
+from finetune.hub import transfer
+from finetune.hub.download import fetch
 
 SIZE = len(CONTENT)
 OTHER = CONTENT[::-1]

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from finetune.checkpoint.pickle_machine import Machine
-from finetune.checkpoint.pickle_values import Blob, Budget, Global, kind
-from finetune.checkpoint.stand_ins import Storage, block, check_extents, damaged, expect
+from finetune.checkpoint.unpickle.machine import Machine
+from finetune.checkpoint.unpickle.stubs import Storage, block, check_extents, damaged, expect
+from finetune.checkpoint.unpickle.values import Blob, Budget, Global, kind
 
 # torch storage -> (torch dtype, numpy dtype of the same bytes); numpy has no bfloat16.
 STORAGES = {

@@ -1,0 +1,78 @@
+"""Where the weights of a checkpoint come from, as its file says; every value from a file is checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from finetune.checkpoint.unpickle.stubs import printable
+
+Generation = Literal["tf", "ada", "sg3", "finetune"]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Describe the origin of a checkpoint.
+
+    `generation` is the code base that wrote the file; `parent` is the provenance of the checkpoint that
+    training started from, `training` its options and `nimg` the images it saw: None where the file does not
+    say. The names of the fields are keys inside files and never change.
+    """
+
+    generation: Generation
+    source: str
+    sha256: str
+    size: int
+    licence: str | None = None
+    parent: dict | None = None
+    training: dict | None = None
+    nimg: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as `from_dict` and JSON take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Provenance:
+        """Reverse `to_dict`; unknown keys are dropped."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any], *, source: str, sha256: str, size: int) -> Provenance:
+        """Build the provenance of a file that this program wrote from its entry "finetune".
+
+        A descendant has the license of its source.
+        """
+        parent = _lineage(entry.get("source"))
+        stated = _typed(entry)
+        return cls(
+            generation="finetune",
+            source=source,
+            sha256=sha256,
+            size=size,
+            licence=(parent or {}).get("licence") or stated["licence"],
+            parent=parent,
+            training=stated["training"],
+            nimg=stated["nimg"],
+        )
+
+
+def _lineage(entry: Any) -> dict[str, Any] | None:
+    """Return what a file states about its source, the source of that, and so on, as `to_dict` does."""
+    lineage = []
+    while type(entry) is dict:
+        lineage.append(_typed(entry))
+        entry = entry.get("parent")
+    parent = None
+    for step in reversed(lineage):
+        parent = {**step, "parent": parent}
+    return parent
+
+
+def _typed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the known values of an entry, None for a value of another type; texts become one line."""
+    types = {"generation": str, "source": str, "sha256": str, "size": int, "licence": str}
+    types |= {"training": dict, "nimg": int}
+    stated = {key: entry[key] if type(entry.get(key)) is kind else None for key, kind in types.items()}
+    return {key: printable(value) if type(value) is str else value for key, value in stated.items()}

@@ -1,0 +1,1 @@
+"""Public checkpoints by name or URL: the catalog, downloads, and the folder that keeps them."""

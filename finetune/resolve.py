@@ -1,0 +1,159 @@
+"""Resolve a path, run folder, catalog name or URL to a checkpoint file, and open it with its license.
+
+This is the only module that uses both `finetune.hub` (names and URLs to files) and `finetune.checkpoint`
+(files to networks). Importing it loads neither torch nor requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import CheckpointError
+from finetune.recipes import Published
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.checkpoint.load import Checkpoint
+    from finetune.checkpoint.provenance import Provenance
+
+log = logging.getLogger("finetune.hub")
+
+SNAPSHOT = re.compile(r"network-snapshot-(\d+(?:\.\d+)?)\.pkl")
+
+
+# generation -> format, as the catalog calls it
+FORMATS = {
+    "tf": "tensorflow-pickle",
+    "ada": "pytorch-pickle",
+    "sg3": "pytorch-pickle",
+    "finetune": "pytorch-pickle",
+}
+
+
+def load(network: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
+    """Open the checkpoint that `network` means: a file, run folder (its newest snapshot), name or URL.
+
+    Nothing in the file is executed. The license is that which the file states or, for a public checkpoint,
+    that of the catalog. Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
+    """
+    from finetune.checkpoint.load import load as load_file
+    from finetune.hub.identify import find_licence
+
+    path = resolve_network(network)
+    checkpoint = load_file(path, device=device)
+    origin = checkpoint.provenance
+    if origin.generation == "finetune":
+        return checkpoint
+    licence = find_licence(
+        sha256=origin.sha256,
+        file_name=origin.source,
+        size=origin.size,
+        resolution=checkpoint.network.img_resolution,
+    )
+    return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=licence))
+
+
+def published_for(provenance: Provenance) -> Published | None:
+    """Return the published training settings of the checkpoint that a file is or descends from.
+
+    A file counts as that of the catalog by its hash, or by its name if only one entry has that name.
+    """
+    from finetune.hub import identify
+
+    origin = provenance.to_dict()
+    while origin.get("parent"):
+        origin = origin["parent"]
+    entry = identify.entry_of_hash(origin.get("sha256") or "")
+    if entry is None and origin.get("source") and origin.get("size"):
+        same = identify.entries_of_name(origin["source"], origin["size"])
+        entry = same[0] if len(same) == 1 else None
+    return identify.published(entry) if entry else None
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint file states about itself, as fields of a catalog entry."""
+    from finetune.checkpoint.load import load as load_file
+
+    checkpoint = load_file(path)
+    origin, network = checkpoint.provenance, checkpoint.network
+    return {
+        "format": "safetensors" if path.suffix.lower() == ".safetensors" else FORMATS[origin.generation],
+        "architecture": checkpoint.family,
+        "resolution": network.img_resolution,
+        "classes": network.c_dim,
+        "size": origin.size,
+        "sha256": origin.sha256,
+    }
+
+
+def newest_snapshot(run_dir: Path) -> Path:
+    """The snapshot of a run folder with the most images seen. Raises CheckpointError where there is none."""
+    found = [
+        (float(match[1]), path) for path in run_dir.iterdir() if (match := SNAPSHOT.fullmatch(path.name))
+    ]
+    if not found:
+        raise CheckpointError(
+            f"{run_dir} holds no network-snapshot-*.pkl",
+            hint="Give a checkpoint file, or the folder of a run that has written a snapshot.",
+        )
+    return max(found)[1]
+
+
+def resolve_network(
+    network: str | Path,
+    *,
+    tell: Callable[[str], None] = log.info,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Path:
+    """The checkpoint file that `network` means, wherever a network is asked for.
+
+    A file is itself, and a run folder its newest snapshot; a name of the catalogue and a URL are the file
+    they stand for, downloaded where it is not here yet. `tell` hears what is fetched and under which
+    licence, `progress` the bytes so far and in all. Raises CheckpointError where it is nothing of that, and
+    what `finetune.hub.download` raises.
+    """
+    text = os.fspath(network)
+    if url := as_url(text):
+        from finetune.hub import store
+
+        return store.fetch_url(url, tell=tell, progress=progress)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = newest_snapshot(path)
+    if not path.exists():
+        return _named(text, tell, progress)
+    if not path.is_file():  # a pipe or a device may have no end
+        raise CheckpointError(f"{path} is not a file", hint="Save what it gives as a file first.")
+    return path
+
+
+def as_url(text: str) -> str | None:
+    """The URL that a text is; a path made of one has lost a slash."""
+    match = re.match(r"(https?):/+(?=[^/])", text, re.IGNORECASE)
+    return f"{match[1].lower()}://{text[match.end() :]}" if match else None
+
+
+def _named(
+    text: str, tell: Callable[[str], None], progress: Callable[[int, int | None], None] | None
+) -> Path:
+    from finetune.hub import catalog, store
+
+    entry = catalog.find(text)
+    if entry is None:
+        what = f"{Path(text).expanduser()} does not exist"
+        if Path(text).name != text:
+            raise CheckpointError(what, hint="Give a checkpoint file, a run folder, a name or a URL.")
+        raise CheckpointError(f"{what}, and is no name of the catalogue", hint=catalog.suggestion(text))
+    if entry.architecture not in catalog.OPENS:
+        raise CheckpointError(
+            f"{entry.id} is a network of the kind {entry.architecture}, which cannot be used here",
+            hint=f"These can: {', '.join(catalog.OPENS)}. {entry.notes or ''}".strip(),
+        )
+    return store.fetch_entry(entry, tell=tell, progress=progress)
