@@ -1,5 +1,7 @@
 """The errors a user can meet. Only `finetune.cli` prints them; every one of them ends a command with code 2.
 
+A file that cannot be written is an OSError, `torch_utils.files.WriteError`.
+
 FinetuneError
 ├── ConfigError          an option, or a combination of options, that cannot work
 ├── DataError            pictures or labels that cannot be used

@@ -19,6 +19,7 @@ import click
 
 from finetune.errors import FinetuneError
 from finetune.version import __version__
+from torch_utils.files import WriteError
 
 # In the order in which a person meets them; `finetune --help` keeps it.
 COMMANDS = ("demo", "checkpoints", "inspect", "dataset", "train", "generate", "evaluate", "export", "doctor")
@@ -67,6 +68,8 @@ def explain(error: Exception) -> CommandFailed:
     """The message and exit code that an exception deserves."""
     if isinstance(error, FinetuneError):
         return CommandFailed(str(error), error.exit_code)
+    if isinstance(error, WriteError):
+        return CommandFailed(str(error), 2)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return CommandFailed(f"{where}{error.strerror}.", 2)

@@ -143,11 +143,12 @@ def folder_of(package: Any) -> str:
 
 def caches() -> dict[str, dict[str, Any]]:
     """Every folder in which something is kept, what is in it, and whether more may be."""
+    from torch_utils.files import cache_folder
     from torch_utils.ops.native.building import cache
 
     found = {}
     for name in ("ops", "checkpoints", "metrics"):
-        folder = cache.cache_root() / name
+        folder = cache_folder() / name
         files, size = cache.size(folder)
         found[name] = {"folder": str(folder), "files": files, "bytes": size, "writable": is_writable(folder)}
     return found

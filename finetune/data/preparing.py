@@ -24,6 +24,7 @@ from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.stored_zip import Entry, StoredZip, whole_entries
 from finetune.data.workers import available_cores, in_order
 from finetune.errors import ConfigError, DataError
+from torch_utils.files import lock, lock_path, replace
 
 FORMAT = 1  # of the journal
 PARALLEL_FROM = 64  # pictures; preparing one takes longer than looking at it
@@ -210,12 +211,7 @@ class Draft:
         os.fsync(self.stream.fileno())
         num_bytes = self.stream.tell()
         self.stream.close()  # what is open cannot be renamed on Windows
-        os.replace(self.zip_path, self.path)
-        if os.name != "nt":  # which cannot open folders
-            handle = os.open(self.path.parent, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # of network file systems that refuse this; the file is safe
-                os.fsync(handle)
-            os.close(handle)
+        replace(self.zip_path, self.path)
         self.journal.close()
         self.journal_path.unlink()
         return num_bytes
@@ -334,30 +330,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock beside `path`, which the system lets go of however this process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a file that is open elsewhere cannot be renamed
+    """Hold the lock of `path`, or raise DataError if another process holds it."""
+    busy: list[bool] = []
+    with lock(lock_path(path), timeout_sec=0, on_wait=lambda: busy.append(True)) as held:
+        if busy and not held:
+            raise DataError(f"{path} is being prepared by another process; wait for it to end.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.partial.lock")
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())
-        except BlockingIOError:
-            is_ours = False
-        except OSError:  # a file system without locks
-            is_ours = True
-        if not is_ours:
-            raise DataError(f"{path} is being prepared by another process; wait for it to end.")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()
-    finally:
-        os.close(handle)

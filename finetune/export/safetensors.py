@@ -19,10 +19,10 @@ import torch
 from finetune.checkpoint.load import NETWORKS, Checkpoint
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.checkpoint.tensor_file import FORMAT
-from finetune.export.atomic import atomic_write
 from finetune.export.provenance import entry_of
 from finetune.export.stylegan_pickle import plain
 from finetune.version import __version__
+from torch_utils.files import atomic_write
 
 
 def save_safetensors(
@@ -30,7 +30,7 @@ def save_safetensors(
 ) -> None:
     """Write the networks of `checkpoint`, float32 as they are, with constructor arguments and provenance.
 
-    `check` is called with the finished temporary file before it takes its name. Raises ExportError where the
+    `check` is called with the finished temporary file before it takes its name. Raises WriteError if the
     file cannot be written; a file that was at `path` before is then untouched.
     """
     present = {name: getattr(checkpoint, name) for name in NETWORKS if name not in checkpoint.missing}

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from finetune.errors import ExportError
-from finetune.export.atomic import atomic_write
 from finetune.export.provenance import complete_entry
 from finetune.models import Network
 from torch_utils import persistence
+from torch_utils.files import atomic_write
 
 PROTOCOL = 4  # the newest that Python 3.8 writes by default
 
@@ -76,8 +76,8 @@ def save_stylegan_pickle(
     `provenance` becomes the plain entry "finetune" (`source`, `training`, `nimg`; `format` and `version` are
     added), which other readers ignore. The networks given are not changed: copies are saved on the CPU, in
     evaluation mode, without gradients. `check` is called with the finished temporary file before it takes its
-    name. Raises ExportError where the file cannot be written or a network holds what no reader knows; a file
-    that was at `path` before is then untouched.
+    name. Raises WriteError if the file cannot be written, ExportError if a network holds what no reader
+    knows; a file that was at `path` before is then untouched.
     """
     networks = {"G": G, "D": D, "G_ema": G_ema}
     present = {name: network for name, network in networks.items() if network is not None}

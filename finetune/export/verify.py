@@ -41,8 +41,8 @@ def export_checkpoint(
 ) -> Verification:
     """Write `checkpoint` as `file_format` (of FORMATS); it takes its name only after `verify_export` agrees.
 
-    Raises ExportError where the file cannot be written or does not read back; a file that was at `path`
-    before is then untouched.
+    Raises WriteError if the file cannot be written, ExportError if it does not read back; a file that was at
+    `path` before is then untouched.
     """
     if file_format not in FORMATS:
         raise ExportError(f"{file_format!r} is not a format to export; choose {' or '.join(FORMATS)}.")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import time
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +11,7 @@ from finetune.errors import CheckpointError, ConfigError
 from finetune.hub import catalog
 from finetune.hub.catalog import Entry
 from finetune.hub.schema import problems_of_entry
+from torch_utils.files import atomic_write
 
 
 def check_fits(path: Path, entry: Entry, facts: dict[str, Any]) -> None:
@@ -57,16 +56,9 @@ def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
 def write_into(path: Path, entry: Entry) -> None:
     """Put an entry into a catalogue, in the place of one with its name; a file that is not there is made.
 
-    Raises ConfigError where the file is not a catalogue.
+    Raises ConfigError if the file is not a catalog, WriteError if it cannot be written.
     """
     entries = catalog.read_catalogue(path) if path.exists() else {}
     content = catalog.to_text((entries | {entry.id: entry}).values())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--into {path} cannot be written: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with atomic_write(path) as stream:
+        stream.write(content.encode())

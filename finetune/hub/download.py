@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune.errors import FinetuneError, WeightsMissing
-from finetune.hub.lock import one_at_a_time
 from finetune.hub.transfer import (
     CHUNK,
     DownloadFailed,
@@ -25,6 +24,7 @@ from finetune.hub.transfer import (
     TryAgain,
     transfer,
 )
+from torch_utils.files import lock, lock_path
 
 __all__ = ["CHUNK", "OFFLINE", "fetch", "is_offline"]
 
@@ -32,6 +32,8 @@ OFFLINE = "FINETUNE_OFFLINE"
 ATTEMPTS = 4  # in a row that bring nothing new
 PAUSE_SEC = 1.0  # before the second attempt; then it doubles
 LONGEST_PAUSE_SEC = 120.0  # a server that asks for more is given up
+
+WAITING = "Waiting for another process, which fetches the same file."
 
 Tell = Callable[[str], None]
 
@@ -74,7 +76,7 @@ def fetch(
         )
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(dest.with_name(dest.name + ".lock"), tell):
+        with lock(lock_path(dest), on_wait=lambda: tell(WAITING)):
             if not _is_there(dest, expected):  # else another process has fetched it meanwhile
                 part = Part(dest.with_name(dest.name + ".part"))
                 _from_any(urls, part, expected, progress, tell)

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -22,7 +21,7 @@ from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
 from finetune.hub import catalog, download
 from finetune.hub.catalog import Entry
 from finetune.hub.transfer import Expected, Part, Progress
-from torch_utils.ops.native.building.cache import cache_root
+from torch_utils.files import WriteError, atomic_write, cache_folder
 
 Tell = Callable[[str], None]
 
@@ -47,7 +46,7 @@ class Record:
 
 def folder() -> Path:
     """Where downloaded networks are: `checkpoints` in the cache of this program (FINETUNE_CACHE moves it)."""
-    return cache_root() / "checkpoints"
+    return cache_folder() / "checkpoints"
 
 
 def place_of(entry: Entry) -> Path:
@@ -179,11 +178,14 @@ def _record(path: Path, entry: Entry | None, url: str | None, licence: str | Non
         since=before.since if before else time.strftime("%Y-%m-%d"),
         licence=licence,
     )
-    temporary = note_of(path).with_name(f".{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # of a folder that can only be read, which then is hashed every time
-        temporary.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-        temporary.replace(note_of(path))
+    with contextlib.suppress(WriteError):  # in a folder that can only be read, the file is hashed every time
+        _write_record(path, record)
     return record
+
+
+def _write_record(path: Path, record: Record) -> None:
+    with atomic_write(note_of(path)) as stream:
+        stream.write(json.dumps(asdict(record), indent=1).encode())
 
 
 def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
@@ -216,9 +218,7 @@ def state_licence(path: Path, licence: str) -> None:
     """Write down the licence of a file of the folder that the catalogue does not know."""
     record = record_of(path)
     if record is not None:
-        note_of(path).write_text(
-            json.dumps(asdict(replace(record, licence=licence)), indent=1), encoding="utf-8"
-        )
+        _write_record(path, replace(record, licence=licence))
 
 
 @dataclass(frozen=True)

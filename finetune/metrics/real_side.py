@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import torch
 
 from finetune.metrics.frechet import FeatureStatistics
-from torch_utils.ops.native.building.cache import cache_root
+from torch_utils.files import WriteError, atomic_write, cache_folder
 
 VERSION = 1  # of the files
 MOST_KEPT = 50_000  # features, of which KID and precision/recall need each; later ones are left out
@@ -58,7 +57,7 @@ class Features:
 def place_of(content: str, space: str) -> Path:
     """The file for a set of pictures (its content hash) in a feature space (its identity)."""
     key = hashlib.sha256(f"{VERSION} {content} {space}".encode()).hexdigest()[:32]
-    return cache_root() / "metrics" / f"{key}.pt"
+    return cache_folder() / "metrics" / f"{key}.pt"
 
 
 def read(path: Path, keep: bool) -> Features | None:
@@ -77,11 +76,8 @@ def read(path: Path, keep: bool) -> Features | None:
 
 def write(path: Path, features: Features) -> None:
     """Keep it for the next time; a folder that cannot be written is no reason to stop."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(features.state(), temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with atomic_write(path) as stream:
+            torch.save(features.state(), stream)
+    except (WriteError, RuntimeError) as error:
         log.warning("Statistics of the pictures cannot be kept in %s: %s", path.parent, error)

@@ -24,13 +24,13 @@ from rich.table import Table
 from finetune.config import TrainConfig
 from finetune.data import images_to_float
 from finetune.errors import ConfigError, TrainingError
-from finetune.export.atomic import atomic_write
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.recipes import Reason
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
 from finetune.train.allocator import freed_at_once
 from finetune.train.board import Board
 from finetune.train.state import TrainState
+from torch_utils.files import atomic_write
 
 if TYPE_CHECKING:
     from finetune.data import ImageSet

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import torch
 
 from finetune.errors import CheckpointError
-from finetune.export.atomic import atomic_write
 from finetune.train.allocator import freed_at_once
 from finetune.train.state import TrainState
 from finetune.version import __version__
+from torch_utils.files import atomic_write
 
 FORMAT = 1
 NAME = re.compile(r"training-state-(\d{6,}\.\d{3})\.pt")
@@ -53,7 +53,7 @@ def path_for(run_dir: Path, nimg: int) -> Path:
 def write_state(path: Path, state: TrainState, **more: Any) -> Path:
     """Write a state, whole or not at all, and delete those before the last but one.
 
-    more: plain values and tensors, such as the config and the position in the data. Raises ExportError where
+    more: plain values and tensors, such as the config and the position in the data. Raises WriteError where
     it cannot be written; older states are untouched then.
     """
     content = {"format": FORMAT, "finetune": __version__, **capture(state), **more}

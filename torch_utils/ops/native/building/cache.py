@@ -13,32 +13,40 @@ import hashlib
 import logging
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-VARIABLE = "FINETUNE_CACHE"
+from torch_utils.files import VARIABLE, cache_folder, lock
+
+TIME_OUT_SEC = 300.0  # for another process to build; a build takes a small part of it
 
 log = logging.getLogger("torch_utils.ops")
 
 
-def cache_root() -> Path:
-    """The folder of all caches of this program: $FINETUNE_CACHE, else where the platform has them."""
-    if chosen := os.environ.get(VARIABLE, "").strip():
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "stylegan-finetune"
-
-
 def ops_folder() -> Path:
     """Where the binaries of the ops are."""
-    return cache_root() / "ops"
+    return cache_folder() / "ops"
+
+
+@contextlib.contextmanager
+def build_lock(name: str, timeout_sec: float = TIME_OUT_SEC) -> Iterator[None]:
+    """Let one process at a time build `name`.
+
+    After the time-out the build continues without the lock: a binary is published in one step, so two builds
+    of one key cost time and nothing else.
+    """
+    path = ops_folder() / f"{name}.lock"
+    waited: list[bool] = []
+
+    def on_wait() -> None:
+        waited.append(True)
+        log.info("Waiting for another process, which builds the ops (it holds %s).", path)
+
+    with lock(path, timeout_sec=timeout_sec, on_wait=on_wait) as held:
+        if waited and not held:
+            log.warning("Another process has held %s for %.0f s: building without it.", path, timeout_sec)
+        yield
 
 
 def key_of(parts: Iterable[str | bytes]) -> str:

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from . import NativeUnavailable, cache, compilers
-from .lock import build_lock
 
 SOURCES = Path(__file__).resolve().parents[1]
 NAME = "libsg_ops.dll" if sys.platform == "win32" else "libsg_ops.so"
@@ -38,7 +37,7 @@ def build(sources: Path = SOURCES) -> Path:
     key = _key(texts, compiler)
     if found := cache.find(key, NAME):
         return found
-    with build_lock(cache.ops_folder() / f"{key}.lock"):
+    with cache.build_lock(key):
         if found := cache.find(key, NAME):  # by whoever held the lock
             return found
         started = time.perf_counter()

@@ -16,7 +16,6 @@ from torch_utils.ops.native.plan import Plan
 
 from . import NativeUnavailable, cache, compilers
 from .cpu_build import SOURCES, _escaped, find_ninja
-from .lock import build_lock
 
 NAME = "kernel.cubin"
 OPTIONS = ("-std=c++17",)
@@ -74,7 +73,7 @@ def nvcc(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOU
     keys = {plan: key(plan, capability, "nvcc", sources) for plan in plans}
     found = {plan: cache.find(keys[plan], NAME) for plan in keys}
     if None in found.values():
-        with build_lock(cache.ops_folder() / "nvcc.lock"):  # whose holder may have made some of them
+        with cache.build_lock("nvcc"):  # whose holder may have made some of them
             missing = [plan for plan in keys if cache.find(keys[plan], NAME) is None]
             for plan, binary in zip(missing, _make_with_nvcc(missing, capability, compiler, sources)):
                 cache.publish(keys[plan], NAME, binary)

@@ -1,12 +1,18 @@
+"""The lock between processes, and the write that leaves a whole file or the one of before."""
+
 from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from finetune.errors import ExportError
-from finetune.export.atomic import atomic_write
+from torch_utils.files import WriteError, atomic_write, cache_folder, lock
+
+ROOT = Path(__file__).parents[2]
 
 
 def names(folder):
@@ -54,7 +60,7 @@ def test_a_full_disk(tmp_path, monkeypatch, step, existed):
 
     if step != "write":
         monkeypatch.setattr(os, step, full)
-    with pytest.raises(ExportError) as caught, atomic_write(path) as stream:
+    with pytest.raises(WriteError) as caught, atomic_write(path) as stream:
         stream.write(b"new")
         if step == "write":
             full()
@@ -66,14 +72,14 @@ def test_a_full_disk(tmp_path, monkeypatch, step, existed):
 
 
 def test_the_target_is_a_folder(tmp_path):
-    with pytest.raises(ExportError, match="is a folder"), atomic_write(tmp_path):
+    with pytest.raises(WriteError, match="is a folder"), atomic_write(tmp_path):
         raise AssertionError("never reached")
 
 
 def test_the_parent_is_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     with (
-        pytest.raises(ExportError, match=r"file.net\.pkl: .* is a file"),
+        pytest.raises(WriteError, match=r"file.net\.pkl: .* is a file"),
         atomic_write(tmp_path / "file" / "net.pkl"),
     ):
         raise AssertionError("never reached")
@@ -85,7 +91,7 @@ def test_not_allowed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     with (
-        pytest.raises(ExportError, match="Not allowed to write"),
+        pytest.raises(WriteError, match="Not allowed to write"),
         atomic_write(tmp_path / "net.pkl") as stream,
     ):
         stream.write(b"x")
@@ -107,3 +113,44 @@ def test_permissions_follow_the_umask(tmp_path):
         stream.write(b"x")
     (tmp_path / "plain").write_bytes(b"x")
     assert (tmp_path / "net.pkl").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_lock_excludes_other_holders_and_is_released(tmp_path):
+    path, waited = tmp_path / "locks" / "a.lock", []
+    with lock(path, on_wait=lambda: waited.append(1)) as first:
+        with lock(path, timeout_sec=0.1, on_wait=lambda: waited.append(2)) as second:
+            assert first and not second
+    with pytest.raises(KeyError), lock(path) as third:
+        assert third
+        raise KeyError
+    with lock(path) as fourth:
+        assert fourth
+    assert waited == [2]
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    program = "from pathlib import Path; import sys, time; from torch_utils.files import lock\n"
+    program += "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    path = tmp_path / "a.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with lock(path, timeout_sec=0.1) as held:
+            assert not held
+        holder.kill()
+    with lock(path, timeout_sec=10) as held:
+        assert held
+
+
+def test_a_folder_that_cannot_be_written_gives_no_lock_and_no_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with lock(tmp_path / "file" / "a.lock") as held:
+        assert not held
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("FINETUNE_CACHE")
+    assert cache_folder().name == "stylegan-finetune"
