@@ -48,7 +48,6 @@ KNOWN_CYCLES = [
     | {"torch_utils.ops.upfirdn2d", "torch_utils.ops.native.autograd", "torch_utils.ops.native.library"}
     | {"torch_utils.ops.native.prebuild"},
     {"finetune.train.run", "finetune.train.session"},
-    {"finetune.checkpoint.unpickle.machine", "finetune.checkpoint.unpickle.opcodes"},
 ]
 OURS = ("dnnlib", "torch_utils", "finetune")
 

@@ -1,32 +1,41 @@
-"""A machine that reads the pickle language and can do nothing else: it imports nothing and calls nothing.
+"""An interpreter of the pickle language that imports nothing and calls nothing.
 
 Python's own unpickler calls what a file names. This one computes plain values only (None, bool, int, float,
 str, list, tuple, dict, set, `Blob`) and hands every global, call and state of the file to a `World`, which
-answers with inert stand-ins or refuses. All errors are `PickleRefused` with the position of the opcode in the
+answers with inert stubs or refuses. All errors are `PickleRefused` with the position of the opcode in the
 file.
 
 Time and memory are bounded by the size of the file: a `Budget` counts opcodes and copied bytes, big bytes
 stay views of the file, keys of dicts and sets can be compared in constant time, and nothing here recurses.
+The documentation of the standard module pickletools defines the opcodes.
 """
 
 from __future__ import annotations
 
+import pickletools
+import re
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from finetune.checkpoint.unpickle.opcodes import HANDLERS, STOP, UNSUPPORTED
 from finetune.checkpoint.unpickle.values import (
     DAMAGED,
+    MAX_LONG,
     MAX_MARKS,
+    MAX_PROTOCOL,
     MAX_TEXT,
     NOT_LATIN1,
+    Blob,
     Budget,
     Global,
     is_key,
     kind,
 )
 from finetune.errors import PickleRefused
+
+OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i", "<I", "<Q", ">d"))
 
 
 class World(Protocol):
@@ -65,19 +74,15 @@ class Machine:
         while True:
             self.opcode_at = self.position
             self.budget.step(1, self.at)
-            opcode = self.take(1)[0]
-            if opcode == STOP:
+            code = self.take(1)[0]
+            name = OPCODES.get(code)
+            if name is None:
+                raise self.refuse(f"it holds byte 0x{code:02x}, not an opcode")
+            if name == "STOP":
                 return self._result()
-            handler = HANDLERS.get(opcode)
-            if handler is None:
-                name = UNSUPPORTED.get(opcode)
-                what = (
-                    f"opcode {name}, which no checkpoint needs"
-                    if name
-                    else f"byte 0x{opcode:02x}, not an opcode"
-                )
-                raise self.refuse(f"it holds {what}")
-            handler(self)
+            if name not in HANDLERS:
+                raise self.refuse(f"it holds opcode {name}, which no checkpoint needs")
+            HANDLERS[name](self)
 
     @property
     def at(self) -> int:
@@ -181,3 +186,214 @@ class Machine:
         if self.protocol < 3:  # as Python 2 called them
             module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         return self.world.find(Global(f"{module}.{name}", self.at))
+
+
+# One function for each opcode that does more than a line: they call nothing but methods of the machine.
+
+
+def _decimal(m: Machine) -> None:
+    text = m.line(3 * MAX_LONG)
+    if text in (b"00", b"01"):
+        return m.push(text == b"01")
+    if not re.fullmatch(rb"[+-]?[0-9]+L?", text):
+        raise m.refuse("a number is not a number")
+    m.push(int(text.rstrip(b"L")))
+
+
+def _decimal_float(m: Machine) -> None:
+    try:
+        m.push(float(m.line(3 * MAX_LONG)))
+    except ValueError:
+        raise m.refuse("a number is not a number") from None
+
+
+def _long(m: Machine, layout: struct.Struct) -> None:
+    size = m.unpack(layout)
+    if not 0 <= size <= MAX_LONG:
+        raise m.refuse(f"an integer of {size:,} bytes")
+    m.push(int.from_bytes(m.take(size), "little", signed=True))
+
+
+def _text(m: Machine, layout: struct.Struct) -> None:
+    m.push(m.text(m.take(m.unpack(layout))))
+
+
+def _text_line(m: Machine) -> None:
+    raw = m.line(MAX_TEXT)
+    m.budget.copy(len(raw), m.at)
+    try:
+        m.push(raw.decode("raw-unicode-escape"))
+    except UnicodeDecodeError:
+        raise m.refuse("a text is not Unicode") from None
+
+
+def _bytes(m: Machine, layout: struct.Struct) -> None:
+    view = m.take(m.unpack(layout))
+    m.push(Blob(view, m.base + m.position - len(view)))
+
+
+def _extend(m: Machine, items: list[Any]) -> None:
+    m.container(list).extend(items)
+
+
+def _update(m: Machine, items: list[Any]) -> None:
+    pairs = m.pairs(items)
+    m.container(dict).update(pairs)
+
+
+def _add_items(m: Machine) -> None:
+    items = m.pop_mark()
+    m.container(set).update(map(m.key, items))
+
+
+def _pop(m: Machine) -> None:
+    if m.stack:
+        m.stack.pop()
+    else:
+        m.pop_mark()
+
+
+def _put(m: Machine, index: int) -> None:
+    if index < 0:
+        raise m.refuse("a negative memo index")
+    m.memo[index] = m.top()
+
+
+def _get(m: Machine, index: int) -> None:
+    if index not in m.memo:
+        raise m.refuse("it refers to a value that it does not hold")
+    m.push(m.memo[index])
+
+
+def _index(m: Machine) -> int:
+    text = m.line(20)
+    if not re.fullmatch(rb"[0-9]+", text):
+        raise m.refuse("a memo index is not a number")
+    return int(text)
+
+
+def _proto(m: Machine) -> None:
+    m.protocol = m.unpack(U8)
+    if m.protocol > MAX_PROTOCOL:
+        raise m.refuse(f"it says pickle protocol {m.protocol}; {MAX_PROTOCOL} is the newest there is")
+
+
+def _frame(m: Machine) -> None:
+    size = m.unpack(U64)
+    if size > len(m.data) - m.position:
+        raise m.refuse(f"a frame of {size:,} bytes is announced; the file may be cut off")
+
+
+def _global(m: Machine) -> None:
+    names = [m.line(1000).decode("utf-8", "backslashreplace") for _ in range(2)]
+    m.push(m.find(*names))
+
+
+def _stack_global(m: Machine) -> None:
+    name, module = m.pop(), m.pop()
+    if type(name) is not str or type(module) is not str:
+        raise m.refuse("the name of a global is not a text")
+    m.push(m.find(module, name))
+
+
+def _extension(m: Machine, layout: struct.Struct) -> None:
+    m.push(m.world.find(Global(f"copyreg extension {m.unpack(layout)}", m.at)))
+
+
+def _inst(m: Machine) -> None:
+    _global(m)
+    function, args = m.pop(), m.pop_mark()
+    m.push(m.world.call(function, tuple(args), m.at))
+
+
+def _obj(m: Machine) -> None:
+    items = m.pop_mark()
+    if not items:
+        raise m.refuse("a value is missing")
+    m.push(m.world.call(items[0], tuple(items[1:]), m.at))
+
+
+def _call(m: Machine) -> None:
+    args, function = m.pop(), m.pop()
+    if type(args) is not tuple:
+        raise m.refuse("the arguments of a call are not a tuple")
+    m.push(m.world.call(function, args, m.at))
+
+
+def _call_with_keywords(m: Machine) -> None:
+    keywords, args, function = m.pop(), m.pop(), m.pop()
+    if type(args) is not tuple or type(keywords) is not dict or keywords:
+        raise m.refuse("a call with keywords")
+    m.push(m.world.call(function, args, m.at))
+
+
+def _build(m: Machine) -> None:
+    state = m.pop()
+    m.world.set_state(m.top(), state, m.at)
+
+
+# Opcodes that are not here are refused.
+HANDLERS: dict[str, Callable[[Machine], Any]] = {
+    "NONE": lambda m: m.push(None),
+    "NEWTRUE": lambda m: m.push(True),
+    "NEWFALSE": lambda m: m.push(False),
+    "EMPTY_TUPLE": lambda m: m.push(()),
+    "EMPTY_LIST": lambda m: m.push([]),
+    "EMPTY_DICT": lambda m: m.push({}),
+    "EMPTY_SET": lambda m: m.push(set()),
+    "BININT1": lambda m: m.push(m.unpack(U8)),
+    "BININT2": lambda m: m.push(m.unpack(U16)),
+    "BININT": lambda m: m.push(m.unpack(I32)),
+    "BINFLOAT": lambda m: m.push(m.unpack(F64)),
+    "INT": _decimal,
+    "LONG": _decimal,
+    "FLOAT": _decimal_float,
+    "LONG1": lambda m: _long(m, U8),
+    "LONG4": lambda m: _long(m, I32),
+    "SHORT_BINUNICODE": lambda m: _text(m, U8),
+    "BINUNICODE": lambda m: _text(m, U32),
+    "BINUNICODE8": lambda m: _text(m, U64),
+    "UNICODE": _text_line,
+    "SHORT_BINBYTES": lambda m: _bytes(m, U8),
+    "BINBYTES": lambda m: _bytes(m, U32),
+    "BINBYTES8": lambda m: _bytes(m, U64),
+    "BYTEARRAY8": lambda m: _bytes(m, U64),
+    "MARK": lambda m: m.mark(),
+    "TUPLE": lambda m: m.push(tuple(m.pop_mark())),
+    "LIST": lambda m: m.push(m.pop_mark()),
+    "DICT": lambda m: m.push(dict(m.pairs(m.pop_mark()))),
+    "FROZENSET": lambda m: m.push(frozenset(map(m.key, m.pop_mark()))),
+    "TUPLE1": lambda m: m.push((m.pop(),)),
+    "TUPLE2": lambda m: m.push((m.pop(), m.pop())[::-1]),
+    "TUPLE3": lambda m: m.push((m.pop(), m.pop(), m.pop())[::-1]),
+    "APPEND": lambda m: _extend(m, [m.pop()]),
+    "APPENDS": lambda m: _extend(m, m.pop_mark()),
+    "SETITEM": lambda m: _update(m, [m.pop(), m.pop()][::-1]),
+    "SETITEMS": lambda m: _update(m, m.pop_mark()),
+    "ADDITEMS": _add_items,
+    "POP": _pop,
+    "POP_MARK": lambda m: m.pop_mark(),
+    "DUP": lambda m: m.push(m.top()),
+    "PUT": lambda m: _put(m, _index(m)),
+    "BINPUT": lambda m: _put(m, m.unpack(U8)),
+    "LONG_BINPUT": lambda m: _put(m, m.unpack(U32)),
+    "MEMOIZE": lambda m: _put(m, len(m.memo)),
+    "GET": lambda m: _get(m, _index(m)),
+    "BINGET": lambda m: _get(m, m.unpack(U8)),
+    "LONG_BINGET": lambda m: _get(m, m.unpack(U32)),
+    "PROTO": _proto,
+    "FRAME": _frame,
+    # What Python would look up or call goes to the world.
+    "GLOBAL": _global,
+    "STACK_GLOBAL": _stack_global,
+    "EXT1": lambda m: _extension(m, U8),
+    "EXT2": lambda m: _extension(m, U16),
+    "EXT4": lambda m: _extension(m, I32),
+    "INST": _inst,
+    "OBJ": _obj,
+    "REDUCE": _call,
+    "NEWOBJ": _call,
+    "NEWOBJ_EX": _call_with_keywords,
+    "BUILD": _build,
+    "BINPERSID": lambda m: m.push(m.world.persistent(m.pop(), m.at)),
+}
