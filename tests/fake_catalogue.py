@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hub.faulty_server import serving
 
-from finetune.hub import catalog, download, transfer
+from finetune.hub import catalog, download
 from finetune.hub.catalog import Entry, Licence
 
 LICENCE = Licence("Some Licence 1.0", "https://example.org/licence")
@@ -26,7 +26,7 @@ def served(folder: Path, files: dict[str, bytes], monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
     monkeypatch.setattr(download, "sleep", lambda seconds: None)
-    monkeypatch.setattr(transfer, "TIMEOUT_SEC", (5, 0.3))
+    monkeypatch.setattr(download, "TIMEOUT_SEC", (5, 0.3))
     with serving(files) as server:
         entries = {
             name: Entry(

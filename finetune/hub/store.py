@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
 from finetune.hub import catalog, download
 from finetune.hub.catalog import Entry
-from finetune.hub.transfer import Expected, Part, Progress
+from finetune.hub.download import Expected, Progress
 from torch_utils.files import WriteError, atomic_write, cache_folder
 
 Tell = Callable[[str], None]
@@ -191,7 +191,7 @@ def _write_record(path: Path, record: Record) -> None:
 def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
     """Take in a file that came by other means as that of an entry; the place where it is kept.
 
-    Raises CheckpointError where it is not the file of that entry, FinetuneError where it cannot be copied.
+    Raises CheckpointError if it is not the file of that entry, WriteError if it cannot be copied.
     """
     dest = place_of(entry)
     expected = expected_of(dest, entry)
@@ -201,15 +201,8 @@ def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
     except FinetuneError as error:
         raise CheckpointError(f"{error.what}, so it is not {entry.id}") from None
     if not (dest.exists() and dest.samefile(path)):
-        part = Part(dest.with_name(dest.name + ".part"))
-        try:
-            dest.parent.mkdir(parents=True, exist_ok=True)
-            part.discard()
-            shutil.copyfile(path, part.path)
-            part.path.replace(dest)
-        except OSError as error:
-            part.discard()
-            raise FinetuneError(f"{path} cannot be copied to {dest}: {error.strerror or error}") from None
+        with path.open("rb") as source, atomic_write(dest) as stream:
+            shutil.copyfileobj(source, stream)
     _record(dest, entry, None, licence)
     return dest
 

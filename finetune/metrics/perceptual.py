@@ -64,11 +64,8 @@ def ensure_weights(
     def progress(done: int, total: int | None) -> None:
         tell(f"Fetching {name}: {done >> 20} MB" + (f" of {total >> 20} MB" if total else ""))
 
-    whole = digest if len(digest) == 64 else None
-    prefix = None if whole else digest
-    url = WEIGHTS_URL + name
     try:
-        return fetch(url, folder / name, sha256=whole, sha256_prefix=prefix, progress=progress)
+        return fetch(WEIGHTS_URL + name, folder / name, sha256=digest, progress=progress)
     except (FinetuneError, OSError) as error:
         instead = f"choose another backbone. {NEED_NONE}"
         if wanted_by is not None:

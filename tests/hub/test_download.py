@@ -14,7 +14,6 @@ from hub.faulty_server import CONTENT, HALF, PAGE, SHA256, serving
 
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.hub import download as fetching
-from finetune.hub import transfer
 from finetune.hub.download import fetch
 from torch_utils.files import lock_path
 
@@ -32,8 +31,8 @@ def cache(tmp_path_factory, monkeypatch):
 def server(monkeypatch):
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transfer, "CHUNK", 4096)
-    monkeypatch.setattr(transfer, "TIMEOUT_SEC", (5, 0.2))
+    monkeypatch.setattr(fetching, "CHUNK", 4096)
+    monkeypatch.setattr(fetching, "TIMEOUT_SEC", (5, 0.2))
     with serving() as running:
         yield running
 
@@ -77,7 +76,7 @@ def test_download(get, tmp_path):
 
 def test_the_beginning_of_a_hash_and_an_unknown_size(get):
     seen = []
-    get("unknown-size", sha256_prefix=SHA256[:8].upper(), progress=lambda *args: seen.append(args))
+    get("unknown-size", sha256=SHA256[:8].upper(), progress=lambda *args: seen.append(args))
     assert seen[-1] == (SIZE, None)
 
 
@@ -100,8 +99,9 @@ def test_a_file_that_is_there_is_verified_and_kept(server, get, tmp_path):
         (PAGE, {"size": SIZE, "sha256": SHA256}, "a web page: 'Model not found'"),
         (b'{"requestStatus": {"statusCode": "NOT_FOUND"}}', {}, 'JSON: .*"NOT_FOUND"'),
         (b"moved to another place\n", {}, "text: 'moved to another place'"),
+        (b"", {}, "gives no network but an empty file"),
         ("file", {"sha256": "0" * 64}, f"has SHA-256 {SHA256} instead of 0000"),
-        ("file", {"sha256_prefix": "abc"}, "instead of abc"),
+        ("file", {"sha256": "abc"}, "instead of abc"),
         ("file", {"size": 10}, f"has {SIZE:,} bytes instead of 10"),
         ("unknown-size", {"size": 10}, "sends more than the 10 bytes expected"),
         ("unknown-size", {"size": SIZE + 1}, f"instead of {SIZE + 1:,}"),
@@ -234,14 +234,14 @@ def test_a_proxy_is_used(server, pauses, tmp_path, monkeypatch):
 
 def test_a_disk_too_small_for_the_file(get, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 1000))
     assert "FINETUNE_CACHE" in refused(get, "No space to download 0 MB into", "file").hint
     assert left(tmp_path) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_disk_that_fills_up(get, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer.Part, "begin", lambda part, *args: part.path.symlink_to("/dev/full"))
+    monkeypatch.setattr(fetching.Part, "begin", lambda part, *args: part.path.symlink_to("/dev/full"))
     refused(get, f"No space left in {tmp_path} after 0 bytes", "file")
     assert left(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
