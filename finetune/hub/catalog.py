@@ -12,14 +12,13 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from finetune.errors import CheckpointError, ConfigError
-from finetune.hub.schema import problems_of
 
 NAME = "checkpoints.json"
 VARIABLE = "FINETUNE_CATALOGUE"
@@ -75,8 +74,8 @@ class Entry:
         return cls(**given)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, in the order of `checkpoints.json`."""
-        values = {name: getattr(self, name) for name in ORDER}
+        """Plain values, in the order of `FIELDS`."""
+        values = {name: getattr(self, name) for name in FIELDS}
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         values["published"] = {key: dict(value) for key, value in self.published.items()} or None
         if self.licence is not None:
@@ -92,17 +91,120 @@ class Entry:
         return file_name_of(self.urls[0])
 
 
-ORDER = (
-    "id", "aliases", "kind", "urls", "format", "architecture", "config", "resolution", "classes", "dataset",
-    "licence", "size", "size_about", "sha256", "sha256_from", "published", "inferred", "notes", "sources",
-)  # fmt: skip
-
-
 def file_name_of(url: str) -> str:
     """The last part of the path of a URL; of a query that names a path, of that."""
     parts = urlsplit(url)
     named = next((part[5:] for part in parts.query.split("&") if part.startswith("path=")), parts.path)
     return PurePosixPath(unquote(named)).name or parts.netloc
+
+
+# What a value must be, as a test and in words. `checkpoints.schema.json` states the same for editors.
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _text(pattern: str, words: str) -> Check:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, words
+
+
+def _number(minimum: float, *, whole: bool = False) -> Check:
+    def is_one(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and value >= minimum and (not whole or float(value).is_integer())
+
+    return is_one, f"a {'whole ' if whole else ''}number of at least {minimum:g}"
+
+
+def _choice(*values: str) -> Check:
+    return lambda value: value in values, f"one of {', '.join(values)}"
+
+
+def _list(minimum: int, check: Check) -> Check:
+    def is_one(value: Any) -> bool:
+        return isinstance(value, list) and len(value) >= minimum and all(map(check[0], value))
+
+    return is_one, f"a list{' of at least one item' if minimum else ''}; each item is {check[1]}"
+
+
+def _or_null(check: Check) -> Check:
+    return lambda value: value is None or check[0](value), f"{check[1]}, or null"
+
+
+ID = _text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "a name of at most 100 letters, digits, '.', '_', '-'")
+LINE = _text(r"(?!.{301})\S(.*\S)?", "a text of at most 300 characters without blanks around it")
+COUNT, AMOUNT = _number(1, whole=True), _number(0)
+SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("gamma", "kimg", "target", "lr", "glr", "dlr", "ema_kimg", "ramp"), AMOUNT),
+    **dict.fromkeys(("pl_weight", "style_mixing_prob"), AMOUNT),
+    **dict.fromkeys(("batch", "batch_gpu", "mbstd_group"), COUNT),
+    "mirror": (lambda value: isinstance(value, bool), "true or false"),
+    "aug": _choice("noaug", "ada", "fixed"),
+    "start": ID,
+}
+PUBLISHED = dict.fromkeys(("trained", "finetune", "one_gpu"), SETTINGS)
+FORMATS = ("pytorch-pickle", "tensorflow-pickle", "safetensors", "torchscript", "state-dict")
+INFERRED = ("alternatives", "architecture", "classes", "config", "published", "resolution", "urls")
+FIELDS: dict[str, Any] = {  # name -> a Check, or the fields of an object
+    "id": ID,
+    "aliases": _list(0, ID),
+    "kind": _choice("checkpoint", "metric-network"),
+    "urls": _list(1, _text(r"https?://[^\s/?#]+/\S+", "an http or https address")),
+    "format": _or_null(_choice(*FORMATS)),
+    "architecture": _choice("stylegan1", *OPENS, "inception-v3", "vgg16", "vgg16-lpips", "lpips-linear"),
+    "config": _or_null(LINE),
+    "resolution": _or_null(COUNT),
+    "classes": _or_null(_number(0, whole=True)),
+    "dataset": _or_null(LINE),
+    "licence": {"name": LINE, "page": _or_null(_text(r"https://\S+", "an https address")), "remark": LINE},
+    "size": _or_null(COUNT),
+    "size_about": _or_null(LINE),
+    "sha256": _or_null(_text(r"[0-9a-f]{64}", "64 hexadecimal digits in lower case")),
+    "sha256_from": _or_null(LINE),
+    "published": PUBLISHED,
+    "inferred": _list(0, _choice(*INFERRED)),
+    "notes": _or_null(_text(r"(?s).{0,500}", "a text of at most 500 characters")),
+    "sources": _list(1, LINE),
+}
+CATALOG: dict[str, Any] = {
+    "$schema": (lambda value: isinstance(value, str), "a text"),
+    "version": (lambda value: value == VERSION and value is not True, str(VERSION)),
+    "checkpoints": (lambda value: isinstance(value, list), "a list"),
+}
+OPTIONAL = {"$schema", "remark", *PUBLISHED, *SETTINGS}
+
+
+def problems_of(content: Any) -> list[str]:
+    """Return what is wrong with the JSON of a catalog, a sentence each."""
+    problems = list(_problems(content, CATALOG))
+    entries = content.get("checkpoints") if isinstance(content, dict) else None
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        name = entry.get("id", index) if isinstance(entry, dict) else index
+        problems += [f"checkpoints[{name}]: {problem}" for problem in problems_of_entry(entry)]
+    return problems
+
+
+def problems_of_entry(entry: Any) -> list[str]:
+    """Return what is wrong with the JSON of one entry, a sentence each."""
+    return list(_problems(entry, FIELDS))
+
+
+def _problems(values: Any, fields: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield f"{where.rstrip('.') or 'it'} is {_shown(values)} and must be an object"
+        return
+    yield from (f"{where}{name} is missing" for name in fields if name not in {*values, *OPTIONAL})
+    for name, value in values.items():
+        if name not in fields:
+            yield f"{where}{name} is no field of a catalog"
+        elif isinstance(rule := fields[name], dict):
+            if value is not None or name in PUBLISHED:
+                yield from _problems(value, rule, f"{where}{name}.")
+        elif not rule[0](value):
+            yield f"{where}{name} is {_shown(value)} and must be {rule[1]}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from typing import Any
 from finetune.errors import CheckpointError, ConfigError
 from finetune.hub import catalog
 from finetune.hub.catalog import Entry
-from finetune.hub.schema import problems_of_entry
 from torch_utils.files import atomic_write
 
 
@@ -45,7 +44,7 @@ def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
         entry = Entry(
             **{"id": name, "urls": (url,), "sources": (url,), **facts, "sha256_from": stated_by, **said}
         )
-    problems = problems_of_entry(entry.to_json())
+    problems = catalog.problems_of_entry(entry.to_json())
     others = [other for other in catalog.catalogue().values() if known is None or other.id != known.id]
     problems += [problem for problem in catalog.conflicts([*others, entry]) if entry.id in problem]
     if problems:

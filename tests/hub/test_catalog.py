@@ -11,17 +11,17 @@ import pytest
 from finetune.errors import CheckpointError, ConfigError
 from finetune.hub import catalog, identify
 from finetune.hub.catalog import Entry
-from finetune.hub.schema import problems_of, schema
 
 jsonschema = pytest.importorskip("jsonschema")
 FILE = Path(catalog.__file__).parents[2] / catalog.NAME
 CONTENT = json.loads(FILE.read_text(encoding="utf-8"))
+SCHEMA = json.loads(Path(catalog.__file__).with_name("checkpoints.schema.json").read_text(encoding="utf-8"))
 
 
 def test_every_entry_passes_the_schema():
-    jsonschema.Draft202012Validator.check_schema(schema())
-    jsonschema.Draft202012Validator(schema()).validate(CONTENT)
-    assert problems_of(CONTENT) == []
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator(SCHEMA).validate(CONTENT)
+    assert catalog.problems_of(CONTENT) == []
     entries = catalog.read_catalogue(FILE)
     assert catalog.conflicts(entries.values()) == []
     assert sum(entry.kind == "checkpoint" for entry in entries.values()) == 176
@@ -47,32 +47,72 @@ def changed(**changes):
 
 
 WRONG = {
-    'sha256 is "zz", which does not look like': changed(sha256="zz"),
-    "size is 1.5, and must be integer or null": changed(size=1.5),
-    "size is 0, and is at least 1": changed(size=0),
-    "size is true, and must be": changed(size=True),
-    'architecture is "stylegan4", and is one of "stylegan1"': changed(architecture="stylegan4"),
-    "urls has 0 items, and needs 1": changed(urls=[]),
-    r"urls\[0\] is \"ftp://a/b\"": changed(urls=["ftp://a/b"]),
-    "licence lacks page": changed(licence={"name": "MIT"}),
-    "licence.name has 301 letters, and may have 300": changed(licence={"name": "M" * 301, "page": None}),
-    "colour has no meaning here": changed(colour="blue"),
-    "published.trained.gamma is -1, and is at least 0": changed(published={"trained": {"gamma": -1}}),
-    r"inferred\[0\] is \"all\", and is one of": changed(inferred=["all"]),
+    'sha256 is "zz" and must be 64 hexadecimal digits in lower case, or null': changed(sha256="zz"),
+    "size is 1.5 and must be a whole number of at least 1, or null": changed(size=1.5),
+    "size is 0 and must be": changed(size=0),
+    "size is true and must be": changed(size=True),
+    'architecture is "stylegan4" and must be one of stylegan1, ': changed(architecture="stylegan4"),
+    r"urls is \[\] and must be a list of at least one item": changed(urls=[]),
+    r"urls is \[\"ftp://a/b\"\] and must be": changed(urls=["ftp://a/b"]),
+    "licence.page is missing": changed(licence={"name": "MIT"}),
+    "licence.name is .*M… and must be a text of at most 300": changed(
+        licence={"name": "M" * 301, "page": None}
+    ),
+    "color is no field of a catalog": changed(color="blue"),
+    "published.trained.gamma is -1 and must be a number of at least 0": changed(
+        published={"trained": {"gamma": -1}}
+    ),
+    r"inferred is \[\"all\"\] and must be": changed(inferred=["all"]),
     "version is 2 and must be 1": {**CONTENT, "version": 2, "checkpoints": []},
-    "it lacks checkpoints": {"version": 1},
-    r"it is \[\], and must be object": [],
+    "checkpoints is missing": {"version": 1},
+    r"it is \[\] and must be an object": [],
 }
 
 
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_catalogue_is_refused_with_the_entry_and_the_value(words, tmp_path):
-    assert not jsonschema.Draft202012Validator(schema()).is_valid(WRONG[words])
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(WRONG[words])
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(WRONG[words]))
     with pytest.raises(ConfigError, match=words) as caught:
         catalog.read_catalogue(path)
     assert str(path) in str(caught.value) and len(caught.value.problems) == 1
+
+
+VALUES = [
+    *(None, True, False, 0, 1, -1, 0.5, 2.0, "", "x", " x", "x y", "x" * 101, "x" * 301, "x" * 501, "a" * 64),
+    *("https://a/b", "http://a/b", "ada", "checkpoint", "safetensors", "stylegan2"),
+    *([], ["x"], ["urls"], ["https://a/b"], [""], [1], {}, {"x": 1}, {"name": "M", "page": None}),
+    *({"name": "M", "page": "https://a/b", "remark": "r"}, {"trained": {}}, {"trained": {"gamma": 1}}),
+]
+
+
+def places(entry):
+    """Every object of an entry that has fields, with the names of these."""
+    yield entry, [*SCHEMA["$defs"]["checkpoint"]["properties"], "other"]
+    yield entry["licence"], ["name", "page", "remark", "other"]
+    yield entry["published"], ["trained", "finetune", "one_gpu", "other"]
+    yield entry["published"]["trained"], [*SCHEMA["$defs"]["settings"]["properties"], "other"]
+
+
+def test_checks_and_schema_agree():
+    """On every field with every kind of value, and without the field."""
+    whole = changed(licence={"name": "M", "page": None}, published={"trained": {"gamma": 1}})
+    entry = whole["checkpoints"][0]
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    outcomes = []
+    for target, names in places(entry):
+        for name in names:
+            before = dict(target)
+            for value in [*VALUES, "missing"]:
+                target[name] = value
+                if value == "missing":
+                    del target[name]
+                outcomes.append(validator.is_valid(whole))
+                assert (catalog.problems_of(whole) == []) == outcomes[-1], (name, value)
+            target.clear()
+            target.update(before)
+    assert 100 < sum(outcomes) < len(outcomes) - 500
 
 
 def test_names_that_clash_and_unsafe_addresses(tmp_path):
