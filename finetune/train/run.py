@@ -15,7 +15,7 @@ from rich.console import Console
 
 from finetune import recipes
 from finetune.checkpoint.load import Checkpoint
-from finetune.checkpoint.surgery import Operation, Wanted, operate
+from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig, distils
 from finetune.data import ImageSet, scan
 from finetune.device import float32_math, resolve_device
@@ -120,7 +120,7 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         if facts.resolution == cast(Any, checkpoint.best).img_resolution:
             # Published settings are those of a resolution.
             facts = replace(facts, published=published_for(checkpoint.provenance))
-        wanted = Wanted(facts.c_dim, config.classes, config.channels, config.resolution, config.new_d)
+        wanted = TargetShape(facts.c_dim, config.classes, config.channels, config.resolution, config.new_d)
         checkpoint, operations = operate(checkpoint, wanted, config.seed)
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(config, facts)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import NETWORK_F32, assert_close
 
 import finetune
-from finetune.checkpoint.surgery import Wanted, operate
+from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.errors import ConfigError
 
 CHANNEL_CASES = [("stylegan2-32", 1), ("stylegan2-32", 4), ("stylegan3-t-32", 1), ("stylegan3-r-32", 4)]
@@ -49,7 +49,7 @@ def test_channels_are_those_of_the_converted_picture(load, name, channels):
     checkpoint = load(name)
     c = labels(checkpoint.best.c_dim)
     before = pictures(checkpoint.G_ema, c)
-    after, operations = operate(checkpoint, Wanted(channels=channels, new_d=checkpoint.D is None))
+    after, operations = operate(checkpoint, TargetShape(channels=channels, new_d=checkpoint.D is None))
     img = pictures(after.G_ema, c)
     assert_close(
         img[:, :3] if channels == 4 else img, before if channels == 4 else before.mean(1, True), NETWORK_F32
@@ -67,8 +67,8 @@ def test_channels_there_and_back(load):
     checkpoint = load("stylegan2-32")
     c = labels(0)
     for through in (1, 4):
-        there, _ = operate(checkpoint, Wanted(channels=through))
-        back, _ = operate(there, Wanted(channels=3))
+        there, _ = operate(checkpoint, TargetShape(channels=through))
+        back, _ = operate(there, TargetShape(channels=3))
         before, img = (pictures(each.G_ema, c) for each in (checkpoint, back))
         gray = before.mean(1, True).expand_as(before)
         assert_close(img, before if through == 4 else gray, NETWORK_F32)
@@ -78,7 +78,7 @@ def test_channels_there_and_back(load):
 def test_more_classes_keep_the_old_ones(load):
     checkpoint = load("stylegan2-64-cond")
     old = checkpoint.best.c_dim
-    after, operations = operate(checkpoint, Wanted(c_dim=old + 2, classes="extend"))
+    after, operations = operate(checkpoint, TargetShape(c_dim=old + 2, classes="extend"))
     c = labels(old + 2, classes=old)
     before = pictures(checkpoint.G_ema, c[:, :old])
     assert_close(pictures(after.G_ema, c), before, NETWORK_F32)
@@ -92,7 +92,7 @@ def test_more_classes_keep_the_old_ones(load):
 
 def test_fewer_classes_keep_the_first(load):
     checkpoint = load("stylegan2-64-cond")
-    after, _ = operate(checkpoint, Wanted(c_dim=2, classes="keep"))
+    after, _ = operate(checkpoint, TargetShape(c_dim=2, classes="keep"))
     c = labels(checkpoint.best.c_dim, classes=2)
     before = pictures(checkpoint.G_ema, c)
     assert_close(pictures(after.G_ema, c[:, :2]), before, NETWORK_F32)
@@ -101,7 +101,7 @@ def test_fewer_classes_keep_the_first(load):
 
 def test_fresh_classes_keep_everything_but_the_embeddings(load):
     checkpoint = load("stylegan2-64-cond")
-    after, operations = operate(checkpoint, Wanted(classes="fresh"))
+    after, operations = operate(checkpoint, TargetShape(classes="fresh"))
     for name in ("G", "G_ema", "D"):
         old, new = getattr(checkpoint, name).state_dict(), getattr(after, name).state_dict()
         changed = {key for key in new if not torch.equal(new[key], old[key])}
@@ -115,7 +115,7 @@ def test_fresh_classes_keep_everything_but_the_embeddings(load):
 
 def test_a_generator_that_gets_classes_ignores_them_at_first(load):
     checkpoint = load("stylegan2-32")
-    after, _ = operate(checkpoint, Wanted(c_dim=4))
+    after, _ = operate(checkpoint, TargetShape(c_dim=4))
     c = labels(4)
     before = pictures(checkpoint.G_ema, labels(0))
     assert_close(pictures(after.G_ema, c), before, NETWORK_F32)
@@ -130,7 +130,7 @@ def test_a_generator_that_gets_classes_ignores_them_at_first(load):
 def test_without_classes_d_scores_as_the_average_class(load):
     checkpoint = load("stylegan2-64-cond")
     old = checkpoint.best.c_dim
-    after, _ = operate(checkpoint, Wanted(c_dim=0))
+    after, _ = operate(checkpoint, TargetShape(c_dim=0))
     before = pictures(checkpoint.G_ema, labels(old))
     every = [checkpoint.D(before, torch.eye(old)[[k] * len(before)]) for k in range(old)]
     assert_close(after.D(before, labels(0)), torch.stack(every).mean(0), NETWORK_F32)
@@ -157,7 +157,7 @@ def test_a_doubled_network_shows_and_scores_as_before(load, name):
     checkpoint = load(name)
     c = labels(checkpoint.best.c_dim)
     before = pictures(checkpoint.G_ema, c)
-    after, operations = operate(checkpoint, Wanted(resolution=64))
+    after, operations = operate(checkpoint, TargetShape(resolution=64))
     img = pictures(after.G_ema, c)
     assert img.shape[-1] == 64 and after.G_ema.num_ws == checkpoint.G_ema.num_ws + 2
     enlarged = F.interpolate(before, scale_factor=2, mode="bilinear", align_corners=False)
@@ -179,7 +179,7 @@ def test_a_doubled_network_shows_and_scores_as_before(load, name):
 def test_a_halved_network_shows_what_it_made_on_the_way(load):
     checkpoint = load("stylegan2-32")
     c = labels(0)
-    after, _ = operate(checkpoint, Wanted(resolution=16))
+    after, _ = operate(checkpoint, TargetShape(resolution=16))
     img = pictures(after.G_ema, c)
     way = {}
     handle = checkpoint.G_ema.synthesis.b16.register_forward_hook(lambda m, i, o: way.update(img=o[1]))
@@ -197,7 +197,7 @@ def test_a_halved_network_shows_what_it_made_on_the_way(load):
 @pytest.mark.parametrize("name", ["stylegan2-32", "stylegan3-t-32", "stylegan3-r-32"])
 def test_a_new_discriminator_has_the_published_size(load, name):
     checkpoint = load(name)
-    after, operations = operate(checkpoint, Wanted(new_d=True))
+    after, operations = operate(checkpoint, TargetShape(new_d=True))
     assert {operation.network for operation in operations} == {"D"}
     settings = {**checkpoint.best.init_kwargs, **(checkpoint.best.init_kwargs.get("synthesis_kwargs") or {})}
     half = 2 if name == "stylegan3-r-32" else 1
@@ -210,9 +210,11 @@ def test_surgery_is_reproducible_and_leaves_the_original(load):
     checkpoint = load("stylegan2-64-cond")
     original = {key: value.clone() for key, value in checkpoint.D.state_dict().items()}
     torch.manual_seed(3)
-    first, _ = operate(checkpoint, Wanted(c_dim=7, classes="extend", channels=4, resolution=128), seed=5)
+    first, _ = operate(checkpoint, TargetShape(c_dim=7, classes="extend", channels=4, resolution=128), seed=5)
     torch.manual_seed(4)
-    second, _ = operate(checkpoint, Wanted(c_dim=7, classes="extend", channels=4, resolution=128), seed=5)
+    second, _ = operate(
+        checkpoint, TargetShape(c_dim=7, classes="extend", channels=4, resolution=128), seed=5
+    )
     for name in ("G", "D", "G_ema"):
         states = [getattr(each, name).state_dict() for each in (first, second)]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -233,4 +235,4 @@ def test_surgery_is_reproducible_and_leaves_the_original(load):
 )
 def test_what_cannot_be_done_is_refused(load, name, wanted, words):
     with pytest.raises(ConfigError, match=words):
-        operate(load(name), Wanted(**wanted))
+        operate(load(name), TargetShape(**wanted))

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import moved, options, quiet, train_steps, weights
 
 import finetune
-from finetune.checkpoint.surgery import Wanted, operate
+from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.errors import ConfigError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.train.run import prepare, run, show
@@ -98,5 +98,5 @@ def test_contradictions_are_refused(changes, words, golden_dir, pictures, tmp_pa
 
 def test_surgery_shares_what_it_draws_between_g_and_its_average(golden_dir):
     checkpoint = finetune.load(golden_dir / "stylegan2-32.pkl")
-    after, _ = operate(checkpoint, Wanted(resolution=64))
+    after, _ = operate(checkpoint, TargetShape(resolution=64))
     assert torch.equal(after.G.synthesis.b64.conv0.weight, after.G_ema.synthesis.b64.conv0.weight)

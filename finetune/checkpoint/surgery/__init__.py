@@ -22,7 +22,7 @@ CLASSES = ("keep", "extend", "fresh")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TargetShape:
     """The shape that the networks shall have; None leaves what the checkpoint has.
 
     c_dim: number of classes, 0 for none. classes: how their embeddings follow from the old ones. new_d: make
@@ -59,7 +59,7 @@ class Operation:
         return lines
 
 
-def operate(checkpoint: Checkpoint, wanted: Wanted, seed: int = 0) -> tuple[Checkpoint, list[Operation]]:
+def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple[Checkpoint, list[Operation]]:
     """Return a checkpoint of the shape wanted, and what was done to each network; the original stays as it
     is.
 
@@ -95,7 +95,7 @@ def operate(checkpoint: Checkpoint, wanted: Wanted, seed: int = 0) -> tuple[Chec
     return dataclasses.replace(checkpoint, **networks), operations
 
 
-def _check(checkpoint: Checkpoint, wanted: Wanted, target: dict[str, int]) -> None:
+def _check(checkpoint: Checkpoint, wanted: TargetShape, target: dict[str, int]) -> None:
     G: Any = checkpoint.best
     if target["img_channels"] not in colors.ALLOWED:
         raise ConfigError(f"--channels {target['img_channels']}: must be 1 (gray), 3 (RGB) or 4 (RGBA).")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-NUM_COLOURS = 4096  # drawn to fit the layers that read pictures; some hundred times their unknowns
+NUM_COLORS = 4096  # drawn to fit the layers that read pictures; some hundred times their unknowns
 
 
 def change(old: Any, new: Any, changed: dict[str, str]) -> None:
@@ -15,7 +15,9 @@ def change(old: Any, new: Any, changed: dict[str, str]) -> None:
     if hasattr(new, "synthesis"):
         _silence_new_blocks(old, new, changed)
     elif "resnet" in (block.architecture for block in _blocks(new)):
-        (_prepend if new.img_resolution > old.img_resolution else _behead)(old, new, changed)
+        (_add_input_blocks if new.img_resolution > old.img_resolution else _drop_input_blocks)(
+            old, new, changed
+        )
 
 
 def _silence_new_blocks(old: Any, new: Any, changed: dict[str, str]) -> None:
@@ -29,14 +31,14 @@ def _silence_new_blocks(old: Any, new: Any, changed: dict[str, str]) -> None:
             changed[f"{name}.weight"] = changed[f"{name}.bias"] = what
 
 
-def _prepend(old: Any, new: Any, changed: dict[str, str]) -> None:
+def _add_input_blocks(old: Any, new: Any, changed: dict[str, str]) -> None:
     """Begin with blocks that hand on the halved picture as the old first layer read it.
 
-    Their shortcuts are fitted so, on random colours; their convolutions begin with nothing to add.
+    Their shortcuts are fitted so, on random colors; their convolutions begin with nothing to add.
     """
-    colours = _colours(old.img_channels)
+    colors = _colors(old.img_channels)
     first = old.block_resolutions[0]
-    wanted = _read(getattr(old, f"b{first}").fromrgb, colours)
+    wanted = _read(getattr(old, f"b{first}").fromrgb, colors)
     features = None
     for block in _blocks(new)[: len(new.block_resolutions) - len(old.block_resolutions)]:
         name = f"b{block.resolution}"
@@ -49,7 +51,7 @@ def _prepend(old: Any, new: Any, changed: dict[str, str]) -> None:
             changed[f"{name}.fromrgb.weight"] = changed[f"{name}.fromrgb.bias"] = (
                 f"from {first} pixels' fromrgb"
             )
-            features = _read(block.fromrgb, colours)
+            features = _read(block.fromrgb, colors)
         # The shortcut is scaled by sqrt(1/2), as the branch that it is added to.
         used = _fit(features, wanted if block.resolution == 2 * first else _grown(features, block))
         block.skip.weight.copy_((used / (block.skip.weight_gain * math.sqrt(0.5)))[:, :, None, None])
@@ -66,13 +68,13 @@ def _grown(features: torch.Tensor, block: Any) -> torch.Tensor:
     return features.repeat(1, math.ceil(channels / features.shape[1]))[:, :channels]
 
 
-def _behead(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """Begin with a layer that reads a plain colour as the dropped blocks read an area of it."""
-    colours = _colours(old.img_channels)
+def _drop_input_blocks(old: Any, new: Any, changed: dict[str, str]) -> None:
+    """Begin with a layer that reads a plain color as the dropped blocks read an area of it."""
+    colors = _colors(old.img_channels)
     dropped = _blocks(old)[: len(old.block_resolutions) - len(new.block_resolutions)]
     size = 8 * 2 ** len(dropped)  # its middle is far from the edges after every halving
     middle = []
-    for some in colours.split(256):
+    for some in colors.split(256):
         x: Any = None
         img = some[:, :, None, None].expand(-1, -1, size, size).contiguous()
         for block in dropped:
@@ -80,14 +82,14 @@ def _behead(old: Any, new: Any, changed: dict[str, str]) -> None:
         middle.append(x[:, :, x.shape[2] // 2, x.shape[3] // 2])
     wanted = torch.cat(middle)
     layer = _blocks(new)[0].fromrgb
-    # Undo the leaky ReLU on what is wanted, then colours and a constant have to make it.
+    # Undo the leaky ReLU on what is wanted, then colors and a constant have to make it.
     before = wanted / layer.act_gain
     before = torch.where(before < 0, before / 0.2, before) if layer.activation == "lrelu" else before
-    solution = _fit(torch.cat([colours, torch.ones(len(colours), 1)], dim=1), before)
+    solution = _fit(torch.cat([colors, torch.ones(len(colors), 1)], dim=1), before)
     layer.weight.copy_((solution[:, :-1] / layer.weight_gain)[:, :, None, None])
     layer.bias.copy_(solution[:, -1])
     name = f"b{new.img_resolution}.fromrgb"
-    what = "fitted: reads a colour as the dropped blocks read an area of it"
+    what = "fitted: reads a color as the dropped blocks read an area of it"
     changed[f"{name}.weight"] = changed[f"{name}.bias"] = what
 
 
@@ -95,16 +97,16 @@ def _blocks(D: Any) -> list[Any]:
     return [getattr(D, f"b{size}") for size in D.block_resolutions]
 
 
-def _colours(channels: int) -> torch.Tensor:
-    """Random colours `[NUM_COLOURS, channels]`: half of the cube, half near gray, as pictures have them."""
-    everywhere = torch.rand(NUM_COLOURS // 2, channels) * 2 - 1
-    grays = (torch.rand(NUM_COLOURS // 2, 1) * 2 - 1) + torch.randn(NUM_COLOURS // 2, channels) * 0.2
+def _colors(channels: int) -> torch.Tensor:
+    """Random colors `[NUM_COLORS, channels]`: half of the cube, half near gray, as pictures have them."""
+    everywhere = torch.rand(NUM_COLORS // 2, channels) * 2 - 1
+    grays = (torch.rand(NUM_COLORS // 2, 1) * 2 - 1) + torch.randn(NUM_COLORS // 2, channels) * 0.2
     return torch.cat([everywhere, grays.clamp(-1, 1)])
 
 
-def _read(fromrgb: Any, colours: torch.Tensor) -> torch.Tensor:
-    """What a 1×1 layer makes of colours: `[N, O]`."""
-    return fromrgb(colours[:, :, None, None])[:, :, 0, 0]
+def _read(fromrgb: Any, colors: torch.Tensor) -> torch.Tensor:
+    """What a 1×1 layer makes of colors: `[N, O]`."""
+    return fromrgb(colors[:, :, None, None])[:, :, 0, 0]
 
 
 def _run(block: Any, x: Any, img: Any) -> tuple[torch.Tensor, Any]:

@@ -15,8 +15,8 @@ def conversion(before: int, after: int) -> tuple[torch.Tensor, torch.Tensor]:
     Gray is the mean of red, green and blue; a new alpha is 1 (opaque), an old one is dropped.
     """
     gray = {1: torch.ones(1, 1), 3: torch.full([1, 3], 1 / 3), 4: torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0]])}
-    colour = {1: torch.ones(3, 1), 3: torch.eye(3), 4: torch.eye(3, 4)}
-    matrix = gray[before] if after == 1 else colour[before]
+    color = {1: torch.ones(3, 1), 3: torch.eye(3), 4: torch.eye(3, 4)}
+    matrix = gray[before] if after == 1 else color[before]
     offset = torch.zeros(after)
     if after == 4:
         matrix = torch.cat([matrix, torch.zeros(1, before)])
