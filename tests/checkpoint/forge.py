@@ -1,6 +1,6 @@
 """Writes pickles opcode by opcode, hostile ones too, without ever holding the objects that they describe.
 
-`dumps` takes plain values, the stand-ins of `finetune.checkpoint` (so a real file can be read,
+`dumps` takes plain values, the stubs of `finetune.checkpoint.unpickle` (so a real file can be read,
 changed and written again), `Call` and `Name` for whatever a hostile file may ask for, and `Raw` for opcodes
 as they are.
 """

@@ -51,7 +51,7 @@ ONLY_NAMED = {"numpy.ndarray", *STORAGES}
 
 @dataclass(frozen=True, slots=True)
 class PickleFile:
-    """What a pickle holds, in stand-ins, and the identity of the file."""
+    """The content of a pickle, as stubs, and the identity of the file."""
 
     root: Any
     sha256: str
@@ -74,7 +74,7 @@ def read_pickle(path: Path) -> PickleFile:
 
 
 def loads(data: bytes) -> Any:
-    """The stand-ins that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
+    """Return the stubs that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
     budget = Budget(steps=MAX_OPCODES, copied=len(data) * 3 // 2 + (1 << 20))
     machine = Machine(memoryview(data), CheckpointWorld(budget), budget)
     root = machine.run()
@@ -101,10 +101,10 @@ class CheckpointWorld:
     def call(self, function: Any, args: tuple, offset: int) -> Any:
         if type(function) is not Global:
             damaged(f"it calls {kind(function)}", offset)
-        stand_in = CALLS.get(function.name)
-        if stand_in is None:
+        stub = CALLS.get(function.name)
+        if stub is None:
             block(function.name, function.offset, "is called")
-        return stand_in(self, args, offset)
+        return stub(self, args, offset)
 
     def set_state(self, target: Any, state: Any, offset: int) -> None:
         if type(target) is TFNetwork and type(state) is dict:
@@ -119,7 +119,7 @@ class CheckpointWorld:
     def persistent(self, key: Any, offset: int) -> NoReturn:
         block("a persistent id", offset)
 
-    # The stand-ins of functions and classes; each takes the arguments that the file gives.
+    # The stubs of functions and classes; each takes the arguments that the file gives.
 
     def _persistent_object(self, args: tuple, offset: int) -> PersistentObject:
         meta = args[0] if len(args) == 1 else None

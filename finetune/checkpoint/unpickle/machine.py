@@ -42,7 +42,7 @@ class World(Protocol):
     """Decides what the names in a file stand for. Every method may raise PickleRefused."""
 
     def find(self, name: Global) -> Any:
-        """A stand-in for the global `name`."""
+        """The stub for the global `name`."""
 
     def call(self, function: Any, args: tuple, offset: int) -> Any:
         """The value of `function(*args)` (opcodes REDUCE, NEWOBJ and NEWOBJ_EX)."""

@@ -1,4 +1,4 @@
-"""The inert objects that stand for what a checkpoint file describes, and the refusals of what it must not."""
+"""The inert objects (stubs) that represent what a checkpoint file describes, and the refusals of the rest."""
 
 from __future__ import annotations
 
