@@ -26,47 +26,21 @@ SLACK = 64 << 20  # bytes, for what is not in the file
 
 # Attributes that decide what a module computes: where file and module both have one, they must agree.
 DECISIVE = frozenset(
-    {
-        *("activation", "architecture", "conv_clamp", "up", "down", "padding", "use_noise", "is_torgb"),
-        *(
-            "weight_gain",
-            "bias_gain",
-            "act_gain",
-            "group_size",
-            "num_channels",
-            "num_layers",
-            "num_ws",
-            "cmap_dim",
-        ),
-        *(
-            "is_critically_sampled",
-            "up_factor",
-            "down_factor",
-            "up_taps",
-            "down_taps",
-            "output_scale",
-            "down_radial",
-        ),
-        *("conv_kernel", "sampling_rate", "bandwidth", "in_sampling_rate", "out_sampling_rate", "in_cutoff"),
-        *("out_cutoff", "in_half_width", "out_half_width", "in_size", "out_size", "margin_size", "size"),
-        *("resolution", "img_resolution", "img_channels", "in_channels", "out_channels"),
-    }
+    """
+    activation architecture conv_clamp up down padding use_noise is_torgb weight_gain bias_gain act_gain
+    group_size num_channels num_layers num_ws cmap_dim is_critically_sampled up_factor down_factor up_taps
+    down_taps output_scale down_radial conv_kernel sampling_rate bandwidth in_sampling_rate
+    out_sampling_rate in_cutoff out_cutoff in_half_width out_half_width in_size out_size margin_size size
+    resolution img_resolution img_channels in_channels out_channels
+    """.split()
 )
 # What every module has, and what only speeds things up.
 IGNORED = frozenset(
-    {
-        *("training", "channels_last", "use_fp16", "num_fp16_res", "layer_names", "block_resolutions"),
-        *(
-            "fused_modconv_default",
-            "img_resolution_log2",
-            "in_features",
-            "out_features",
-            "num_conv",
-            "num_torgb",
-        ),
-        *("w_dim", "z_dim", "c_dim", "is_last", "tmp_sampling_rate", "w_avg_beta", "magnitude_ema_beta"),
-        *("first_layer_idx", "num_critical", "embed", "bias"),
-    }
+    """
+    training channels_last use_fp16 num_fp16_res layer_names block_resolutions fused_modconv_default
+    img_resolution_log2 in_features out_features num_conv num_torgb w_dim z_dim c_dim is_last
+    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias
+    """.split()
 )
 
 

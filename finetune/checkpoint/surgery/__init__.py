@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.rebuild import tensors_of
 from finetune.checkpoint.surgery import blocks, colors, labels
 from finetune.errors import ConfigError
 from finetune.models import stylegan2
@@ -138,8 +139,6 @@ def _new_discriminator(G: Any, target: dict[str, int]) -> tuple[torch.nn.Module,
 
 
 SIZES = ("channel_base", "channel_max")
-
-
 WORDS = {"c_dim": "classes", "img_channels": "channels", "img_resolution": "pixels"}
 
 
@@ -153,7 +152,7 @@ def _change(
     ((option, value),) = changes.items()
     before = getattr(network, option)
     done = Operation(name, f"{WORDS[option]} {before} → {value}" if before != value else "fresh classes")
-    old_tensors, new_tensors = _tensors(network), _tensors(new)
+    old_tensors, new_tensors = tensors_of(network), tensors_of(new)
     for key, tensor in new_tensors.items():
         source = old_tensors.get(_old_name(key, network, new))
         if source is not None and source.shape == tensor.shape:
@@ -181,10 +180,6 @@ def _old_name(key: str, old: Any, new: Any) -> str:
     if not hasattr(getattr(new, "synthesis", None), "layer_names"):
         return key
     return key.replace(new.synthesis.layer_names[-1], old.synthesis.layer_names[-1])
-
-
-def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _shorten(names: list[str]) -> str:
