@@ -94,7 +94,7 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def newest_snapshot(run_dir: Path) -> Path:
-    """The snapshot of a run folder with the most images seen. Raises CheckpointError where there is none."""
+    """Return the snapshot of a run folder with the most images seen; CheckpointError if there is none."""
     found = [
         (float(match[1]), path) for path in run_dir.iterdir() if (match := SNAPSHOT.fullmatch(path.name))
     ]
@@ -112,12 +112,11 @@ def resolve_network(
     tell: Callable[[str], None] = log.info,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
-    """The checkpoint file that `network` means, wherever a network is asked for.
+    """Return the checkpoint file that `network` means: a file, run folder, catalog name or URL.
 
-    A file is itself, and a run folder its newest snapshot; a name of the catalogue and a URL are the file
-    they stand for, downloaded where it is not here yet. `tell` hears what is fetched and under which
-    licence, `progress` the bytes so far and in all. Raises CheckpointError where it is nothing of that, and
-    what `finetune.hub.download` raises.
+    The file of a run folder is its newest snapshot; that of a name or URL is downloaded if it is not on this
+    machine. `tell` is called with what is fetched and its license, `progress` with the bytes so far and in
+    all. Raises CheckpointError if `network` is none of these, and what `finetune.hub.download.fetch` raises.
     """
     text = os.fspath(network)
     if url := as_url(text):
@@ -135,7 +134,7 @@ def resolve_network(
 
 
 def as_url(text: str) -> str | None:
-    """The URL that a text is; a path made of one has lost a slash."""
+    """Return the URL that a text is, None if it is none; a path made of a URL has lost a slash."""
     match = re.match(r"(https?):/+(?=[^/])", text, re.IGNORECASE)
     return f"{match[1].lower()}://{text[match.end() :]}" if match else None
 

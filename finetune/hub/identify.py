@@ -1,4 +1,4 @@
-"""Which public network a file is, and what follows from that: its licence, and published settings."""
+"""Identify the public checkpoint that a file is, and with it its license and published settings."""
 
 from __future__ import annotations
 
