@@ -32,7 +32,7 @@ from measuring import ROOT, machine, table, write_report
 from finetune.models import stylegan2, stylegan3
 from torch_utils import custom_ops
 from torch_utils.ops import impl
-from torch_utils.ops.native import autograd, cuda, prebuild
+from torch_utils.ops.native import cuda, library, prebuild
 from torch_utils.ops.native.building import NativeUnavailable, cpu_build, cuda_build
 from torch_utils.ops.native.plan import Plan
 
@@ -53,14 +53,14 @@ def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[Pl
         plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(p, capability)
         plans.add(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0))
 
-    before = cuda._run, autograd.kernels
-    cuda._run, autograd.kernels = record, lambda x: cuda
+    before = cuda._run, library.kernels
+    cuda._run, library.kernels = record, lambda x: cuda
     for op in impl.OPS:
         impl._decided[op, "auto", "meta"] = "cuda"
     try:
         yield plans
     finally:
-        cuda._run, autograd.kernels = before
+        cuda._run, library.kernels = before
         for op in impl.OPS:
             del impl._decided[op, "auto", "meta"]
 

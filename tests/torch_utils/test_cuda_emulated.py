@@ -14,7 +14,7 @@ from op_cases import CASES, derivatives, loss, run, tensors
 
 from torch_utils import custom_ops
 from torch_utils.ops import conv2d_resample, impl, upfirdn2d
-from torch_utils.ops.native import autograd, cuda, prebuild
+from torch_utils.ops.native import cuda, library, prebuild
 
 EXACT = 1e-12
 
@@ -26,7 +26,7 @@ def named(case):
 @pytest.fixture
 def on_cuda(emulated, monkeypatch):
     """Ops on CPU tensors go the way of CUDA tensors."""
-    monkeypatch.setattr(autograd, "kernels", lambda x: cuda)
+    monkeypatch.setattr(library, "kernels", lambda x: cuda)
     return emulated
 
 

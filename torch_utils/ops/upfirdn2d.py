@@ -221,8 +221,6 @@ class Axis(NamedTuple):
 class _Upfirdn2d(torch.autograd.Function):
     """The op as a linear map that knows its adjoint."""
 
-    generate_vmap_rule = True
-
     @classmethod
     def call(cls, x, f, axes, flip_filter, gain):
         if x.requires_grad and torch.is_grad_enabled():
