@@ -88,6 +88,9 @@ CASES = [
     act("batch_of_none", (0, 3, 4, 4), act="lrelu"),
     act("channels_last", (2, 8, 5, 6), "channels_last", act="lrelu", clamp=1),
     act("gaps_and_transposed", (2, 3, 5, 6), "gaps", act="lrelu"),
+    # At the end, because a case draws its tensors by its place in the list.
+    fir("channels_last_blur", (2, 16, 9, 7), (4, 4), "channels_last", padding=1, gain=4),
+    fir("channels_last_not_a_product", (1, 8, 9, 6), (3, 5), "channels_last", padding=2, flip_filter=True),
 ]
 
 

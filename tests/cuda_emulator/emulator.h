@@ -165,6 +165,7 @@ inline unsigned short float_to_half(float v) {
 inline void __syncthreads() { sg_emulator::pause(sg_emulator::AT_BARRIER); }
 inline void __syncwarp() { sg_emulator::ballot(false); }
 inline unsigned __ballot_sync(unsigned, bool value) { return sg_emulator::ballot(value); }
+using std::exp, std::expm1, std::fabs, std::log1p, std::tanh;  // overloaded for float and double, as in CUDA
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 

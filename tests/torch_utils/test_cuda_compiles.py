@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from torch_utils.ops.native import cuda, forms, params
+from torch_utils.ops.native.bias_act.plan import plan as bias_act_plan
 from torch_utils.ops.native.building import NativeUnavailable, compilers, cuda_build
 from torch_utils.ops.native.plan import is_wide
+from torch_utils.ops.native.upfirdn2d.plan import plan as upfirdn2d_plan
 
 ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 F16, F32 = torch.float16, torch.float32
@@ -129,6 +131,23 @@ def test_a_launch_is_one_that_a_gpu_takes(name):
             plan.shared_bytes
             <= {(7, 5): 64, (8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
         )
+
+
+@pytest.mark.parametrize("channels", [32, 64, 96, 512])
+def test_channels_last_half_precision_moves_16_bytes_at_once(channels):
+    """Eight channels a thread in the layers of StyleGAN2, whose images are one pixel larger than even."""
+    taps = torch.Size((4, 4))
+    for before, after, up, down in ((257, 256, 1, 1), (256, 257, 1, 1), (64, 128, 2, 1), (128, 64, 1, 2)):
+        x, y = torch.Size((2, channels, before, before)), torch.Size((2, channels, after, after))
+        form = forms.Upfirdn2dForm(up, up, down, down, 1, 1, after, after, False, 1.0)
+        p = struct_of("upfirdn2d", x, strides(x, True), strides(y, True), F16, taps, form)
+        plan = upfirdn2d_plan(p, (9, 0))
+        assert {"SG_CHANNELS_LAST": 1, "SG_VECTOR": 8}.items() <= dict(plan.defines).items()
+    x = torch.Size((2, channels, 17, 17))
+    for order in (0, 1):
+        form = forms.BiasActForm(1, "lrelu", 0.2, SQRT2, 256.0)
+        plan = bias_act_plan(struct_of("bias_act", x, strides(x, True), F16, order == 0, form, order), (9, 0))
+        assert {"SG_VECTOR": 8, "SG_BIAS": 2 if order == 0 else 0}.items() <= dict(plan.defines).items()
 
 
 def test_offsets_beyond_31_bits_are_counted_in_64():

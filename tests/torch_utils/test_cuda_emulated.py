@@ -31,11 +31,17 @@ def on_cuda(emulated, monkeypatch):
 
 
 ALWAYS = {
-    "upfirdn2d": "stylegan2_up wavelet_separable axes_differ channels_last gaps_and_transposed",
+    "upfirdn2d": "stylegan2_up wavelet_separable axes_differ channels_last channels_last_blur"
+    " channels_last_not_a_product"
+    " gaps_and_transposed",
     "filtered_lrelu": "stylegan3_t stylegan3_r clamp_bites several_tiles_or_strips both_filters_2d_flipped",
     "bias_act": "act_lrelu act_swish clamp_bites_tanh channels_last dense_layer_odd",
 }
-IN_HALF = {"upfirdn2d": "stylegan2_down", "filtered_lrelu": "stylegan3_t", "bias_act": "clamp_bites_lrelu"}
+IN_HALF = {
+    "upfirdn2d": "stylegan2_down channels_last_blur",
+    "filtered_lrelu": "stylegan3_t",
+    "bias_act": "clamp_bites_lrelu",
+}
 
 
 def sorted_out(fast):

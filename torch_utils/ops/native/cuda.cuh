@@ -36,8 +36,10 @@ typedef float acc;
 
 #ifdef SG_INDEX_64
 typedef long long offset_t;
+typedef unsigned long long unsigned_t;
 #else
 typedef int offset_t;
+typedef unsigned unsigned_t;
 #endif
 
 __device__ __forceinline__ float to_acc(float v) { return v; }
@@ -110,14 +112,150 @@ __device__ __forceinline__ acc mul_add(acc a, acc b, acc c) {
 #endif
 }
 
+#if SG_DTYPE == SG_F16 || SG_DTYPE == SG_BF16
+// Two neighbors, the first in the low bits.
+__device__ __forceinline__ void unpack_pair(unsigned pair, acc* to) {
+#if SG_DTYPE == SG_F16 && !defined(SG_EMULATED)
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+        : "=f"(to[0]), "=f"(to[1])
+        : "r"(pair));
+#else
+    scalar low, high;
+    low.bits = static_cast<unsigned short>(pair), high.bits = static_cast<unsigned short>(pair >> 16);
+    to[0] = to_acc(low), to[1] = to_acc(high);
+#endif
+}
+
+__device__ __forceinline__ unsigned pack_pair(acc first, acc second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned pair;
+#if SG_DTYPE == SG_F16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+#endif
+    return pair;
+#else
+    return from_acc<scalar>(first).bits | static_cast<unsigned>(from_acc<scalar>(second).bits) << 16;
+#endif
+}
+#endif
+
 __device__ __forceinline__ acc load_acc(const scalar* p) { return to_acc(*p); }
 __device__ __forceinline__ void store_acc(scalar* p, acc v) { *p = from_acc<scalar>(v); }
 
-// Neighbours, read and written at once; the address has to be a multiple of their size.
-template <class S, int N>
-struct __align__(N * sizeof(S)) several {
-    S v[N];
+// Neighbors, read and written at once; the address has to be a multiple of their size.
+template <class T, int N>
+struct __align__(N * sizeof(T)) vec {
+    T v[N];
 };
+
+// Neighbors of an image as they are in memory. Two of 16 bits share a register, out of which one instruction each
+// takes them; as numbers of 16 bits they would first be moved to registers of their own.
+template <int N>
+struct __align__(N * sizeof(scalar)) elements {
+#if SG_DTYPE == SG_F16 || SG_DTYPE == SG_BF16
+    unsigned pairs[N / 2];
+
+    __device__ __forceinline__ void unpack(acc* to) const {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) unpack_pair(pairs[i], to + 2 * i);
+    }
+    __device__ __forceinline__ void pack(const acc* from) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) pairs[i] = pack_pair(from[2 * i], from[2 * i + 1]);
+    }
+#else
+    scalar v[N];
+
+    __device__ __forceinline__ void unpack(acc* to) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) to[i] = v[i];
+    }
+    __device__ __forceinline__ void pack(const acc* from) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = from[i];
+    }
+#endif
+};
+
+template <>
+struct __align__(sizeof(scalar)) elements<1> {
+    scalar v;
+
+    __device__ __forceinline__ void unpack(acc* to) const { *to = to_acc(v); }
+    __device__ __forceinline__ void pack(const acc* from) { v = from_acc<scalar>(*from); }
+};
+
+template <int N>
+__device__ __forceinline__ elements<N> read(const scalar* from) {
+    return *reinterpret_cast<const elements<N>*>(from);
+}
+
+// The same if `exists`, else zeros. One predicated instruction: a branch around each of many loads costs more.
+template <int N>
+__device__ __forceinline__ elements<N> read_if(bool exists, const scalar* from) {
+    elements<N> found = {};
+#if defined(__CUDA_ARCH__)
+    constexpr int bytes = N * sizeof(scalar);
+    if constexpr (bytes == 2) {
+        unsigned short* const v = reinterpret_cast<unsigned short*>(&found);
+        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}" : "+h"(*v) : "l"(from), "r"(int(exists)));
+    } else {
+        unsigned* const v = reinterpret_cast<unsigned*>(&found);
+        if constexpr (bytes == 4)
+            asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
+                : "+r"(v[0]) : "l"(from), "r"(int(exists)));
+        if constexpr (bytes == 8)
+            asm("{.reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
+                : "+r"(v[0]), "+r"(v[1]) : "l"(from), "r"(int(exists)));
+        if constexpr (bytes == 16)
+            asm("{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3]) : "l"(from), "r"(int(exists)));
+    }
+#else
+    if (exists) found = read<N>(from);
+#endif
+    return found;
+}
+
+template <int N>
+__device__ __forceinline__ void write(scalar* to, const acc* values) {
+    elements<N> packed;
+    packed.pack(values);
+    *reinterpret_cast<elements<N>*>(to) = packed;
+}
+
+// Read N accs of shared memory, AT_ONCE of them side by side.
+template <int N, int AT_ONCE>
+__device__ __forceinline__ void read_shared(const acc* from, acc* to) {
+#pragma unroll
+    for (int i = 0; i < N; i += AT_ONCE) {
+        const vec<acc, AT_ONCE> part = *reinterpret_cast<const vec<acc, AT_ONCE>*>(from + i);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) to[i + k] = part.v[k];
+    }
+}
+
+#define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs that shared memory gives at once
+#define UP_TO(multiple, n) (((n) + (multiple) - 1) / (multiple) * (multiple))
+#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // read at once by threads that far apart
+
+__device__ __forceinline__ constexpr bool in_range(int i, int size) {
+    return static_cast<unsigned>(i) < static_cast<unsigned>(size);
+}
+
+// Limit the magnitude; NaN stays NaN.
+__device__ __forceinline__ acc clamp_to(acc v, acc limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && SG_DTYPE != SG_F64
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(limit));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(-limit));
+    return v;
+#else
+    v = v > limit ? limit : v;
+    return v < -limit ? -limit : v;
+#endif
+}
 
 __device__ __forceinline__ int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 #endif

@@ -6,15 +6,7 @@
 #include "bias_act.h"
 #include "../cuda.cuh"
 
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float exponential_minus_1(float x) { return expm1f(x); }
-__device__ __forceinline__ double exponential_minus_1(double x) { return expm1(x); }
-__device__ __forceinline__ float logarithm_of_1_plus(float x) { return log1pf(x); }
-__device__ __forceinline__ double logarithm_of_1_plus(double x) { return log1p(x); }
-__device__ __forceinline__ float tangent(float x) { return tanhf(x); }
-__device__ __forceinline__ double tangent(double x) { return tanh(x); }
-__device__ __forceinline__ acc sigmoid(acc x) { return acc(1) / (acc(1) + exponential(-x)); }
+__device__ __forceinline__ acc sigmoid(acc x) { return acc(1) / (acc(1) + exp(-x)); }
 
 #define SELU_SCALE acc(1.0507009873554804934193349852946)
 #define SELU_ALPHA acc(1.6732632423543772848170429916717)
@@ -27,15 +19,15 @@ __device__ __forceinline__ acc activated(acc u, acc alpha) {
 #elif SG_ACT == SG_LRELU
     return u > acc(0) ? u : u * alpha;
 #elif SG_ACT == SG_TANH
-    return tangent(u);
+    return tanh(u);
 #elif SG_ACT == SG_SIGMOID
     return sigmoid(u);
 #elif SG_ACT == SG_ELU
-    return u > acc(0) ? u : exponential_minus_1(u);
+    return u > acc(0) ? u : expm1(u);
 #elif SG_ACT == SG_SELU
-    return SELU_SCALE * (u > acc(0) ? u : SELU_ALPHA * exponential_minus_1(u));
+    return SELU_SCALE * (u > acc(0) ? u : SELU_ALPHA * expm1(u));
 #elif SG_ACT == SG_SOFTPLUS
-    return u > acc(20) ? u : logarithm_of_1_plus(exponential(u));  // torch's becomes the identity there, too
+    return u > acc(20) ? u : log1p(exp(u));  // torch's becomes the identity there, too
 #else
     return u * sigmoid(u);
 #endif
@@ -58,7 +50,7 @@ __device__ __forceinline__ acc slope(acc a, acc alpha) {
 #elif SG_ACT == SG_SELU
     return a > acc(0) ? SELU_SCALE : a + SELU_SCALE * SELU_ALPHA;
 #elif SG_ACT == SG_SOFTPLUS
-    return -exponential_minus_1(-a);
+    return -expm1(-a);
 #else
     const acc s = sigmoid(a);
     return s * (acc(1) + a * (acc(1) - s));
@@ -75,7 +67,7 @@ __device__ __forceinline__ acc curvature(acc a) {
 #elif SG_ACT == SG_SELU
     return a > acc(0) ? acc(0) : a + SELU_SCALE * SELU_ALPHA;
 #elif SG_ACT == SG_SOFTPLUS
-    const acc s = -exponential_minus_1(-a);
+    const acc s = -expm1(-a);
     return s * (acc(1) - s);
 #elif SG_ACT == SG_SWISH
     const acc s = sigmoid(a);
@@ -87,18 +79,15 @@ __device__ __forceinline__ acc curvature(acc a) {
 
 __device__ __forceinline__ acc element(acc in, acc in2, acc ref, acc b, acc gain, acc alpha, acc clamp) {
 #if SG_ORDER == 0
-    acc v = activated(in + b, alpha) * gain;
-#if SG_CLAMP
-    v = v > clamp ? clamp : v;
-    v = v < -clamp ? -clamp : v;
-#endif
-    return v;
+    const acc v = activated(in + b, alpha) * gain;
+    return SG_CLAMP ? clamp_to(v, clamp) : v;
 #else
 #if SG_ACT == SG_SWISH
     const acc a = ref + b;
     const acc y = SG_CLAMP ? activated(a, alpha) * gain : acc(0);
 #else
-    const acc a = ref / gain, y = ref;
+    const acc a = SG_ACT == SG_RELU || SG_ACT == SG_LRELU ? ref : ref / gain;  // of these only the sign, and gain > 0
+    const acc y = ref;
 #endif
 #if SG_ORDER == 1
     acc v = in * (slope(a, alpha) * gain);
@@ -110,51 +99,39 @@ __device__ __forceinline__ acc element(acc in, acc in2, acc ref, acc b, acc gain
 #endif
 }
 
-typedef several<scalar, SG_VECTOR> step_t;
-
-__device__ __forceinline__ step_t read_step(const void* from, offset_t first) {
-    return *reinterpret_cast<const step_t*>(static_cast<const scalar*>(from) + first);
-}
-
 // The biases of the elements of a step.
 __device__ __forceinline__ void read_bias(const sg_bias_act_params& p, offset_t first, acc* bias) {
     const scalar* const b = static_cast<const scalar*>(p.b);
-    const offset_t size = static_cast<offset_t>(p.bias_size), every = static_cast<offset_t>(p.bias_step);
-#if SG_BIAS == 1
-    const acc one = load_acc(b + first / every % size);
-#elif SG_BIAS == 2
-    const step_t many = read_step(b, first % size);
-#endif
-#pragma unroll
-    for (int k = 0; k < SG_VECTOR; ++k) {
-#if SG_BIAS == 0
-        bias[k] = acc(0);
-#elif SG_BIAS == 1
-        bias[k] = one;
-#elif SG_BIAS == 2
-        bias[k] = to_acc(many.v[k]);
+    const unsigned_t size = static_cast<unsigned_t>(p.bias_size), every = static_cast<unsigned_t>(p.bias_step);
+    const unsigned_t at = static_cast<unsigned_t>(first);  // divided in fewer instructions than with a sign
+#if SG_BIAS == 2
+    read<SG_VECTOR>(b + at % size).unpack(bias);
 #else
-        bias[k] = load_acc(b + (first + k) / every % size);
+    const acc one = SG_BIAS == 1 ? load_acc(b + at / every % size) : acc(0);
+#pragma unroll
+    for (int k = 0; k < SG_VECTOR; ++k) bias[k] = SG_BIAS == 3 ? load_acc(b + (at + k) / every % size) : one;
 #endif
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(256) sg_bias_act_cuda(const sg_bias_act_params p) {
     const acc gain = static_cast<acc>(p.gain), alpha = static_cast<acc>(p.alpha), clamp = static_cast<acc>(p.clamp);
+    const scalar *const in = static_cast<const scalar*>(p.in), *const in2 = static_cast<const scalar*>(p.in2);
+    const scalar* const ref = static_cast<const scalar*>(p.ref);
+    scalar* const out = static_cast<scalar*>(p.out);
     const offset_t steps = static_cast<offset_t>(p.size / SG_VECTOR);  // the plan sees to it that there is no rest
     const offset_t stride = static_cast<offset_t>(gridDim.x) * blockDim.x;
     for (offset_t step = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x; step < steps; step += stride) {
         const offset_t first = step * SG_VECTOR;
-        const step_t in = read_step(p.in, first);
-        step_t in2 = {}, ref = {}, out;
-        if (SG_ORDER == 2) in2 = read_step(p.in2, first);
-        if (SG_ORDER > 0 && SG_HAS_REF) ref = read_step(p.ref, first);
-        acc bias[SG_VECTOR];
+        elements<SG_VECTOR> packed = read<SG_VECTOR>(in + first), packed2 = {}, packed_ref = {};
+        if (SG_ORDER == 2) packed2 = read<SG_VECTOR>(in2 + first);
+        if (SG_ORDER > 0 && SG_HAS_REF) packed_ref = read<SG_VECTOR>(ref + first);
+        acc v[SG_VECTOR], v2[SG_VECTOR], at[SG_VECTOR], bias[SG_VECTOR];
+        packed.unpack(v);
+        packed2.unpack(v2);
+        packed_ref.unpack(at);
         read_bias(p, first, bias);
 #pragma unroll
-        for (int k = 0; k < SG_VECTOR; ++k)
-            out.v[k] = from_acc<scalar>(
-                element(to_acc(in.v[k]), to_acc(in2.v[k]), to_acc(ref.v[k]), bias[k], gain, alpha, clamp));
-        *reinterpret_cast<step_t*>(static_cast<scalar*>(p.out) + first) = out;
+        for (int k = 0; k < SG_VECTOR; ++k) v[k] = element(v[k], v2[k], at[k], bias[k], gain, alpha, clamp);
+        write<SG_VECTOR>(out + first, v);
     }
 }

@@ -15,8 +15,8 @@
 // SG_ACTIVATE and SG_RECORD give equal outputs bit for bit, whatever their tiles: each sum takes its terms in the
 // order of the taps, and multiply-adds are written as such, so that no compiler decides which products are rounded.
 //
-// A row of the mask: for each 32 columns a word "passes as it is" and a word "passes times slope", the votes of a warp.
-// Tiles begin at multiples of 32 columns of the grid where bits are recorded, so each word has one writer.
+// A row of the mask: for each 32 columns a word "not clamped" and a word "above zero", the votes of a warp. Tiles
+// begin at multiples of 32 columns of the grid where bits are recorded, so each word has one writer.
 #include "filtered_lrelu.h"
 #include "../cuda.cuh"
 
@@ -25,9 +25,7 @@
 #else
 #define UNROLL _Pragma("unroll 1")
 #endif
-#define UP_TO(multiple, n) (((n) + (multiple) - 1) / (multiple) * (multiple))
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
-#define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs that shared memory gives at once
 
 // ---- Columns
 
@@ -39,7 +37,7 @@
 #define WIDE_P UP_TO(RUN, THREADS)
 #define READS_X UP_TO(QUAD, SG_SHIFT + FIRST_X(RUN - 1) + STEPS_X)
 #define IN_P UP_TO(LARGER(QUAD, SG_LOAD), (WIDE_P / RUN - 1) * QUAD + READS_X)
-#define WORDS (THREADS / 32 + 1)                    // of bits that a row of a tile needs, wherever they begin
+#define WORDS (THREADS / 32 + (SG_MODE == SG_GATE ? 1 : 0))  // of bits of a row of a tile; gates begin anywhere
 
 // ---- Rows, taken in blocks of SG_PERIOD of the upsampled image
 
@@ -64,7 +62,6 @@
 // ---- The 1-D down filter along x
 
 #define COLUMNS (QUAD % SG_DOWN == 0 ? QUAD / SG_DOWN : 1)
-#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // read at once by threads that far apart
 
 // ---- Taps in shared memory
 
@@ -72,11 +69,6 @@
 #define PADDED_DX UP_TO(QUAD, SG_TAPS_DX)
 #define TAPS_U (SG_SEPARABLE_U ? SG_TAPS_UX + SG_TAPS_UY : SG_TAPS_UY * PADDED_UX)  // along x, then along y
 #define TAPS_D (SG_SEPARABLE_D ? SG_TAPS_DX : SG_TAPS_DY * PADDED_DX)
-
-__device__ __forceinline__ constexpr bool exists(int tap, int taps) { return tap >= 0 && tap < taps; }
-__device__ __forceinline__ bool within(int i, int size) {
-    return static_cast<unsigned>(i) < static_cast<unsigned>(size);
-}
 
 // In correlation order, the gain in those of the up filter (along y).
 __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc* up, acc* down) {
@@ -102,16 +94,6 @@ __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc
     }
 }
 
-template <int N, int AT_ONCE>
-__device__ __forceinline__ void read_shared(const acc* from, acc* to) {
-#pragma unroll
-    for (int i = 0; i < N; i += AT_ONCE) {
-        const several<acc, AT_ONCE> part = *reinterpret_cast<const several<acc, AT_ONCE>*>(from + i);
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) to[i + k] = part.v[k];
-    }
-}
-
 // What a block works on.
 struct tile_t {
     const scalar* x;      // the image plane
@@ -125,48 +107,66 @@ struct tile_t {
 
 // ---- Inputs
 
-// Fetch rows of inputs, biased, zeros where there is no image; four loads of a thread are on their way at once.
+// Fetch rows of inputs, biased, zeros where there is no image. A thread stays in its columns; four loads of it are on
+// their way at once.
 __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, acc* in) {
-    typedef several<scalar, SG_LOAD> unit;
-    constexpr int units = IN_P / SG_LOAD, part = SG_LOAD < QUAD ? SG_LOAD : QUAD;
+    constexpr int units = IN_P / SG_LOAD, span = units < THREADS ? units : THREADS, step = THREADS / span;
+    constexpr int part = SG_LOAD < QUAD ? SG_LOAD : QUAD;
     const offset_t stride_y = static_cast<offset_t>(p.x_stride[2]);
-    for (int first = threadIdx.x; first < rows * units; first += 4 * THREADS) {
-        unit fetched[4];
-        bool there[4];
+    const int first_row = static_cast<int>(threadIdx.x) / span;
+    if (first_row >= step) return;
+    for (int unit = static_cast<int>(threadIdx.x) % span; unit < units; unit += span) {
+        const int ix = tile.ix + unit * SG_LOAD;
+        const bool has_column = in_range(ix, p.in_w);
+        const scalar* from = tile.x + (tile.iy + first_row) * stride_y + ix;
+        acc* to = in + (first_row * units + unit) * SG_LOAD;
+        for (int row = first_row; row < rows; row += 4 * step) {
+            elements<SG_LOAD> fetched[4];
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            const int i = first + t * THREADS, row = i / units, ix = tile.ix + i % units * SG_LOAD, iy = tile.iy + row;
-            there[t] = row < rows && within(iy, p.in_h) && within(ix, p.in_w);
-            fetched[t] = unit{};
-            if (there[t]) fetched[t] = *reinterpret_cast<const unit*>(tile.x + iy * stride_y + ix);
-        }
+            for (int t = 0; t < 4; ++t, from += step * stride_y)
+                fetched[t] = read_if<SG_LOAD>(has_column && in_range(tile.iy + row + t * step, p.in_h), from);
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            const int i = first + t * THREADS;
-            if (i >= rows * units) continue;
+            for (int t = 0; t < 4; ++t, to += step * IN_P) {
+                if (row + t * step >= rows) continue;
+                // Padding is zero, so the bias is not in it.
+                const acc bias = has_column && in_range(tile.iy + row + t * step, p.in_h) ? tile.bias : acc(0);
+                acc pixels[SG_LOAD];
+                fetched[t].unpack(pixels);
 #pragma unroll
-            for (int k = 0; k < SG_LOAD; k += part) {
-                several<acc, part> values;
+                for (int k = 0; k < SG_LOAD; k += part) {
+                    vec<acc, part> values;
 #pragma unroll
-                for (int e = 0; e < part; ++e) values.v[e] = there[t] ? tile.bias + to_acc(fetched[t].v[k + e]) : acc(0);
-                *reinterpret_cast<several<acc, part>*>(in + i * SG_LOAD + k) = values;
+                    for (int e = 0; e < part; ++e) values.v[e] = bias + pixels[k + e];
+                    *reinterpret_cast<vec<acc, part>*>(to + k) = values;
+                }
             }
         }
     }
 }
 
-#if SG_MODE == SG_GATE
-typedef several<unsigned, 2> gate_t;
+// Two words of bits for 32 elements of the grid: not clamped, above zero.
+typedef vec<unsigned, 2> bits_t;
 
+#if SG_MODE == SG_GATE
 // Fetch the recorded bits of a tile, zeros (nothing passes) where nothing was recorded.
-__device__ __forceinline__ void stage_gates(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, gate_t* gates) {
+__device__ __forceinline__ void read_mask(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, bits_t* bits) {
     const int first = (tile.gx + p.mask_off_x) >> 5, words = (p.mask_w + 31) >> 5;
     for (int i = threadIdx.x; i < rows * WORDS; i += THREADS) {
         const int my = tile.gy + p.mask_off_y + i / WORDS, word = first + i % WORDS;
-        gate_t found = {};
-        if (within(my, p.mask_h) && within(word, words))
-            found = reinterpret_cast<const gate_t*>(tile.mask + static_cast<long long>(my) * p.mask_row_bytes)[word];
-        gates[i] = found;
+        bits_t found = {};
+        if (in_range(my, p.mask_h) && in_range(word, words))
+            found = reinterpret_cast<const bits_t*>(tile.mask + static_cast<long long>(my) * p.mask_row_bytes)[word];
+        bits[i] = found;
+    }
+}
+#elif SG_MODE == SG_RECORD
+// Write the bits of a tile that are its to write.
+__device__ __forceinline__ void write_mask(const sg_filtered_lrelu_params& p, const tile_t& tile, const bits_t* bits) {
+    const int rows = tile.owned_h - tile.gy;
+    for (int i = threadIdx.x; i < rows * WORDS; i += THREADS) {
+        const int row = i / WORDS, word = i % WORDS;
+        unsigned char* const to = tile.mask + static_cast<long long>(tile.gy + row) * p.mask_row_bytes;
+        if (tile.gx + word * 32 < tile.owned_w) reinterpret_cast<bits_t*>(to)[tile.gx / 32 + word] = bits[i];
     }
 }
 #endif
@@ -189,16 +189,16 @@ __device__ __forceinline__ void filter_rows(const acc* shared_taps, const acc* i
         acc* const to = wide + row * WIDE_P + run * RUN;
 UNROLL
         for (int column = 0; column < RUN; column += QUAD) {
-            several<acc, QUAD> sums = {};
+            vec<acc, QUAD> sums = {};
 UNROLL
             for (int c = 0; c < QUAD; ++c) {
 UNROLL
                 for (int t = 0; t < STEPS_X; ++t) {
                     const int input = FIRST_X(column + c) + t, k = input * SG_UP + SG_PHASE_X - column - c;
-                    if (exists(k, SG_TAPS_UX)) sums.v[c] = mul_add(taps[k], values[SG_SHIFT + input], sums.v[c]);
+                    if (in_range(k, SG_TAPS_UX)) sums.v[c] = mul_add(taps[k], values[SG_SHIFT + input], sums.v[c]);
                 }
             }
-            *reinterpret_cast<several<acc, QUAD>*>(to + column) = sums;
+            *reinterpret_cast<vec<acc, QUAD>*>(to + column) = sums;
         }
     }
 }
@@ -206,59 +206,55 @@ UNROLL
 
 // ---- Down a column
 
-// Leaky ReLU and clamp, by value or by recorded bits, at a row of the tile's part of the grid.
+// Leaky ReLU and clamp, by value or by recorded bits, row after row of the tile's part of the grid.
 struct activation_t {
     acc slope, clamp;
 #if SG_MODE == SG_GATE
-    const gate_t* gates;  // of this column
-    int bit;
+    const bits_t* bits;  // of this column, in the next row
+    unsigned mine;       // the bit of this column
 #elif SG_MODE == SG_RECORD
-    unsigned char* words;  // of this warp, in the first row
-    long long row_bytes;
-    int rows;              // that this thread writes
-    bool recorded;         // column of the mask
+    bits_t* bits;        // of this warp, in the next row
+    bool writes;         // one lane of a warp
+    bool recorded;       // column of the mask
 #endif
 
-    __device__ __forceinline__ activation_t(const sg_filtered_lrelu_params& p, const tile_t& tile, const void* shared_gates)
+    __device__ __forceinline__ activation_t(const sg_filtered_lrelu_params& p, const tile_t& tile, void* shared_bits)
         : slope(static_cast<acc>(p.slope)), clamp(static_cast<acc>(p.clamp)) {
         const int column = static_cast<int>(threadIdx.x);
 #if SG_MODE == SG_GATE
         const int mx = tile.gx + p.mask_off_x + column;
-        gates = static_cast<const gate_t*>(shared_gates) + ((mx >> 5) - ((tile.gx + p.mask_off_x) >> 5));
-        bit = mx & 31;
+        bits = static_cast<const bits_t*>(shared_bits) + ((mx >> 5) - ((tile.gx + p.mask_off_x) >> 5));
+        mine = 1u << (mx & 31);
 #elif SG_MODE == SG_RECORD
-        const int gx = tile.gx + column;
-        row_bytes = p.mask_row_bytes;
-        words = tile.mask + static_cast<long long>(tile.gy) * row_bytes + (gx >> 5) * 8;
-        rows = column % 32 == 0 && gx < tile.owned_w ? tile.owned_h - tile.gy : 0;
-        recorded = gx < p.mask_w;
+        bits = static_cast<bits_t*>(shared_bits) + column / 32;
+        writes = column % 32 == 0;
+        recorded = tile.gx + column < p.mask_w;
 #endif
         (void)column;
     }
 
-    __device__ __forceinline__ acc operator()(acc u, int row) const {
+    // Row s of a block.
+    __device__ __forceinline__ acc operator()(acc u, int s) const {
 #if SG_MODE == SG_GATE
-        const gate_t found = gates[row * WORDS];
-        const acc scaled = (found.v[1] >> bit) & 1u ? u * slope : acc(0);
-        return (found.v[0] >> bit) & 1u ? u : scaled;
+        const bits_t found = bits[s * WORDS];
+        const acc v = found.v[1] & mine ? u : u * slope;
+        return found.v[0] & mine ? v : acc(0);
 #else
         const bool positive = u > acc(0);
-        acc v = positive ? u : u * slope;
+        const acc v = positive ? u : u * slope;
 #if SG_MODE == SG_RECORD
-        bool inside = recorded;
-#if SG_CLAMPS
-        inside = inside && v <= clamp && v >= -clamp;
+        bits_t votes;
+        votes.v[0] = __ballot_sync(0xffffffffu, SG_CLAMPS ? recorded && fabs(v) <= clamp : recorded);
+        votes.v[1] = __ballot_sync(0xffffffffu, positive);
+        if (writes) bits[s * WORDS] = votes;
 #endif
-        several<unsigned, 2> votes;
-        votes.v[0] = __ballot_sync(0xffffffffu, positive && inside);
-        votes.v[1] = __ballot_sync(0xffffffffu, !positive && inside);
-        if (row < rows) *reinterpret_cast<several<unsigned, 2>*>(words + row * row_bytes) = votes;
+        return SG_CLAMPS ? clamp_to(v, clamp) : v;
 #endif
-#if SG_CLAMPS
-        v = v > clamp ? clamp : v;
-        v = v < -clamp ? -clamp : v;
-#endif
-        return v;
+    }
+
+    __device__ __forceinline__ void next_block() {
+#if SG_MODE != SG_ACTIVATE
+        bits += SG_PERIOD * WORDS;
 #endif
     }
 };
@@ -308,7 +304,7 @@ UNROLL
 UNROLL
         for (int s = 0; s < OPEN_U; ++s) {
             const int k = (EARLY + input) * SG_UP + SG_PHASE_Y - s;
-            if (exists(k, SG_TAPS_UY)) rows[s] = mul_add(taps[k], value, rows[s]);
+            if (in_range(k, SG_TAPS_UY)) rows[s] = mul_add(taps[k], value, rows[s]);
         }
 #else
         acc values[STEPS_X];
@@ -318,7 +314,7 @@ UNROLL
 UNROLL
         for (int s = 0; s < OPEN_U; ++s) {
             const int k = (EARLY + input) * SG_UP + SG_PHASE_Y - s;
-            if (!exists(k, SG_TAPS_UY)) continue;
+            if (!in_range(k, SG_TAPS_UY)) continue;
 UNROLL
             for (int t = 0; t < STEPS_X; ++t) {
 #if KEEPS_TAPS_2D
@@ -340,11 +336,11 @@ UNROLL
 #if SG_SEPARABLE_D
 // The down filter along y for one column: rows of outputs not complete yet.
 struct filtered_t {
-    acc* to;  // this column of the rows that are only left to be filtered along x
+    acc* to;  // this column of the rows that are only left to be filtered along x, from the first open one on
     acc taps[SG_TAPS_DY];
     acc rows[OPEN_D];
 
-    __device__ __forceinline__ filtered_t(const acc* shared_taps, acc* area) : to(area + threadIdx.x) {
+    __device__ __forceinline__ filtered_t(const acc* shared_taps, acc* area) : to(area + static_cast<int>(threadIdx.x) - LATE * THREADS) {
 UNROLL
         for (int k = 0; k < SG_TAPS_DY; ++k) taps[k] = shared_taps[k];
 UNROLL
@@ -352,11 +348,11 @@ UNROLL
     }
 
     // Add what row s of a block gives.
-    __device__ __forceinline__ void take(acc v, int, int s) {
+    __device__ __forceinline__ void take(acc v, int s) {
 UNROLL
         for (int a = 0; a < OPEN_D; ++a) {
             const int k = s - (a - LATE) * SG_DOWN;
-            if (exists(k, SG_TAPS_DY)) rows[a] = mul_add(taps[k], v, rows[a]);
+            if (in_range(k, SG_TAPS_DY)) rows[a] = mul_add(taps[k], v, rows[a]);
         }
     }
 
@@ -365,14 +361,15 @@ UNROLL
 UNROLL
         for (int a = 0; a < OUTPUTS; ++a) {
             const int j = b * OUTPUTS + a - LATE;
-            if (within(j, count)) to[j * THREADS] = rows[a];
+            if (in_range(j, count)) to[a * THREADS] = rows[a];
         }
+        to += OUTPUTS * THREADS;
 UNROLL
         for (int a = 0; a < OPEN_D; ++a) rows[a] = a + OUTPUTS < OPEN_D ? rows[(a + OUTPUTS) % OPEN_D] : acc(0);
     }
 };
 
-// Filter along x what has been filtered along y, and write it.
+// Filter along x what has been filtered along y, and write it. A thread stays in its columns.
 __device__ __forceinline__ void write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* shared_taps, const acc* tall, scalar* y) {
 #if SG_UNROLL
@@ -382,29 +379,25 @@ __device__ __forceinline__ void write_outputs(
 #else
     const acc* const taps = shared_taps;
 #endif
-    constexpr int groups = SG_TILE_W / COLUMNS, at_once = WIDEST(COLUMNS * SG_DOWN);
+    constexpr int groups = SG_TILE_W / COLUMNS, step = THREADS / groups, at_once = WIDEST(COLUMNS * SG_DOWN);
     constexpr int reads = UP_TO(at_once, (COLUMNS - 1) * SG_DOWN + SG_TAPS_DX);
-    for (int i = threadIdx.x; i < tile.rows * groups; i += THREADS) {
-        const int row = i / groups, column = i % groups * COLUMNS;
-        if (column >= tile.columns) continue;
-        acc values[reads];
-        read_shared<reads, at_once>(tall + row * THREADS + column * SG_DOWN, values);
-        several<scalar, COLUMNS> out;
+    static_assert(step >= 1, "a thread has outputs of one column group");
+    const int first_row = static_cast<int>(threadIdx.x) / groups, column = static_cast<int>(threadIdx.x) % groups * COLUMNS;
+    if (first_row >= step || column >= tile.columns) return;
+    const offset_t stride_y = static_cast<offset_t>(p.y_stride[2]);
+    const acc* from = tall + first_row * THREADS + column * SG_DOWN;
+    scalar* to = y + first_row * stride_y + column;
+#pragma unroll 2
+    for (int row = first_row; row < tile.rows; row += step, from += step * THREADS, to += step * stride_y) {
+        acc values[reads], sums[COLUMNS] = {};
+        read_shared<reads, at_once>(from, values);
 UNROLL
-        for (int c = 0; c < COLUMNS; ++c) {
-            acc sum = acc(0);
-UNROLL
-            for (int k = 0; k < SG_TAPS_DX; ++k) sum = mul_add(taps[k], values[c * SG_DOWN + k], sum);
-            out.v[c] = from_acc<scalar>(sum);
-        }
-        scalar* const to = y + row * static_cast<offset_t>(p.y_stride[2]) + column;
-#if SG_STORE > 1
-        *reinterpret_cast<several<scalar, COLUMNS>*>(to) = out;
-#else
-#pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-            if (column + c < tile.columns) to[c] = out.v[c];
-#endif
+UNROLL
+            for (int k = 0; k < SG_TAPS_DX; ++k) sums[c] = mul_add(taps[k], values[c * SG_DOWN + k], sums[c]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c += SG_STORE)
+            if (column + c < tile.columns) write<SG_STORE>(to + c, sums + c);
     }
 }
 #else
@@ -414,11 +407,11 @@ __device__ __forceinline__ int place(int column) {  // in a row of the grid
 }
 
 struct filtered_t {
-    acc* to;  // this column of the grid
+    acc* to;  // this column of the grid, from the next row on
 
     __device__ __forceinline__ filtered_t(const acc*, acc* area) : to(area + place(threadIdx.x)) {}
-    __device__ __forceinline__ void take(acc v, int row, int) { to[row * GRID_P] = v; }
-    __device__ __forceinline__ void next_block(int, int) {}
+    __device__ __forceinline__ void take(acc v, int s) { to[s * GRID_P] = v; }
+    __device__ __forceinline__ void next_block(int, int) { to += SG_PERIOD * GRID_P; }
 };
 
 // Filter the grid and write the outputs, of which a thread has a few in each of a few rows.
@@ -441,7 +434,7 @@ UNROLL
 UNROLL
             for (int j = 0; j < ROWS_2D; ++j) {
                 const int ky = r - j * SG_DOWN;
-                if (!exists(ky, SG_TAPS_DY)) continue;
+                if (!in_range(ky, SG_TAPS_DY)) continue;
 UNROLL
                 for (int kx = 0; kx < SG_TAPS_DX; ++kx) {
                     const acc tap = taps[ky * PADDED_DX + kx];
@@ -462,12 +455,8 @@ UNROLL
             scalar* const to = y + (row + j) * static_cast<offset_t>(p.y_stride[2]) + column;
             if (row + j >= tile.rows) continue;
 #pragma unroll
-            for (int c = 0; c < COLUMNS_2D; c += SG_STORE) {
-                several<scalar, SG_STORE> out;
-#pragma unroll
-                for (int k = 0; k < SG_STORE; ++k) out.v[k] = from_acc<scalar>(sums[j][c + k]);
-                if (column + c < tile.columns) *reinterpret_cast<several<scalar, SG_STORE>*>(to + c) = out;
-            }
+            for (int c = 0; c < COLUMNS_2D; c += SG_STORE)
+                if (column + c < tile.columns) write<SG_STORE>(to + c, sums[j] + c);
         }
     }
 }
@@ -513,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
         if (work != blockIdx.x) __syncthreads();  // the tile before is done with
         stage(p, tile, inputs, in);
 #if SG_MODE == SG_GATE
-        stage_gates(p, tile, blocks * SG_PERIOD, reinterpret_cast<gate_t*>(end));
+        read_mask(p, tile, blocks * SG_PERIOD, reinterpret_cast<bits_t*>(end));
 #endif
         __syncthreads();
 #if SG_SEPARABLE_U
@@ -522,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
 #endif
         // Whole warps, which vote together.
         if (static_cast<int>(threadIdx.x) / 32 * 32 < (tile.columns - 1) * SG_DOWN + SG_TAPS_DX) {
-            const activation_t activate(p, tile, end);
+            activation_t activate(p, tile, end);
             upsampled_t upsampled(up, in, wide);
             filtered_t to(down, filtered);
 UNROLL
@@ -532,10 +521,8 @@ UNROLL
 UNROLL
                 for (int i = 0; i < INPUTS; ++i) upsampled.take(i);
 UNROLL
-                for (int s = 0; s < SG_PERIOD; ++s) {
-                    const int row = b * SG_PERIOD + s;
-                    to.take(activate(upsampled.rows[s], row), row, s);
-                }
+                for (int s = 0; s < SG_PERIOD; ++s) to.take(activate(upsampled.rows[s], s), s);
+                activate.next_block();
                 upsampled.next_block();
                 to.next_block(b, tile.rows);
             }
@@ -544,5 +531,8 @@ UNROLL
         scalar* const y = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) +
                           c * static_cast<offset_t>(p.y_stride[1]) + oy * static_cast<offset_t>(p.y_stride[2]) + ox;
         write_outputs(p, tile, down, filtered, y);
+#if SG_MODE == SG_RECORD
+        write_mask(p, tile, reinterpret_cast<const bits_t*>(end));
+#endif
     }
 }

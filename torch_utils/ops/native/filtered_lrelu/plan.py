@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..params import GATE, RECORD, FilteredLrelu
+from ..params import ACTIVATE, GATE, RECORD, FilteredLrelu
 from ..plan import ITEM_BYTES, MAX_GRID, Plan, ceil_div, extent, is_wide, shared_limit
 
 WARP = 32
@@ -17,7 +17,7 @@ WARPS = (2, 4, 7)  # of a block, a few numbers, or every size of a layer would b
 MAX_WARPS = 32  # for filters that need them
 MAX_ROWS = 64  # of outputs of a tile
 ROWS_2D = 4  # of outputs that a thread filters at once
-BUSY = 12  # warps of a multiprocessor that hide each other's waits
+BUSY = 18  # warps of a multiprocessor, so that some compute while the others wait for memory or a barrier
 WRITTEN_OUT = 4096  # multiplications that compile within a second or two; beyond that they are looped over
 
 
@@ -121,8 +121,8 @@ class Axes(NamedTuple):
         staged = inputs * in_p
         accs = _up_to(self.quad, taps_u) + _up_to(self.quad, taps_d)
         accs += max(staged, filtered) + inputs * wide_p if self.separable_u else staged + filtered
-        gates = blocks * self.period * (threads // WARP + 1) * 8 if p.mode == GATE else 0
-        return accs * self.acc_bytes + gates
+        words = 0 if p.mode == ACTIVATE else threads // WARP + (p.mode == GATE)
+        return accs * self.acc_bytes + blocks * self.period * words * 8
 
 
 # ---- Tiles
@@ -168,17 +168,18 @@ def _heights(p: FilteredLrelu, axes: Axes) -> Iterator[int]:
 
 
 def work(p: FilteredLrelu, axes: Axes, width: int, height: int) -> float:
-    """About the instructions of the threads for one image plane."""
+    """About the instructions of the threads for one image plane, as counted in what is compiled for sm_90."""
     steps_x, steps_y = ceil_div(axes.ux, p.up), ceil_div(axes.uy, p.up)
+    activation = (4, 9, 6)[p.mode] + 5 / p.up  # of an element of the grid; and of a block of rows
     total = 0.0
     for tiles_y, rows in _shares(p.out_h, height):
         inputs, grid = axes.inputs(rows), axes.blocks(rows) * axes.period
         for tiles_x, columns in _shares(p.out_w, width):
             threads, all_threads = axes.threads(columns), axes.threads(width)
-            one = inputs * all_threads * (4 / p.up + (steps_x + 2 if axes.separable_u else 0))
-            one += grid * threads * (steps_y * (1 if axes.separable_u else steps_x) + 12)
+            one = inputs * all_threads * (8 / p.up + (steps_x + 3 if axes.separable_u else 0))
+            one += grid * threads * (steps_y * (1 if axes.separable_u else steps_x) + activation)
             if axes.separable_d:
-                one += grid * threads * axes.dy / p.down + rows * columns * (axes.dx + 6)
+                one += grid * threads * (axes.dy + 4) / p.down + rows * columns * (axes.dx + 7)
             else:
                 items = ceil_div(rows, ROWS_2D) * ceil_div(columns, axes.columns_2d)
                 rounds = ceil_div(items, all_threads) * all_threads * ROWS_2D * axes.columns_2d

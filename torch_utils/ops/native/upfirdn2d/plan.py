@@ -16,9 +16,13 @@ THREADS = 256
 WARP = 32
 ROWS = 8  # of a thread, if there are so many
 COMFORTABLE = 48 * 1024  # bytes of shared memory, of which several blocks find room side by side
-WRITTEN_OUT = (
-    1024  # multiplications of a thread that compile within a second; beyond that they are looped over
-)
+WRITTEN_OUT = 1024  # multiplications of a thread that compile within a second; beyond that they are loops
+
+# Channels-last: fewer threads with more registers each, so that more loads are on their way, fewer repeated.
+THREADS_LAST = 128
+COLUMNS = 2  # of outputs of a thread, if there are so many
+SUMS = 64  # bytes of accs of a row of a thread's outputs
+WRITTEN_OUT_LAST = 2048
 
 
 class Axis(NamedTuple):
@@ -186,40 +190,38 @@ def _written_out(p: Upfirdn2d, x: Axis, y: Axis, rows: int, columns: int) -> int
 
 def _channels_last(p: Upfirdn2d, x: Axis, y: Axis) -> _Chosen | None:
     """None for filters so long that what threads share is worth more than what they read together."""
-    item = ITEM_BYTES[p.dtype]
+    item, acc, columns = ITEM_BYTES[p.dtype], _acc_bytes(p), x.unit * max(1, COLUMNS // x.unit)
     vector = 16 // item
     steps = [p.c, *(p.x_stride[i] for i in (0, 2, 3)), *(p.y_stride[i] for i in (0, 2, 3))]
     while vector > 1 and (
         any(step % vector for step in steps)
         or any((address or 0) % (vector * item) for address in (p.x, p.y))
-        or vector * x.unit * _acc_bytes(p) > 32
+        or vector * columns * acc > SUMS
     ):
         vector //= 2
-    columns, rows = x.unit, y.unit * max(1, ROWS // y.unit)
-    while rows > y.unit and rows >= 2 * p.out_h:
-        rows = y.unit * max(1, rows // y.unit // 2)
     separable = p.f_h == 0
+    # A filter that is kept as [y][x] taps and is a product of two costs half where each pixel meets all taps.
+    factors = not separable and (x.up, x.down, y.up, y.down) == (1, 1, 1, 1) and x.taps * y.taps <= WARP
+    rows = y.unit * max(1, ROWS // y.unit)
     while True:
         work = rows * x.steps * y.steps
-        if separable:
+        if separable or factors:
             work = y.needs(rows) * x.steps + rows * y.steps
-        if work * columns * vector <= WRITTEN_OUT:
+        if work * columns * vector <= WRITTEN_OUT_LAST and (rows == y.unit or rows < 2 * p.out_h):
             break
         if rows == y.unit:
             return None
         rows = y.unit * max(1, rows // y.unit // 2)
     groups = p.c // vector
-    lanes = next(
-        lanes for lanes in range(min(groups, 16), 0, -1) if lanes * ceil_div(groups, lanes) == groups
-    )
-    lanes = max(lanes, min(groups, 8))  # better some idle than accesses far apart
+    # Side by side 128 bytes of a pixel, or a little more if that divides the channels evenly.
+    lanes = next((lanes for lanes in range(8, 17) if groups % lanes == 0), min(groups, 8))
     taps = x.taps + y.taps if separable else x.taps * y.taps
-    tiles = ceil_div(p.out_w, THREADS // lanes * columns) * ceil_div(p.out_h, rows)
+    tiles = ceil_div(p.out_w, THREADS_LAST // lanes * columns) * ceil_div(p.out_h, rows)
     macros = (
         *(("SG_CHANNELS_LAST", 1), ("SG_COLUMNS", columns), ("SG_ROWS", rows), ("SG_LANES", lanes)),
-        *(("SG_VECTOR", vector), ("SG_UNROLL", 1)),
+        *(("SG_VECTOR", vector), ("SG_UNROLL", 1), ("SG_FACTORS", int(factors))),
     )
-    return macros, p.n * ceil_div(groups, lanes) * tiles, THREADS, taps * _acc_bytes(p)
+    return macros, p.n * ceil_div(groups, lanes) * tiles, THREADS_LAST, taps * acc
 
 
 def _acc_bytes(p: Upfirdn2d) -> int:

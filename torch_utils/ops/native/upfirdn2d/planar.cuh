@@ -1,11 +1,8 @@
 // Planar images and those of any strides: a tile of one image plane is a block's. Part of upfirdn2d.cu.
 
-#define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs that shared memory gives at once
 #define THREAD_ROWS (SG_THREADS / SG_LANES)
 #define TILE_W (SG_LANES * SG_COLUMNS)
 #define TILE_H (THREAD_ROWS * SG_ROWS)
-#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // for threads that far apart
-#define UP_TO(multiple, n) (((n) + (multiple) - 1) / (multiple) * (multiple))
 #define READS_X UP_TO(WIDEST(ADVANCE_X), SG_SHIFT + NEEDS_X)
 #define STAGED_W UP_TO(SG_LOAD, (SG_LANES - 1) * ADVANCE_X + SG_SHIFT + NEEDS_X)
 #define STAGED_H ((THREAD_ROWS - 1) * ADVANCE_Y + NEEDS_Y)
@@ -19,16 +16,6 @@ static_assert(
     (TILE_ACCS + ROW_ACCS + TAPS) * sizeof(acc) + (REGROUPS ? 2 * SG_THREADS * SG_COLUMNS * sizeof(scalar) : 0) ==
         SG_SHARED_BYTES, "the plan counts shared memory otherwise");
 
-template <int N, int AT_ONCE>
-__device__ __forceinline__ void read_shared(const acc* from, acc* to) {
-#pragma unroll
-    for (int i = 0; i < N; i += AT_ONCE) {
-        const several<acc, AT_ONCE> part = *reinterpret_cast<const several<acc, AT_ONCE>*>(from + i);
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) to[i + k] = part.v[k];
-    }
-}
-
 // ---- Inputs
 
 // How many lanes fetch a row: those of which the fewest have nothing to do.
@@ -40,7 +27,7 @@ __device__ __forceinline__ constexpr int best_span(int units) {
 // Fetch the part of a plane that begins at (ix0, iy0), zeros where there is no image. Loads go out many at a
 // time.
 __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar* x, int ix0, int iy0, acc* tile) {
-    typedef several<scalar, SG_LOAD> unit;
+    typedef elements<SG_LOAD> unit;
     constexpr int units = STAGED_W / SG_LOAD, span = best_span(units), passes = (units + span - 1) / span;
     constexpr int step = SG_THREADS / span, rounds = (STAGED_H + step - 1) / step;
     constexpr int fitting = passes < 20 ? 20 / passes : 1, together = fitting < rounds ? fitting : rounds;
@@ -52,14 +39,14 @@ __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar
 #pragma unroll
         for (int t = 0; t < together; ++t) {
             const int row = row0 + t * step, iy = iy0 + row;
-            const bool there = row < STAGED_H && within(iy, p.in_h);
+            const bool there = row < STAGED_H && in_range(iy, p.in_h);
             const scalar* const from = x + iy * stride_y;  // looked at only if there
 #pragma unroll
             for (int q = 0; q < passes; ++q) {
                 const int column = side + q * span * SG_LOAD, ix = ix0 + column;
                 fetched[t][q] = unit{};
-                if (there && column < STAGED_W && within(ix, p.in_w))
-                    fetched[t][q] = *reinterpret_cast<const unit*>(from + ix * stride_x);
+                if (there && column < STAGED_W && in_range(ix, p.in_w))
+                    fetched[t][q] = read<SG_LOAD>(from + ix * stride_x);
             }
         }
 #pragma unroll
@@ -68,11 +55,10 @@ __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar
 #pragma unroll
             for (int q = 0; q < passes; ++q) {
                 const int column = side + q * span * SG_LOAD;
-                several<acc, SG_LOAD> values;
-#pragma unroll
-                for (int k = 0; k < SG_LOAD; ++k) values.v[k] = to_acc(fetched[t][q].v[k]);
+                vec<acc, SG_LOAD> values;
+                fetched[t][q].unpack(values.v);
                 if (row < STAGED_H && column < STAGED_W)
-                    *reinterpret_cast<several<acc, SG_LOAD>*>(tile + row * PITCH + column) = values;
+                    *reinterpret_cast<vec<acc, SG_LOAD>*>(tile + row * PITCH + column) = values;
             }
         }
     }
@@ -103,12 +89,8 @@ __device__ __forceinline__ void put(const sg_upfirdn2d_params& p, const place& a
     }
 #else
 #pragma unroll
-    for (int c = 0; c < SG_COLUMNS; c += SG_STORE) {
-        several<scalar, SG_STORE> part;
-#pragma unroll
-        for (int k = 0; k < SG_STORE; ++k) part.v[k] = from_acc<scalar>(sums[c + k]);
-        if (j < at.rows && c < at.columns) *reinterpret_cast<several<scalar, SG_STORE>*>(row + c * stride_x) = part;
-    }
+    for (int c = 0; c < SG_COLUMNS; c += SG_STORE)
+        if (j < at.rows && c < at.columns) write<SG_STORE>(row + c * stride_x, sums + c);
 #endif
 }
 
@@ -121,7 +103,7 @@ UNROLL
 UNROLL
         for (int t = 0; t < (SG_TAPS_X + SG_UP_X - 1) / SG_UP_X; ++t) {
             const int i = (c * SG_DOWN_X - SG_PHASE_X + SG_UP_X - 1) / SG_UP_X + t, k = tap_x(i, c);
-            if (exists(k, SG_TAPS_X)) sums[c] += taps[k] * in[SG_SHIFT + i];
+            if (in_range(k, SG_TAPS_X)) sums[c] += taps[k] * in[SG_SHIFT + i];
         }
     }
 }
@@ -164,7 +146,7 @@ UNROLL
 UNROLL
         for (int j = 0; j < SG_ROWS; ++j) {
             const int k = tap_y(r, j);
-            if (exists(k, SG_TAPS_Y)) {
+            if (in_range(k, SG_TAPS_Y)) {
 #if SG_SEPARABLE
                 const acc tap = taps[SG_TAPS_X + k];
 #pragma unroll
@@ -190,10 +172,10 @@ extern "C" __global__ void __launch_bounds__(SG_THREADS) sg_upfirdn2d_cuda(const
     at.regroup = reinterpret_cast<scalar*>(shared_taps + TAPS) + thread_row * TILE_W;
     const acc tap = first_tap(p);
     const unsigned tiles_x = (p.out_w + TILE_W - 1) / TILE_W, tiles_y = (p.out_h + TILE_H - 1) / TILE_H;
-    const count_t total = static_cast<count_t>(p.n) * p.c * tiles_x * tiles_y;
-    for (count_t work = blockIdx.x; work < total; work += gridDim.x) {
+    const unsigned_t total = static_cast<unsigned_t>(p.n) * p.c * tiles_x * tiles_y;
+    for (unsigned_t work = blockIdx.x; work < total; work += gridDim.x) {
         const int x0 = static_cast<int>(work % tiles_x) * TILE_W, y0 = static_cast<int>(work / tiles_x % tiles_y) * TILE_H;
-        const count_t plane = work / tiles_x / tiles_y;
+        const unsigned_t plane = work / tiles_x / tiles_y;
         const offset_t n = static_cast<offset_t>(plane / p.c), c = static_cast<offset_t>(plane % p.c);
         const scalar* const x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) +
                                 c * static_cast<offset_t>(p.x_stride[1]);

@@ -12,7 +12,7 @@
 // SG_SHARED_BYTES (what the plan reserves), SG_UNROLL (0: filters too large to write out), SG_INDEX_64.
 // Planar: SG_LOAD (elements read at once: 1 or as many as fit into 16 bytes of accs), SG_SHIFT (of the first
 // input in them), SG_STORE (elements written at once), SG_DENSE (1: rows have no gaps). Channels-last:
-// SG_VECTOR (channels of a thread).
+// SG_VECTOR (channels of a thread), SG_FACTORS (1: the filter may be a product of two, which the kernel finds out).
 #include "upfirdn2d.h"
 #include "../cuda.cuh"
 
@@ -20,12 +20,6 @@
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("unroll 1")
-#endif
-
-#ifdef SG_INDEX_64
-typedef long long count_t;
-#else
-typedef unsigned count_t;
 #endif
 
 // Inputs from the first to the last that a thread's outputs need, and from one thread's first to the next
@@ -46,11 +40,6 @@ __device__ __forceinline__ constexpr int tap_x(int input, int output) {
 }
 __device__ __forceinline__ constexpr int tap_y(int input, int output) {
     return SG_PHASE_Y + input * SG_UP_Y - output * SG_DOWN_Y;
-}
-__device__ __forceinline__ constexpr bool exists(int tap, int taps) { return tap >= 0 && tap < taps; }
-
-__device__ __forceinline__ bool within(int i, int size) {
-    return static_cast<unsigned>(i) < static_cast<unsigned>(size);
 }
 
 // The last input that an output needs, 0 if it needs none.
