@@ -55,13 +55,13 @@ def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[Pl
 
     before = cuda._run, library.kernels
     cuda._run, library.kernels = record, lambda x: cuda
-    for op in impl.OPS:
+    for op in impl.registered():
         impl._decided[op, "auto", "meta"] = "cuda"
     try:
         yield plans
     finally:
         cuda._run, library.kernels = before
-        for op in impl.OPS:
+        for op in impl.registered():
             del impl._decided[op, "auto", "meta"]
 
 

@@ -52,6 +52,7 @@ def test_results_do_not_depend_on_the_number_of_threads(case):
 
 
 def test_auto_takes_the_kernels():
-    assert [impl.choose(op, "auto", "cpu") for op in impl.OPS] == ["cpu"] * 3
+    assert set(impl.registered()) == {"bias_act", "upfirdn2d", "filtered_lrelu"}
+    assert all(impl.choose(op, "auto", "cpu") == "cpu" for op in impl.registered())
     made = tensors(CASES[0], torch.float32)
     assert torch.equal(run(CASES[0], made), run(CASES[0], made, impl="cpu"))

@@ -88,34 +88,33 @@ def test_recording_for_a_gradient_changes_no_bit(case, on_cuda):
     assert len({plan.defines for plan in on_cuda}) == 2
 
 
-def test_a_trial_says_whether_the_kernels_work(on_cuda, monkeypatch):
+def test_a_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):
     cpu = torch.device("cpu")
-    assert prebuild.trial(cpu) is None
+    assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 3
     right = cuda._run
 
     def wrong(op, x, pointers, numbers):
         right(op, x, pointers, numbers)
-        if op == "upfirdn2d":
-            ctypes.memset(pointers["y"], 0, 64)
+        ctypes.memset(pointers["y"], 0, 64)
 
     monkeypatch.setattr(cuda, "_run", wrong)
-    assert prebuild.trial(cpu).startswith("upfirdn2d is wrong on cpu, by ")
+    assert impl.problem("upfirdn2d", cpu).startswith("upfirdn2d is wrong on cpu, by ")
     monkeypatch.setattr(cuda, "_run", lambda *args: 1 / 0)
-    assert prebuild.trial(cpu) == "bias_act fails on cpu: division by zero"
+    assert impl.problem("bias_act", cpu) == "bias_act fails on cpu: division by zero"
 
 
-def test_a_trial_that_fails_leaves_plain_torch(monkeypatch):
-    monkeypatch.setattr(impl, "_trial_says", lambda: "upfirdn2d is wrong on cuda:0, by 2")
+def test_an_op_whose_trial_fails_falls_back_alone(monkeypatch):
+    wrong = "upfirdn2d is wrong on cuda:0, by 2"
+    monkeypatch.setattr(impl, "_problem_on_cuda", lambda op: wrong if op == "upfirdn2d" else None)
     monkeypatch.setattr(custom_ops, "have_cuda_kernels", lambda: None)
     impl.set_default_impl(None)
     impl._warned.clear()
     try:
-        with pytest.warns(
-            impl.SlowOpsWarning, match="a trial of the CUDA kernels failed: upfirdn2d is wrong"
-        ):
+        with pytest.warns(impl.SlowOpsWarning, match=f"a trial of the CUDA kernels failed: {wrong}"):
             assert impl.choose("upfirdn2d", "auto", "cuda") == "ref"
         with pytest.raises(impl.ImplementationUnavailable, match="a trial of the CUDA kernels failed"):
             impl.choose("upfirdn2d", "cuda", "cuda")
+        assert impl.choose("bias_act", "auto", "cuda") == "cuda"
     finally:
         impl.set_default_impl(None)
         impl._warned.clear()

@@ -158,3 +158,14 @@ def _check_size(x, fu, fd, up, padding):
                 f"filtered_lrelu: {name} {size} with up {up} and padding {pad} becomes {size * up + pad}, "
                 f"fewer pixels than filters of {taps_u} and {taps_d} taps need"
             )
+
+
+def _trial(device: torch.device) -> float:
+    """Return the difference between kernel and reference on a small input."""
+    x = torch.linspace(-2, 2, 2 * 3 * 12 * 12, device=device).reshape(2, 3, 12, 12).sin()
+    b, f = torch.tensor([0.5, -0.5, 0.1], device=device), torch.tensor([1.0, 3, 3, 1], device=device) / 8
+    kernel = native.filtered_lrelu(x, f, f, b, FilteredLreluForm(2, 2, 3, 3, 12, 12, False, 4.0, 0.2, 0.5))
+    return float((kernel - filtered_lrelu(x, f, f, b, 2, 2, 3, gain=1, clamp=0.5, impl="ref")).abs().max())
+
+
+_impl.register("filtered_lrelu", _trial)

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: one place for the rule that every op follows.
+"""Choose the implementation of an op: one rule for all ops, which register themselves here.
 
 `impl=` of the call comes first, then `set_default_impl` (the option `--ops`), then the variable FINETUNE_OPS,
 then 'auto'. 'auto' decides once per process, op and kind of device, logs one line, and never fails; a name
@@ -12,35 +12,50 @@ import logging
 import os
 import threading
 import warnings
+from collections.abc import Callable
+
+import torch
 
 from torch_utils.ops.native.building import NativeUnavailable
 
 KNOWN = ("auto", "ref", "cpu", "cuda")
-OPS = ("bias_act", "upfirdn2d", "filtered_lrelu")
 VARIABLE = "FINETUNE_OPS"
 
 log = logging.getLogger("torch_utils.ops")
 
 
 class SlowOpsWarning(UserWarning):
-    """An op runs in plain torch because its native kernels are not to be had here."""
+    """An op runs in plain torch because its native kernels are unavailable here."""
 
 
 class UnknownImplementation(ValueError):
-    """A name that no implementation has."""
+    """No implementation has this name."""
 
 
 class ImplementationUnavailable(RuntimeError):
-    """The implementation that was named cannot run here; a name never falls back."""
+    """The named implementation cannot run here; a name never falls back."""
 
 
+TOLERANCE = 1e-4  # of a trial, in float32
+
+_trials: dict[str, Callable[[torch.device], float]] = {}
 _decided: dict[tuple[str, str, str], str] = {}  # (op, impl, device type) -> implementation
 _default: str | None = None
 _lock = threading.RLock()
 
 
+def register(op: str, trial: Callable[[torch.device], float]) -> None:
+    """Make `op` known; `trial` returns how far its kernels on a device are from the reference."""
+    _trials[op] = trial
+
+
+def registered() -> tuple[str, ...]:
+    """Return the ops that are imported."""
+    return tuple(_trials)
+
+
 def choose(op: str, impl: str, device_type: str = "cpu") -> str:
-    """Return 'ref', 'cpu' or 'cuda': what runs for `impl` on tensors of `device_type` (`x.device.type`).
+    """Return 'ref', 'cpu' or 'cuda', which runs for `impl` on tensors of `device_type` (`x.device.type`).
 
     One look into a dictionary, except the first time. Raises ValueError for a name that does not exist,
     RuntimeError for one that cannot run; 'auto' never raises.
@@ -54,9 +69,9 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def set_default_impl(impl: str | None) -> None:
-    """Let `impl` stand for 'auto' in this process, before FINETUNE_OPS; None takes that back.
+    """Use `impl` for 'auto' in this process, before FINETUNE_OPS; None resets that.
 
-    Raises ValueError for a name that does not exist. What torch.compile has compiled keeps what it has.
+    Raises ValueError for an unknown name. Code that torch.compile has compiled keeps its implementation.
     """
     global _default
     if impl is not None:
@@ -67,7 +82,7 @@ def set_default_impl(impl: str | None) -> None:
 
 
 def default_impl() -> str:
-    """What 'auto' means in this process: 'auto', or the name that was set for it."""
+    """Return what 'auto' stands for in this process: 'auto', or the name that was set."""
     if _default is not None:
         return _default
     name = os.environ.get(VARIABLE, "").strip().lower() or "auto"
@@ -76,27 +91,30 @@ def default_impl() -> str:
 
 
 def explain(device_types: list[str]) -> list[dict[str, str]]:
-    """What each op would run on each kind of device and why; nothing is decided by asking."""
-    found = []
-    for device_type in device_types:
-        try:
-            wanted = default_impl()
-            if wanted == "ref":
-                runs, why = "plain torch", "asked for"
-            elif wanted not in ("auto", device_type):
-                runs, why = "nothing", f"the {wanted} kernels work on {wanted} tensors alone"
-            else:
-                runs, why = "native kernels", _native(device_type)[1]
-        except NativeUnavailable as error:
-            runs, why = "plain torch" if wanted == "auto" else "nothing", str(error)
-        found += [{"op": op, "device": device_type, "runs": runs, "why": why} for op in OPS]
-    return found
+    """Return what each op would run on each kind of device and why, without deciding it."""
+    return [
+        {"op": op, "device": device_type, **_explain(op, device_type)}
+        for device_type in device_types
+        for op in registered()
+    ]
+
+
+def _explain(op: str, device_type: str) -> dict[str, str]:
+    wanted = default_impl()
+    if wanted == "ref":
+        return {"runs": "plain torch", "why": "asked for"}
+    try:
+        if wanted not in ("auto", device_type):
+            raise NativeUnavailable(f"the {wanted} kernels work on {wanted} tensors only")
+        return {"runs": "native kernels", "why": _native(op, device_type)[1]}
+    except NativeUnavailable as error:
+        return {"runs": "plain torch" if wanted == "auto" else "nothing", "why": str(error)}
 
 
 def fall_back(op: str, impl: str, device_type: str, error: NativeUnavailable) -> str:
-    """Return 'ref' and stay there, with one warning, after kernels that were chosen failed to build or load.
+    """Switch to 'ref' for good, with one warning, after chosen kernels failed to build or load.
 
-    Raises RuntimeError where a name was given, which never falls back.
+    Raises RuntimeError if an implementation was named, which never falls back.
     """
     with _lock:
         if (default_impl() if impl == "auto" else impl) != "auto":
@@ -121,7 +139,7 @@ def _decide(op: str, impl: str, device_type: str) -> str:
 
 def _automatic(op: str, device_type: str) -> str:
     try:
-        name, why = _native(device_type)
+        name, why = _native(op, device_type)
     except NativeUnavailable as error:
         log.info("%s on %s: plain torch (%s)", op, device_type, error.cause)
         if device_type in NATIVE_DEVICES:
@@ -136,8 +154,8 @@ def _named(op: str, name: str, device_type: str) -> str:
         return name
     try:
         if name != device_type:
-            raise NativeUnavailable(f"the {name} kernels work on {name} tensors alone")
-        return _native(device_type)[0]
+            raise NativeUnavailable(f"the {name} kernels work on {name} tensors only")
+        return _native(op, device_type)[0]
     except NativeUnavailable as error:
         raise ImplementationUnavailable(_refusal(op, name, device_type, error)) from error
 
@@ -145,34 +163,34 @@ def _named(op: str, name: str, device_type: str) -> str:
 NATIVE_DEVICES = ("cpu", "cuda")
 
 
-def _native(device_type: str) -> tuple[str, str]:
-    """The implementation in kernels for a kind of device, and what it is. Raises NativeUnavailable."""
+def _native(op: str, device_type: str) -> tuple[str, str]:
+    """Return the native implementation for a kind of device, and its build. Raises NativeUnavailable."""
     from torch_utils import custom_ops
 
     if device_type == "cpu":
         return "cpu", custom_ops.cpu_library_info()
     if device_type == "cuda":
         custom_ops.have_cuda_kernels()
-        _trial()
-        return "cuda", "compiled for each form at first use"
+        if problem := _problem_on_cuda(op):
+            raise NativeUnavailable(f"a trial of the CUDA kernels failed: {problem}", "Please report this.")
+        return "cuda", "compiled for each specialization at first use"
     raise NativeUnavailable(f"there are no kernels for {device_type}")
 
 
 @functools.cache
-def _trial_says() -> str | None:
-    import torch
-
-    from torch_utils.ops.native import prebuild
-
+def _problem_on_cuda(op: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return prebuild.trial(torch.device("cuda", torch.cuda.current_device()))
+    return problem(op, torch.device("cuda", torch.cuda.current_device()))
 
 
-def _trial() -> None:
-    """Run each kernel once beside plain torch: a GPU or driver that nobody has met must not spoil a run."""
-    if said := _trial_says():
-        raise NativeUnavailable(f"a trial of the CUDA kernels failed: {said}", "Please report this.")
+def problem(op: str, device: torch.device) -> str | None:
+    """Run the trial of an op on a device, and return what is wrong with it, or None."""
+    try:
+        error = _trials[op](device)
+    except Exception as failure:
+        return f"{op} fails on {device}: {failure}"
+    return None if error < TOLERANCE else f"{op} is wrong on {device}, by {error:g}"
 
 
 def _check_name(impl: str, where: str) -> None:
@@ -196,7 +214,7 @@ def _warn(device_type: str, error: NativeUnavailable) -> None:
     _warned.add(device_type)
     remedy = f" {error.remedy}" if error.remedy else ""
     warnings.warn(
-        f"The ops run in plain torch on {device_type}, right but slow: {error.cause}.{remedy}",
+        f"Falling back to the PyTorch reference ops on {device_type} (slower): {error.cause}.{remedy}",
         SlowOpsWarning,
         stacklevel=2,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import cuda, forms, params
+from . import forms, params
 from .plan import Plan
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -48,14 +48,15 @@ def specialisations(
 
 def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     features, dense = torch.Size((4, 64, 32, 32)), torch.Size((4, 512))
-    kinds = itertools.product(
-        ("linear", "lrelu"), ((features, CLAMP), (features, forms.NO_CLAMP), (dense, forms.NO_CLAMP))
-    )
-    for (act, (shape, clamp)), order, has_bias in itertools.product(kinds, (0, 1), (True, False)):
+    shapes = [(features, CLAMP, False), (features, forms.NO_CLAMP, False), (dense, forms.NO_CLAMP, False)]
+    if dtype == torch.float16:  # layers in half precision may be channels-last
+        shapes.append((features, CLAMP, True))
+    kinds = itertools.product(("linear", "lrelu"), shapes)
+    for (act, (shape, clamp, last)), order, has_bias in itertools.product(kinds, (0, 1), (True, False)):
         if not has_bias and (order or act != "linear" or shape is features):
             continue  # a layer without a bias or an activation has a gain at most
         form = forms.BiasActForm(1, act, 0.2, 1.0, clamp)
-        p = forms.bias_act_params(shape, _strides(shape), dtype, order == 0 and has_bias, form, order)
+        p = forms.bias_act_params(shape, _strides(shape, last), dtype, order == 0 and has_bias, form, order)
         p.b = ALIGNED if order == 0 and has_bias else None
         p.ref = ALIGNED if order and form.needs()[1] else None
         yield "bias_act", p
@@ -121,41 +122,3 @@ def _layer(dtype: torch.dtype, size: int, fu: Any, fd: Any, form: Any, mode: int
 def _strides(shape: torch.Size, channels_last: bool = False) -> tuple[int, ...]:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, device="meta", memory_format=layout).stride()
-
-
-def trial(device: torch.device) -> str | None:
-    """Run each kernel once on a device beside plain torch; None, or what is wrong with which."""
-    from torch_utils.ops.bias_act import bias_act
-    from torch_utils.ops.filtered_lrelu import filtered_lrelu
-    from torch_utils.ops.upfirdn2d import upfirdn2d
-
-    ramp = torch.arange(2 * 3 * 12 * 12, device=device, dtype=torch.float32)
-    x = (ramp * 0.7).sin().reshape(2, 3, 12, 12)
-    f = torch.tensor([1.0, 3, 3, 1], device=device) / 8
-    b = torch.tensor([0.5, -0.5, 0.1], device=device)
-    act = forms.BiasActForm(1, "lrelu", 0.2, 1.0, 0.5)
-    fir = forms.Upfirdn2dForm(2, 2, 1, 1, 2, 2, 24, 24, False, 4.0)
-    layer = forms.FilteredLreluForm(2, 2, 3, 3, 12, 12, False, 4.0, 0.2, 0.5)
-    runs = {
-        "bias_act": (
-            lambda: cuda.bias_act(x, b, act),
-            lambda: bias_act(x, b, act="lrelu", gain=1, clamp=0.5, impl="ref"),
-        ),
-        "upfirdn2d": (
-            lambda: cuda.upfirdn2d(x, f, fir),
-            lambda: upfirdn2d(x, f, up=2, padding=[2, 1, 2, 1], gain=4, impl="ref"),
-        ),
-        "filtered_lrelu": (
-            lambda: cuda.filtered_lrelu(x, f, f, b, None, layer),
-            lambda: filtered_lrelu(x, f, f, b, 2, 2, 3, gain=1, clamp=0.5, impl="ref"),
-        ),
-    }
-    for op, (kernel, reference) in runs.items():
-        try:
-            actual, expected = kernel(), reference()
-            error = float((actual - expected).abs().max())
-        except Exception as problem:
-            return f"{op} fails on {device}: {problem}"
-        if not error < 1e-4:
-            return f"{op} is wrong on {device}, by {error:g}"
-    return None
