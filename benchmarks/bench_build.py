@@ -34,7 +34,7 @@ from torch_utils import custom_ops
 from torch_utils.ops import impl
 from torch_utils.ops.native import cuda, library, prebuild
 from torch_utils.ops.native.building import NativeUnavailable, cpu_build, cuda_build
-from torch_utils.ops.native.plan import Plan
+from torch_utils.ops.native.plan import LaunchPlan
 
 RADIAL = dict(conv_kernel=1, channel_base=65536, channel_max=1024, use_radial_filters=True)
 ALL = "all of doctor --build"
@@ -42,9 +42,9 @@ SOME_ADDRESS = 4096  # aligned, and never looked at
 
 
 @contextlib.contextmanager
-def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[Plan]]:
+def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[LaunchPlan]]:
     """Inside the block, the ops on meta tensors say which kernels a GPU would need, and run none."""
-    plans: set[Plan] = set()
+    plans: set[LaunchPlan] = set()
 
     def record(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
         p = cuda._MAKE[op](*(dtype if value is torch.float32 else value for value in numbers))
@@ -89,7 +89,7 @@ def step(family: str, resolution: int, batch: int = 4) -> None:
 
 def asked_for(
     family: str, resolution: int, capability: tuple[int, int] = (9, 0), dtype: torch.dtype = torch.float16
-) -> list[Plan]:
+) -> list[LaunchPlan]:
     """The CUDA specializations of a training step of a network of the published sizes."""
     with recorded(capability, dtype) as plans:
         step(family, resolution)
@@ -124,8 +124,8 @@ def cpu_seconds() -> float:
 WARM = """
 import json, sys, time, torch
 from torch_utils import custom_ops
-from torch_utils.ops.native.plan import Plan
-plans = [Plan(*p[:3], tuple(map(tuple, p[3])), *map(tuple, p[4:6]), p[6]) for p in json.load(sys.stdin)]
+from torch_utils.ops.native.plan import LaunchPlan
+plans = [LaunchPlan(*p[:3], tuple(map(tuple, p[3])), *map(tuple, p[4:6]), p[6]) for p in json.load(sys.stdin)]
 capability = tuple(map(int, sys.argv[1:3]))
 started = time.perf_counter()
 custom_ops.cpu_library()
@@ -137,7 +137,7 @@ print(library, time.perf_counter() - started)
 """
 
 
-def warm(plans: list[Plan], capability: tuple[int, int], repeats: int) -> tuple[float, float]:
+def warm(plans: list[LaunchPlan], capability: tuple[int, int], repeats: int) -> tuple[float, float]:
     """Seconds, the least of some processes, to find and load the CPU library, and every binary of `plans`."""
     with tempfile.TemporaryDirectory() as folder:
         variables = {**os.environ, "FINETUNE_CACHE": folder, "PYTHONPATH": str(ROOT)}
@@ -151,7 +151,7 @@ def warm(plans: list[Plan], capability: tuple[int, int], repeats: int) -> tuple[
         return tuple(map(min, zip(*found[1:])))  # type: ignore[return-value]
 
 
-def ways(plans: list[Plan], capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+def ways(plans: list[LaunchPlan], capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """How CUDA kernels can be built."""
     return {
         "NVRTC one by one": lambda: [cuda_build.nvrtc(plan, capability) for plan in plans],

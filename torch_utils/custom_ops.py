@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch_utils.ops.native.building import NativeUnavailable as NativeUnavailable
 
 if TYPE_CHECKING:
-    from torch_utils.ops.native.plan import Plan
+    from torch_utils.ops.native.plan import LaunchPlan
 
 _lock = threading.RLock()
 _library: ctypes.CDLL | NativeUnavailable | None = None
@@ -61,7 +61,7 @@ def cpu_library_info() -> str:
 
 
 @functools.cache
-def _cubin(plan: Plan, capability: tuple[int, int]) -> bytes | NativeUnavailable:
+def _cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes | NativeUnavailable:
     from torch_utils.ops.native.building import cuda_build
 
     if (found := cuda_build.find(plan, capability)) is not None:
@@ -75,7 +75,7 @@ def _cubin(plan: Plan, capability: tuple[int, int]) -> bytes | NativeUnavailable
             return NativeUnavailable(f"{first.cause}; {second.cause}", first.remedy)
 
 
-def cubin(plan: Plan, capability: tuple[int, int]) -> bytes:
+def cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
     """Return the CUDA binary of one specialisation for devices of `capability`, from the cache or made now.
 
     NVRTC makes it, or nvcc where there is no NVRTC. Raises NativeUnavailable with the compilers' own words.
@@ -86,8 +86,8 @@ def cubin(plan: Plan, capability: tuple[int, int]) -> bytes:
     return found
 
 
-def build_cuda(plans: Sequence[Plan], capability: tuple[int, int], maker: str = "auto") -> str:
-    """Build many specialisations ahead of time; `maker`: auto, nvcc, nvrtc. Returns who made them.
+def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int], maker: str = "auto") -> str:
+    """Build many specializations ahead of time; `maker`: auto, nvcc, nvrtc. Returns who made them.
 
     Raises NativeUnavailable. 'auto' takes nvcc, which builds them side by side, where it works.
     """

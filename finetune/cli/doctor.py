@@ -85,7 +85,7 @@ def build_everything(wanted: list[tuple[int, int]]) -> tuple[list[str], bool]:
         from torch_utils.ops.native import prebuild
 
         started, name = time.perf_counter(), f"sm_{capability[0]}{capability[1]}"
-        plans = prebuild.specialisations(capability)
+        plans = prebuild.specializations(capability)
         try:
             maker = custom_ops.build_cuda(plans, capability)
             taken = time.perf_counter() - started

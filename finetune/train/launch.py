@@ -61,7 +61,7 @@ import torch
 from torch_utils import custom_ops
 from torch_utils.ops.native import prebuild
 for found in {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}:
-    custom_ops.build_cuda(prebuild.specialisations(found), found)
+    custom_ops.build_cuda(prebuild.specializations(found), found)
 """
 
 

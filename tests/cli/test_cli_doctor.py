@@ -102,7 +102,7 @@ def test_an_architecture_that_no_compiler_knows_is_quoted():
 def some_plan():
     from torch_utils.ops.native import prebuild
 
-    return prebuild.specialisations((9, 0))[0]
+    return prebuild.specializations((9, 0))[0]
 
 
 def test_a_cache_that_may_not_be_emptied_is_named(monkeypatch):

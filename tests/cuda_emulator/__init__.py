@@ -16,7 +16,7 @@ import pytest
 
 from torch_utils.ops.native import cuda, params
 from torch_utils.ops.native.building.cpu_build import SOURCES
-from torch_utils.ops.native.plan import Plan
+from torch_utils.ops.native.plan import LaunchPlan
 
 HERE = Path(__file__).parent
 PARAMS = {
@@ -32,7 +32,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _compiled(plan: Plan) -> Any:
+def _compiled(plan: LaunchPlan) -> Any:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulator of CUDA is compiled with g++")
@@ -66,7 +66,7 @@ def run(op: str, x, pointers: dict[str, int], numbers: tuple) -> None:
 
 
 CAPABILITY = (9, 0)
-plans: list[Plan] = []  # of all calls so far
+plans: list[LaunchPlan] = []  # of all calls so far
 
 
 @pytest.fixture

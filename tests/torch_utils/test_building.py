@@ -19,7 +19,7 @@ import torch
 from torch_utils import custom_ops
 from torch_utils.ops import bias_act, impl
 from torch_utils.ops.native.building import NativeUnavailable, cache, compilers, cpu_build, cuda_build
-from torch_utils.ops.native.plan import Plan
+from torch_utils.ops.native.plan import LaunchPlan
 
 ROOT = Path(__file__).parents[2]
 SOURCE = 'extern "C" int sg_answer(void) {\n    return 42;\n}\n'
@@ -277,7 +277,7 @@ def test_nothing_is_fetched(sources, monkeypatch):
 
 
 KERNEL = 'extern "C" __global__ void sg_k(float* x) { x[threadIdx.x] *= FACTOR; }\n'
-PLAN = Plan("k", "k.cu", "sg_k", (("FACTOR", 3),), (1, 1, 1), (32, 1, 1))
+PLAN = LaunchPlan("k", "k.cu", "sg_k", (("FACTOR", 3),), (1, 1, 1), (32, 1, 1))
 
 
 def test_both_makers_give_a_cubin_for_the_same_specialisation(tmp_path):

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from torch_utils.ops.native import cuda, forms, params
+from torch_utils.ops.native import cuda, params, specs
 from torch_utils.ops.native.bias_act.plan import plan as bias_act_plan
 from torch_utils.ops.native.building import NativeUnavailable, compilers, cuda_build
 from torch_utils.ops.native.plan import is_wide
@@ -34,31 +34,31 @@ def struct_of(op, *numbers):
 def lrelu(dtype, size, up, down, pad, fu, fd, mode):
     """A layer of StyleGAN3, forward or, with gates, backward."""
     x, out = (4, 128, size, size), 36
-    form = forms.FilteredLreluForm(up, down, pad, pad, out, out, False, up**2 * SQRT2, 0.2, 256.0)
+    spec = specs.FilteredLreluSpec(up, down, pad, pad, out, out, False, up**2 * SQRT2, 0.2, 256.0)
     mask = None
     if mode != params.ACTIVATE:
         mask = (4, 128, 2 * out + 10, 64)
     if mode == params.GATE:
-        form = forms.GateForm(*form[:9], 2 * out + 10, 3, -4)
+        spec = specs.GateSpec(*spec[:9], 2 * out + 10, 3, -4)
     y = (4, 128, out, out)
-    return struct_of("filtered_lrelu", x, strides(x), strides(y), dtype, (fu, fd), mask, form, mode)
+    return struct_of("filtered_lrelu", x, strides(x), strides(y), dtype, (fu, fd), mask, spec, mode)
 
 
 def fir(dtype, up, down, taps, channels_last=False):
     x = (4, 64, 128, 128)
     y = (4, 64, 128 * up // down, 128 * up // down)
-    form = forms.Upfirdn2dForm(up, up, down, down, 2, 2, *y[2:], False, 4.0)
-    return struct_of("upfirdn2d", x, strides(x, channels_last), strides(y, channels_last), dtype, taps, form)
+    spec = specs.Upfirdn2dSpec(up, up, down, down, 2, 2, *y[2:], False, 4.0)
+    return struct_of("upfirdn2d", x, strides(x, channels_last), strides(y, channels_last), dtype, taps, spec)
 
 
 def act(dtype, name, order, clamp=256.0):
     x = torch.Size((4, 64, 128, 128))
-    form = forms.BiasActForm(1, name, 0.2, SQRT2, clamp)
-    return struct_of("bias_act", x, strides(x), dtype, True, form, order)
+    spec = specs.BiasActSpec(1, name, 0.2, SQRT2, clamp)
+    return struct_of("bias_act", x, strides(x), dtype, True, spec, order)
 
 
 T, R = (12,), (12, 12)
-FORMS = {
+SPECS = {
     "lrelu_t": ("filtered_lrelu", lambda: lrelu(F16, 38, 2, 2, 9, T, T, params.RECORD)),
     "lrelu_t_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 13, T, T, params.GATE)),
     "lrelu_t_grows": ("filtered_lrelu", lambda: lrelu(F32, 38, 4, 2, -6, (24,), T, params.RECORD)),
@@ -80,7 +80,7 @@ ON_ALL = ("lrelu_t", "fir_up", "act_lrelu")
 
 
 def plan_of(name, capability):
-    op, make = FORMS[name]
+    op, make = SPECS[name]
     return importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(make(), capability)
 
 
@@ -100,8 +100,8 @@ def compiled(make):
     return binary
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_compiles_with_nvrtc(name):
+@pytest.mark.parametrize("name", SPECS)
+def test_every_spec_compiles_with_nvrtc(name):
     compiled(lambda: cuda_build.nvrtc(plan_of(name, (9, 0)), (9, 0)))
 
 
@@ -122,7 +122,7 @@ def test_nvcc_compiles_the_same_sources():
     assert all(cuda_build.find(plan, (8, 0)) for plan in plans)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", SPECS)
 def test_a_launch_is_one_that_a_gpu_takes(name):
     for capability in ARCHITECTURES:
         plan = plan_of(name, capability)
@@ -139,14 +139,14 @@ def test_channels_last_half_precision_moves_16_bytes_at_once(channels):
     taps = torch.Size((4, 4))
     for before, after, up, down in ((257, 256, 1, 1), (256, 257, 1, 1), (64, 128, 2, 1), (128, 64, 1, 2)):
         x, y = torch.Size((2, channels, before, before)), torch.Size((2, channels, after, after))
-        form = forms.Upfirdn2dForm(up, up, down, down, 1, 1, after, after, False, 1.0)
-        p = struct_of("upfirdn2d", x, strides(x, True), strides(y, True), F16, taps, form)
+        spec = specs.Upfirdn2dSpec(up, up, down, down, 1, 1, after, after, False, 1.0)
+        p = struct_of("upfirdn2d", x, strides(x, True), strides(y, True), F16, taps, spec)
         plan = upfirdn2d_plan(p, (9, 0))
         assert {"SG_CHANNELS_LAST": 1, "SG_VECTOR": 8}.items() <= dict(plan.defines).items()
     x = torch.Size((2, channels, 17, 17))
     for order in (0, 1):
-        form = forms.BiasActForm(1, "lrelu", 0.2, SQRT2, 256.0)
-        plan = bias_act_plan(struct_of("bias_act", x, strides(x, True), F16, order == 0, form, order), (9, 0))
+        spec = specs.BiasActSpec(1, "lrelu", 0.2, SQRT2, 256.0)
+        plan = bias_act_plan(struct_of("bias_act", x, strides(x, True), F16, order == 0, spec, order), (9, 0))
         assert {"SG_VECTOR": 8, "SG_BIAS": 2 if order == 0 else 0}.items() <= dict(plan.defines).items()
 
 
@@ -160,15 +160,15 @@ def test_offsets_beyond_31_bits_are_counted_in_64():
         found = []
         for shape in (small, large):
             shape = torch.Size(shape)
-            form = {
-                "bias_act": forms.BiasActForm(1, "lrelu", 0.2, 1.0, -1.0),
-                "upfirdn2d": forms.Upfirdn2dForm(1, 1, 1, 1, 2, 2, *shape[2:], False, 1.0),
-                "filtered_lrelu": forms.FilteredLreluForm(2, 2, 9, 9, *shape[2:], False, 4.0, 0.2, -1.0),
+            spec = {
+                "bias_act": specs.BiasActSpec(1, "lrelu", 0.2, 1.0, -1.0),
+                "upfirdn2d": specs.Upfirdn2dSpec(1, 1, 1, 1, 2, 2, *shape[2:], False, 1.0),
+                "filtered_lrelu": specs.FilteredLreluSpec(2, 2, 9, 9, *shape[2:], False, 4.0, 0.2, -1.0),
             }[op]
             numbers = {
-                "bias_act": (shape, strides(shape), F16, True, form, 0),
-                "upfirdn2d": (shape, strides(shape), strides(shape), F16, (4, 4), form),
-                "filtered_lrelu": (shape, strides(shape), strides(shape), F16, (T, T), None, form, 0),
+                "bias_act": (shape, strides(shape), F16, True, spec, 0),
+                "upfirdn2d": (shape, strides(shape), strides(shape), F16, (4, 4), spec),
+                "filtered_lrelu": (shape, strides(shape), strides(shape), F16, (T, T), None, spec, 0),
             }[op]
             plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(
                 struct_of(op, *numbers), (9, 0)

@@ -12,7 +12,7 @@ from op_cases import CASES, run, send_sum, tensors
 
 from finetune.models import stylegan2
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
-from torch_utils.ops.native import forms, library
+from torch_utils.ops.native import library, specs
 
 BY_ID = {(case.op, case.id): case for case in CASES}
 T = BY_ID["filtered_lrelu", "stylegan3_t"]
@@ -26,9 +26,9 @@ def registered_calls():
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     b, f = torch.randn(3, requires_grad=True), torch.rand(4)
     ops = torch.ops.stylegan_ops
-    fir = forms.Upfirdn2dForm(2, 2, 1, 1, 2, 2, 16, 16, False, 4.0)
-    act = forms.BiasActForm(1, "sigmoid", 0.2, 1.5, -1.0)
-    layer = forms.FilteredLreluForm(2, 2, 3, 3, 8, 8, False, 4.0, 0.2, 0.7)
+    fir = specs.Upfirdn2dSpec(2, 2, 1, 1, 2, 2, 16, 16, False, 4.0)
+    act = specs.BiasActSpec(1, "sigmoid", 0.2, 1.5, -1.0)
+    layer = specs.FilteredLreluSpec(2, 2, 3, 3, 8, 8, False, 4.0, 0.2, 0.7)
     mask = ops.filtered_lrelu(x, f, f, b, *layer, True)[1].detach()
     y = ops.bias_act(x, b, *act).detach()
     dy = torch.randn_like(y, requires_grad=True)
@@ -95,7 +95,7 @@ def test_one_graph_holds_each_op(case):
 
 
 @OPS
-def test_fake_tensors_have_the_right_form(case):
+def test_fake_tensors_have_the_right_sizes(case):
     from torch._subclasses import FakeTensorMode
 
     made = tensors(case, torch.float32)

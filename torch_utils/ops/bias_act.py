@@ -12,7 +12,7 @@ from dnnlib import EasyDict
 
 from . import impl as _impl
 from .native import library as native
-from .native.forms import NO_CLAMP, BiasActForm
+from .native.specs import NO_CLAMP, BiasActSpec
 
 # Foreign pickles read `activation_funcs[name].def_gain` and `.def_alpha`; func is (x, alpha) -> y.
 activation_funcs = {
@@ -43,19 +43,19 @@ def bias_act(
     x: any shape, floating point. b: `[x.shape[dim]]` or None. alpha: slope of lrelu below zero (default 0.2),
     unused by the others. gain: default sqrt(2) for relu, lrelu, swish, else 1. clamp: limit of the magnitude,
     None for none; where it bites, the gradient is zero. First and second gradients exist for x and b.
-    Raises TypeError, ValueError for arguments that are out of form.
+    Raises TypeError, ValueError for invalid arguments.
     """
     _check(x, b, dim, act, clamp)
-    spec = activation_funcs[act]
-    alpha = float(spec.def_alpha if alpha is None else alpha)
-    gain = float(spec.def_gain if gain is None else gain)
+    activation = activation_funcs[act]
+    alpha = float(activation.def_alpha if alpha is None else alpha)
+    gain = float(activation.def_gain if gain is None else gain)
     if b is not None and b.dtype != x.dtype:
         b = b.to(x.dtype)
     if _impl.choose("bias_act", impl, x.device.type) != "ref" and gain > 0 and alpha >= 0:
         if not native.is_exporting():
             limits = NO_CLAMP if clamp is None else float(clamp)
-            form = BiasActForm(0 if b is None else dim % x.ndim, act, alpha, gain, limits)
-            y = native.attempt(native.bias_act, "bias_act", impl, x, b, form)
+            spec = BiasActSpec(0 if b is None else dim % x.ndim, act, alpha, gain, limits)
+            y = native.attempt(native.bias_act, "bias_act", impl, x, b, spec)
             if y is not None:
                 return y
     if b is not None:
@@ -64,9 +64,9 @@ def bias_act(
         x = _scaled_sum(x, b, gain)
         x = _HOMOGENEOUS[act](x, alpha)
     else:
-        x = spec.func(x if b is None else x + b, alpha)
+        x = activation.func(x if b is None else x + b, alpha)
         x = x if gain == 1 else x * gain
-    return x if clamp is None else limit(x, clamp)
+    return x if clamp is None else clamp_if_needed(x, clamp)
 
 
 # For positive gains act(x) * gain == act(x * gain): the gain joins the bias and the activation works in
@@ -85,7 +85,7 @@ def _scaled_sum(x, b, gain):
     return x + b if gain == 1 else torch.add(b * gain, x, alpha=gain)
 
 
-def limit(x: torch.Tensor, clamp: float) -> torch.Tensor:
+def clamp_if_needed(x: torch.Tensor, clamp: float) -> torch.Tensor:
     """Return `x` clamped to [-clamp, clamp]; the gradient is zero where that changes it.
 
     On the CPU the gradient of a clamp costs many times the clamp, so values that are all within the limit
@@ -129,7 +129,7 @@ def _trial(device: torch.device) -> float:
     """Return the difference between kernel and reference on a small input."""
     x = torch.linspace(-2, 2, 2 * 3 * 12 * 12, device=device).reshape(2, 3, 12, 12)
     b = torch.tensor([0.5, -0.5, 0.1], device=device)
-    kernel = native.bias_act(x, b, BiasActForm(1, "lrelu", 0.2, 1.0, 0.5))
+    kernel = native.bias_act(x, b, BiasActSpec(1, "lrelu", 0.2, 1.0, 0.5))
     return float((kernel - bias_act(x, b, act="lrelu", gain=1, clamp=0.5, impl="ref")).abs().max())
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from . import impl as _impl
-from .bias_act import bias_act, limit
+from .bias_act import bias_act, clamp_if_needed
 from .native import library as native
-from .native.forms import NO_CLAMP, FilteredLreluForm
+from .native.specs import NO_CLAMP, FilteredLreluSpec
 from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, positive_int, upfirdn2d
 
 
@@ -40,7 +40,7 @@ def filtered_lrelu(
     slope: of the leaky ReLU below zero. clamp: limit of the magnitude between the filters, None for none.
     gain: above 0. Returns `[N, C, H', W']` in the dtype of `x`, likewise for H':
     `W' = (W*up + x0 + x1 - (taps_u - 1) - (taps_d - 1) + down - 1) // down`.
-    Raises TypeError, ValueError for arguments that are out of form or leave no output pixel.
+    Raises TypeError, ValueError for arguments that are invalid or leave no output pixel.
     """
     up, down = positive_int(up, "up"), positive_int(down, "down")
     padding = list(parse_padding(padding))
@@ -50,21 +50,21 @@ def filtered_lrelu(
         y = native.attempt(
             native.filtered_lrelu,
             *("filtered_lrelu", impl, x, fu, fd, None if b is None else b.to(x.dtype)),
-            _form(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter),
+            _spec(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter),
         )
         if y is not None:
             return y
     return _reference(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter)
 
 
-def _form(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter):
+def _spec(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter):
     px0, px1, py0, py1 = padding
     (up_w, up_h), (down_w, down_h) = filter_size(fu), filter_size(fd)
     out_h = (x.shape[2] * up + py0 + py1 - (up_h - 1) - (down_h - 1) + down - 1) // down
     out_w = (x.shape[3] * up + px0 + px1 - (up_w - 1) - (down_w - 1) + down - 1) // down
     limits = NO_CLAMP if clamp is None else float(clamp)
     # A leaky ReLU commutes with a positive gain, so the first filter carries it.
-    return FilteredLreluForm(
+    return FilteredLreluSpec(
         *(up, down, px0, py0, out_h, out_w, bool(flip_filter)),
         *(up**2 * float(gain), float(slope), limits),
     )
@@ -102,7 +102,7 @@ def _activate(x, slope, clamp):
     # CPUs work through arithmetic far faster than through masks, so there torch keeps the activated pixels
     # instead.
     x = F.leaky_relu(x, slope, inplace=True)
-    return x if clamp is None else limit(x, clamp)
+    return x if clamp is None else clamp_if_needed(x, clamp)
 
 
 class _MaskedActivation(torch.autograd.Function):
@@ -164,7 +164,7 @@ def _trial(device: torch.device) -> float:
     """Return the difference between kernel and reference on a small input."""
     x = torch.linspace(-2, 2, 2 * 3 * 12 * 12, device=device).reshape(2, 3, 12, 12).sin()
     b, f = torch.tensor([0.5, -0.5, 0.1], device=device), torch.tensor([1.0, 3, 3, 1], device=device) / 8
-    kernel = native.filtered_lrelu(x, f, f, b, FilteredLreluForm(2, 2, 3, 3, 12, 12, False, 4.0, 0.2, 0.5))
+    kernel = native.filtered_lrelu(x, f, f, b, FilteredLreluSpec(2, 2, 3, 3, 12, 12, False, 4.0, 0.2, 0.5))
     return float((kernel - filtered_lrelu(x, f, f, b, 2, 2, 3, gain=1, clamp=0.5, impl="ref")).abs().max())
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from . import impl as _impl
 from .native import library as native
-from .native.forms import Upfirdn2dForm
+from .native.specs import Upfirdn2dSpec
 
 MIN_SEPARABLE_TAPS = 8  # a shorter 1-D filter is cheaper as one 2-D pass than as two 1-D passes
 
@@ -76,7 +76,7 @@ def upfirdn2d(
     crops.
     flip_filter: False convolves, True correlates. f gets no gradient.
     Returns `[N, C, (H*up + y0 + y1 - ty) // down + 1, likewise W]` in the dtype of `x`.
-    Raises TypeError, ValueError for arguments that are out of form or leave no output pixel.
+    Raises TypeError, ValueError for arguments that are invalid or leave no output pixel.
     """
     ux, uy = parse_scaling(up, "up")
     dx, dy = parse_scaling(down, "down")
@@ -93,8 +93,8 @@ def upfirdn2d(
             )
     if _impl.choose("upfirdn2d", impl, x.device.type) != "ref" and not native.is_exporting():
         out_h, out_w = axes[0].num_outputs(x.shape[2]), axes[1].num_outputs(x.shape[3])
-        form = Upfirdn2dForm(ux, uy, dx, dy, px0, py0, out_h, out_w, bool(flip_filter), float(gain))
-        y = native.attempt(native.upfirdn2d, "upfirdn2d", impl, x, f, form)
+        spec = Upfirdn2dSpec(ux, uy, dx, dy, px0, py0, out_h, out_w, bool(flip_filter), float(gain))
+        y = native.attempt(native.upfirdn2d, "upfirdn2d", impl, x, f, spec)
         if y is not None:
             return y
     return _Upfirdn2d.call(x, f, axes, bool(flip_filter), float(gain))
@@ -109,7 +109,7 @@ def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl="auto") -> torch.T
 
 
 def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="auto") -> torch.Tensor:
-    """Enlarge `x` by `up`, centred and as bright as it was; arguments as in `upfirdn2d`, padding is added."""
+    """Enlarge `x` by `up`, centered, at equal brightness; arguments as in `upfirdn2d`, padding is added."""
     ux, uy = parse_scaling(up, "up")
     px0, px1, py0, py1 = parse_padding(padding)
     fw, fh = filter_size(f)
@@ -118,7 +118,7 @@ def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="auto") ->
 
 
 def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl="auto") -> torch.Tensor:
-    """Shrink `x` by `down`, keeping it centred; arguments as in `upfirdn2d`, padding is added."""
+    """Shrink `x` by `down`, keeping it centered; arguments as in `upfirdn2d`, padding is added."""
     dx, dy = parse_scaling(down, "down")
     px0, px1, py0, py1 = parse_padding(padding)
     fw, fh = filter_size(f)
@@ -337,7 +337,7 @@ def _trial(device: torch.device) -> float:
     """Return the difference between kernel and reference on a small input."""
     x = torch.linspace(-2, 2, 2 * 3 * 12 * 12, device=device).reshape(2, 3, 12, 12).sin()
     f = setup_filter([1, 3, 3, 1], device=device)
-    kernel = native.upfirdn2d(x, f, Upfirdn2dForm(2, 2, 1, 1, 2, 2, 24, 24, False, 4.0))
+    kernel = native.upfirdn2d(x, f, Upfirdn2dSpec(2, 2, 1, 1, 2, 2, 24, 24, False, 4.0))
     return float((kernel - upfirdn2d(x, f, up=2, padding=[2, 1, 2, 1], gain=4, impl="ref")).abs().max())
 
 

@@ -1,7 +1,7 @@
 """The kernels on the CPU: tensors in, tensors out, a C function with a struct in between.
 
 ctypes lets go of Python's lock while a kernel runs. What a struct holds besides pointers is worked out once
-for each form and shape and copied from then on. Half precision is computed in float32 and rounded once.
+for each spec and shape and copied from then on. Half precision is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 
 from torch_utils import custom_ops
 
-from . import forms, params
+from . import params, specs
 
 _HALF = (torch.float16, torch.bfloat16)
 _Tensors = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Unsupported(RuntimeError):
-    """A kernel has no code for this type, form or layout."""
+    """A kernel has no code for this type, spec or layout."""
 
 
-def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, form: forms.Upfirdn2dForm) -> torch.Tensor:
-    """Run the kernel on `[N, C, H, W]`; the layout of the result is that of `forms.empty_image`."""
-    y = forms.empty_image(x, form.out_h, form.out_w)
+def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, spec: specs.Upfirdn2dSpec) -> torch.Tensor:
+    """Run the kernel on `[N, C, H, W]`; the layout of the result is that of `specs.empty_image`."""
+    y = specs.empty_image(x, spec.out_h, spec.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
     if x.dtype in _HALF:
-        return y.copy_(upfirdn2d(x.float(), f, form))
-    f = forms.dense_taps(f, x.dtype)
+        return y.copy_(upfirdn2d(x.float(), f, spec))
+    f = specs.dense_taps(f, x.dtype)
     if not _has_dense_rows(x):
         x = x.contiguous()
-    p = forms.template(
-        forms.upfirdn2d_params, x.shape, x.stride(), y.stride(), x.dtype, None if f is None else f.shape, form
+    p = specs.template(
+        specs.upfirdn2d_params, x.shape, x.stride(), y.stride(), x.dtype, None if f is None else f.shape, spec
     )
     p.x, p.f, p.y = x.data_ptr(), _taps_pointer(f, x.dtype), y.data_ptr()
     try:
@@ -44,7 +44,7 @@ def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, form: forms.Upfirdn2dForm
     except Unsupported:
         if x.is_contiguous() and y.is_contiguous():
             raise
-        return y.copy_(upfirdn2d(x.contiguous(), f, form))
+        return y.copy_(upfirdn2d(x.contiguous(), f, spec))
     return y
 
 
@@ -54,30 +54,30 @@ def filtered_lrelu(
     fd: torch.Tensor | None,
     b: torch.Tensor | None,
     mask: torch.Tensor | None,
-    form: forms.FilteredLreluForm | forms.GateForm,
+    spec: specs.FilteredLreluSpec | specs.GateSpec,
 ) -> torch.Tensor:
-    """Run the kernel, which writes `mask` if there is one; a GateForm reads it instead.
+    """Run the kernel, which writes `mask` if there is one; a GateSpec reads it instead.
 
-    The result's layout is that of `forms.empty_activated`.
+    The result's layout is that of `specs.empty_activated`.
     """
     mode = params.ACTIVATE if mask is None else params.RECORD
-    if isinstance(form, forms.GateForm):
+    if isinstance(spec, specs.GateSpec):
         mode = params.GATE
     shape, dtype = x.shape, x.dtype
-    y = forms.empty_activated(x, form.out_h, form.out_w)
+    y = specs.empty_activated(x, spec.out_h, spec.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
     if dtype in _HALF:
         b = None if b is None else b.float()
-        return y.copy_(filtered_lrelu(x.float(), fu, fd, b, mask, form))
+        return y.copy_(filtered_lrelu(x.float(), fu, fd, b, mask, spec))
     if not (x.is_contiguous() or x.stride(3) == 1):
         x = x.contiguous()
-    fu, fd = forms.dense_taps(fu, dtype), forms.dense_taps(fd, dtype)
+    fu, fd = specs.dense_taps(fu, dtype), specs.dense_taps(fd, dtype)
     filter_shapes = (None if fu is None else fu.shape, None if fd is None else fd.shape)
     mask_shape = None if mask is None else mask.shape
-    p = forms.template(
-        forms.filtered_lrelu_params,
-        *(shape, x.stride(), y.stride(), dtype, filter_shapes, mask_shape, form, mode),
+    p = specs.template(
+        specs.filtered_lrelu_params,
+        *(shape, x.stride(), y.stride(), dtype, filter_shapes, mask_shape, spec, mode),
     )
     p.x, p.y = x.data_ptr(), y.data_ptr()
     p.fu, p.fd = _taps_pointer(fu, dtype), _taps_pointer(fd, dtype)
@@ -90,9 +90,9 @@ def filtered_lrelu(
     return y
 
 
-def bias_act(x: torch.Tensor, b: torch.Tensor | None, form: forms.BiasActForm) -> torch.Tensor:
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
     """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
-    return _bias_act(x, None, None, b, form, 0, False)[0]
+    return _bias_act(x, None, None, b, spec, 0, False)[0]
 
 
 def bias_act_grad(
@@ -100,13 +100,13 @@ def bias_act_grad(
     x: torch.Tensor | None,
     b: torch.Tensor | None,
     y: torch.Tensor | None,
-    form: forms.BiasActForm,
+    spec: specs.BiasActSpec,
     with_db: bool,
 ) -> _Tensors:
-    """Return the gradients of x and of b (or None), from what `form.needs()` of the inputs and the output."""
-    if form.act == "swish":
-        return _bias_act(dy, None, x, b, form, 1, with_db)
-    return _bias_act(dy, None, y, None, form, 1, with_db)
+    """Return the gradients of x and of b (or None), from what `spec.needs()` of the inputs and the output."""
+    if spec.act == "swish":
+        return _bias_act(dy, None, x, b, spec, 1, with_db)
+    return _bias_act(dy, None, y, None, spec, 1, with_db)
 
 
 def bias_act_grad2(
@@ -115,29 +115,29 @@ def bias_act_grad2(
     x: torch.Tensor | None,
     b: torch.Tensor | None,
     y: torch.Tensor | None,
-    form: forms.BiasActForm,
+    spec: specs.BiasActSpec,
 ) -> torch.Tensor:
     """Return the gradient of x that comes through the slope of the activation."""
-    if form.act == "swish":
-        return _bias_act(dy, ddx, x, b, form, 2, False)[0]
-    return _bias_act(dy, ddx, y, None, form, 2, False)[0]
+    if spec.act == "swish":
+        return _bias_act(dy, ddx, x, b, spec, 2, False)[0]
+    return _bias_act(dy, ddx, y, None, spec, 2, False)[0]
 
 
-def _bias_act(input, in2, ref, b, form, order, with_db):
+def _bias_act(input, in2, ref, b, spec, order, with_db):
     dtype = input.dtype
-    input, in2, ref = forms.one_layout(input, in2, ref)
+    input, in2, ref = specs.one_layout(input, in2, ref)
     if dtype in _HALF:
-        if form.clamp >= 0:  # as it stands in a half-precision output, which ref may be
-            form = form._replace(clamp=forms.rounded(form.clamp, dtype))
+        if spec.clamp >= 0:  # as it stands in a half-precision output, which ref may be
+            spec = spec._replace(clamp=specs.rounded(spec.clamp, dtype))
         singles = (None if t is None else t.float() for t in (input, in2, ref, b))
-        out, db = _bias_act(*singles, form, order, with_db)
+        out, db = _bias_act(*singles, spec, order, with_db)
         return out.to(dtype), None if db is None else db.to(dtype)
     out = torch.empty_like(input)
-    db = torch.empty(input.shape[form.dim], dtype=dtype) if with_db else None
+    db = torch.empty(input.shape[spec.dim], dtype=dtype) if with_db else None
     if out.numel() == 0:
         return out, None if db is None else db.zero_()
-    p = forms.template(
-        forms.bias_act_params, input.shape, input.stride(), dtype, with_db or b is not None, form, order
+    p = specs.template(
+        specs.bias_act_params, input.shape, input.stride(), dtype, with_db or b is not None, spec, order
     )
     p.input, p.out = input.data_ptr(), out.data_ptr()
     if in2 is not None:
@@ -176,7 +176,7 @@ def _call(name: str, p: Any) -> None:
         return
     if status == params.NO_MEMORY:
         raise MemoryError(f"{name}: not enough memory for the tiles of {p.num_threads} threads")
-    raise Unsupported(f"{name}: this type, form or layout is not compiled in; use impl='ref' for it")
+    raise Unsupported(f"{name}: this type, spec or layout is not compiled in; use impl='ref' for it")
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 // What the CUDA kernels share: element types without CUDA's headers, and a way to run on a CPU for the tests.
 //
-// A kernel is compiled for one specialisation, chosen by macros (see the plan.py beside it). SG_DTYPE is the
+// A kernel is compiled for one specialization, chosen by macros (see the plan.py beside it). SG_DTYPE is the
 // type of images; everything is computed in acc: float, double for double. With SG_INDEX_64 offsets in
 // elements have 64 bits.
 #ifndef SG_CUDA_CUH
@@ -200,7 +200,8 @@ __device__ __forceinline__ elements<N> read_if(bool exists, const scalar* from) 
     constexpr int bytes = N * sizeof(scalar);
     if constexpr (bytes == 2) {
         unsigned short* const v = reinterpret_cast<unsigned short*>(&found);
-        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}" : "+h"(*v) : "l"(from), "r"(int(exists)));
+        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
+            : "+h"(*v) : "l"(from), "r"(int(exists)));
     } else {
         unsigned* const v = reinterpret_cast<unsigned*>(&found);
         if constexpr (bytes == 4)

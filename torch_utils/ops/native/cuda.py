@@ -1,7 +1,7 @@
 """The kernels on CUDA: tensors in, tensors out, a launch through the driver in between.
 
-Binaries come from `custom_ops.cubin`, one for each specialisation that a plan names. Plan, binary, function
-and struct are worked out once for each device, form and shape; from then on a call copies the struct, fills
+Binaries come from `custom_ops.cubin`, one for each specialization that a plan names. Plan, binary, function
+and struct are worked out once for each device, spec and shape; from then on a call copies the struct, fills
 in the pointers and launches on torch's current stream of the device.
 
 No tensor needs `record_stream`: results and temporaries are allocated under the stream that the kernel runs
@@ -20,7 +20,7 @@ import torch
 
 from torch_utils import custom_ops
 
-from . import driver, forms, params
+from . import driver, params, specs
 
 
 class _Launch(NamedTuple):
@@ -34,14 +34,14 @@ class _Launch(NamedTuple):
     shared_bytes: int
 
 
-def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, form: forms.Upfirdn2dForm) -> torch.Tensor:
-    """Run the kernel on `[N, C, H, W]` of any strides; the result's layout is that of `forms.empty_image`."""
-    y = forms.empty_image(x, form.out_h, form.out_w)
+def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, spec: specs.Upfirdn2dSpec) -> torch.Tensor:
+    """Run the kernel on `[N, C, H, W]` of any strides; the result's layout is that of `specs.empty_image`."""
+    y = specs.empty_image(x, spec.out_h, spec.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
     f = _taps(f, x)
     pointers = {"x": x.data_ptr(), "f": f.data_ptr(), "y": y.data_ptr()}
-    _run("upfirdn2d", x, pointers, (x.shape, x.stride(), y.stride(), x.dtype, f.shape, form))
+    _run("upfirdn2d", x, pointers, (x.shape, x.stride(), y.stride(), x.dtype, f.shape, spec))
     return y
 
 
@@ -51,16 +51,16 @@ def filtered_lrelu(
     fd: torch.Tensor | None,
     b: torch.Tensor | None,
     mask: torch.Tensor | None,
-    form: forms.FilteredLreluForm | forms.GateForm,
+    spec: specs.FilteredLreluSpec | specs.GateSpec,
 ) -> torch.Tensor:
-    """Run the kernel, which writes `mask` if there is one; a GateForm reads it instead.
+    """Run the kernel, which writes `mask` if there is one; a GateSpec reads it instead.
 
-    The result's layout is that of `forms.empty_activated`.
+    The result's layout is that of `specs.empty_activated`.
     """
     mode = params.ACTIVATE if mask is None else params.RECORD
-    if isinstance(form, forms.GateForm):
+    if isinstance(spec, specs.GateSpec):
         mode = params.GATE
-    y = forms.empty_activated(x, form.out_h, form.out_w)
+    y = specs.empty_activated(x, spec.out_h, spec.out_w)
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_()
     if x.stride(3) != 1:  # channels-last: one copy costs less than reading pixels far apart
@@ -72,14 +72,14 @@ def filtered_lrelu(
     if mask is not None:
         pointers["mask"] = mask.data_ptr()
     mask_shape = None if mask is None else mask.shape
-    numbers = (x.shape, x.stride(), y.stride(), x.dtype, (fu.shape, fd.shape), mask_shape, form, mode)
+    numbers = (x.shape, x.stride(), y.stride(), x.dtype, (fu.shape, fd.shape), mask_shape, spec, mode)
     _run("filtered_lrelu", x, pointers, numbers)
     return y
 
 
-def bias_act(x: torch.Tensor, b: torch.Tensor | None, form: forms.BiasActForm) -> torch.Tensor:
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
     """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
-    return _bias_act(x, None, None, b, form, 0)
+    return _bias_act(x, None, None, b, spec, 0)
 
 
 def bias_act_grad(
@@ -87,14 +87,14 @@ def bias_act_grad(
     x: torch.Tensor | None,
     b: torch.Tensor | None,
     y: torch.Tensor | None,
-    form: forms.BiasActForm,
+    spec: specs.BiasActSpec,
     with_db: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of x and of b (or None), from what `form.needs()` of the inputs and the output."""
-    dx = _bias_act(dy, None, *((x, b) if form.act == "swish" else (y, None)), form, 1)
+    """Return the gradients of x and of b (or None), from what `spec.needs()` of the inputs and the output."""
+    dx = _bias_act(dy, None, *((x, b) if spec.act == "swish" else (y, None)), spec, 1)
     if not with_db:
         return dx, None
-    others = [axis for axis in range(dx.ndim) if axis != form.dim]
+    others = [axis for axis in range(dx.ndim) if axis != spec.dim]
     return dx, dx.sum(others) if others else dx.clone()
 
 
@@ -104,14 +104,14 @@ def bias_act_grad2(
     x: torch.Tensor | None,
     b: torch.Tensor | None,
     y: torch.Tensor | None,
-    form: forms.BiasActForm,
+    spec: specs.BiasActSpec,
 ) -> torch.Tensor:
     """Return the gradient of x that comes through the slope of the activation."""
-    return _bias_act(dy, ddx, *((x, b) if form.act == "swish" else (y, None)), form, 2)
+    return _bias_act(dy, ddx, *((x, b) if spec.act == "swish" else (y, None)), spec, 2)
 
 
-def _bias_act(input, in2, ref, b, form, order):
-    input, in2, ref = forms.one_layout(input, in2, ref)
+def _bias_act(input, in2, ref, b, spec, order):
+    input, in2, ref = specs.one_layout(input, in2, ref)
     out, b = torch.empty_like(input), _dense(b)
     if out.numel() == 0:
         return out
@@ -119,7 +119,7 @@ def _bias_act(input, in2, ref, b, form, order):
     for name, tensor in (("in2", in2), ("ref", ref), ("b", b)):
         if tensor is not None:
             pointers[name] = tensor.data_ptr()
-    numbers = (input.shape, input.stride(), input.dtype, b is not None, form, order)
+    numbers = (input.shape, input.stride(), input.dtype, b is not None, spec, order)
     _run("bias_act", input, pointers, numbers)
     return out
 
@@ -127,9 +127,9 @@ def _bias_act(input, in2, ref, b, form, order):
 # ---- Plans and launches
 
 _MAKE = {
-    "bias_act": forms.bias_act_params,
-    "upfirdn2d": forms.upfirdn2d_params,
-    "filtered_lrelu": forms.filtered_lrelu_params,
+    "bias_act": specs.bias_act_params,
+    "upfirdn2d": specs.upfirdn2d_params,
+    "filtered_lrelu": specs.filtered_lrelu_params,
 }
 _launches: dict[Any, _Launch] = {}
 _functions: dict[Any, int] = {}  # (device, plan) -> function of a module that stays loaded
@@ -139,7 +139,7 @@ _MAX_LAUNCHES = 4096  # shapes that never come back must not pile up
 def _run(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
     """Launch `op` on the device of `x`, on torch's current stream there."""
     device = x.get_device()
-    # Wide loads want aligned memory, and which arguments there are is part of a specialisation.
+    # Wide loads want aligned memory, and which arguments there are is part of a specialization.
     alignment = tuple([(name, pointer & 15) for name, pointer in pointers.items()])
     key = (op, device, alignment, numbers)
     launch = _launches.get(key)
@@ -176,7 +176,7 @@ _ones: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 def _taps(f: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     if f is not None:
-        return forms.dense_taps(f, x.dtype)
+        return specs.dense_taps(f, x.dtype)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     key = (x.device, dtype)
     if key not in _ones:

@@ -14,7 +14,7 @@ import torch
 
 from torch_utils.ops import impl as choice
 
-from . import cpu, cuda, forms
+from . import cpu, cuda, specs
 from .building import NativeUnavailable
 
 NAMESPACE = "stylegan_ops"
@@ -112,30 +112,30 @@ _ACT = "int dim, str act, float alpha, float gain, float clamp"
 # ---- upfirdn2d: linear, its gradient is itself
 
 
-def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, form: forms.Upfirdn2dForm) -> torch.Tensor:
+def upfirdn2d(x: torch.Tensor, f: torch.Tensor | None, spec: specs.Upfirdn2dSpec) -> torch.Tensor:
     """Filter `x` with its gradients of every order."""
-    return UPFIRDN2D(x, f, *form)
+    return UPFIRDN2D(x, f, *spec)
 
 
 def _upfirdn2d(x, f, *numbers):
-    return kernels(x).upfirdn2d(x, f, forms.Upfirdn2dForm._make(numbers))
+    return kernels(x).upfirdn2d(x, f, specs.Upfirdn2dSpec._make(numbers))
 
 
 def _upfirdn2d_setup(ctx, inputs, output) -> None:
     x, f, *numbers = inputs
     ctx.save_for_backward(f)
-    ctx.size, ctx.form = x.shape[2:], forms.Upfirdn2dForm._make(numbers)
+    ctx.size, ctx.spec = x.shape[2:], specs.Upfirdn2dSpec._make(numbers)
 
 
 def _upfirdn2d_backward(ctx, dy):
     (f,) = ctx.saved_tensors
-    dx = UPFIRDN2D(dy, f, *ctx.form.adjoint(f, *ctx.size))
-    return dx, *(None,) * (1 + len(ctx.form))
+    dx = UPFIRDN2D(dy, f, *ctx.spec.adjoint(f, *ctx.size))
+    return dx, *(None,) * (1 + len(ctx.spec))
 
 
 def _upfirdn2d_fake(x, f, *numbers):
-    form = forms.Upfirdn2dForm._make(numbers)
-    return forms.empty_image(x, form.out_h, form.out_w)
+    spec = specs.Upfirdn2dSpec._make(numbers)
+    return specs.empty_image(x, spec.out_h, spec.out_w)
 
 
 UPFIRDN2D = NativeOp(
@@ -154,17 +154,17 @@ def filtered_lrelu(
     fu: torch.Tensor | None,
     fd: torch.Tensor | None,
     b: torch.Tensor | None,
-    form: forms.FilteredLreluForm,
+    spec: specs.FilteredLreluSpec,
 ) -> torch.Tensor:
     """Run the op, recording bits only if a gradient will need them."""
     record = torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad))
-    return FILTERED_LRELU(x, fu, fd, b, *form, record)[0]
+    return FILTERED_LRELU(x, fu, fd, b, *spec, record)[0]
 
 
 def _filtered_lrelu(x, fu, fd, b, *numbers):
-    form, record = forms.FilteredLreluForm._make(numbers[:-1]), numbers[-1]
-    mask = forms.empty_mask(x, fd, form) if record else x.new_empty(0, dtype=torch.uint8)
-    return kernels(x).filtered_lrelu(x, fu, fd, b, mask if record else None, form), mask
+    spec, record = specs.FilteredLreluSpec._make(numbers[:-1]), numbers[-1]
+    mask = specs.empty_mask(x, fd, spec) if record else x.new_empty(0, dtype=torch.uint8)
+    return kernels(x).filtered_lrelu(x, fu, fd, b, mask if record else None, spec), mask
 
 
 def _filtered_lrelu_setup(ctx, inputs, output) -> None:
@@ -173,32 +173,32 @@ def _filtered_lrelu_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(mask, fu, fd)
     ctx.mark_non_differentiable(mask)
     ctx.set_materialize_grads(False)
-    ctx.size, ctx.form = x.shape[2:], forms.FilteredLreluForm._make(numbers)
+    ctx.size, ctx.spec = x.shape[2:], specs.FilteredLreluSpec._make(numbers)
 
 
 def _filtered_lrelu_backward(ctx, dy, _):
-    nothing = (None,) * (1 + len(ctx.form))
+    nothing = (None,) * (1 + len(ctx.spec))
     if dy is None:
         return None, None, None, None, *nothing
     mask, fu, fd = ctx.saved_tensors
-    dx = GATE(dy, mask, fd, fu, *ctx.form.gate(fd).adjoint(fu, fd, *ctx.size))
+    dx = GATE(dy, mask, fd, fu, *ctx.spec.gate(fd).adjoint(fu, fd, *ctx.size))
     db = dx.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
     return dx, None, None, db, *nothing
 
 
 def _filtered_lrelu_zeroed(x, fu, fd, b, *numbers):
     """The kernel on a mask of zeros: what no gradient reads stays unwritten, and torch compares results."""
-    form, record = forms.FilteredLreluForm._make(numbers[:-1]), numbers[-1]
+    spec, record = specs.FilteredLreluSpec._make(numbers[:-1]), numbers[-1]
     if not record:
         return _filtered_lrelu(x, fu, fd, b, *numbers)
-    mask = forms.empty_mask(x, fd, form).zero_()
-    return kernels(x).filtered_lrelu(x, fu, fd, b, mask, form), mask
+    mask = specs.empty_mask(x, fd, spec).zero_()
+    return kernels(x).filtered_lrelu(x, fu, fd, b, mask, spec), mask
 
 
 def _filtered_lrelu_fake(x, fu, fd, b, *numbers):
-    form, record = forms.FilteredLreluForm._make(numbers[:-1]), numbers[-1]
-    y = forms.empty_activated(x, form.out_h, form.out_w)
-    return y, forms.empty_mask(x, fd, form) if record else x.new_empty(0, dtype=torch.uint8)
+    spec, record = specs.FilteredLreluSpec._make(numbers[:-1]), numbers[-1]
+    y = specs.empty_activated(x, spec.out_h, spec.out_w)
+    return y, specs.empty_mask(x, fd, spec) if record else x.new_empty(0, dtype=torch.uint8)
 
 
 FILTERED_LRELU = NativeOp(
@@ -213,24 +213,24 @@ FILTERED_LRELU.register(
 
 
 def _gate(x, mask, fu, fd, *numbers):
-    return kernels(x).filtered_lrelu(x, fu, fd, None, mask, forms.GateForm._make(numbers))
+    return kernels(x).filtered_lrelu(x, fu, fd, None, mask, specs.GateSpec._make(numbers))
 
 
 def _gate_setup(ctx, inputs, output) -> None:
     x, mask, fu, fd, *numbers = inputs
     ctx.save_for_backward(mask, fu, fd)
-    ctx.size, ctx.form = x.shape[2:], forms.GateForm._make(numbers)
+    ctx.size, ctx.spec = x.shape[2:], specs.GateSpec._make(numbers)
 
 
 def _gate_backward(ctx, dy):
     mask, fu, fd = ctx.saved_tensors
-    dx = GATE(dy, mask, fd, fu, *ctx.form.adjoint(fu, fd, *ctx.size))
-    return dx, *(None,) * (3 + len(ctx.form))
+    dx = GATE(dy, mask, fd, fu, *ctx.spec.adjoint(fu, fd, *ctx.size))
+    return dx, *(None,) * (3 + len(ctx.spec))
 
 
 def _gate_fake(x, mask, fu, fd, *numbers):
-    form = forms.GateForm._make(numbers)
-    return forms.empty_activated(x, form.out_h, form.out_w)
+    spec = specs.GateSpec._make(numbers)
+    return specs.empty_activated(x, spec.out_h, spec.out_w)
 
 
 GATE = NativeOp(
@@ -245,19 +245,19 @@ GATE.register(_gate_fake, _gate_setup, _gate_backward)
 # ---- bias_act: elementwise, differentiated from its output (from its input for swish)
 
 
-def bias_act(x: torch.Tensor, b: torch.Tensor | None, form: forms.BiasActForm) -> torch.Tensor:
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
     """Run the op with first and second gradients."""
-    return BIAS_ACT(x, b, *form)
+    return BIAS_ACT(x, b, *spec)
 
 
 def _bias_act(x, b, *numbers):
-    return kernels(x).bias_act(x, b, forms.BiasActForm._make(numbers))
+    return kernels(x).bias_act(x, b, specs.BiasActSpec._make(numbers))
 
 
 def _bias_act_setup(ctx, inputs, output) -> None:
     x, b, *numbers = inputs
-    ctx.form = forms.BiasActForm._make(numbers)
-    needs_inputs, needs_output = ctx.form.needs()
+    ctx.spec = specs.BiasActSpec._make(numbers)
+    needs_inputs, needs_output = ctx.spec.needs()
     if not needs_inputs:
         x = b = None
     ctx.save_for_backward(x, b, output if needs_output else None)
@@ -265,8 +265,8 @@ def _bias_act_setup(ctx, inputs, output) -> None:
 
 def _bias_act_backward(ctx, dy):
     with_db = ctx.needs_input_grad[1]
-    dx, db = BIAS_ACT_GRAD(dy, *ctx.saved_tensors, *ctx.form, with_db)
-    return dx, db if with_db else None, *(None,) * len(ctx.form)
+    dx, db = BIAS_ACT_GRAD(dy, *ctx.saved_tensors, *ctx.spec, with_db)
+    return dx, db if with_db else None, *(None,) * len(ctx.spec)
 
 
 def _bias_act_fake(x, b, *numbers):
@@ -278,21 +278,21 @@ BIAS_ACT.register(_bias_act_fake, _bias_act_setup, _bias_act_backward)
 
 
 def _bias_act_grad(dy, x, b, y, *numbers):
-    form, with_db = forms.BiasActForm._make(numbers[:-1]), numbers[-1]
-    dx, db = kernels(dy).bias_act_grad(dy, x, b, y, form, with_db)
+    spec, with_db = specs.BiasActSpec._make(numbers[:-1]), numbers[-1]
+    dx, db = kernels(dy).bias_act_grad(dy, x, b, y, spec, with_db)
     return dx, dy.new_empty(0) if db is None else db
 
 
 def _bias_act_grad_setup(ctx, inputs, output) -> None:
     dy, x, b, y, *numbers, ctx.with_db = inputs
-    ctx.form, ctx.shape = forms.BiasActForm._make(numbers), dy.shape
-    ctx.is_curved = ctx.form.needs()[0]
+    ctx.spec, ctx.shape = specs.BiasActSpec._make(numbers), dy.shape
+    ctx.is_curved = ctx.spec.needs()[0]
     ctx.save_for_backward(dy if ctx.is_curved else None, x, b, y)
     ctx.set_materialize_grads(False)
 
 
 def _bias_act_grad_backward(ctx, ddx, ddb):
-    form, nothing = ctx.form, (None,) * (2 + len(ctx.form))
+    spec, nothing = ctx.spec, (None,) * (2 + len(ctx.spec))
     if not ctx.with_db:
         ddb = None
     if ddx is None and ddb is None:
@@ -300,28 +300,28 @@ def _bias_act_grad_backward(ctx, ddx, ddb):
     dy, x, b, y = ctx.saved_tensors
     axes = range(len(ctx.shape))
     if ddb is not None:  # what arrives at the sum arrives at each of its terms
-        spread = ddb.reshape([-1 if axis == form.dim else 1 for axis in axes])
+        spread = ddb.reshape([-1 if axis == spec.dim else 1 for axis in axes])
         ddx = spread.expand(ctx.shape) if ddx is None else ddx + spread
-    ddy = BIAS_ACT_GRAD(ddx, x, b, y, *form, False)[0] if ctx.needs_input_grad[0] else None
+    ddy = BIAS_ACT_GRAD(ddx, x, b, y, *spec, False)[0] if ctx.needs_input_grad[0] else None
     if not ctx.is_curved or not any(ctx.needs_input_grad[1:3]):
         return ddy, None, None, *nothing
-    dx = BIAS_ACT_GRAD2(dy, ddx, x, b, y, *form)
+    dx = BIAS_ACT_GRAD2(dy, ddx, x, b, y, *spec)
     db = None
     if ctx.needs_input_grad[2]:
-        others = [axis for axis in axes if axis != form.dim]
+        others = [axis for axis in axes if axis != spec.dim]
         db = dx.sum(others) if others else dx  # torch takes no axes for all of them
     return ddy, dx, db, *nothing
 
 
-def _leader(dy, x, y, form):
-    """The tensor whose order of memory the result follows, as `forms.one_layout` has it."""
-    reference = x if form.act == "swish" else y
+def _leader(dy, x, y, spec):
+    """The tensor whose order of memory the result follows, as `specs.one_layout` has it."""
+    reference = x if spec.act == "swish" else y
     return dy if reference is None else reference
 
 
 def _bias_act_grad_fake(dy, x, b, y, *numbers):
-    form, with_db = forms.BiasActForm._make(numbers[:-1]), numbers[-1]
-    return torch.empty_like(_leader(dy, x, y, form)), dy.new_empty(dy.shape[form.dim] if with_db else 0)
+    spec, with_db = specs.BiasActSpec._make(numbers[:-1]), numbers[-1]
+    return torch.empty_like(_leader(dy, x, y, spec)), dy.new_empty(dy.shape[spec.dim] if with_db else 0)
 
 
 BIAS_ACT_GRAD = NativeOp(
@@ -333,7 +333,7 @@ BIAS_ACT_GRAD.register(_bias_act_grad_fake, _bias_act_grad_setup, _bias_act_grad
 
 
 def _bias_act_grad2(dy, ddx, x, b, y, *numbers):
-    return kernels(dy).bias_act_grad2(dy, ddx, x, b, y, forms.BiasActForm._make(numbers))
+    return kernels(dy).bias_act_grad2(dy, ddx, x, b, y, specs.BiasActSpec._make(numbers))
 
 
 def _bias_act_grad2_setup(ctx, inputs, output) -> None:
@@ -345,7 +345,7 @@ def _bias_act_grad2_backward(ctx, *grads):
 
 
 def _bias_act_grad2_fake(dy, ddx, x, b, y, *numbers):
-    return torch.empty_like(_leader(dy, x, y, forms.BiasActForm._make(numbers)))
+    return torch.empty_like(_leader(dy, x, y, specs.BiasActSpec._make(numbers)))
 
 
 BIAS_ACT_GRAD2 = NativeOp(

@@ -1,4 +1,4 @@
-"""What a plan is: the specialisation of a CUDA kernel, and the shape of its launch."""
+"""What a plan is: the specialization of a CUDA kernel, and the shape of its launch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Plan(NamedTuple):
-    """One kernel for one form: what it is compiled from, and how many threads run it.
+class LaunchPlan(NamedTuple):
+    """One kernel for one specialization: what it is compiled from, and how many threads run it.
 
-    source: path below this folder. entry: name of the kernel. defines: macros that specialise it.
+    source: path below this folder. entry: name of the kernel. defines: macros that specialize it.
     shared_bytes: dynamic shared memory of a block.
     """
 

@@ -1,4 +1,4 @@
-"""The CUDA specialisations that StyleGAN2 and StyleGAN3 need, so that they can be built before anybody waits.
+"""The CUDA specializations that StyleGAN2 and StyleGAN3 need, so that they can be built before anybody waits.
 
 What is missing here is not missing at run time: it is compiled at its first use.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import forms, params
-from .plan import Plan
+from . import params, specs
+from .plan import LaunchPlan
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CHANNELS = (3, 32, 64, 512)  # of images, and those of features that share them out to threads differently
@@ -30,10 +30,10 @@ CLAMP = 256.0
 ALIGNED = 4096  # an address that stands for any that torch gives
 
 
-def specialisations(
+def specializations(
     capability: tuple[int, int], dtypes: Iterable[torch.dtype] = (torch.float16, torch.float32)
-) -> list[Plan]:
-    """One plan for each specialisation, of no particular launch."""
+) -> list[LaunchPlan]:
+    """One plan for each specialization, of no particular launch."""
     found = {}
     for dtype in dtypes:
         for op, struct in itertools.chain(_bias_act(dtype), _upfirdn2d(dtype), _filtered_lrelu(dtype)):
@@ -48,17 +48,17 @@ def specialisations(
 
 def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     features, dense = torch.Size((4, 64, 32, 32)), torch.Size((4, 512))
-    shapes = [(features, CLAMP, False), (features, forms.NO_CLAMP, False), (dense, forms.NO_CLAMP, False)]
+    shapes = [(features, CLAMP, False), (features, specs.NO_CLAMP, False), (dense, specs.NO_CLAMP, False)]
     if dtype == torch.float16:  # layers in half precision may be channels-last
         shapes.append((features, CLAMP, True))
     kinds = itertools.product(("linear", "lrelu"), shapes)
     for (act, (shape, clamp, last)), order, has_bias in itertools.product(kinds, (0, 1), (True, False)):
         if not has_bias and (order or act != "linear" or shape is features):
             continue  # a layer without a bias or an activation has a gain at most
-        form = forms.BiasActForm(1, act, 0.2, 1.0, clamp)
-        p = forms.bias_act_params(shape, _strides(shape, last), dtype, order == 0 and has_bias, form, order)
+        spec = specs.BiasActSpec(1, act, 0.2, 1.0, clamp)
+        p = specs.bias_act_params(shape, _strides(shape, last), dtype, order == 0 and has_bias, spec, order)
         p.b = ALIGNED if order == 0 and has_bias else None
-        p.ref = ALIGNED if order and form.needs()[1] else None
+        p.ref = ALIGNED if order and spec.needs()[1] else None
         yield "bias_act", p
 
 
@@ -68,7 +68,7 @@ def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     for size, channels, last in itertools.product(RESOLUTIONS, CHANNELS, layouts):
         if size * channels > MOST:
             continue
-        # Around a convolution that doubles or halves, on the other way past it, and back: four forms in all.
+        # Around a convolution that doubles or halves, on the other way past it, and back: four calls in all.
         for before, after, up, down, pad in (
             (size + 1, size, 1, 1, 1),
             (size, size + 1, 1, 1, 2),
@@ -76,9 +76,9 @@ def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             (size, size // 2, 1, 2, 1),
         ):
             x, y = torch.Size((4, channels, before, before)), torch.Size((4, channels, after, after))
-            form = forms.Upfirdn2dForm(up, up, down, down, pad, pad, after, after, False, 1.0)
-            numbers = (x, _strides(x, last), _strides(y, last), dtype, taps, form)
-            yield "upfirdn2d", forms.upfirdn2d_params(*numbers)
+            spec = specs.Upfirdn2dSpec(up, up, down, down, pad, pad, after, after, False, 1.0)
+            numbers = (x, _strides(x, last), _strides(y, last), dtype, taps, spec)
+            yield "upfirdn2d", specs.upfirdn2d_params(*numbers)
 
 
 def _filtered_lrelu(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
@@ -90,31 +90,31 @@ def _filtered_lrelu(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             fd = torch.empty((TAPS * 2,) * (2 if radial else 1), device="meta")
             yield (
                 "filtered_lrelu",
-                _layer(dtype, before + border, fu, fd, _form_of(before + border, after, up), mode),
+                _layer(dtype, before + border, fu, fd, _spec_of(before + border, after, up), mode),
             )
-    for mode in (0, 1, 2):  # colours, of which the last layer makes an image without filters
-        form = forms.FilteredLreluForm(1, 1, 0, 0, 64, 64, False, 1.0, 1.0, CLAMP)
-        yield "filtered_lrelu", _layer(dtype, 64, None, None, form, mode)
+    for mode in (0, 1, 2):  # colors, of which the last layer makes an image without filters
+        spec = specs.FilteredLreluSpec(1, 1, 0, 0, 64, 64, False, 1.0, 1.0, CLAMP)
+        yield "filtered_lrelu", _layer(dtype, 64, None, None, spec, mode)
 
 
-def _form_of(size: int, after: int, up: int) -> forms.FilteredLreluForm:
+def _spec_of(size: int, after: int, up: int) -> specs.FilteredLreluSpec:
     """A layer with its padding. Source: StyleGAN3, appendix on layer specifications."""
     spare = (after - 1) * 2 + 1 - size * up + TAPS * (up + 2) - 2
     pad = (spare + up) // 2
-    return forms.FilteredLreluForm(up, 2, pad, pad, after, after, False, 1.0, 0.2, CLAMP)
+    return specs.FilteredLreluSpec(up, 2, pad, pad, after, after, False, 1.0, 0.2, CLAMP)
 
 
-def _layer(dtype: torch.dtype, size: int, fu: Any, fd: Any, form: Any, mode: int) -> Any:
+def _layer(dtype: torch.dtype, size: int, fu: Any, fd: Any, spec: Any, mode: int) -> Any:
     """The struct of a layer whose input is so large; of the way back through it for GATE."""
-    height, _, row_bytes = form.mask_size(fd)
+    height, _, row_bytes = spec.mask_size(fd)
     mask = None if mode == params.ACTIVATE else torch.Size((4, 64, height, row_bytes))
-    out = form.out_h
+    out = spec.out_h
     if mode == params.GATE:
-        form = form.gate(fd).adjoint(fu, fd, size, size)
+        spec = spec.gate(fd).adjoint(fu, fd, size, size)
         fu, fd, size, out = fd, fu, out, size
     x, y = torch.Size((4, 64, size, size)), torch.Size((4, 64, out, out))
     shapes = tuple(torch.Size((1, 1)) if f is None else f.shape for f in (fu, fd))
-    p = forms.filtered_lrelu_params(x, _strides(x), _strides(y), dtype, shapes, mask, form, mode)
+    p = specs.filtered_lrelu_params(x, _strides(x), _strides(y), dtype, shapes, mask, spec, mode)
     p.b = ALIGNED if mode != params.GATE else None
     return p
 

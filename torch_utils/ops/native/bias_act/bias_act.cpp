@@ -199,7 +199,7 @@ void run_shared(const sg_bias_act_params& p, const Call<T>& call) {
     }
 }
 
-// Neighbours have neighbouring biases: channels-last images, and plain matrices. Few biases are repeated until they
+// Neighbors have neighboring biases: channels-last images, and plain matrices. Few biases are repeated until they
 // fill a row that is worth a loop.
 template <class T, int ACT, int ORDER>
 void run_side_by_side(const sg_bias_act_params& p, const Call<T>& call) {

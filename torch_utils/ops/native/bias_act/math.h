@@ -36,10 +36,10 @@ struct working<true> {
     typedef single memory;
 };
 
-inline double exponential(double x) { return std::exp(x); }
-inline double exponential_minus_1(double x) { return std::expm1(x); }
-inline double log_of_1_plus(double x) { return std::log1p(x); }
-inline double tangent(double x) { return std::tanh(x); }
+using std::exp;
+using std::expm1;
+using std::log1p;
+using std::tanh;
 
 // x = n log 2 + r with |r| <= log(2) / 2: exp(r) - 1 by a Taylor series (relative error below 2e-10), 2^n by its bits.
 struct Split {
@@ -91,24 +91,24 @@ SG_INLINE SplitSingle split(single x) {
     return parts;
 }
 
-SG_INLINE single exponential(single x) {
+SG_INLINE single exp(single x) {
     const SplitSingle parts = split(x);
     const single e = parts.power + parts.power * parts.rest;
     return x > 88.0f ? single{} + __builtin_inff() : e;  // so that a sigmoid ends at zero
 }
 
-SG_INLINE wide exponential(wide x) {
+SG_INLINE wide exp(wide x) {
     const Split parts = split(x);
     return parts.power + parts.power * parts.rest;
 }
 
-SG_INLINE wide exponential_minus_1(wide x) {
+SG_INLINE wide expm1(wide x) {
     const Split parts = split(x);
     return parts.power * parts.rest + (parts.power - 1.0);  // near zero the power is 1: nothing cancels
 }
 
 // For x >= 0.
-SG_INLINE wide log_of_1_plus(wide x) {
+SG_INLINE wide log1p(wide x) {
     const wide y = 1.0 + x;
     wide_bits bits;
     std::memcpy(&bits, &y, sizeof bits);
@@ -124,9 +124,9 @@ SG_INLINE wide log_of_1_plus(wide x) {
     return 2.0 * s * p + __builtin_convertvector(e, wide) * 0.69314718055994530942;
 }
 
-SG_INLINE wide tangent(wide x) {
+SG_INLINE wide tanh(wide x) {
     const wide above = x > 20.0 ? wide{} + 20.0 : x, bounded = above < -20.0 ? wide{} - 20.0 : above;
-    const wide e = exponential_minus_1(bounded * 2.0);
+    const wide e = expm1(bounded * 2.0);
     return e / (e + 2.0);
 }
 
@@ -136,18 +136,18 @@ constexpr double LINEAR_ABOVE = 20.0;  // where torch's softplus becomes the ide
 
 template <class R>
 SG_INLINE R sigmoid(R u) {
-    return 1.0 / (1.0 + exponential(-u));
+    return 1.0 / (1.0 + exp(-u));
 }
 
 template <int ACT, class R>
 SG_INLINE R activated(R u) {
-    if constexpr (ACT == SG_TANH) return tangent(u);
+    if constexpr (ACT == SG_TANH) return tanh(u);
     if constexpr (ACT == SG_SIGMOID) return sigmoid(u);
-    if constexpr (ACT == SG_ELU) return u > 0.0 ? u : exponential_minus_1(u > 0.0 ? R{} : u);
+    if constexpr (ACT == SG_ELU) return u > 0.0 ? u : expm1(u > 0.0 ? R{} : u);
     if constexpr (ACT == SG_SELU)
-        return SELU_SCALE * (u > 0.0 ? u : SELU_ALPHA * exponential_minus_1(u > 0.0 ? R{} : u));
+        return SELU_SCALE * (u > 0.0 ? u : SELU_ALPHA * expm1(u > 0.0 ? R{} : u));
     if constexpr (ACT == SG_SOFTPLUS)
-        return u > LINEAR_ABOVE ? u : log_of_1_plus(exponential(u > LINEAR_ABOVE ? R{} : u));
+        return u > LINEAR_ABOVE ? u : log1p(exp(u > LINEAR_ABOVE ? R{} : u));
     if constexpr (ACT == SG_SWISH) return u * sigmoid(u);
 }
 
@@ -158,7 +158,7 @@ SG_INLINE R slope(R a) {
     if constexpr (ACT == SG_SIGMOID) return a * (1.0 - a);
     if constexpr (ACT == SG_ELU) return a > 0.0 ? R{} + 1.0 : a + 1.0;
     if constexpr (ACT == SG_SELU) return a > 0.0 ? R{} + SELU_SCALE : a + SELU_SCALE * SELU_ALPHA;
-    if constexpr (ACT == SG_SOFTPLUS) return a > LINEAR_ABOVE ? R{} + 1.0 : -exponential_minus_1(-a);
+    if constexpr (ACT == SG_SOFTPLUS) return a > LINEAR_ABOVE ? R{} + 1.0 : -expm1(-a);
     if constexpr (ACT == SG_SWISH) {
         const R s = sigmoid(a);
         return s * (1.0 + a * (1.0 - s));
@@ -172,7 +172,7 @@ SG_INLINE R curvature(R a) {
     if constexpr (ACT == SG_ELU) return a > 0.0 ? R{} : a + 1.0;
     if constexpr (ACT == SG_SELU) return a > 0.0 ? R{} : a + SELU_SCALE * SELU_ALPHA;
     if constexpr (ACT == SG_SOFTPLUS) {
-        const R s = -exponential_minus_1(-a);
+        const R s = -expm1(-a);
         return a > LINEAR_ABOVE ? R{} : s * (1.0 - s);
     }
     if constexpr (ACT == SG_SWISH) {

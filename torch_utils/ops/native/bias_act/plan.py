@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..params import BiasAct
-from ..plan import ITEM_BYTES, Plan, ceil_div, is_wide
+from ..plan import ITEM_BYTES, LaunchPlan, ceil_div, is_wide
 
 THREADS = 256
 BLOCKS = 1 << 16  # more elements than these take at once are taken in turns
 
 
-def plan(p: BiasAct, capability: tuple[int, int]) -> Plan:
-    """The specialisation and the launch for a struct with its pointers filled in."""
+def plan(p: BiasAct, capability: tuple[int, int]) -> LaunchPlan:
+    """The specialization and the launch for a struct with its pointers filled in."""
     item = ITEM_BYTES[p.dtype]
     vector = 16 // item
     addresses = [value or 0 for value in (p.input, p.in2, p.ref, p.out)]
@@ -36,4 +36,4 @@ def plan(p: BiasAct, capability: tuple[int, int]) -> Plan:
     )
     blocks = min(ceil_div(p.size, vector * THREADS), BLOCKS)
     source, entry = "bias_act/bias_act.cu", "sg_bias_act_cuda"
-    return Plan("bias_act", source, entry, defines, (max(blocks, 1), 1, 1), (THREADS, 1, 1))
+    return LaunchPlan("bias_act", source, entry, defines, (max(blocks, 1), 1, 1), (THREADS, 1, 1))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch_utils.ops.native.plan import Plan
+from torch_utils.ops.native.plan import LaunchPlan
 
 from . import NativeUnavailable, cache, compilers
 from .cpu_build import SOURCES, _escaped, find_ninja
@@ -24,7 +24,7 @@ TIME_OUT = 900.0  # seconds
 log = logging.getLogger("torch_utils.ops")
 
 
-def find(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes | None:
+def find(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes | None:
     """The binary in the cache, made by whichever compiler."""
     for maker in ("nvrtc", "nvcc"):
         if path := cache.find(key(plan, capability, maker, sources), NAME):
@@ -32,13 +32,13 @@ def find(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> by
     return None
 
 
-def key(plan: Plan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
+def key(plan: LaunchPlan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
     """The key of a specialisation: everything the compiler reads."""
     said = _own_texts() if sources == SOURCES else _texts(sources)
     return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, said])
 
 
-def nvrtc(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
+def nvrtc(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
     """Compile one specialisation with NVRTC, which needs no toolkit and no compiler on the machine.
 
     Raises NativeUnavailable: cuda-core or NVRTC is missing, or what the compiler says.
@@ -63,8 +63,8 @@ def nvrtc(plan: Plan, capability: tuple[int, int], sources: Path = SOURCES) -> b
     return path.read_bytes()
 
 
-def nvcc(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
-    """Compile many specialisations at once with nvcc, driven by ninja; what it has made before is taken.
+def nvcc(plans: Sequence[LaunchPlan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
+    """Compile many specializations at once with nvcc, driven by ninja; what it has made before is taken.
 
     Raises NativeUnavailable likewise.
     """
@@ -82,7 +82,7 @@ def nvcc(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOU
 
 
 def _make_with_nvcc(
-    plans: list[Plan], capability: tuple[int, int], compiler: compilers.Compiler, sources: Path
+    plans: list[LaunchPlan], capability: tuple[int, int], compiler: compilers.Compiler, sources: Path
 ) -> list[bytes]:
     with tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder:
         said = _run_nvcc(Path(folder), plans, capability, compiler, sources) if plans else None
@@ -93,8 +93,10 @@ def _make_with_nvcc(
         return [(Path(folder) / f"{number}.cubin").read_bytes() for number in range(len(plans))]
 
 
-def nvrtc_many(plans: Sequence[Plan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
-    """Compile many specialisations side by side, those that are in the cache excepted.
+def nvrtc_many(
+    plans: Sequence[LaunchPlan], capability: tuple[int, int], sources: Path = SOURCES
+) -> list[bytes]:
+    """Compile many specializations side by side, those that are in the cache excepted.
 
     NVRTC lets go of Python's lock while it works. Raises NativeUnavailable.
     """
@@ -103,7 +105,11 @@ def nvrtc_many(plans: Sequence[Plan], capability: tuple[int, int], sources: Path
 
 
 def _run_nvcc(
-    folder: Path, plans: list[Plan], capability: tuple[int, int], compiler: compilers.Compiler, sources: Path
+    folder: Path,
+    plans: list[LaunchPlan],
+    capability: tuple[int, int],
+    compiler: compilers.Compiler,
+    sources: Path,
 ) -> str | None:
     common = [*OPTIONS, "-cubin", f"-arch={_arch(capability)}", "-I", str(sources)]
     commands = [
@@ -125,7 +131,7 @@ def _run_nvcc(
     return compilers.run([ninja], folder, TIME_OUT)
 
 
-def _macros(plan: Plan) -> list[str]:
+def _macros(plan: LaunchPlan) -> list[str]:
     return [f"-D{name}={value}" for name, value in plan.defines]
 
 

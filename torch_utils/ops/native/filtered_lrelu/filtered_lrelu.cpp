@@ -3,7 +3,7 @@
 // One task is a strip of output rows of one (sample, channel). It reads its input rows once (bias, zero padding, columns
 // dealt out to planes), filters along x, and then walks down each column of vectors: upsampling along y, activation and
 // downsampling along y happen in registers, so that of the upsampled image nothing is ever in memory. Filters that are
-// not separable need their neighbours along x, and get the activated rows of the strip from a buffer.
+// not separable need their neighbors along x, and get the activated rows of the strip from a buffer.
 #include "filtered_lrelu.h"
 
 #include <atomic>

@@ -1,7 +1,27 @@
-// filtered_lrelu on CUDA: a tile of outputs of one image plane is a block's, a column of the upsampled image a
-// thread's. Going down its column, a thread keeps in registers the rows that are not complete yet, of the
-// upsampled image and of what is filtered again: of upsampled size there is nothing in memory, and between two
-// separable filters not even in shared memory.
+// filtered_lrelu on CUDA. A block computes a tile of outputs of one image plane, a thread one column of the upsampled
+// image. Going down its column, it keeps the open rows in registers, those that further inputs still add to: rows of
+// the upsampled image, and rows of what is filtered again. Nothing of upsampled height is ever in memory.
+//
+//     x, an image plane            in [inputs][IN_P], shared            wide [inputs][WIDE_P], shared
+//   +--------------------+        +--------------------+  filter_rows  +------------------------------------+
+//   |   +------------+   | stage  | pixels + bias,     |  up filter    | filtered along x, upsampled there; |
+//   |   | tile, with |   | -----> | zeros outside      |  ---------->  | rows as in x                       |
+//   |   | its border |   |        | of the image       |  along x      +------------------------------------+
+//   |   +------------+   |        +--------------------+                  |   |   |   one thread a column   |
+//   +--------------------+                                                v   v   v                         v
+//                                                                upsampled_t   up filter along y    | a block of
+//                                                                activation_t  leaky ReLU, clamp    | SG_PERIOD rows
+//                                                                filtered_t    down filter along y  v after another
+//     y                            filtered [tile_h][THREADS], shared (in the memory of `in`)
+//   +--------------------+         +------------------------------------+
+//   |   +------------+   | write_  | rows as in y,                      |
+//   |   | SG_TILE_W  |   | outputs | columns of the upsampled image     |
+//   |   | x tile_h   |   | <------ |                                    |
+//   |   +------------+   | down    +------------------------------------+
+//   +--------------------+ along x
+//
+// A 2-D up filter is applied in upsampled_t, straight from `in`; before a 2-D down filter, all rows of the tile's part
+// of the upsampled image (the grid) are kept in shared memory. Bits of the mask are collected there, too.
 //
 // Which taps meet which rows and columns is known when this is compiled, as tiles start where the same tap always
 // meets the first input.
@@ -51,7 +71,7 @@
 #define BLOCKS(rows) ((((rows) - 1) * SG_DOWN + SG_TAPS_DY + SG_PERIOD - 1) / SG_PERIOD)
 
 // ---- The 2-D down filter: outputs of a thread, and rows of the grid in two halves, even and odd quads, so that
-// neighbouring threads read neighbouring quads
+// neighboring threads read neighboring quads
 
 #define COLUMNS_2D (2 * QUAD % SG_DOWN == 0 ? 2 * QUAD / SG_DOWN : 1)
 #define ROWS_2D 4
@@ -149,7 +169,8 @@ typedef vec<unsigned, 2> bits_t;
 
 #if SG_MODE == SG_GATE
 // Fetch the recorded bits of a tile, zeros (nothing passes) where nothing was recorded.
-__device__ __forceinline__ void read_mask(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, bits_t* bits) {
+__device__ __forceinline__ void read_mask(
+    const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, bits_t* bits) {
     const int first = (tile.gx + p.mask_off_x) >> 5, words = (p.mask_w + 31) >> 5;
     for (int i = threadIdx.x; i < rows * WORDS; i += THREADS) {
         const int my = tile.gy + p.mask_off_y + i / WORDS, word = first + i % WORDS;
@@ -340,7 +361,8 @@ struct filtered_t {
     acc taps[SG_TAPS_DY];
     acc rows[OPEN_D];
 
-    __device__ __forceinline__ filtered_t(const acc* shared_taps, acc* area) : to(area + static_cast<int>(threadIdx.x) - LATE * THREADS) {
+    __device__ __forceinline__ filtered_t(const acc* shared_taps, acc* area)
+        : to(area + static_cast<int>(threadIdx.x) - LATE * THREADS) {
 UNROLL
         for (int k = 0; k < SG_TAPS_DY; ++k) taps[k] = shared_taps[k];
 UNROLL

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..params import ACTIVATE, GATE, RECORD, FilteredLrelu
-from ..plan import ITEM_BYTES, MAX_GRID, Plan, ceil_div, extent, is_wide, shared_limit
+from ..plan import ITEM_BYTES, MAX_GRID, LaunchPlan, ceil_div, extent, is_wide, shared_limit
 
 WARP = 32
 WARPS = (2, 4, 7)  # of a block, a few numbers, or every size of a layer would be compiled for itself
@@ -21,8 +21,8 @@ BUSY = 18  # warps of a multiprocessor, so that some compute while the others wa
 WRITTEN_OUT = 4096  # multiplications that compile within a second or two; beyond that they are looped over
 
 
-def plan(p: FilteredLrelu, capability: tuple[int, int]) -> Plan:
-    """The specialisation and the launch for a struct with its pointers filled in, which gets its `tile_h`.
+def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
+    """The specialization and the launch for a struct with its pointers filled in, which gets its `tile_h`.
 
     Raises ValueError for filters of which not even a small tile fits into shared memory.
     """
@@ -44,7 +44,7 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> Plan:
     blocks = p.n * p.c * ceil_div(p.out_w, width) * ceil_div(p.out_h, p.tile_h)
     grid = (max(min(blocks, MAX_GRID), 1), 1, 1)
     source, entry = "filtered_lrelu/filtered_lrelu.cu", "sg_filtered_lrelu_cuda"
-    return Plan("filtered_lrelu", source, entry, defines, grid, (axes.threads(width), 1, 1), shared)
+    return LaunchPlan("filtered_lrelu", source, entry, defines, grid, (axes.threads(width), 1, 1), shared)
 
 
 class Axes(NamedTuple):

@@ -82,7 +82,8 @@ __device__ __forceinline__ bool factor(const acc* taps, acc* factors) {
     const acc* const row = taps + SG_TAPS_Y / 2 * SG_TAPS_X;
     const acc pivot = row[SG_TAPS_X / 2];
     const int k = static_cast<int>(threadIdx.x % 32), at = k < TAPS ? k : 0;
-    const acc tap = taps[at], error = taps[at / SG_TAPS_X * SG_TAPS_X + SG_TAPS_X / 2] / pivot * row[at % SG_TAPS_X] - tap;
+    const acc tap = taps[at], column = taps[at / SG_TAPS_X * SG_TAPS_X + SG_TAPS_X / 2] / pivot;
+    const acc error = column * row[at % SG_TAPS_X] - tap;
     const acc most = (tap < acc(0) ? -tap : tap) * acc(sizeof(acc) == 4 ? 1.2e-7 : 2.3e-16);
 #pragma unroll
     for (int i = 0; i < SG_TAPS_X; ++i) factors[i] = row[i];

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..params import Upfirdn2d
-from ..plan import ITEM_BYTES, MAX_GRID, Plan, ceil_div, extent, is_wide, shared_limit
+from ..plan import ITEM_BYTES, MAX_GRID, LaunchPlan, ceil_div, extent, is_wide, shared_limit
 
 THREADS = 256
 WARP = 32
@@ -25,8 +25,8 @@ SUMS = 64  # bytes of accs of a row of a thread's outputs
 WRITTEN_OUT_LAST = 2048
 
 
-class Axis(NamedTuple):
-    """One direction. phase: the tap that meets the first input of every block."""
+class Direction(NamedTuple):
+    """One axis of a launch. phase: the tap that meets the first input of every block."""
 
     taps: int
     up: int
@@ -34,7 +34,7 @@ class Axis(NamedTuple):
     phase: int
 
     @classmethod
-    def of(cls, taps: int, up: int, down: int, pad0: int) -> Axis:
+    def of(cls, taps: int, up: int, down: int, pad0: int) -> Direction:
         return cls(taps, up, down, pad0 % up)
 
     @property
@@ -56,14 +56,14 @@ class Axis(NamedTuple):
         return outputs * self.down // self.up
 
 
-def plan(p: Upfirdn2d, capability: tuple[int, int]) -> Plan:
-    """The specialisation and the launch for a struct with its pointers filled in.
+def plan(p: Upfirdn2d, capability: tuple[int, int]) -> LaunchPlan:
+    """The specialization and the launch for a struct with its pointers filled in.
 
     Raises ValueError for filters of which not even a small tile fits into shared memory.
     """
     separable = p.f_h == 0
-    x = Axis.of(p.f_w, p.up_x, p.down_x, p.pad_x0)
-    y = Axis.of(p.f_w if separable else p.f_h, p.up_y, p.down_y, p.pad_y0)
+    x = Direction.of(p.f_w, p.up_x, p.down_x, p.pad_x0)
+    y = Direction.of(p.f_w if separable else p.f_h, p.up_y, p.down_y, p.pad_y0)
     shape_x, shape_y = (p.n, p.c, p.in_h, p.in_w), (p.n, p.c, p.out_h, p.out_w)
     wide = is_wide(max(extent(shape_x, p.x_stride), extent(shape_y, p.y_stride)))
     is_last = p.c > 1 and p.x_stride[1] == 1 and p.y_stride[1] == 1
@@ -78,7 +78,7 @@ def plan(p: Upfirdn2d, capability: tuple[int, int]) -> Plan:
         *((("SG_INDEX_64", 1),) if wide else ()),
     )
     grid = (max(min(blocks, MAX_GRID), 1), 1, 1)
-    return Plan(
+    return LaunchPlan(
         "upfirdn2d", "upfirdn2d/upfirdn2d.cu", "sg_upfirdn2d_cuda", defines, grid, (threads, 1, 1), shared
     )
 
@@ -89,7 +89,7 @@ _Chosen = tuple[tuple[tuple[str, int], ...], int, int, int]  # macros, blocks, t
 # ---- Planar
 
 
-def _planar(p: Upfirdn2d, x: Axis, y: Axis, limit: int) -> _Chosen:
+def _planar(p: Upfirdn2d, x: Direction, y: Direction, limit: int) -> _Chosen:
     """The first tile that leaves room for others, or that fits at all."""
     for room in (COMFORTABLE, limit):
         for rows, columns, lanes, threads in _tiles(p, x, y):
@@ -103,13 +103,13 @@ def _planar(p: Upfirdn2d, x: Axis, y: Axis, limit: int) -> _Chosen:
     )
 
 
-def _tiles(p: Upfirdn2d, x: Axis, y: Axis) -> Iterator[tuple[int, int, int, int]]:
+def _tiles(p: Upfirdn2d, x: Direction, y: Direction) -> Iterator[tuple[int, int, int, int]]:
     """(rows, columns) of a thread, (lanes along x, threads) of a block: large ones first, none mostly
     empty."""
     quad = 16 // _acc_bytes(p)
     columns = x.unit
     while x.advance(2 * columns) <= quad and 2 * columns <= 16:
-        columns *= 2  # until neighbouring threads read neighbouring 16 bytes
+        columns *= 2  # until neighboring threads read neighboring 16 bytes
     rows = y.unit * max(1, ROWS // y.unit)
     while rows > y.unit and rows >= 2 * p.out_h:
         rows = y.unit * max(1, rows // y.unit // 2)
@@ -132,7 +132,7 @@ def _tiles(p: Upfirdn2d, x: Axis, y: Axis) -> Iterator[tuple[int, int, int, int]
 
 
 def _layout(
-    p: Upfirdn2d, x: Axis, y: Axis, rows: int, columns: int, lanes: int, threads: int
+    p: Upfirdn2d, x: Direction, y: Direction, rows: int, columns: int, lanes: int, threads: int
 ) -> tuple[tuple[tuple[str, int], ...], int]:
     """The macros of a tile and its bytes of shared memory: the arithmetic of planar.cuh."""
     item, acc = ITEM_BYTES[p.dtype], _acc_bytes(p)
@@ -157,7 +157,7 @@ def _layout(
     return macros, shared
 
 
-def _load(p: Upfirdn2d, x: Axis, tile: int, quad: int) -> tuple[int, int]:
+def _load(p: Upfirdn2d, x: Direction, tile: int, quad: int) -> tuple[int, int]:
     """(elements read at once, place of a tile's first input in them) for tiles so many inputs apart."""
     steps = [p.in_w, tile, *p.x_stride[:3]]
     if not _is_dense(p) or any(step % quad for step in steps) or (p.x or 0) % (quad * ITEM_BYTES[p.dtype]):
@@ -178,7 +178,7 @@ def _is_dense(p: Upfirdn2d) -> bool:
     return p.x_stride[3] == 1 and p.y_stride[3] == 1
 
 
-def _written_out(p: Upfirdn2d, x: Axis, y: Axis, rows: int, columns: int) -> int:
+def _written_out(p: Upfirdn2d, x: Direction, y: Direction, rows: int, columns: int) -> int:
     """Multiplications of a thread."""
     if p.f_h == 0:
         return columns * x.steps + rows * columns * y.steps
@@ -188,7 +188,7 @@ def _written_out(p: Upfirdn2d, x: Axis, y: Axis, rows: int, columns: int) -> int
 # ---- Channels-last
 
 
-def _channels_last(p: Upfirdn2d, x: Axis, y: Axis) -> _Chosen | None:
+def _channels_last(p: Upfirdn2d, x: Direction, y: Direction) -> _Chosen | None:
     """None for filters so long that what threads share is worth more than what they read together."""
     item, acc, columns = ITEM_BYTES[p.dtype], _acc_bytes(p), x.unit * max(1, COLUMNS // x.unit)
     vector = 16 // item

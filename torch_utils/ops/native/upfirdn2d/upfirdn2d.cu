@@ -1,4 +1,4 @@
-// upfirdn2d on CUDA. A thread computes a small block of neighbouring outputs and keeps everything in
+// upfirdn2d on CUDA. A thread computes a small block of neighboring outputs and keeps everything in
 // registers: of each row of inputs that it reads, every value goes to all the outputs that it belongs to.
 //
 // Which inputs and taps belong to which output of the block is known when this is compiled, as blocks start

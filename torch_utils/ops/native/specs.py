@@ -1,6 +1,6 @@
-"""What a call says in numbers, one tuple an op: geometry, adjoint, and the struct a kernel takes.
+"""Specs of calls in numbers, one tuple an op: geometry, adjoint, and the struct a kernel takes.
 
-The tuples are flat so that `torch.library` can pass them on as they are: `op(*tensors, *form)`.
+The tuples are flat so that `torch.library` can pass them on as they are: `op(*tensors, *spec)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROW_BYTES = 16  # rows of a mask start at multiples of this
 NO_CLAMP = -1.0
 
 
-class BiasActForm(NamedTuple):
+class BiasActSpec(NamedTuple):
     """bias_act; dim counts from 0, clamp is negative for none."""
 
     dim: int
@@ -28,12 +28,12 @@ class BiasActForm(NamedTuple):
     clamp: float
 
     def needs(self) -> tuple[bool, bool]:
-        """What tells derivatives where they are: (the inputs, the output)."""
+        """Return whether derivatives are computed from (the inputs, the output)."""
         curved = self.act not in ("linear", "relu", "lrelu")
         return curved, self.act != "swish" and (self.act != "linear" or self.clamp >= 0)
 
 
-class Upfirdn2dForm(NamedTuple):
+class Upfirdn2dSpec(NamedTuple):
     """upfirdn2d; out_h and out_w stand for the padding behind the image."""
 
     up_x: int
@@ -47,10 +47,10 @@ class Upfirdn2dForm(NamedTuple):
     flip_filter: bool
     gain: float
 
-    def adjoint(self, f: torch.Tensor | None, height: int, width: int) -> Upfirdn2dForm:
-        """The form that takes gradients back to images of that size."""
+    def adjoint(self, f: torch.Tensor | None, height: int, width: int) -> Upfirdn2dSpec:
+        """The spec that takes gradients back to images of that size."""
         taps_h, taps_w = taps(f)
-        return Upfirdn2dForm(
+        return Upfirdn2dSpec(
             self.down_x,
             self.down_y,
             self.up_x,
@@ -64,7 +64,7 @@ class Upfirdn2dForm(NamedTuple):
         )
 
 
-class FilteredLreluForm(NamedTuple):
+class FilteredLreluSpec(NamedTuple):
     """filtered_lrelu by value; up_gain is all that scales the upsampled image, clamp is negative for none."""
 
     up: int
@@ -88,13 +88,13 @@ class FilteredLreluForm(NamedTuple):
         needed = 4 * planes * -(-width // (16 * planes)) + 4
         return height, width, (needed + ROW_BYTES - 1) // ROW_BYTES * ROW_BYTES
 
-    def gate(self, fd: torch.Tensor | None) -> GateForm:
+    def gate(self, fd: torch.Tensor | None) -> GateSpec:
         """The same geometry, with the recorded bits in place of values: what is linear about the op."""
         mask_w = self.mask_size(fd)[1]
-        return GateForm(*self[:9], mask_w, 0, 0)
+        return GateSpec(*self[:9], mask_w, 0, 0)
 
 
-class GateForm(NamedTuple):
+class GateSpec(NamedTuple):
     """filtered_lrelu by recorded bits; element (h, w) of its grid has its bits at (h + off_y, w + off_x)."""
 
     up: int
@@ -110,10 +110,10 @@ class GateForm(NamedTuple):
     mask_off_x: int
     mask_off_y: int
 
-    def adjoint(self, fu: torch.Tensor | None, fd: torch.Tensor | None, height: int, width: int) -> GateForm:
-        """The form, for exchanged filters, that takes gradients back to images of that size."""
+    def adjoint(self, fu: torch.Tensor | None, fd: torch.Tensor | None, height: int, width: int) -> GateSpec:
+        """The spec, for exchanged filters, that takes gradients back to images of that size."""
         (up_h, up_w), (down_h, down_w) = taps(fu), taps(fd)
-        return GateForm(
+        return GateSpec(
             self.down,
             self.up,
             up_w + down_w - 2 - self.pad_x0,
@@ -151,9 +151,9 @@ def empty_activated(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device)
 
 
-def empty_mask(x: torch.Tensor, fd: torch.Tensor | None, form: FilteredLreluForm) -> torch.Tensor:
+def empty_mask(x: torch.Tensor, fd: torch.Tensor | None, spec: FilteredLreluSpec) -> torch.Tensor:
     """Memory for two bits of each element of the upsampled image."""
-    height, _, row_bytes = form.mask_size(fd)
+    height, _, row_bytes = spec.mask_size(fd)
     return torch.empty((x.shape[0], x.shape[1], height, row_bytes), dtype=torch.uint8, device=x.device)
 
 
@@ -226,7 +226,7 @@ def bias_act_params(
     strides: tuple[int, ...],
     dtype: torch.dtype,
     has_bias: bool,
-    form: BiasActForm,
+    spec: BiasActSpec,
     order: int,
 ) -> params.BiasAct:
     """All of the struct but the pointers and the threads; the strides are those of dense memory."""
@@ -235,10 +235,10 @@ def bias_act_params(
     # Dense memory sorts its axes by stride, so one that is a stride of `s` away changes every `s` elements.
     p.bias_size, p.bias_step = 1, 1
     if has_bias:
-        p.bias_size, p.bias_step = shape[form.dim], max(strides[form.dim], 1)
-    p.alpha, p.gain = form.alpha, form.gain
-    p.clamp = rounded(form.clamp, dtype) if form.clamp >= 0 else NO_CLAMP
-    p.dtype, p.act, p.order = params.DTYPES[dtype], params.ACTIVATIONS[form.act], order
+        p.bias_size, p.bias_step = shape[spec.dim], max(strides[spec.dim], 1)
+    p.alpha, p.gain = spec.alpha, spec.gain
+    p.clamp = rounded(spec.clamp, dtype) if spec.clamp >= 0 else NO_CLAMP
+    p.dtype, p.act, p.order = params.DTYPES[dtype], params.ACTIVATIONS[spec.act], order
     return p
 
 
@@ -248,15 +248,15 @@ def upfirdn2d_params(
     y_strides: tuple[int, ...],
     dtype: torch.dtype,
     filter_shape: torch.Size | None,
-    form: Upfirdn2dForm,
+    spec: Upfirdn2dSpec,
 ) -> params.Upfirdn2d:
     """All of the struct but the pointers and the threads."""
     p = params.Upfirdn2d()
-    p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, form.out_w)
+    p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, spec.out_w)
     p.n, p.c, p.in_h, p.in_w = shape
     p.f_h, p.f_w = _filter_sizes(filter_shape)
-    p.up_x, p.up_y, p.down_x, p.down_y, p.pad_x0, p.pad_y0, p.out_h, p.out_w = form[:8]
-    p.flip_filter, p.gain, p.dtype = form.flip_filter, form.gain, params.DTYPES[dtype]
+    p.up_x, p.up_y, p.down_x, p.down_y, p.pad_x0, p.pad_y0, p.out_h, p.out_w = spec[:8]
+    p.flip_filter, p.gain, p.dtype = spec.flip_filter, spec.gain, params.DTYPES[dtype]
     return p
 
 
@@ -267,24 +267,24 @@ def filtered_lrelu_params(
     dtype: torch.dtype,
     filter_shapes: tuple[torch.Size | None, torch.Size | None],
     mask_shape: torch.Size | None,
-    form: FilteredLreluForm | GateForm,
+    spec: FilteredLreluSpec | GateSpec,
     mode: int,
 ) -> params.FilteredLrelu:
     """All of the struct but the pointers and the threads."""
     p = params.FilteredLrelu()
-    p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, form.out_w)
+    p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, spec.out_w)
     p.n, p.c, p.in_h, p.in_w = shape
     p.fu_h, p.fu_w = _filter_sizes(filter_shapes[0])
     p.fd_h, p.fd_w = _filter_sizes(filter_shapes[1])
-    p.up, p.down, p.pad_x0, p.pad_y0, p.out_h, p.out_w = form[:6]
-    p.flip_filter, p.up_gain, p.slope = form[6:9]
+    p.up, p.down, p.pad_x0, p.pad_y0, p.out_h, p.out_w = spec[:6]
+    p.flip_filter, p.up_gain, p.slope = spec[6:9]
     p.mode, p.dtype, p.clamp = mode, params.DTYPES[dtype], NO_CLAMP
     if mask_shape is not None:
         p.mask_h, p.mask_row_bytes = mask_shape[2:]
-    if isinstance(form, GateForm):
-        p.mask_w, p.mask_off_x, p.mask_off_y = form.mask_w, form.mask_off_x, form.mask_off_y
+    if isinstance(spec, GateSpec):
+        p.mask_w, p.mask_off_x, p.mask_off_y = spec.mask_w, spec.mask_off_x, spec.mask_off_y
     elif mask_shape is not None:
-        p.mask_w = (form.out_w - 1) * form.down + max(p.fd_w, 1)
-    if not isinstance(form, GateForm):
-        p.clamp = rounded(form.clamp, dtype) if form.clamp >= 0 else NO_CLAMP
+        p.mask_w = (spec.out_w - 1) * spec.down + max(p.fd_w, 1)
+    if not isinstance(spec, GateSpec):
+        p.clamp = rounded(spec.clamp, dtype) if spec.clamp >= 0 else NO_CLAMP
     return p
