@@ -538,7 +538,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
             filtered_t to(down, filtered);
 UNROLL
             for (int i = 0; i < EARLY; ++i) upsampled.take(i - EARLY);
+#if SG_UNROLL
+#pragma unroll 2  // half the instructions that count and move on
+#else
 #pragma unroll 1
+#endif
             for (int b = 0; b < blocks; ++b) {
 UNROLL
                 for (int i = 0; i < INPUTS; ++i) upsampled.take(i);

@@ -170,7 +170,7 @@ def _heights(p: FilteredLrelu, axes: Axes) -> Iterator[int]:
 def work(p: FilteredLrelu, axes: Axes, width: int, height: int) -> float:
     """About the instructions of the threads for one image plane, as counted in what is compiled for sm_90."""
     steps_x, steps_y = ceil_div(axes.ux, p.up), ceil_div(axes.uy, p.up)
-    activation = (4, 9, 6)[p.mode] + 5 / p.up  # of an element of the grid; and of a block of rows
+    activation = (4, 9, 6)[p.mode] + 2 / p.up  # of an element of the grid; and of a block of rows
     total = 0.0
     for tiles_y, rows in _shares(p.out_h, height):
         inputs, grid = axes.inputs(rows), axes.blocks(rows) * axes.period
