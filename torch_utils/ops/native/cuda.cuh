@@ -198,22 +198,23 @@ __device__ __forceinline__ elements<N> read_if(bool exists, const scalar* from) 
     elements<N> found = {};
 #if defined(__CUDA_ARCH__)
     constexpr int bytes = N * sizeof(scalar);
-    if constexpr (bytes == 2) {
-        unsigned short* const v = reinterpret_cast<unsigned short*>(&found);
-        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
-            : "+h"(*v) : "l"(from), "r"(int(exists)));
-    } else {
-        unsigned* const v = reinterpret_cast<unsigned*>(&found);
-        if constexpr (bytes == 4)
-            asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
-                : "+r"(v[0]) : "l"(from), "r"(int(exists)));
-        if constexpr (bytes == 8)
-            asm("{.reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
-                : "+r"(v[0]), "+r"(v[1]) : "l"(from), "r"(int(exists)));
-        if constexpr (bytes == 16)
-            asm("{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
-                : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3]) : "l"(from), "r"(int(exists)));
-    }
+    unsigned words[4] = {};
+    unsigned short half = 0;
+    const int flag = exists;
+    if constexpr (bytes == 2)
+        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}" : "+h"(half) : "l"(from), "r"(flag));
+    if constexpr (bytes == 4)
+        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}" : "+r"(words[0]) : "l"(from), "r"(flag));
+    if constexpr (bytes == 8)
+        asm("{.reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
+            : "+r"(words[0]), "+r"(words[1])
+            : "l"(from), "r"(flag));
+    if constexpr (bytes == 16)
+        asm("{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+            : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+            : "l"(from), "r"(flag));
+    if (bytes == 2) memcpy(&found, &half, sizeof found);
+    else memcpy(&found, words, sizeof found);
 #else
     if (exists) found = read<N>(from);
 #endif
