@@ -32,6 +32,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
 import torch
 from ab_report import COSTS, HEADER, Records, costs_of, plot, rows_of, seeds_of
 from measuring import ROOT, machine, table, write_report

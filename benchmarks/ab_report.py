@@ -12,6 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
+
 from finetune.metrics.evaluate import HIGHER_IS_BETTER
 
 Records = dict[tuple[str, int], dict[str, Any]]

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
 import torch
 from measuring import ROOT, machine, table, write_report
 

@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
 import torch
-from bench_step import build
+from bench_step import build, parser_of_steps
 from measuring import machine, table, write_report
 
 from finetune.config import FAMILIES
@@ -119,7 +120,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ticks = {kimg: _tick(kimg)[0] for kimg in options.kimg}
-    runs = {family: Run(build(family, options)) for family in options.families}
+    sizes = argparse.Namespace(**{**vars(parser_of_steps().parse_args([])), **vars(options)})
+    runs = {family: Run(build(family, sizes)) for family in options.families}
     for _ in range(options.repeats + 1):
         for run in runs.values():
             run.take_all()

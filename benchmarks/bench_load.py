@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import numpy as np
 import torch
 from measuring import interleaved, machine, table, write_report

@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 from measuring import interleaved, machine, table, write_report

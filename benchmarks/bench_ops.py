@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
 import naive
 import torch
-from measuring import ceilings, count_cpu_time, interleaved, machine, table, write_report
+from measuring import ceilings, count_cpu_time, interleaved, report, table
 
 from finetune.train.allocator import keep_freed_memory
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
@@ -234,23 +235,28 @@ def main() -> None:
     if not options.fresh_memory:
         keep_freed_memory()
     limits = ceilings(device, options.dtype)
-    print({name: f"{value / 1e9:.1f} G" for name, value in limits.items()}, flush=True)
+    ceiling = (
+        f"Ceilings: copy {limits['bytes_per_sec'] / 1e9:.4g} GB/s, float32 product "
+        f"{limits['flops_per_sec'] / 1e12:.3g} TFLOP/s. Images are {options.dtype}."
+    )
+    print(ceiling, file=sys.stderr, flush=True)
 
     results: list[dict[str, Any]] = []
     arms = [
         arm for arm in ("naive", "ref", "cuda" if device.type == "cuda" else "cpu") if arm in options.arms
     ]
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
-    record = {"machine": machine(device), "settings": settings, "ceilings": limits}
     header = ["op", "case", "shape", *(f"{arm}, forward (ms)" for arm in arms), "naive / native"]
     header += [*(f"{arm}, with backward (ms)" for arm in arms), "naive / native", "of floor"]
+    text = ""
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
         if case.op in options.ops and options.match in case.name:
             results.append(run(case, options, limits))
-            print(" | ".join(map(str, row(results[-1], arms))), flush=True)
+            print(" | ".join(map(str, row(results[-1], arms))), file=sys.stderr, flush=True)
+            rows = [row(result, arms) for result in results]
+            text = report("Ops", device, options.seed, [ceiling, table(header, rows)])
             if options.out:  # after each, so that a run that is cut off leaves what it has
-                text = table(header, [row(result, arms) for result in results])
-                write_report(options.out, "Ops", f"python {' '.join(sys.argv)}", [text], record)
+                options.out.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

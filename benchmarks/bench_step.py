@@ -1,13 +1,18 @@
-"""Seconds of each phase of a training step, images a second and peak memory, for the three families.
+"""Seconds per 1,000 images of whole training steps, where they go, and peak memory, for the three families.
 
     python benchmarks/bench_step.py --out benchmarks/results/step_<machine>_<yyyymm>.md
 
+The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots. What
+is timed are cycles of 16 steps, in which every lazy phase takes place at its interval, after `--warmup`
+cycles that build kernels, find memory and are reported as "first". Phases are those of the loop's own clock.
+`--profile` adds one more cycle under torch.profiler and its heaviest CUDA kernels; "busy" is the share of a
+cycle in which a kernel runs: time covered by kernels, over the time of a cycle without the profiler.
+
 Arms: `naive` (benchmarks/naive.py, modulated convolutions grouped by sample: what plain-torch code bases
-of the family run), `ref` (our plain torch), `auto` (native kernels where there are any). The phases of all
-families and arms are measured in turn in one process, so that what else the machine does hits all of them
-alike; medians are reported. Images a second follow from the medians and the intervals of the lazy phases:
-batch / (Gmain + Greg/4 + Dmain + Dreg/16). Memory is that of a process of its own for each arm: what two
-steps need above the process that is ready to step. Random weights, the bundled pictures, no augmentation.
+of the family run), `ref` (our plain torch), `auto` (native kernels where there are any). Families and arms
+run in turn, `--rounds` times, each time from new random weights; medians of all cycles are reported.
+`--cbase` and `--cmax` are what `finetune train` takes: StyleGAN3-R's generator has twice as many channels.
+`--sd-backbone lpips-vgg-random` is LPIPS-VGG without its weights, for timing.
 """
 
 from __future__ import annotations
@@ -15,46 +20,67 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import signal
+import gc
+import json
 import statistics
-import subprocess
 import sys
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import _checkout
 import naive
 import torch
-from measuring import ROOT, machine, seconds, table, write_report
+from measuring import report, table
+from torch.profiler import ProfilerActivity, profile
 
-from finetune.config import FAMILIES, TrainConfig
+from finetune.config import FAMILIES, PRECISIONS, TrainConfig
+from finetune.device import float32_math
+from finetune.metrics.perceptual import build_distance
 from finetune.train import loop
 from finetune.train.run import Prepared, prepare
 from finetune.train.watch import Watch
 from torch_utils.ops import impl
 
 ARMS = ("naive", "ref", "auto")
-PHASES = ("Gmain", "Greg", "Dmain", "Dreg")
+CYCLE = 16  # steps: the least common multiple of the intervals of all phases
+HEAVIEST = 25  # kernels that are listed
+RANDOM_VGG = "lpips-vgg-random"
 
 
 def build(family: str, options: argparse.Namespace) -> Prepared:
     """A run of one family at the sizes asked for, ready to step."""
-    return prepare(
-        TrainConfig(
-            data=str(ROOT / "finetune" / "demo" / "faces-3d.zip"),
-            scratch=family,
-            resolution=options.resolution,
-            fit="stretch",
-            cbase=options.cbase * (2 if family == "stylegan3-r" else 1),
-            cmax=options.cmax * (2 if family == "stylegan3-r" else 1),
-            batch=options.batch,
-            aug="noaug",
-            sd_weight=options.sd_weight,
-            sd_backbone=options.sd_backbone,
-            device=options.device,
-            seed=options.seed,
-            workers=0,
-        )
-    )
+    random_vgg = options.sd_backbone == RANDOM_VGG
+    settings: dict[str, Any] = {
+        "data": str(_checkout.ROOT / "finetune" / "demo" / "faces-3d.zip"),
+        "scratch": family,
+        "resolution": options.resolution,
+        "fit": "stretch",
+        "cbase": options.cbase,
+        "cmax": options.cmax,
+        "batch": options.batch,
+        "batch_gpu": options.batch_gpu or options.batch,
+        "aug": "noaug",
+        "sd_weight": options.sd_weight,
+        # Whose weights need not be there; its place is taken below.
+        "sd_backbone": "l2" if random_vgg else options.sd_backbone,
+        "sd_interval": 4 if random_vgg else None,
+        "precision": options.precision,
+        "device": options.device,
+        "seed": options.seed,
+        "workers": 0,
+    }
+    if "graphs" in {field.name for field in dataclasses.fields(TrainConfig)}:
+        settings["graphs"] = options.graphs
+    prepared = prepare(TrainConfig(**settings))
+    if not random_vgg or prepared.plan.distillation is None:
+        return prepared
+    distance = build_distance("lpips-vgg", 3, prepared.plan.device, random_trunk=True)
+    distillation = dataclasses.replace(prepared.plan.distillation, distance=distance)
+    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, distillation=distillation))
 
 
 @contextlib.contextmanager
@@ -73,154 +99,206 @@ def running(arm: str, prepared: Prepared) -> Iterator[Prepared]:
         impl.set_default_impl(None)
 
 
-def measure(prepared: Prepared, repeats: dict[str, list[float]], device: torch.device) -> None:
-    """Run every phase once and add its seconds to `repeats`."""
-    state, plan = prepared.state, prepared.plan
-    watch = Watch(device, 1e9, lambda state, numbers: None)
-    img = torch.rand([plan.batch, prepared.facts.channels, *[prepared.facts.resolution] * 2], device=device)
-    reals = list(zip((img * 2 - 1).split(plan.batch_gpu), plan.labels(plan.batch).split(plan.batch_gpu)))
-    phases = {
-        "Gmain": lambda: loop.generator_step(state, plan, watch),
-        "Dmain": lambda: loop.discriminator_step(state, plan, reals, watch),
-        "Dreg": lambda: loop.r1_step(state, plan, reals, watch),
-    }
-    if plan.path_interval:
-        phases["Greg"] = lambda: loop.path_length_step(state, plan, watch)
-    for name, phase in phases.items():
-        repeats.setdefault(name, []).append(seconds(phase, device))
+class Cycles:
+    """Times the cycles of a run, which reports each of them as a tick, and profiles the last one if asked."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.device, self.batch = device, options.batch
+        self.warmup, self.last = options.warmup, options.warmup + options.cycles
+        self.total = self.last + options.profile
+        self.first: list[float] = []
+        self.seconds: list[float] = []
+        self.phases: Counter[str] = Counter()
+        self.profiled = 0.0
+        # Without the operators, whose records would take longer than the steps.
+        self.profiler = profile(activities=[ProfilerActivity.CUDA]) if options.profile else None
+        self.count = 0
+        self.started = time.perf_counter()
+
+    def tick(self, state: Any, numbers: dict[str, Any]) -> None:
+        """End a cycle and begin the next one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self.started
+        self.count += 1
+        # Seen as it comes, for whoever is cut off before the table.
+        parts = {name: round(value, 3) for name, value in numbers["sec_per_phase"].items()}
+        kimg = CYCLE * self.batch / 1000
+        print(f"cycle {self.count}: {seconds / kimg:.3f} s/kimg, {parts}", file=sys.stderr, flush=True)
+        if self.count <= self.warmup:
+            self.first.append(seconds)
+        elif self.count <= self.last:
+            self.seconds.append(seconds)
+            self.phases.update(numbers["sec_per_phase"])
+        else:
+            self.profiler.stop()
+            self.profiled = seconds
+        if self.last == self.count < self.total:
+            self.profiler.start()
+        self.started = time.perf_counter()
 
 
-def summary(prepared: Prepared, repeats: dict[str, list[float]]) -> dict:
-    """Medians in milliseconds and what they mean in images a second."""
-    plan = prepared.plan
-    medians = {name: statistics.median(values) for name, values in repeats.items()}
-    seconds = medians["Gmain"] + medians["Dmain"] + medians["Dreg"] / plan.r1_interval
-    if plan.path_interval:
-        seconds += medians["Greg"] / plan.path_interval
+def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the cycles of one family and arm; what they took."""
+    prepared = build(family, options)
+    device = prepared.plan.device
+    shape = [options.batch, prepared.facts.channels, *[prepared.facts.resolution] * 2]
+    generator = torch.Generator().manual_seed(options.seed)
+    img = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    if device.type == "cuda":
+        img = img.pin_memory()
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        labels = prepared.image_set.random_labels(options.batch, generator)
+        while True:
+            yield img, labels
+
+    cycles = Cycles(options, device)
+    nimg = CYCLE * options.batch
+    math = float32_math(tf32=options.precision == "tf32", benchmark=options.cudnn_benchmark)
+    with math, running(arm, prepared) as run:
+        plan = dataclasses.replace(run.plan, total_nimg=cycles.total * nimg)
+        loop.train(run.state, plan, batches(), Watch(device, nimg, cycles.tick))
+    on_cuda = device.type == "cuda"
     return {
-        "phases_ms": {name: round(value * 1000, 1) for name, value in medians.items()},
-        "img_per_sec": round(plan.batch / seconds, 2),
-        "repeats": len(repeats["Gmain"]),
+        "first": cycles.first,
+        "cycles": cycles.seconds,
+        "phases": {name: value / len(cycles.seconds) for name, value in cycles.phases.items()},
+        "gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None,
+        "profiled": cycles.profiled,
+        "kernels": kernels_of(cycles.profiler) if options.profile else None,
     }
 
 
-def peak_memory(family: str, arm: str, options: argparse.Namespace) -> int | None:
-    """MiB that two steps need above a process that is ready to step, measured in a process of its own.
-
-    None where the process did not live to tell: the machine has too little memory.
-    """
-    command = [sys.executable, __file__, "--only-memory", "--families", family, "--arms", arm]
-    for name in (
-        "resolution",
-        "cbase",
-        "cmax",
-        "batch",
-        "sd_weight",
-        "sd_backbone",
-        "threads",
-        "device",
-        "seed",
-    ):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    if done.returncode == -signal.SIGKILL:
-        return None
-    done.check_returncode()
-    return round(float(done.stdout.split()[-1]))
+def kernels_of(profiler: Any) -> tuple[dict[str, tuple[int, float]], float]:
+    """(name -> (calls, seconds), seconds covered by at least one kernel)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return kernels_in(json.loads(path.read_text(errors="replace"))["traceEvents"])
 
 
-def only_memory(options: argparse.Namespace, device: torch.device) -> None:
-    """Print the MiB of one family and arm: resident memory on a CPU, torch's allocations on a GPU."""
-    prepared = build(options.families[0], options)
-    with running(options.arms[0], prepared) as run:
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated(device)
-            for _ in range(2):
-                measure(run, {}, device)
-            print((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-            return
-        before = resident("VmRSS")
-        for _ in range(2):
-            measure(run, {}, device)
-        print(resident("VmHWM") - before)
+def kernels_in(events: list[dict[str, Any]]) -> tuple[dict[str, tuple[int, float]], float]:
+    """The kernels, copies and fills in a trace of torch.profiler, which counts microseconds."""
+    ran = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    calls: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    covered = end = 0.0
+    for event in sorted(ran, key=lambda event: event["ts"]):
+        calls[event["name"]] += 1
+        total[event["name"]] += event["dur"] / 1e6
+        stop = event["ts"] + event["dur"]
+        covered += max(0.0, stop - max(end, event["ts"]))
+        end = max(end, stop)
+    return {name: (calls[name], total[name]) for name in calls}, covered / 1e6
 
 
-def resident(what: str) -> float:
-    """A line of /proc/self/status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
+    """Measure all families and arms in turn; what is known after each."""
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for family in options.families:
+            for arm in options.arms:
+                found = measure(family, arm, options)
+                before = results.get((family, arm))
+                found["cycles"] = (before["cycles"] if before else []) + found["cycles"]
+                results[family, arm] = found
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                yield results
 
 
-def results_of(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, dict[str, dict]]]:
-    """Measure all families and arms in turn; what is known after each round."""
-    pairs = [(family, arm) for family in options.families for arm in options.arms]
-    # First, while this process holds nothing: the naive arm takes most of a machine's memory.
-    memory = {pair: peak_memory(*pair, options) if options.memory else None for pair in pairs}
-    runs = {family: build(family, options) for family in options.families}
-    repeats: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
-    for number in range(options.repeats + 1):  # the first round finds memory and kernels
-        for family, arm in pairs:
-            with running(arm, runs[family]) as prepared:
-                measure(prepared, repeats[family, arm] if number else {}, device)
-        if number:
-            yield {
-                family: {
-                    arm: {**summary(run, repeats[family, arm]), "peak_mib": memory[family, arm]}
-                    for arm in options.arms
-                }
-                for family, run in runs.items()
-            }
+def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """s/kimg of each family and arm, the phases beside it, and the kernels of those that were profiled."""
+    kimg = CYCLE * options.batch / 1000
+    phases = sorted({name for result in results.values() for name in result["phases"]})
+    header = ["family", "arm", "s/kimg", "images/s", "cycles (s)", "first (s)", "busy", "peak (GiB)"]
+    header += [f"{name} (s/kimg)" for name in phases]
+    rows, listed = [], []
+    for (family, arm), result in results.items():
+        median = statistics.median(result["cycles"])
+        busy = "–"
+        if result["kernels"] is not None:
+            kernels, covered = result["kernels"]
+            busy = f"{covered / median:.0%}"
+            listed.append(kernel_table(f"{family}, {arm}", kernels, covered, result, median))
+        rows.append([
+            *(family, arm, f"{median / kimg:.3g}", f"{1000 * kimg / median:.4g}"),
+            *(" ".join(f"{each:.2f}" for each in result[name]) for name in ("cycles", "first")),
+            *(busy, "–" if result["gib"] is None else f"{result['gib']:.2f}"),
+            *(f"{result['phases'].get(name, 0.0) / kimg:.3g}" for name in phases),
+        ])  # fmt: skip
+    return [table(header, rows), *listed]
 
 
-def rows(results: dict[str, dict[str, dict]]) -> list[list[str]]:
-    """One row a family and arm, with what it gains over the first arm."""
-    found = []
-    for family, arms in results.items():
-        first = next(iter(arms.values()))
-        for arm, result in arms.items():
-            phases = [str(result["phases_ms"].get(name, "–")) for name in PHASES]
-            ratio = f"{result['img_per_sec'] / first['img_per_sec']:.1f}×"
-            memory = "–" if result["peak_mib"] is None else f"{result['peak_mib']}"
-            found.append([family, arm, str(result["img_per_sec"]), ratio, *phases, memory])
-    return found
+def kernel_table(
+    name: str, kernels: dict[str, tuple[int, float]], covered: float, result: dict[str, Any], median: float
+) -> str:
+    """The heaviest kernels of a cycle."""
+    total = sum(seconds for _, seconds in kernels.values())
+    heaviest = sorted(kernels.items(), key=lambda item: -item[1][1])[:HEAVIEST]
+    rows = [
+        [
+            f"{seconds * 1000:.2f}",
+            f"{seconds / (total or 1):.1%}",
+            calls,
+            f"`{kernel[:100].replace('|', '/')}`",
+        ]
+        for kernel, (calls, seconds) in heaviest
+    ]
+    calls = sum(count for count, _ in kernels.values())
+    head = (
+        f"Kernels of {CYCLE} steps, {name}: {calls} calls, {total:.3f} s in all, {covered:.3f} s covered; "
+        f"the cycle takes {median:.3f} s, under the profiler {result['profiled']:.3f} s."
+    )
+    return head + "\n\n" + table(["ms", "share", "calls", "kernel"], rows)
 
 
-def main() -> None:
+def weight(text: str) -> float | str:
+    """What `--sd-weight` takes."""
+    return text if text.startswith("auto:") else float(text)
+
+
+def parser_of_steps() -> argparse.ArgumentParser:
+    """The options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--cbase", type=int, default=4096, help="doubled for stylegan3-r")
-    parser.add_argument("--cmax", type=int, default=128, help="doubled for stylegan3-r")
+    parser.add_argument("--cbase", type=int, default=4096)
+    parser.add_argument("--cmax", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sd-weight", type=float, default=0.0)
-    parser.add_argument("--sd-backbone", default="efficientnet-lite0")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-gpu", type=int, help="images at once; by default the batch")
+    parser.add_argument("--sd-weight", type=weight, default=0.0, help="a number, or auto:RATIO")
+    parser.add_argument("--sd-backbone", default="efficientnet-lite0", help=f"also {RANDOM_VGG}")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--graphs", default="auto", choices=("auto", "off"), help="CUDA graphs of the phases")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms")
+    parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
+    parser.add_argument("--cycles", type=int, default=2, help="cycles of 16 steps in each round")
+    parser.add_argument("--rounds", type=int, default=1, help="how often families and arms take turns")
+    parser.add_argument("--profile", action="store_true", help="list the heaviest kernels of one more cycle")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
-    parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="write the table and the JSON to this Markdown file")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write the tables to this Markdown file")
+    return parser
+
+
+def main() -> None:
+    options = parser_of_steps().parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    if options.only_memory:
-        only_memory(options, device)
-        return
-
-    header = ["family", "arm", "images a second", f"against {options.arms[0]}"]
-    header += [f"{name} (ms)" for name in PHASES] + ["peak memory (MiB)"]
+    if options.profile and device.type != "cuda":
+        sys.exit("--profile: kernels are those of a GPU; add --device cuda.")
     text = ""
-    for results in results_of(options, device):
-        text = table(header, rows(results))
-        if options.out:  # after each round, so that a run that is cut off leaves what it has
-            settings = {
-                key: value for key, value in vars(options).items() if key not in ("out", "only_memory")
-            }
-            record = {"machine": machine(device), "settings": settings, "results": results}
-            write_report(options.out, "Training step", f"python {' '.join(sys.argv)}", [text], record)
+    for results in results_of(options):
+        text = report("Training step", device, options.seed, tables(results, options))
+        if options.out:  # after each, so that a run that is cut off leaves what it has
+            options.out.write_text(text, encoding="utf-8")
     print(text)
 
 

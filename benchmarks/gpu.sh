@@ -1,120 +1,168 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, unattended, in under ten minutes:
-#     benchmarks/gpu.sh [--dry-run] [--cpu] [FOLDER]
-# What is installed; the kernels built with nvcc and with NVRTC; the tests marked `gpu`; every op; what a call costs;
-# float16 layers against float32; a training step of each family. Result files go to FOLDER, or $OUT, or
-# benchmarks/results, and so does all that was printed. A stage has a time limit of its own; what fails or is cut off
-# is written down and the rest still runs.
+# What needs a GPU, unattended, in two parts of at most five minutes each:
+#     benchmarks/gpu.sh --part correctness|speed [--dry-run] [--cpu] [FOLDER]
+# correctness: what is installed; the kernels built; the tests marked `gpu`; the errors of float16 and TF32.
+# speed: whole training steps of every family, with and without self-distillation, with their kernels, and the ops
+# against the bandwidth of a copy. What matters most comes first.
+# Tables go to FOLDER/PART_MACHINE_MONTH.md, all else that is printed to the .log beside it; FOLDER is $OUT, or
+# benchmarks/results. A stage has a time limit of its own; what fails or is cut off is written down and the rest still
+# runs. A stage that the log of FOLDER has as done is not run again, so a run that was cut off goes on when it is
+# started again. Each card of the machine takes every n-th stage.
 # --dry-run prints the stages and runs none. --cpu runs them on this machine's CPU at sizes that are over soon.
-# Uses python3 of the machine, or $PYTHON.
+# Uses python3 of the machine, or $PYTHON; the package need not be installed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-LIMIT=590 # seconds for everything
+LIMIT=300 # seconds for a part
 python=${PYTHON:-python3}
-device=cuda dry=0 patience=1
+device=cuda dry=0 patience=1 part=
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --dry-run) dry=1 ;;
         --cpu) device=cpu patience=6 ;; # a small machine that does other things, too
+        --part)
+            part=${2:-}
+            shift
+            ;;
         *)
-            echo "benchmarks/gpu.sh: unknown option $1; there are --dry-run and --cpu" >&2
+            echo "benchmarks/gpu.sh: unknown option $1; there are --part, --dry-run and --cpu" >&2
             exit 2
             ;;
     esac
     shift
 done
+if [[ $part != correctness && $part != speed ]]; then
+    echo "benchmarks/gpu.sh: --part ${part:-is missing}: must be correctness or speed" >&2
+    exit 2
+fi
 out=${1:-${OUT:-benchmarks/results}}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-names=() seconds=() ends=()
-if ((dry)); then
-    machine=MACHINE
-else
-    mkdir -p "$out" || exit 1
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
-    export FINETUNE_CACHE=$scratch/cache
-    # The short name of the processor.
-    if ! machine=$("$python" benchmarks/measuring.py "$device"); then
-        echo "benchmarks/gpu.sh: nothing was run; another Python is chosen with PYTHON=/path/to/python" >&2
-        exit 1
-    fi
-fi
-stamp=${machine}_$(date +%Y%m)
-log=$out/gpu-log_$stamp.txt
-((dry)) || : >"$log" || exit 1
-
-stage() { # stage NAME SECONDS COMMAND…: runs it for so long at most, and adds what it prints to the log
-    local name=$1 limit=$(($2 * patience)) left=$((LIMIT * patience - SECONDS)) started=$SECONDS status
+names=() limits=() commands=()
+stage() { # stage NAME SECONDS COMMAND…
+    names+=("$1") limits+=($(($2 * patience)))
     shift 2
-    names+=("$name")
-    if ((dry)); then
-        seconds+=("$limit")
-        echo "$name | $limit | $*"
-        return
-    fi
-    if ((left < 5)); then
-        seconds+=(0) ends+=("not run: the time for everything is over")
-        return
-    fi
-    ((limit < left)) || limit=$left
-    printf '\n== %s (%s s at most): %s\n' "$name" "$limit" "$*" | tee -a "$log"
-    timeout -k 5 "$limit" "$@" >"$scratch/said" 2>&1
-    status=$?
-    cat "$scratch/said" >>"$log"
-    tail -n 12 "$scratch/said"
-    seconds+=($((SECONDS - started)))
-    case $status in
-        0) ends+=("ok") ;;
-        124 | 137) ends+=("cut off after $limit s; what was written by then stays") ;;
-        *) ends+=("failed with exit code $status: $(tail -n 1 "$scratch/said" | cut -c 1-120)") ;;
-    esac
+    commands+=("$(printf '%q ' "$@")")
+}
+step() { # step NAME SECONDS OPTIONS…: whole training steps
+    stage "$1" "$2" "$python" benchmarks/bench_step.py --device "$device" "${step[@]}" "${@:3}"
 }
 
-finetune=("$python" -m finetune)
-bench() { # bench NAME SECONDS SCRIPT OPTIONS…: a stage that leaves a result file
-    local name=$1 limit=$2 script=$3
-    shift 3
-    stage "$name" "$limit" "$python" "benchmarks/$script.py" "$@" --out "$out/${name}_$stamp.md"
-}
-
+# -p no:benchmark: the plugin, where it is installed, warns about xdist, and the tests make errors of warnings.
+tests=("$python" -m pytest -p no:cacheprovider -p no:benchmark)
 if [[ $device == cuda ]]; then
-    ops=(--device cuda --arms ref cuda --repeats 5 --budget 3) tests=(-m gpu --continue-on-collection-errors)
-    # Most of the tests' time is the compiling of kernels, one after the other in each process.
-    workers=$(($(nproc) / 2))
-    ((workers < 8)) || workers=8
-    if ((!dry && workers > 1)) && "$python" -c 'import xdist' 2>>"$log"; then tests+=(-n "$workers"); fi
-    wide=(--device cuda --cbase 32768 --cmax 512 --repeats 3 --arms ref auto)
-    step256=("${wide[@]}" --resolution 256 --batch 16)
-    step1024=("${wide[@]}" --resolution 1024 --batch 4 --families stylegan2 stylegan3-t --no-memory)
-    build=(--repeats 1 --only-networks) float16=(--device cuda)
+    workers=$(($(nproc) * 5 / 8)) # most of the tests' time is the compiling of kernels
+    ((workers < 10)) || workers=10
+    if ((!dry && workers > 1)) && "$python" -c 'import xdist' 2>/dev/null; then tests+=(-n "$workers"); fi
+    tests+=(-m gpu --continue-on-collection-errors tests/torch_utils/test_cases.py tests)
+    small=(--resolution 64 --batch 8 --cbase 4096 --cmax 128 --cycles 4)
+    large=(--resolution 256 --batch 32 --cbase 16384 --cmax 512)
+    largest=(--resolution 1024 --batch 4 --cbase 32768 --cmax 512 --cycles 1)
+    step=(--arms auto --profile) half=() ops=(--arms cuda --repeats 5 --budget 2)
 else
-    ops=(--device cpu --arms ref cpu --repeats 1 --budget 1 --match colors) tests=(-k stylegan2_up)
-    step256=(--device cpu --resolution 16 --batch 4 --cbase 64 --cmax 8 --repeats 1 --arms ref auto
-        --families stylegan2 --no-memory)
-    step1024=("${step256[@]}")
-    build=(--repeats 1 --only-networks --resolution 16 --families stylegan3-t) float16=(--device cpu --resolution 16 --cbase 128 --cmax 16)
+    tests+=(-k stylegan2_up tests/torch_utils/test_cases.py)
+    small=(--resolution 16 --batch 4 --cbase 64 --cmax 8 --warmup 0 --cycles 1)
+    large=("${small[@]}") largest=("${small[@]}")
+    step=(--arms auto) half=(--resolution 16 --cbase 128 --cmax 16 --batch 2)
+    ops=(--arms cpu --repeats 1 --budget 1 --match colours)
 fi
-
-stage doctor 30 "${finetune[@]}" doctor
-stage doctor-build 60 "${finetune[@]}" doctor --build
-stage tests 110 "$python" -m pytest -p no:cacheprovider "${tests[@]}" tests/torch_utils/test_cases.py tests
-bench ops-float16 60 bench_ops --dtype float16 "${ops[@]}"
-bench float16 40 check_float16 "${float16[@]}"
-bench step-256 100 bench_step "${step256[@]}"
-bench ops-float32 45 bench_ops --dtype float32 "${ops[@]}"
-bench step-1024 60 bench_step "${step1024[@]}"
-bench overhead 15 bench_overhead --rounds 7 --device "$device"
-bench build 65 bench_build "${build[@]}"
+if [[ $part == correctness ]]; then
+    stage doctor 20 "$python" -m finetune doctor
+    stage build 60 "$python" -m finetune doctor --build
+    stage tests 150 "${tests[@]}"
+    stage precision 60 "$python" benchmarks/check_precision.py --device "$device" "${half[@]}"
+else
+    stage build 20 "$python" -m finetune doctor --build
+    step stylegan2-256 45 --families stylegan2 "${large[@]}"
+    step stylegan3-r-256 55 --families stylegan3-r "${large[@]}" --cycles 1
+    step stylegan3-t-256 40 --families stylegan3-t "${large[@]}"
+    step stylegan2-64 25 --families stylegan2 "${small[@]}"
+    step distillation-256 30 --families stylegan2 "${large[@]}" --sd-weight auto:1 --sd-backbone efficientnet-lite0
+    step lpips-vgg-256 30 --families stylegan2 "${large[@]}" --sd-weight auto:1 --sd-backbone lpips-vgg-random
+    step stylegan2-1024 30 --families stylegan2 "${largest[@]}"
+    stage ops 25 "$python" benchmarks/bench_ops.py --device "$device" --dtype float16 "${ops[@]}"
+fi
 
 if ((dry)); then
     total=0
-    for limit in "${seconds[@]}"; do ((total += limit)); done
+    for i in "${!names[@]}"; do
+        echo "${names[i]} | ${limits[i]} | ${commands[i]}"
+        ((total += limits[i]))
+    done
     echo "total | $total | to $out"
     exit 0
 fi
-{
-    printf '\n== summary, %s s in all, files in %s\n' "$SECONDS" "$out"
-    for i in "${!names[@]}"; do printf '%-14s %4s s  %s\n' "${names[i]}" "${seconds[i]}" "${ends[i]}"; done
-} | tee -a "$log"
-for end in "${ends[@]}"; do [[ $end == ok ]] || exit 1; done
+
+mkdir -p "$out" || exit 1
+# The short name of the processor.
+if ! machine=$("$python" benchmarks/measuring.py "$device"); then
+    echo "benchmarks/gpu.sh: nothing was run; another Python is chosen with PYTHON=/path/to/python" >&2
+    exit 1
+fi
+report=$out/${part}_${machine}_$(date +%Y%m).md
+log=${report%.md}.log
+touch "$report" "$log" || exit 1
+scratch=$(mktemp -d)
+keep() { # keep CARD WORDS: what the stage of a card has printed so far goes to the report and the log
+    [[ -e $scratch/$1.running ]] || return 0
+    {
+        printf '\n<!-- %s: %s -->\n\n' "$(<"$scratch/$1.running")" "$2"
+        if grep -q '^| --- ' "$scratch/$1.out"; then
+            head -n 100 "$scratch/$1.out"
+        else
+            printf '```\n%s\n```\n' "$(tail -n 12 "$scratch/$1.out")"
+        fi
+    } >>"$report"
+    cat "$scratch/$1".{out,err} >>"$log"
+    rm -f "$scratch/$1.running"
+}
+finish() {
+    for ((card = 0; card < cards; card++)); do keep "$card" "cut off"; done
+    rm -rf "$scratch"
+}
+run_stage() { # run_stage CARD NUMBER
+    local card=$1 name=${names[$2]} limit=${limits[$2]} left=$((LIMIT * patience - SECONDS)) started=$SECONDS said status
+    if grep -q "^== $name: ok" "$log"; then
+        echo "$name: done before"
+        return
+    fi
+    if ((left < 5)); then
+        echo "== $name: not run: the time for everything is over" | tee -a "$log"
+        return
+    fi
+    ((limit < left)) || limit=$left
+    echo "$name" >"$scratch/$card.running"
+    : >"$scratch/$card.out"
+    echo "-- $name ($limit s at most): ${commands[$2]}" | tee "$scratch/$card.err"
+    eval "exec timeout -k 5 $limit ${commands[$2]}" >>"$scratch/$card.out" 2>>"$scratch/$card.err" &
+    job=$!
+    wait "$job"
+    status=$?
+    case $status in
+        0) said=ok ;;
+        124 | 137) said="cut off after $limit s" ;;
+        *) said="failed with exit code $status: $(cat "$scratch/$card".{out,err} | tail -n 1 | cut -c 1-120)" ;;
+    esac
+    keep "$card" "$said"
+    echo "== $name: $said ($((SECONDS - started)) s)" | tee -a "$log"
+}
+
+cards=1
+if [[ $device == cuda && $part == speed ]]; then
+    cards=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+fi
+workers=()
+trap finish EXIT
+trap 'kill "${workers[@]}"; wait; exit 143' TERM INT
+for ((card = 0; card < cards; card++)); do
+    (
+        job=
+        trap - EXIT
+        trap 'kill $job; wait; exit 143' TERM INT
+        if ((cards > 1)); then export CUDA_VISIBLE_DEVICES=$card; fi
+        for ((i = card; i < ${#names[@]}; i += cards)); do run_stage "$card" "$i"; done
+    ) &
+    workers+=($!)
+done
+wait
+echo "$SECONDS s in all; tables: $report"
+for name in "${names[@]}"; do grep -q "^== $name: ok" "$log" || exit 1; done

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _checkout import ROOT as ROOT
 
 import finetune
 
-ROOT = Path(__file__).resolve().parents[1]
 clock = time.perf_counter
 
 
@@ -108,6 +108,21 @@ def write_report(path: Path, title: str, command: str, tables: list[str], record
     facts = [f"{name}: " + ", ".join(f"{k} {v}" for k, v in group.items()) for name, group in groups.items()]
     text = "\n\n".join([f"# {title}", f"`{command}`", *facts, *tables]) + "\n"
     path.write_text(text, encoding="utf-8")
+
+
+def report(title: str, device: torch.device, seed: int, tables: list[str]) -> str:
+    """What a benchmark prints and keeps: how it was called, on what, and its tables."""
+    facts = machine(device)
+    versions = f"torch {facts['torch']}, Python {facts['python']}, finetune {facts['finetune']}"
+    if device.type == "cuda":
+        versions += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    lines = [
+        f"## {title}",
+        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`",
+        f"{facts['device']}; {versions}; {facts['threads']} CPU threads; seed {seed}; {facts['date']}.",
+        *tables,
+    ]
+    return "\n\n".join(lines) + "\n"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import _checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 

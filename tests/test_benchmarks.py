@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import subprocess
 import sys
 import types
 import zipfile
@@ -25,7 +26,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 def modules():
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("naive", "bench_ops", "ab_report", "ab_distillation", "make_sets", "measuring")
+        names = ("naive", "bench_ops", "bench_step", "ab_report", "ab_distillation", "make_sets")
+        names += ("measuring",)
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -225,3 +227,53 @@ def test_the_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
         assert archive.namelist() == ["1f34e.png", "1f600.png", "dataset.json"]
         with archive.open("1f600.png") as stream, Image.open(stream) as picture:
             assert picture.size == (32, 32) and picture.getpixel((0, 0)) == (255, 255, 255)
+
+
+class TestSteps:
+    def options(self, modules, *words):
+        tiny = "--resolution 16 --cbase 64 --cmax 8 --batch 4 --warmup 0 --cycles 1 --arms auto".split()
+        return modules["bench_step"].parser_of_steps().parse_args([*tiny, *words])
+
+    def test_the_rotating_generator_has_twice_the_channels_and_no_more(self, modules):
+        plain, rotating = (
+            modules["bench_step"].build(family, self.options(modules)).state
+            for family in ("stylegan3-t", "stylegan3-r")
+        )
+        assert rotating.G.init_kwargs["channel_max"] == 2 * plain.G.init_kwargs["channel_max"] == 16
+        assert [p.shape for p in rotating.D.parameters()] == [p.shape for p in plain.D.parameters()]
+
+    def test_a_cycle_of_the_real_loop_is_measured(self, modules, monkeypatch, capsys, tmp_path):
+        words = "--families stylegan2 --sd-weight auto:1 --sd-backbone l2 --resolution 16 --cbase 64 --cmax 8"
+        words += f" --batch 4 --warmup 0 --cycles 1 --arms auto --out {tmp_path}/step.md"
+        monkeypatch.setattr(sys, "argv", ["bench_step.py", *words.split()])
+        modules["bench_step"].main()
+        said = capsys.readouterr().out
+        assert said == (tmp_path / "step.md").read_text() + "\n" and "; seed 0; " in said
+        header, _, row = [line.split(" | ") for line in said.splitlines() if line.startswith("|")]
+        found = dict(zip(header, row, strict=True))
+        assert all(
+            float(found[f"{name} (s/kimg)"]) > 0 for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
+        )
+
+    def test_kernels_are_counted_and_what_they_cover_too(self, modules):
+        events = [
+            {"cat": "kernel", "name": "a", "ts": 10.0, "dur": 5.0},
+            {"cat": "kernel", "name": "a", "ts": 12.0, "dur": 5.0},  # on another stream
+            {"cat": "gpu_memcpy", "name": "copy", "ts": 30.0, "dur": 1.0},
+            {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 50.0},
+        ]
+        kernels, covered = modules["bench_step"].kernels_in(events)
+        assert kernels == {"a": (2, pytest.approx(1e-5)), "copy": (1, pytest.approx(1e-6))}
+        assert covered == pytest.approx(8e-6)
+
+
+def test_programs_use_this_checkout_installed_or_not(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nimport _checkout, finetune as f\nprint(f.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).parent.parent == FOLDER.parent, done.stderr
+    for path in FOLDER.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "\nfrom finetune" in text or "\nfrom torch_utils" in text or "\nfrom measuring" in text:
+            assert "\nimport _checkout" in text or "\nfrom _checkout" in text, path.name

@@ -25,9 +25,12 @@ def gpu_sh(*options, **variables):
     )
 
 
-def stages(*options, **variables):
+PARTS = ["correctness", "speed"]
+
+
+def stages(part, *options, **variables):
     """(name, seconds, command) of every stage."""
-    done = gpu_sh("--dry-run", *options, **variables)
+    done = gpu_sh("--part", part, "--dry-run", *options, **variables)
     assert done.returncode == 0 and done.stderr == ""
     *found, total = [line.split(" | ") for line in done.stdout.splitlines()]
     assert int(total[1]) == sum(int(limit) for _, limit, _ in found)
@@ -39,7 +42,8 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("options", [[], ["--cpu"]], ids=["cuda", "cpu"])
-def test_every_benchmark_takes_its_options(options, monkeypatch):
+@pytest.mark.parametrize(("part", "programs"), [("correctness", 1), ("speed", 8)])
+def test_every_benchmark_takes_its_options(part, programs, options, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     parse = argparse.ArgumentParser.parse_args
 
@@ -48,32 +52,41 @@ def test_every_benchmark_takes_its_options(options, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    seen = set()
-    for _, _, command in stages(*options, OUT="somewhere"):
+    count = 0
+    for _, _, command in stages(part, *options):
         if not command[1].startswith("benchmarks/"):
             continue
         module = importlib.import_module(Path(command[1]).stem)
         monkeypatch.setattr(sys, "argv", command[1:])
         with pytest.raises(Parsed):
             module.main()
-        assert command[-1].startswith("somewhere/")
-        seen.add(module.__name__)
-    assert seen == {"bench_ops", "bench_step", "bench_build", "bench_overhead", "check_float16"}
+        count += 1
+    assert count == programs
 
 
-def test_all_of_it_takes_less_than_ten_minutes():
-    found = stages()
-    assert sum(limit for _, limit, _ in found) <= 590
-    assert [name for name, _, _ in found][:3] == ["doctor", "doctor-build", "tests"]
-    assert "-m gpu" in " ".join(found[2][2])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_takes_five_minutes_at_most(part):
+    assert sum(limit for _, limit, _ in stages(part)) <= 300
+
+
+def test_the_marked_tests_run_without_the_benchmark_plugin():
+    tests = next(command for name, _, command in stages("correctness") if name == "tests")
+    assert "-p no:benchmark" in " ".join(tests) and "-m gpu" in " ".join(tests)
+
+
+def test_what_matters_most_comes_first():
+    names = [name for name, _, _ in stages("speed")]
+    assert names[1:4] == ["stylegan2-256", "stylegan3-r-256", "stylegan3-t-256"] and names[-1] == "ops"
 
 
 def test_results_go_where_they_are_wanted():
-    ends = [
-        stages(*options, **variables)[-1][2][-1].rpartition("/")[0]
-        for options, variables in (([], {}), ([], {"OUT": "/tmp/b"}), (["/tmp/a"], {"OUT": "/tmp/b"}))
-    ]
-    assert ends == ["benchmarks/results", "/tmp/b", "/tmp/a"]
+    for options, variables, folder in (
+        ([], {}, "benchmarks/results"),
+        ([], {"OUT": "/tmp/b"}, "/tmp/b"),
+        (["/tmp/a"], {"OUT": "/tmp/b"}, "/tmp/a"),
+    ):
+        done = gpu_sh("--part", "speed", "--dry-run", *options, **variables)
+        assert done.stdout.splitlines()[-1].endswith(f"| to {folder}")
 
 
 PYTHON = """#!/bin/sh
@@ -81,30 +94,59 @@ case "$*" in
     *measuring.py*) echo toaster ;;
     *"doctor --build"*) exit 124 ;;
     *doctor*) echo "first line"; echo "no such thing" >&2; exit 3 ;;
-    *) echo "ran $1" ;;
+    *) echo "| --- |"; echo "| ran $1 |" ;;
 esac
 """
 
 
-def test_what_fails_is_written_down_and_the_rest_still_runs(tmp_path):
-    python = tmp_path / "python"
+def test_what_fails_is_written_down_and_what_is_done_is_not_run_again(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    done = gpu_sh("--cpu", tmp_path / "out", PYTHON=python)
+    done = gpu_sh("--part", "correctness", "--cpu", out, PYTHON=python)
     assert done.returncode == 1
-    *_, summary = done.stdout.partition("== summary")
-    said = {line.split()[0]: line.split(" s  ")[1] for line in summary.splitlines()[1:]}
-    assert said["doctor"] == "failed with exit code 3: no such thing"
-    assert said["doctor-build"] == "cut off after 360 s; what was written by then stays"
-    assert {value for name, value in said.items() if not name.startswith("doctor")} == {"ok"}
-    assert len(said) == len(stages())
-    (log,) = (tmp_path / "out").glob("gpu-log_toaster_*.txt")
-    assert "first line" in log.read_text() and summary in log.read_text()
+    ends = dict(line[3:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("== "))
+    assert ends["doctor"].startswith("failed with exit code 3: no such thing (")
+    assert ends["build"].startswith("cut off after 360 s (")
+    assert ends["tests"].startswith("ok (") and ends["precision"].startswith("ok (")
+    (log,), (report,) = out.glob("correctness_toaster_*.log"), out.glob("correctness_toaster_*.md")
+    assert "first line" in log.read_text()
+    assert "| --- |\n| ran benchmarks/check_precision.py |" in report.read_text()
+    again = gpu_sh("--part", "correctness", "--cpu", out, PYTHON=python).stdout
+    assert (
+        "tests: done before" in again and "precision: done before" in again and "== doctor: failed" in again
+    )
 
 
-def test_an_option_that_does_not_exist_is_named():
-    done = gpu_sh("--fast")
-    assert done.returncode == 2 and "unknown option --fast" in done.stderr
+def test_a_stage_that_is_cut_short_keeps_its_table(tmp_path):
+    """As where the whole script is ended from outside."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    stop = '    *check*) echo "| --- |"; exec sleep 60 ;;\n    *) echo'
+    python.write_text(PYTHON.replace("    *) echo", stop))
+    python.chmod(0o755)
+    command = ["bash", str(SCRIPT), "--part", "correctness", "--cpu", str(out)]
+    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as script:
+        while "check_precision" not in script.stdout.readline():
+            pass
+        time.sleep(2)
+        script.terminate()
+        assert script.wait(timeout=20) != 0
+    (report,) = out.glob("*.md")
+    assert "<!-- precision: cut off -->\n\n| --- |" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--part", "speed", "--fast"], "unknown option --fast"),
+        ([], "--part is missing"),
+        (["--part", "x"], "x:"),
+    ],
+)
+def test_wrong_options_are_named(options, words):
+    done = gpu_sh(*options)
+    assert done.returncode == 2 and words in done.stderr
 
 
 def test_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
@@ -118,7 +160,9 @@ def test_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_stages_run_on_a_cpu(tmp_path):
-    done = gpu_sh("--cpu", tmp_path, PYTHON=sys.executable)
+@pytest.mark.parametrize(("part", "tables"), [("correctness", 1), ("speed", 8)])
+def test_all_stages_run_on_a_cpu(part, tables, tmp_path):
+    done = gpu_sh("--part", part, "--cpu", tmp_path, PYTHON=sys.executable, FINETUNE_CACHE=tmp_path / "cache")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert len(list(tmp_path.glob("*.md"))) == 7
+    (report,) = tmp_path.glob("*.md")
+    assert report.read_text().count("| --- ") and report.read_text().count("\n## ") == tables

@@ -1,12 +1,12 @@
-"""Layers in float16 against float32: images, logits, gradients of networks of every family; no overflow.
+"""float16 layers and TF32 against float32: images, logits, gradients of every family; no overflow.
 
-    python benchmarks/check_float16.py --out benchmarks/results/float16_<machine>_<yyyymm>.md
+    python benchmarks/check_precision.py --out benchmarks/results/precision_<machine>_<yyyymm>.md
 
-Networks of random weights, with float16 where published checkpoints have it, and the same networks with all
-layers in float32; with plain torch and with the native kernels. Errors are in units of the largest value; of
-gradients (of the logits of generated images, to every weight of G and D) the cosine. The exit code is 1 if a
-value is not finite or a limit is passed. Layers in float16 exist on CUDA alone: on a CPU both are float32,
-and nothing is shown.
+Networks of random weights, with float16 where published checkpoints have it, or with TF32 in place of
+float32, and the same networks with all layers in float32; with plain torch and with the native kernels.
+Errors are in units of the largest value; of gradients (of the logits of generated images, to every weight of
+G and D) the cosine. The exit code is 1 if a value is not finite or a limit is passed. Both exist on CUDA
+alone: on a CPU all is float32, and nothing is shown.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
 import torch
-from measuring import machine, table, write_report
+from measuring import report, table
 
+from finetune.device import float32_math
 from finetune.models import stylegan2, stylegan3
 from torch_utils.ops import impl
 
@@ -52,7 +54,7 @@ def step(G, D, z: torch.Tensor, force_fp32: bool) -> dict[str, torch.Tensor]:
 
 
 def compare(half: dict[str, torch.Tensor], single: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Errors of what float16 layers give, and whether they are small enough."""
+    """Errors of what a lower precision gives, and whether they are small enough."""
     errors = {
         name: float((half[name] - single[name]).abs().max() / single[name].abs().max())
         for name in ("images", "logits")
@@ -84,30 +86,37 @@ def main() -> None:
     results = {}
     for family in options.families:
         G, D = networks(family, options)
-        z = torch.randn(options.batch, G.z_dim, generator=torch.Generator().manual_seed(options.seed)).to(
-            device
-        )
+        z = torch.randn(options.batch, G.z_dim, generator=torch.Generator().manual_seed(options.seed))
+        z = z.to(device)
         for name in ("ref", "auto"):
             impl.set_default_impl(name)
-            results[f"{family}, {name}"] = compare(step(G, D, z, False), step(G, D, z, True))
-            print(family, name, results[f"{family}, {name}"], flush=True)
+            with float32_math():
+                single, half = step(G, D, z, True), step(G, D, z, False)
+            with float32_math(tf32=True):
+                rounded = step(G, D, z, True)
+            results[f"{family}, float16, {name}"] = compare(half, single)
+            results[f"{family}, TF32, {name}"] = compare(rounded, single)
+            print(family, name, "done", file=sys.stderr, flush=True)
         impl.set_default_impl(None)
     columns = ["images", "logits", "cosine of gradients", "finite", "fine"]
     rows = [
         [
             name,
-            *(f"{found[key]:.3g}" if isinstance(found[key], float) else str(found[key]) for key in columns),
+            *(f"{found[key]:.6g}" if isinstance(found[key], float) else str(found[key]) for key in columns),
         ]
         for name, found in results.items()
     ]
-    text = table(["network, ops", *columns], rows)
+    text = report(
+        "float16 layers and TF32 against float32",
+        device,
+        options.seed,
+        [table(["network, format, ops", *columns], rows)],
+    )
     print(text)
     if options.out:
-        settings = {key: value for key, value in vars(options).items() if key != "out"}
-        record = {"machine": machine(device), "settings": settings}
-        write_report(options.out, "float16", f"python {' '.join(sys.argv)}", [text], record)
+        options.out.write_text(text, encoding="utf-8")
     if not all(found["fine"] for found in results.values()):
-        sys.exit("float16 layers differ too much from float32, or overflow: see the table")
+        sys.exit("float16 layers or TF32 differ too much from float32, or overflow: see the table")
 
 
 if __name__ == "__main__":
