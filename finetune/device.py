@@ -47,13 +47,16 @@ def float32_math(
 
     In float32 by default, as the original networks were trained and as their golden numbers ask; torch itself
     leaves cuDNN's convolutions in TF32, which keeps 10 bits of mantissa. `tf32` allows it for convolutions
-    and matrix products. `split` computes convolutions as `conv2d_gradfix.split_float32` does. `benchmark`
-    sets `torch.backends.cudnn.benchmark`; None leaves it as it is.
+    and matrix products. `split` computes convolutions as `conv2d_gradfix.split_float32` does. Products of
+    float16 matrices are summed in float32, as their convolutions are: in float16, torch's default, partial
+    sums can overflow. `benchmark` sets `torch.backends.cudnn.benchmark`; None leaves it as it is.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with _old_switches():
         before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
         cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    sums_in_half = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = False
     if benchmark is not None:
         cudnn.benchmark = benchmark
     try:
@@ -62,6 +65,7 @@ def float32_math(
     finally:
         with _old_switches():
             cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+        matmul.allow_fp16_reduced_precision_reduction = sums_in_half
 
 
 @contextlib.contextmanager

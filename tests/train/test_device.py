@@ -26,6 +26,14 @@ def test_inside_the_block_float32_is_float32():
     assert switches() == before
 
 
+def test_products_of_float16_are_summed_in_float32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    with float32_math():
+        assert matmul.allow_fp16_reduced_precision_reduction is False
+    assert before is matmul.allow_fp16_reduced_precision_reduction is True
+
+
 def test_an_error_restores_the_switches():
     before = switches()
     with pytest.raises(KeyError), float32_math(benchmark=True):
