@@ -144,6 +144,7 @@ def build_plan(
         processes=processes,
         d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
         lr_warmup_nimg=(config.lr_warmup_kimg or 0) * 1000,
+        skip_overflow=device.type == "cuda" and not force_fp32,
         # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
         # student.
         synthesis={

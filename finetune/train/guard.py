@@ -12,6 +12,7 @@ LARGEST_SCORE = 500.0  # of D, averaged over a tick; healthy runs stay below 50
 SURE = 0.98  # mean sign of D on both sides from which on D has won
 SURE_TICKS = 3
 CAP = 0.99  # of ADA's probability
+MOST_OVERFLOWS = 0.1  # share of the steps of a tick whose gradients overflow, that training can do without
 FAR = 10.0  # times the largest usual distance between student and teacher
 USUAL_TICKS = 5  # that say what is usual, at least
 
@@ -56,6 +57,7 @@ class Guard:
         """What is wrong in this tick."""
         found = [
             *self._scores(numbers),
+            *self._overflows(numbers),
             *self._distance(state, numbers),
             *self._overpowered(numbers),
             *self._cap(state),
@@ -70,6 +72,14 @@ class Guard:
             return []
         said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         return [Alarm("score-explosion", f"The scores of D exploded: {said}.", scores, True)]
+
+    def _overflows(self, numbers: dict[str, Any]) -> list[Alarm]:
+        shares = {name: numbers[name] for name in ("overflow_G", "overflow_D") if numbers.get(name)}
+        if not shares:
+            return []
+        said = " and ".join(f"{share:.1%} of the steps of {name[-1]}" for name, share in shares.items())
+        what = f"Gradients overflowed in float16: {said} left the weights as they were."
+        return [Alarm("overflow", what, shares, max(shares.values()) > MOST_OVERFLOWS)]
 
     def _distance(self, state: TrainState, numbers: dict[str, Any]) -> list[Alarm]:
         if "loss_sd" not in numbers or state.nimg < self.settled_nimg:

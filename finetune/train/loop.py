@@ -208,7 +208,8 @@ def put(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
 def optimise(name: str, state: TrainState, plan: Plan, watch: Watch) -> Iterator[None]:
     """Collect gradients of the network `name` (G or D), and of no other, inside the block; then take a step.
 
-    The norm of the gradients is recorded: where it is not finite, the watch says so before anything is saved.
+    The norm of the gradients is recorded. Where it is not finite, the watch says so before anything is saved;
+    or, with `plan.skip_overflow`, the step is taken with gradients of zero and counted.
     """
     network, optimizer = getattr(state, name), getattr(state, f"opt_{name}")
     optimizer.zero_grad(set_to_none=True)
@@ -217,7 +218,13 @@ def optimise(name: str, state: TrainState, plan: Plan, watch: Watch) -> Iterator
     network.requires_grad_(False)
     gradients = [each.grad for each in network.parameters() if each.grad is not None]
     plan.processes.add_up(gradients, f"{watch.phase_name} at step {watch.step}")
-    watch.record(watch.phase_name, **{f"grad_norm_{name}": torch.nn.utils.get_total_norm(gradients)})
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if plan.skip_overflow:
+        overflow = ~norm.isfinite()
+        for tensor in (norm, *gradients):
+            tensor.masked_fill_(overflow, 0)
+        watch.record(watch.phase_name, **{f"overflow_{name}": overflow})
+    watch.record(watch.phase_name, **{f"grad_norm_{name}": norm})
     with slowed(optimizer, plan.rate_share(name, state.nimg)):
         optimizer.step()
 

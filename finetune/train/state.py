@@ -42,7 +42,8 @@ class Plan:
     """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg).
 
     batch: images of all processes together; batch_gpu: in one part. d_warmup_nimg: images over which D learns
-    alone, because it is new. lr_warmup_nimg: images over which learning rates rise from 0.
+    alone, because it is new. lr_warmup_nimg: images over which learning rates rise from 0. skip_overflow:
+    leave out gradients that are not finite, which float16 layers may give now and then.
     """
 
     device: torch.device
@@ -64,6 +65,7 @@ class Plan:
     labels: Callable[[int], torch.Tensor]
     d_warmup_nimg: float = 0.0
     lr_warmup_nimg: float = 0.0
+    skip_overflow: bool = False
     seed: int = 0
     processes: Processes = ALONE
     synthesis: dict = field(default_factory=dict)

@@ -355,5 +355,12 @@ class TestGuard:
         self.kinds(guard, {"sign_real": 0.5, "sign_fake": -0.5})
         assert [self.kinds(guard, won) for _ in range(3)][-1] == ["d-overpowers-g"]
 
+    def test_overflow_is_told_and_too_much_of_it_is_the_end(self):
+        assert self.kinds(Guard(), {"overflow_G": 0.0, "overflow_D": 0.0}) == []
+        for share, is_the_end in ((0.01, False), (0.2, True)):
+            (alarm,) = Guard().look(self.state(), {"overflow_G": 0.0, "overflow_D": share})
+            assert alarm.kind == "overflow" and alarm.is_divergence is is_the_end
+            assert f"{share:.1%} of the steps of D" in alarm.what and "of G" not in alarm.what
+
     def test_augmentation_at_its_limit(self):
         assert self.kinds(Guard(), {}, p=0.5) == [] and self.kinds(Guard(), {}, p=1.0) == ["ada-at-cap"]
