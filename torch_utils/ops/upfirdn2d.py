@@ -219,7 +219,7 @@ class Axis(NamedTuple):
 
 
 class _Upfirdn2d(torch.autograd.Function):
-    """The op as a linear map that knows its adjoint."""
+    """The op as a linear map with its adjoint."""
 
     @classmethod
     def call(cls, x, f, axes, flip_filter, gain):

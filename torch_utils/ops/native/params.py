@@ -1,7 +1,7 @@
 """The structs that the kernels take, mirrored from the headers beside them.
 
 The same bytes go to a C++ function by address and to a CUDA kernel by value. A test compares sizes and
-offsets with what the compiler says.
+offsets with the compiler's.
 """
 
 from __future__ import annotations
