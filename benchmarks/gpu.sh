@@ -63,7 +63,7 @@ else
     small=(--resolution 16 --batch 4 --cbase 64 --cmax 8 --warmup 0 --cycles 1)
     large=("${small[@]}") largest=("${small[@]}")
     step=(--arms auto) half=(--resolution 16 --cbase 128 --cmax 16 --batch 2)
-    ops=(--arms cpu --repeats 1 --budget 1 --match colours)
+    ops=(--arms cpu --repeats 1 --budget 1 --match colors)
 fi
 if [[ $part == correctness ]]; then
     stage doctor 20 "$python" -m finetune doctor
