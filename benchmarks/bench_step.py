@@ -38,7 +38,7 @@ from measuring import report, table
 from torch.profiler import ProfilerActivity, profile
 
 from finetune.config import FAMILIES, PRECISIONS, TrainConfig
-from finetune.device import float32_math
+from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
 from finetune.train import loop
 from finetune.train.run import Prepared, prepare
@@ -156,7 +156,7 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
 
     cycles = Cycles(options, device)
     nimg = CYCLE * options.batch
-    math = float32_math(tf32=options.precision == "tf32", benchmark=options.cudnn_benchmark)
+    math = training_math(options.precision, benchmark=options.cudnn_benchmark)
     with math, running(arm, prepared) as run:
         plan = dataclasses.replace(run.plan, total_nimg=cycles.total * nimg)
         loop.train(run.state, plan, batches(), Watch(device, nimg, cycles.tick))
@@ -276,7 +276,8 @@ def parser_of_steps() -> argparse.ArgumentParser:
     parser.add_argument("--sd-backbone", default="efficientnet-lite0", help=f"also {RANDOM_VGG}")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--graphs", default="auto", choices=("auto", "off"), help="CUDA graphs of the phases")
-    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms")
+    tries = argparse.BooleanOptionalAction
+    parser.add_argument("--cudnn-benchmark", action=tries, default=True, help="let cuDNN try its algorithms")
     parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
     parser.add_argument("--cycles", type=int, default=2, help="cycles of 16 steps in each round")
     parser.add_argument("--rounds", type=int, default=1, help="how often families and arms take turns")

@@ -1,12 +1,12 @@
-"""float16 layers and TF32 against float32: images, logits, gradients of every family; no overflow.
+"""float16 layers, TF32 and split float32 against float32: images, logits, gradients; no overflow.
 
     python benchmarks/check_precision.py --out benchmarks/results/precision_<machine>_<yyyymm>.md
 
-Networks of random weights, with float16 where published checkpoints have it, or with TF32 in place of
-float32, and the same networks with all layers in float32; with plain torch and with the native kernels.
-Errors are in units of the largest value; of gradients (of the logits of generated images, to every weight of
-G and D) the cosine. The exit code is 1 if a value is not finite or a limit is passed. Both exist on CUDA
-alone: on a CPU all is float32, and nothing is shown.
+Networks of random weights, with float16 where published checkpoints have it, or with TF32 or float32 split
+into TF32 products in place of float32, and the same networks with all layers in float32; with plain torch and
+with the native kernels. Errors are in units of the largest value; of gradients (of the logits of generated
+images, to every weight of G and D) the cosine. The exit code is 1 if a value is not finite or a limit is
+passed. All of this exists on CUDA alone: on a CPU all is float32, and nothing is shown.
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ def main() -> None:
                 single, half = step(G, D, z, True), step(G, D, z, False)
             with float32_math(tf32=True):
                 rounded = step(G, D, z, True)
+            with float32_math(split=True):
+                split = step(G, D, z, True)
             results[f"{family}, float16, {name}"] = compare(half, single)
             results[f"{family}, TF32, {name}"] = compare(rounded, single)
+            results[f"{family}, split float32, {name}"] = compare(split, single)
             print(family, name, "done", file=sys.stderr, flush=True)
         impl.set_default_impl(None)
     columns = ["images", "logits", "cosine of gradients", "finite", "fine"]
@@ -107,7 +110,7 @@ def main() -> None:
         for name, found in results.items()
     ]
     text = report(
-        "float16 layers and TF32 against float32",
+        "float16 layers, TF32 and split float32 against float32",
         device,
         options.seed,
         [table(["network, format, ops", *columns], rows)],

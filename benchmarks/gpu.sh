@@ -18,7 +18,10 @@ device=cuda dry=0 patience=1 part=
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --dry-run) dry=1 ;;
-        --cpu) device=cpu patience=6 ;; # a small machine that does other things, too
+        --cpu) # a small machine that does other things, too
+            device=cpu patience=6
+            export OMP_NUM_THREADS=1 # beside a busy process, more threads wait for each other
+            ;;
         --part)
             part=${2:-}
             shift

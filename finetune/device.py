@@ -40,9 +40,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 @contextlib.contextmanager
-def float32_math(
-    *, tf32: bool = False, split: bool = False, benchmark: bool | None = None
-) -> Iterator[None]:
+def float32_math(*, tf32: bool = False, split: bool = False, benchmark: bool | None = None) -> Iterator[None]:
     """Set how CUDA computes float32 convolutions and products inside the block, and restore it afterwards.
 
     In float32 by default, as the original networks were trained and as their golden numbers ask; torch itself
@@ -66,6 +64,12 @@ def float32_math(
         with _old_switches():
             cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
         matmul.allow_fp16_reduced_precision_reduction = sums_in_half
+
+
+def training_math(precision: str, *, benchmark: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Compute float32 as `--precision` says, with cuDNN tuned for the fixed shapes of a run."""
+    split = precision in ("auto", "fp16")
+    return float32_math(tf32=precision == "tf32", split=split, benchmark=benchmark)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig, distils
 from finetune.data import ImageSet, scan
-from finetune.device import float32_math, resolve_device
+from finetune.device import resolve_device, training_math
 from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
@@ -363,9 +363,7 @@ def start(
     kind = RunFolder if plan.processes.is_first else NoFolder
     folder = kind(run_dir, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     folder.write_reals()
-    math = float32_math(
-        tf32=config.precision == "tf32", split=config.precision in ("auto", "fp16"), benchmark=True
-    )
+    math = training_math(config.precision)
     with math, Display(console, plan.total_nimg, state.nimg) as display:
         display.say(f"Run folder: {run_dir}")
         session = Session(prepared, folder, display, on_tick)
