@@ -110,7 +110,7 @@ def have_cuda_kernels() -> None:
 
     missing = [
         op
-        for op in ("bias_act", "upfirdn2d", "filtered_lrelu")
+        for op in ("bias_act", "fma", "upfirdn2d", "filtered_lrelu")
         if not (cpu_build.SOURCES / op / f"{op}.cu").is_file()
     ]
     if missing:

@@ -106,7 +106,7 @@ def describe() -> dict[str, Any]:
     import finetune
     import torch_utils
     from torch_utils import custom_ops
-    from torch_utils.ops import bias_act, filtered_lrelu, impl, upfirdn2d  # noqa: F401 (ops register themselves)
+    from torch_utils.ops import bias_act, filtered_lrelu, fma, impl, upfirdn2d  # noqa: F401 (they register)
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     facts: dict[str, Any] = {

@@ -21,6 +21,7 @@ from torch_utils.ops.native.plan import LaunchPlan
 HERE = Path(__file__).parent
 PARAMS = {
     "bias_act": ("sg_bias_act_params", params.BiasAct),
+    "fma": ("sg_fma_params", params.Fma),
     "upfirdn2d": ("sg_upfirdn2d_params", params.Upfirdn2d),
     "filtered_lrelu": ("sg_filtered_lrelu_params", params.FilteredLrelu),
 }

@@ -36,12 +36,14 @@ struct fiber {
     unsigned lane, warp;
     state now;
     bool ballot;
+    double given;  // to the other lanes
 };
 
 struct machine {
     dim3 grid, block, index;
     std::vector<fiber> fibers;
     std::vector<unsigned> votes;  // of each warp, when all its lanes have voted
+    std::vector<double> given;    // by each thread, likewise
     fiber* current = nullptr;
     ucontext_t scheduler;
     std::vector<unsigned char> shared;
@@ -72,6 +74,7 @@ inline bool all_of_warp_vote(machine& m, unsigned warp) {
         if (f.warp != warp) continue;
         if (f.now != AT_VOTE) return false;
         bits |= static_cast<unsigned>(f.ballot) << f.lane;
+        m.given[warp * 32 + f.lane] = f.given;
     }
     m.votes[warp] = bits;
     for (fiber& f : m.fibers)
@@ -83,6 +86,7 @@ inline void run_block(machine& m) {
     const unsigned count = m.block.x * m.block.y * m.block.z;
     m.fibers.resize(count, fiber());
     m.votes.assign(count / 32 + 1, 0);
+    m.given.assign((count / 32 + 1) * 32, 0);
     for (unsigned i = 0; i < count; ++i) {
         fiber& f = m.fibers[i];
         const size_t size = 64 * 1024;
@@ -129,6 +133,13 @@ inline unsigned ballot(bool value) {
     return the().votes[warp];
 }
 
+inline double from_lane(double value, unsigned mask) {
+    the().current->given = value;
+    const unsigned thread = the().current->warp * 32 + (the().current->lane ^ mask);
+    pause(AT_VOTE);
+    return the().given[thread];
+}
+
 inline unsigned bits_of(float f) {
     unsigned u;
     std::memcpy(&u, &f, 4);
@@ -166,6 +177,8 @@ inline void __syncthreads() { sg_emulator::pause(sg_emulator::AT_BARRIER); }
 inline void __syncwarp() { sg_emulator::ballot(false); }
 inline unsigned __ballot_sync(unsigned, bool value) { return sg_emulator::ballot(value); }
 using std::exp, std::expm1, std::fabs, std::log1p, std::tanh;  // overloaded for float and double, as in CUDA
+inline float __shfl_xor_sync(unsigned, float v, int mask) { return static_cast<float>(sg_emulator::from_lane(v, mask)); }
+inline double __shfl_xor_sync(unsigned, double v, int mask) { return sg_emulator::from_lane(v, mask); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 

@@ -58,6 +58,6 @@ def test_emulated_cuda_kernels_are_clean(tmp_path):
     }
     words = [sys.executable, "-m", "pytest", "-n0", "-s", "-p", "no:faulthandler", "-m", "slow or not slow"]
     words += ["-k", "not nvcc and not nvrtc and not trial and not ahead"]
-    words += ["tests/torch_utils/test_cuda_emulated.py"]
+    words += ["tests/torch_utils/test_cuda_emulated.py", "tests/torch_utils/test_fma.py"]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def act(dtype, name, order, clamp=256.0):
     return struct_of("bias_act", x, strides(x), dtype, True, spec, order)
 
 
+def product(dtype, channels, channels_last, addend, with_gradients=False):
+    """A modulation or demodulation, or the gradients of one."""
+    p = struct_of("fma", torch.Size((4, channels, 38, 38)), not channels_last, dtype, addend, True)
+    p.c = 4096 if addend else None
+    if with_gradients:
+        p.other = p.db = 4096
+        p.dc = 4096 if channels_last else None
+    return p
+
+
 T, R = (12,), (12, 12)
 SPECS = {
     "lrelu_t": ("filtered_lrelu", lambda: lrelu(F16, 38, 2, 2, 9, T, T, params.RECORD)),
@@ -74,9 +85,16 @@ SPECS = {
     "act_lrelu": ("bias_act", lambda: act(F16, "lrelu", 0)),
     "act_lrelu_backward": ("bias_act", lambda: act(F16, "lrelu", 1)),
     "act_swish_twice": ("bias_act", lambda: act(torch.bfloat16, "swish", 2)),
+    "fma_planes": ("fma", lambda: product(F16, 64, False, params.NUMBER)),
+    "fma_planes_map": ("fma", lambda: product(F32, 64, False, params.MAP)),
+    "fma_planes_backward": ("fma", lambda: product(F16, 64, False, 0, True)),
+    "fma_pixels": ("fma", lambda: product(F16, 512, True, params.MAP)),
+    "fma_pixels_backward": ("fma", lambda: product(F16, 512, True, 0, True)),
+    "fma_pixels_odd_backward": ("fma", lambda: product(torch.bfloat16, 37, True, 0, True)),
+    "fma_double_backward": ("fma", lambda: product(torch.float64, 64, True, 0, True)),
     "act_double": ("bias_act", lambda: act(torch.float64, "softplus", 0)),
 }
-ON_ALL = ("lrelu_t", "fir_up", "act_lrelu")
+ON_ALL = ("lrelu_t", "fir_up", "act_lrelu", "fma_pixels_backward", "fma_planes_backward")
 
 
 def plan_of(name, capability):
@@ -126,7 +144,7 @@ def test_nvcc_compiles_the_same_sources():
 def test_a_launch_is_one_that_a_gpu_takes(name):
     for capability in ARCHITECTURES:
         plan = plan_of(name, capability)
-        assert 0 < plan.grid[0] < 2**31 and plan.grid[1:] == (1, 1) and plan.block[0] % 32 == 0
+        assert 0 < plan.grid[0] < 2**31 and plan.grid[1:] == (1, 1) and math.prod(plan.block) % 32 == 0
         assert (
             plan.shared_bytes
             <= {(7, 5): 64, (8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024

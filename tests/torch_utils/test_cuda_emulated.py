@@ -14,6 +14,7 @@ from op_cases import CASES, derivatives, loss, run, tensors
 
 from torch_utils import custom_ops
 from torch_utils.ops import conv2d_resample, impl, upfirdn2d
+from torch_utils.ops import fma as fma
 from torch_utils.ops.native import cuda, library, prebuild
 
 EXACT = 1e-12
@@ -90,7 +91,7 @@ def test_recording_for_a_gradient_changes_no_bit(case, on_cuda):
 
 def test_a_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):
     cpu = torch.device("cpu")
-    assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 3
+    assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 4
     right = cuda._run
 
     def wrong(op, x, pointers, numbers):

@@ -32,10 +32,13 @@ def registered_calls():
     mask = ops.filtered_lrelu(x, f, f, b, *layer, True)[1].detach()
     y = ops.bias_act(x, b, *act).detach()
     dy = torch.randn_like(y, requires_grad=True)
+    s, c = torch.randn(2, 3, 1, 1, requires_grad=True), torch.randn(2, 1, 8, 8, requires_grad=True)
     return {
         "upfirdn2d": (x, f, *fir),
         "bias_act": (x, b, *act),
         "bias_act_grad": (dy, x, b, y, *act, True),
+        "fma": (x, s, c),
+        "fma_grad": (dy, x, s, True, True),
         "bias_act_grad2": (dy.detach(), dy.detach(), x.detach(), b.detach(), y, *act),
         "filtered_lrelu": (x, f, f, b, *layer, True),
         "filtered_lrelu_gate": (x, mask, f, f, *layer.gate(f)),
@@ -45,6 +48,7 @@ def registered_calls():
 OPERATORS = [
     *("upfirdn2d", "bias_act", "bias_act_grad", "bias_act_grad2"),
     *("filtered_lrelu", "filtered_lrelu_gate"),
+    *("fma", "fma_grad"),
 ]
 
 

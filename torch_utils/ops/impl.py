@@ -39,14 +39,17 @@ class ImplementationUnavailable(RuntimeError):
 TOLERANCE = 1e-4  # of a trial, in float32
 
 _trials: dict[str, Callable[[torch.device], float]] = {}
+_devices: dict[str, tuple[str, ...]] = {}  # op -> device types that it has kernels for
 _decided: dict[tuple[str, str, str], str] = {}  # (op, impl, device type) -> implementation
 _default: str | None = None
 _lock = threading.RLock()
 
 
-def register(op: str, trial: Callable[[torch.device], float]) -> None:
-    """Make `op` known; `trial` returns how far its kernels on a device are from the reference."""
-    _trials[op] = trial
+def register(
+    op: str, trial: Callable[[torch.device], float], devices: tuple[str, ...] = ("cpu", "cuda")
+) -> None:
+    """Make `op` known; `trial` returns how far its kernels on one of `devices` are from the reference."""
+    _trials[op], _devices[op] = trial, devices
 
 
 def registered() -> tuple[str, ...]:
@@ -103,6 +106,8 @@ def _explain(op: str, device_type: str) -> dict[str, str]:
     wanted = default_impl()
     if wanted == "ref":
         return {"runs": "plain torch", "why": "asked for"}
+    if device_type == "cpu" and device_type not in _devices[op]:
+        return {"runs": "plain torch", "why": "its only kernels are for " + ", ".join(_devices[op])}
     try:
         if wanted not in ("auto", device_type):
             raise NativeUnavailable(f"the {wanted} kernels work on {wanted} tensors only")
@@ -142,7 +147,7 @@ def _automatic(op: str, device_type: str) -> str:
         name, why = _native(op, device_type)
     except NativeUnavailable as error:
         log.info("%s on %s: plain torch (%s)", op, device_type, error.cause)
-        if device_type in NATIVE_DEVICES:
+        if device_type in _devices[op]:
             _warn(device_type, error)
         return "ref"
     log.info("%s on %s: native kernels (%s)", op, device_type, why)
@@ -160,21 +165,18 @@ def _named(op: str, name: str, device_type: str) -> str:
         raise ImplementationUnavailable(_refusal(op, name, device_type, error)) from error
 
 
-NATIVE_DEVICES = ("cpu", "cuda")
-
-
 def _native(op: str, device_type: str) -> tuple[str, str]:
     """Return the native implementation for a kind of device, and its build. Raises NativeUnavailable."""
     from torch_utils import custom_ops
 
+    if device_type not in _devices[op]:
+        raise NativeUnavailable(f"there are no kernels for {device_type}")
     if device_type == "cpu":
         return "cpu", custom_ops.cpu_library_info()
-    if device_type == "cuda":
-        custom_ops.have_cuda_kernels()
-        if problem := _problem_on_cuda(op):
-            raise NativeUnavailable(f"a trial of the CUDA kernels failed: {problem}", "Please report this.")
-        return "cuda", "compiled for each specialization at first use"
-    raise NativeUnavailable(f"there are no kernels for {device_type}")
+    custom_ops.have_cuda_kernels()
+    if problem := _problem_on_cuda(op):
+        raise NativeUnavailable(f"a trial of the CUDA kernels failed: {problem}", "Please report this.")
+    return "cuda", "compiled for each specialization at first use"
 
 
 @functools.cache

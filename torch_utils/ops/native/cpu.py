@@ -90,6 +90,21 @@ def filtered_lrelu(
     return y
 
 
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    """Return `a * b + c`; plain torch, as there is no kernel on the CPU."""
+    y = specs.empty_image(a, *a.shape[2:])
+    return y.copy_(a * b if c is None else torch.addcmul(c, a, b))
+
+
+def fma_grad(
+    dy: torch.Tensor, a: torch.Tensor, b: torch.Tensor, with_db: bool, with_dc: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of a, of b (or None) and of c [N, 1, H, W] (or None), in plain torch."""
+    da = specs.empty_image(a, *a.shape[2:]).copy_(dy * b)
+    db = (dy * a).sum((2, 3), keepdim=True) if with_db else None
+    return da, db, dy.sum(1, keepdim=True) if with_dc else None
+
+
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
     """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
     return _bias_act(x, None, None, b, spec, 0, False)[0]

@@ -21,6 +21,7 @@ import torch
 from torch_utils import custom_ops
 
 from . import driver, params, specs
+from .sums import Images
 
 
 class _Launch(NamedTuple):
@@ -124,10 +125,66 @@ def _bias_act(input, in2, ref, b, spec, order):
     return out
 
 
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    """Return `a * b + c`: a [N, C, H, W], b [N, C, 1, 1], c None, a number, [H, W] or [1 or N, 1, H, W]."""
+    return _fma(a, None, b, c, specs.image_layout(a), False)[0]
+
+
+def fma_grad(
+    dy: torch.Tensor, a: torch.Tensor, b: torch.Tensor, with_db: bool, with_dc: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of a, of b (or None) and of c [N, 1, H, W] (or None).
+
+    One pass over dy and a writes them all, except that torch adds up the channels of planar images.
+    """
+    layout = specs.image_layout(a)
+    is_planar = layout == torch.contiguous_format
+    da, db, dc = _fma(dy, a if with_db else None, b, None, layout, with_dc and not is_planar)
+    if with_dc and is_planar:
+        dc = dy.sum(1, keepdim=True)
+    return da, db, dc
+
+
+def _fma(x, other, b, c, layout, with_dc):
+    """Return x * b + c, the sums of x * other over pixels if there is other, and those of x over channels."""
+    x, b, c = x.contiguous(memory_format=layout), b.contiguous(), _dense(c)
+    out = torch.empty_like(x, memory_format=layout)
+    dc = x.new_empty((x.shape[0], 1, *x.shape[2:])) if with_dc else None
+    if x.numel() == 0:
+        return out, None if other is None else torch.zeros_like(b), None if dc is None else dc.zero_()
+    addend = params.NO_ADDEND
+    if c is not None:
+        addend = params.NUMBER if c.numel() == 1 else params.MAP
+    per_image = c is not None and c.numel() > x.shape[2] * x.shape[3]
+    numbers = (x.shape, layout == torch.contiguous_format, x.dtype, addend, per_image)
+    pointers = {"input": x.data_ptr(), "b": b.data_ptr(), "out": out.data_ptr()}
+    sums = None
+    if other is not None:
+        other = other.contiguous(memory_format=layout)
+        sums = _empty_sums(specs.fma_images(*numbers[:2]), x)
+        pointers |= {"other": other.data_ptr(), "db": sums.data_ptr()}
+    if c is not None:
+        pointers["c"] = c.data_ptr()
+    if dc is not None:
+        pointers["dc"] = dc.data_ptr()
+    _run("fma", x, pointers, numbers)
+    if sums is None:
+        return out, None, dc
+    sums = sums.sum(1) if sums.shape[1] > 1 else sums
+    return out, sums.reshape(b.shape).to(b.dtype), dc
+
+
+def _empty_sums(images: Images, x: torch.Tensor) -> torch.Tensor:
+    """Memory for sums by channel, of each group and part (axis 1), in the type that a kernel computes in."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(images.sums_shape(params.DTYPES[x.dtype]), dtype=dtype, device=x.device)
+
+
 # ---- Plans and launches
 
 _MAKE = {
     "bias_act": specs.bias_act_params,
+    "fma": specs.fma_params,
     "upfirdn2d": specs.upfirdn2d_params,
     "filtered_lrelu": specs.filtered_lrelu_params,
 }

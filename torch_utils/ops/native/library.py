@@ -242,6 +242,88 @@ GATE = NativeOp(
 GATE.register(_gate_fake, _gate_setup, _gate_backward)
 
 
+# ---- fma: a product with a number for each image and channel, plus a map; linear in each
+
+
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    """Run the op with its gradients of every order."""
+    return FMA(a, b, c)
+
+
+def _fma(a, b, c):
+    return kernels(a).fma(a, b, c)
+
+
+def _fma_setup(ctx, inputs, output) -> None:
+    a, b, c = inputs
+    ctx.save_for_backward(a, b)
+    ctx.c_shape = None if c is None else c.shape
+
+
+def _fma_backward(ctx, dy):
+    a, b = ctx.saved_tensors
+    _, with_db, with_c = ctx.needs_input_grad
+    with_dc = with_c and ctx.c_shape == (dy.shape[0], 1, *dy.shape[2:])
+    da, db, dc = FMA_GRAD(dy, a, b, with_db, with_dc)
+    if not with_dc:
+        dc = _summed_to(dy, ctx.c_shape) if with_c else None
+    return da, db if with_db else None, dc
+
+
+def _summed_to(dy, shape):
+    return dy.sum_to_size(shape) if len(shape) else dy.sum()
+
+
+def _fma_fake(a, b, c):
+    return specs.empty_image(a, *a.shape[2:])
+
+
+FMA = NativeOp("fma", "(Tensor a, Tensor b, Tensor? c) -> Tensor", 3, _fma)
+FMA.register(_fma_fake, _fma_setup, _fma_backward)
+
+
+def _fma_grad(dy, a, b, with_db, with_dc):
+    da, db, dc = kernels(dy).fma_grad(dy, a, b, with_db, with_dc)
+    return da, dy.new_empty(0) if db is None else db, dy.new_empty(0) if dc is None else dc
+
+
+def _fma_grad_setup(ctx, inputs, output) -> None:
+    dy, a, b, ctx.with_db, ctx.with_dc = inputs
+    ctx.save_for_backward(dy, a, b)
+    ctx.set_materialize_grads(False)
+
+
+def _fma_grad_backward(ctx, dda, ddb, ddc):
+    dy, a, b = ctx.saved_tensors
+    ddb = ddb if ctx.with_db else None
+    ddc = ddc if ctx.with_dc else None
+    terms, da, db = [], None, None
+    if dda is not None:
+        needs_db = ctx.needs_input_grad[2]
+        ddy, db, _ = FMA_GRAD(dda, dy, b, needs_db, False)  # dda * b, and the sums of dda * dy
+        terms.append(ddy)
+        db = db if needs_db else None
+    if ddb is not None:
+        terms.append(FMA(a, ddb, ddc))
+        da = FMA(dy, ddb, None) if ctx.needs_input_grad[1] else None
+    elif ddc is not None:
+        terms.append(ddc.expand(dy.shape))
+    return sum(terms[1:], terms[0]) if terms else None, da, db, None, None
+
+
+def _fma_grad_fake(dy, a, b, with_db, with_dc):
+    dc = dy.new_empty((dy.shape[0], 1, *dy.shape[2:]) if with_dc else 0)
+    return specs.empty_image(a, *a.shape[2:]), dy.new_empty(b.shape if with_db else 0), dc
+
+
+FMA_GRAD = NativeOp(
+    "fma_grad",
+    "(Tensor dy, Tensor a, Tensor b, bool with_db, bool with_dc) -> (Tensor, Tensor, Tensor)",
+    *(3, _fma_grad),
+)
+FMA_GRAD.register(_fma_grad_fake, _fma_grad_setup, _fma_grad_backward)
+
+
 # ---- bias_act: elementwise, differentiated from its output (from its input for swish)
 
 

@@ -24,6 +24,7 @@ ACTIVATIONS = {
     "swish": 9,
 }
 ACTIVATE, RECORD, GATE = 0, 1, 2
+NO_ADDEND, NUMBER, MAP = 0, 1, 2
 
 _p, _i, _l, _d = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_double
 
@@ -40,6 +41,16 @@ class BiasAct(ctypes.Structure):
         *_fields(_l, "size bias_size bias_step"),
         *_fields(_d, "alpha gain clamp"),
         *_fields(_i, "dtype act order num_threads"),
+    ]
+
+
+class Fma(ctypes.Structure):
+    """fma/fma.h"""
+
+    _fields_ = [
+        *_fields(_p, "input other b c out db dc"),
+        *_fields(_l, "size c_step"),
+        *_fields(_i, "n channels planar addend dtype reserved"),
     ]
 
 

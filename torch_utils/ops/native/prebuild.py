@@ -36,7 +36,8 @@ def specializations(
     """One plan for each specialization, of no particular launch."""
     found = {}
     for dtype in dtypes:
-        for op, struct in itertools.chain(_bias_act(dtype), _upfirdn2d(dtype), _filtered_lrelu(dtype)):
+        needed = (_bias_act(dtype), _fma(dtype), _upfirdn2d(dtype), _filtered_lrelu(dtype))
+        for op, struct in itertools.chain(*needed):
             for name in ("input", "out", "x", "y"):
                 if hasattr(struct, name):
                     setattr(struct, name, ALIGNED)
@@ -60,6 +61,28 @@ def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         p.b = ALIGNED if order == 0 and has_bias else None
         p.ref = ALIGNED if order and spec.needs()[1] else None
         yield "bias_act", p
+
+
+def _fma(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    shapes = [((4, 64, 64, 64), False)]
+    if (
+        dtype == torch.float16
+    ):  # planes of StyleGAN3 have borders; channels-last, a thread holds 1 to 4 vectors
+        shapes += [((4, 64, 38, 38), False), *(((4, channels, 64, 64), True) for channels in (64, 512, 1024))]
+    for shape, last in shapes:
+        for addend in (params.NO_ADDEND, params.NUMBER, params.MAP):
+            yield "fma", _product(shape, last, dtype, addend)
+        for with_dc in (False, True) if last else (False,):
+            p = _product(shape, last, dtype, params.NO_ADDEND)
+            p.other = p.db = ALIGNED
+            p.dc = ALIGNED if with_dc else None
+            yield "fma", p
+
+
+def _product(shape: tuple[int, ...], last: bool, dtype: torch.dtype, addend: int) -> params.Fma:
+    p = specs.fma_params(torch.Size(shape), not last, dtype, addend, True)
+    p.b, p.c = ALIGNED, ALIGNED if addend != params.NO_ADDEND else None
+    return p
 
 
 def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:

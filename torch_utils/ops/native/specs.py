@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import params
+from .sums import Images
 
 ROW_BYTES = 16  # rows of a mask start at multiples of this
 NO_CLAMP = -1.0
@@ -137,11 +138,16 @@ def taps(f: torch.Tensor | None) -> tuple[int, int]:
 # ---- Memory
 
 
-def empty_image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Memory for a result of another size: channels-last if `x` is dense in that layout, else contiguous."""
-    layout = torch.contiguous_format
+def image_layout(x: torch.Tensor) -> torch.memory_format:
+    """Return channels-last if `x` is dense in that layout, else contiguous."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Memory for a result of another size, in the layout that `image_layout` says."""
+    layout = image_layout(x)
     size = (x.shape[0], x.shape[1], height, width)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
@@ -239,6 +245,23 @@ def bias_act_params(
     p.alpha, p.gain = spec.alpha, spec.gain
     p.clamp = rounded(spec.clamp, dtype) if spec.clamp >= 0 else NO_CLAMP
     p.dtype, p.act, p.order = params.DTYPES[dtype], params.ACTIVATIONS[spec.act], order
+    return p
+
+
+def fma_images(shape: torch.Size, planar: bool) -> Images:
+    """How the kernel of fma goes through memory."""
+    n, channels, height, width = shape
+    return Images(planar, n * channels if planar else n, height * width, channels)
+
+
+def fma_params(
+    shape: torch.Size, planar: bool, dtype: torch.dtype, addend: int, per_image: bool
+) -> params.Fma:
+    """All of the struct but the pointers; per_image: c is a map for each image."""
+    p = params.Fma()
+    p.n, p.channels, p.size = shape[0], shape[1], shape[2] * shape[3]
+    p.c_step = p.size if per_image else 0
+    p.planar, p.addend, p.dtype = planar, addend, params.DTYPES[dtype]
     return p
 
 
