@@ -68,6 +68,7 @@ def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[La
 
 def step(family: str, resolution: int, batch: int = 4) -> None:
     """Every kernel of a training step: G with its second gradient, D with R1's, G without gradients."""
+    options = {"fused_modconv": "pointwise"}  # as training calls it
     with torch.device("meta"):
         if family == "stylegan2":
             G = stylegan2.Generator(512, 0, 512, resolution, 3)
@@ -76,16 +77,16 @@ def step(family: str, resolution: int, batch: int = 4) -> None:
         D = stylegan2.Discriminator(0, resolution, 3)
         G.to("meta"), D.to("meta")
         ws = G.mapping(torch.randn(batch, 512), None)
-        img = G.synthesis(ws)
+        img = G.synthesis(ws, **options)
         if family == "stylegan2":
             (slope,) = torch.autograd.grad(img.square().sum(), ws, create_graph=True)
             slope.square().sum().backward()
-        D(G.synthesis(ws.detach()), None).sum().backward()
+        D(G.synthesis(ws.detach(), **options), None).sum().backward()
         real = torch.randn(batch, 3, resolution, resolution).requires_grad_(True)
         (slope,) = torch.autograd.grad(D(real, None).sum(), real, create_graph=True)
         slope.square().sum().backward()
         with torch.no_grad():
-            G.synthesis(ws)
+            G.synthesis(ws, **options)
 
 
 def asked_for(

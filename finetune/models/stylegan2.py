@@ -52,6 +52,14 @@ def scaled_clamp(clamp, gain):
     return None if clamp is None else clamp * gain
 
 
+def scale_channels(x, factors):
+    """Multiply each channel of each sample of `x` [N, C, H, W] by its number in `factors` [N, C]."""
+    factors = factors.to(x.dtype).reshape(x.shape[0], x.shape[1], 1, 1)
+    if x.device.type == "cpu":
+        return x * factors  # adding a zero would cost time, and change the sign of zeros
+    return fma.fma(x, factors, misc.constant(0, dtype=x.dtype, device=x.device))
+
+
 def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, demodulate=True, fused=True):
     """Convolve each sample with its own modulated weights and add noise.
 
@@ -94,12 +102,13 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, 
         y = y.reshape(batch, channels_out, y.shape[2], y.shape[3])
         return y if noise is None else y + noise.to(y.dtype)
 
-    y = x * styles.to(x.dtype).reshape(batch, channels_in, 1, 1)
+    y = scale_channels(x, styles)
     y = conv2d_resample.conv2d_resample(y, weight.to(x.dtype), **geometry)
     if demodulation is None:
         return y if noise is None else y + noise.to(y.dtype)
-    demodulation = demodulation.to(y.dtype).reshape(batch, channels_out, 1, 1)
-    return y * demodulation if noise is None else fma.fma(y, demodulation, noise.to(y.dtype))
+    if noise is None:
+        return scale_channels(y, demodulation)
+    return fma.fma(y, demodulation.to(y.dtype).reshape(batch, channels_out, 1, 1), noise.to(y.dtype))
 
 
 @persistence.persistent_class

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from torch_utils import misc, persistence
-from torch_utils.ops import bias_act, conv2d_gradfix, filtered_lrelu
+from torch_utils.ops import bias_act, conv2d_gradfix, filtered_lrelu, fma
 
 EPSILON = 1e-8  # keeps every normalisation finite
 
@@ -74,6 +74,14 @@ def design_lowpass(num_taps, cutoff, width, sampling_rate, radial=False):
 # ---- Layers
 
 
+def scale_channels(x, factors):
+    """Multiply each channel of each sample of `x` [N, C, H, W] by its number in `factors` [N, C]."""
+    factors = factors.to(x.dtype).reshape(x.shape[0], x.shape[1], 1, 1)
+    if x.device.type == "cpu":
+        return x * factors  # adding a zero would cost time, and change the sign of zeros
+    return fma.fma(x, factors, misc.constant(0, dtype=x.dtype, device=x.device))
+
+
 def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=True):
     """Convolve each sample with its own modulated weights.
 
@@ -109,9 +117,9 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
         y = conv2d_gradfix.conv2d(y, grouped, padding=padding, groups=batch)
         return y.reshape(batch, channels_out, y.shape[2], y.shape[3])
 
-    y = x * styles.to(x.dtype).reshape(batch, channels_in, 1, 1)
+    y = scale_channels(x, styles)
     y = conv2d_gradfix.conv2d(y, weight.to(x.dtype), padding=padding)
-    return y if demodulation is None else y * demodulation.to(y.dtype).reshape(batch, channels_out, 1, 1)
+    return y if demodulation is None else scale_channels(y, demodulation)
 
 
 @persistence.persistent_class

@@ -26,4 +26,5 @@ def test_a_training_step_asks_for_nothing_else(bench_build, family):
     asked = bench_build.asked_for(family, 64)
     assert {plan.op for plan in asked} >= {"bias_act", "upfirdn2d"} and len(asked) > 20
     assert any(plan.op == "filtered_lrelu" for plan in asked) == (family != "stylegan2")
+    assert any(plan.op == "fma" for plan in asked) == (family != "stylegan3-r")  # whose convolutions are 1x1
     assert set(asked) <= set(prebuild.specializations((9, 0), [torch.float16]))
