@@ -27,4 +27,5 @@ def test_a_training_step_asks_for_nothing_else(bench_build, family):
     assert {plan.op for plan in asked} >= {"bias_act", "upfirdn2d"} and len(asked) > 20
     assert any(plan.op == "filtered_lrelu" for plan in asked) == (family != "stylegan2")
     assert any(plan.op == "fma" for plan in asked) == (family != "stylegan3-r")  # whose convolutions are 1x1
+    assert any(("SG_DB", 1) in plan.defines for plan in asked if plan.op == "bias_act")
     assert set(asked) <= set(prebuild.specializations((9, 0), [torch.float16]))

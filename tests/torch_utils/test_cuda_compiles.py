@@ -52,10 +52,12 @@ def fir(dtype, up, down, taps, channels_last=False):
     return struct_of("upfirdn2d", x, strides(x, channels_last), strides(y, channels_last), dtype, taps, spec)
 
 
-def act(dtype, name, order, clamp=256.0):
-    x = torch.Size((4, 64, 128, 128))
+def act(dtype, name, order, clamp=256.0, with_db=False, channels_last=False):
+    x = torch.Size((4, 512, 128, 128))
     spec = specs.BiasActSpec(1, name, 0.2, SQRT2, clamp)
-    return struct_of("bias_act", x, strides(x), dtype, True, spec, order)
+    p = struct_of("bias_act", x, strides(x, channels_last), dtype, True, spec, order)
+    p.db = 4096 if with_db else None
+    return p
 
 
 def product(dtype, channels, channels_last, addend, with_gradients=False):
@@ -84,6 +86,9 @@ SPECS = {
     "fir_separable": ("upfirdn2d", lambda: fir(torch.bfloat16, 1, 2, (12,))),
     "act_lrelu": ("bias_act", lambda: act(F16, "lrelu", 0)),
     "act_lrelu_backward": ("bias_act", lambda: act(F16, "lrelu", 1)),
+    "act_lrelu_db": ("bias_act", lambda: act(F16, "lrelu", 1, with_db=True)),
+    "act_lrelu_db_channels_last": ("bias_act", lambda: act(F16, "lrelu", 1, -1.0, True, True)),
+    "act_swish_db_double": ("bias_act", lambda: act(torch.float64, "swish", 1, 256.0, True, True)),
     "act_swish_twice": ("bias_act", lambda: act(torch.bfloat16, "swish", 2)),
     "fma_planes": ("fma", lambda: product(F16, 64, False, params.NUMBER)),
     "fma_planes_map": ("fma", lambda: product(F32, 64, False, params.MAP)),
@@ -94,7 +99,7 @@ SPECS = {
     "fma_double_backward": ("fma", lambda: product(torch.float64, 64, True, 0, True)),
     "act_double": ("bias_act", lambda: act(torch.float64, "softplus", 0)),
 }
-ON_ALL = ("lrelu_t", "fir_up", "act_lrelu", "fma_pixels_backward", "fma_planes_backward")
+ON_ALL = ("lrelu_t", "fir_up", "act_lrelu", "fma_pixels_backward", "fma_planes_backward", "act_lrelu_db")
 
 
 def plan_of(name, capability):

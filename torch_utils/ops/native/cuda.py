@@ -21,7 +21,7 @@ import torch
 from torch_utils import custom_ops
 
 from . import driver, params, specs
-from .sums import Images
+from .sums import Images, biased_images
 
 
 class _Launch(NamedTuple):
@@ -80,7 +80,7 @@ def filtered_lrelu(
 
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
     """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
-    return _bias_act(x, None, None, b, spec, 0)
+    return _bias_act(x, None, None, b, spec, 0)[0]
 
 
 def bias_act_grad(
@@ -92,9 +92,9 @@ def bias_act_grad(
     with_db: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the gradients of x and of b (or None), from what `spec.needs()` of the inputs and the output."""
-    dx = _bias_act(dy, None, *((x, b) if spec.act == "swish" else (y, None)), spec, 1)
-    if not with_db:
-        return dx, None
+    dx, db = _bias_act(dy, None, *((x, b) if spec.act == "swish" else (y, None)), spec, 1, with_db)
+    if db is not None or not with_db:
+        return dx, db
     others = [axis for axis in range(dx.ndim) if axis != spec.dim]
     return dx, dx.sum(others) if others else dx.clone()
 
@@ -108,21 +108,32 @@ def bias_act_grad2(
     spec: specs.BiasActSpec,
 ) -> torch.Tensor:
     """Return the gradient of x that comes through the slope of the activation."""
-    return _bias_act(dy, ddx, *((x, b) if spec.act == "swish" else (y, None)), spec, 2)
+    return _bias_act(dy, ddx, *((x, b) if spec.act == "swish" else (y, None)), spec, 2)[0]
 
 
-def _bias_act(input, in2, ref, b, spec, order):
+def _bias_act(input, in2, ref, b, spec, order, with_db=False):
+    """Return the result, and its sums by bias if they are wanted and cost nothing in the same pass."""
     input, in2, ref = specs.one_layout(input, in2, ref)
     out, b = torch.empty_like(input), _dense(b)
     if out.numel() == 0:
-        return out
+        return out, None
     pointers = {"input": input.data_ptr(), "out": out.data_ptr()}
+    sums = None
+    if with_db:
+        channels = input.shape[spec.dim]
+        images = biased_images(input.numel(), channels, max(input.stride(spec.dim), 1))
+        if images.is_fast(params.DTYPES[input.dtype]):
+            sums = _empty_sums(images, input)
+            pointers["db"] = sums.data_ptr()
     for name, tensor in (("in2", in2), ("ref", ref), ("b", b)):
         if tensor is not None:
             pointers[name] = tensor.data_ptr()
-    numbers = (input.shape, input.stride(), input.dtype, b is not None, spec, order)
+    numbers = (input.shape, input.stride(), input.dtype, b is not None or sums is not None, spec, order)
     _run("bias_act", input, pointers, numbers)
-    return out
+    if sums is None:
+        return out, None
+    sums = sums.reshape(-1, channels, sums.shape[1]).sum((0, 2)) if images.planar else sums.sum((0, 1))
+    return out, sums.to(out.dtype)
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:

@@ -61,6 +61,14 @@ def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         p.b = ALIGNED if order == 0 and has_bias else None
         p.ref = ALIGNED if order and spec.needs()[1] else None
         yield "bias_act", p
+    # The gradient of the bias comes along; channels-last, a thread holds 1 to 4 vectors of channels.
+    wide = [(torch.Size((4, channels, 32, 32)), CLAMP, True) for channels in (512, 1024)]
+    shapes += wide if dtype == torch.float16 else []
+    for act, (shape, clamp, last) in itertools.product(("linear", "lrelu"), shapes):
+        spec = specs.BiasActSpec(1, act, 0.2, 1.0, clamp)
+        p = specs.bias_act_params(shape, _strides(shape, last), dtype, True, spec, 1)
+        p.ref, p.db = ALIGNED if spec.needs()[1] else None, ALIGNED
+        yield "bias_act", p
 
 
 def _fma(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:

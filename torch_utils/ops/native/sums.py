@@ -29,6 +29,11 @@ class Images(NamedTuple):
             vector //= 2
         return vector
 
+    def is_fast(self, dtype: int) -> bool:
+        """Whether threads read vectors of at least 8 bytes, and hold the channels of a pixel."""
+        wide = self.vector(dtype, []) * ITEM_BYTES[dtype] >= 8
+        return wide and (self.planar or self.channels <= MAX_CHANNELS)
+
     def block(self, vector: int) -> tuple[int, int, int]:
         """Threads along memory, and those that work on other planes or pixels."""
         if self.planar:
@@ -49,6 +54,10 @@ class Images(NamedTuple):
         turns = ceil_div(self.size, vector * along) if self.planar else ceil_div(self.size, others)
         return max(min(ceil_div(BLOCKS, self.blocks(vector)), turns // TURNS), 1)
 
+    def grid(self, dtype: int, vector: int) -> tuple[int, int, int]:
+        """Blocks of a launch."""
+        return self.blocks(vector) * self.parts(dtype), 1, 1
+
     def sums_shape(self, dtype: int) -> tuple[int, ...]:
         """Shape of the sums that a kernel writes; those of the parts remain to be added."""
         shape = (self.groups, self.parts(dtype))
@@ -64,3 +73,12 @@ class Images(NamedTuple):
         warps = THREADS // 32
         numbers = warps if self.planar else warps * self.block(vector)[0] * vector
         return numbers * max(ITEM_BYTES[dtype], 4)
+
+
+def biased_images(size: int, bias_size: int, bias_step: int) -> Images:
+    """The memory of bias_act, in which element i has the bias (i / bias_step) % bias_size."""
+    if bias_size == 1:
+        return Images(True, 1, size, 1)
+    if bias_step == 1:
+        return Images(False, 1, size // bias_size, bias_size)
+    return Images(True, size // bias_step, bias_step, bias_size)

@@ -2,9 +2,13 @@
 //
 // Macros: SG_DTYPE, SG_ACT, SG_ORDER, SG_CLAMP (0, 1), SG_HAS_REF (0, 1), SG_VECTOR (elements a step: 1, or
 // 16 bytes), SG_BIAS (0 none, 1 one number for all elements of a step, 2 a number each, side by side, 3
-// worked out for each), SG_INDEX_64.
+// worked out for each), SG_DB (order 1: 1 also sums up by bias, which takes the macros of sums.cuh), SG_INDEX_64.
 #include "bias_act.h"
+#if SG_DB
+#include "../sums.cuh"
+#else
 #include "../cuda.cuh"
+#endif
 
 __device__ __forceinline__ acc sigmoid(acc x) { return acc(1) / (acc(1) + exp(-x)); }
 
@@ -113,11 +117,54 @@ __device__ __forceinline__ void read_bias(const sg_bias_act_params& p, offset_t 
 #endif
 }
 
+#if SG_DB
+struct value_t {
+    elements<SG_VECTOR> in, ref;
+};
+
+__device__ __forceinline__ void with_sums(
+    const sg_bias_act_params& p, const scalar* in, const scalar* ref, scalar* out, acc gain, acc alpha, acc clamp) {
+    const offset_t plane = static_cast<offset_t>(p.bias_size == 1 ? p.size : p.bias_step);
+    const offset_t size = SG_PLANAR ? plane : static_cast<offset_t>(p.size / p.bias_size);
+    const part_t w = part_of(SG_PLANAR ? static_cast<offset_t>(p.size) / plane : 1, size, static_cast<int>(p.bias_size));
+    acc sums[SG_CHUNKS][SG_VECTOR] = {};
+    for_each_position<value_t>(
+        w,
+        [&](offset_t, offset_t element) {
+            value_t v;
+            v.in = read<SG_VECTOR>(in + element);
+            if (SG_HAS_REF) v.ref = read<SG_VECTOR>(ref + element);
+            return v;
+        },
+        [&](offset_t position, bool holds, const value_t* values) {
+#pragma unroll
+            for (int k = 0; k < SG_CHUNKS; ++k) {
+                if (!holds || !w.has(k)) continue;
+                const offset_t first = w.element(position, k);
+                acc v[SG_VECTOR], at[SG_VECTOR] = {}, bias[SG_VECTOR];
+                values[k].in.unpack(v);
+                if (SG_HAS_REF) values[k].ref.unpack(at);
+                read_bias(p, first, bias);
+#pragma unroll
+                for (int e = 0; e < SG_VECTOR; ++e) {
+                    v[e] = element(v[e], acc(0), at[e], bias[e], gain, alpha, clamp);
+                    sums[k][e] += v[e];
+                }
+                write<SG_VECTOR>(out + first, v);
+            }
+        });
+    write_sums(w, sums, static_cast<acc*>(p.db));
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(256) sg_bias_act_cuda(const sg_bias_act_params p) {
     const acc gain = static_cast<acc>(p.gain), alpha = static_cast<acc>(p.alpha), clamp = static_cast<acc>(p.clamp);
     const scalar *const in = static_cast<const scalar*>(p.in), *const in2 = static_cast<const scalar*>(p.in2);
     const scalar* const ref = static_cast<const scalar*>(p.ref);
     scalar* const out = static_cast<scalar*>(p.out);
+#if SG_DB
+    with_sums(p, in, ref, out, gain, alpha, clamp);
+#else
     const offset_t steps = static_cast<offset_t>(p.size / SG_VECTOR);  // the plan sees to it that there is no rest
     const offset_t stride = static_cast<offset_t>(gridDim.x) * blockDim.x;
     for (offset_t step = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x; step < steps; step += stride) {
@@ -134,4 +181,5 @@ extern "C" __global__ void __launch_bounds__(256) sg_bias_act_cuda(const sg_bias
         for (int k = 0; k < SG_VECTOR; ++k) v[k] = element(v[k], v2[k], at[k], bias[k], gain, alpha, clamp);
         write<SG_VECTOR>(out + first, v);
     }
+#endif
 }

@@ -26,7 +26,8 @@ typedef struct {
     const void* ref;     // orders 1 and 2; null for linear without clamp
     const void* b;       // null: no bias
     void* out;
-    void* db;            // CPU, order 1: [bias_size] gets the sums of out, null: not wanted. CUDA ignores it
+    void* db;            // order 1: the sums of out for each bias, null: not wanted. On the CPU [bias_size], on CUDA those
+                         // of the groups and parts of sums.cuh, to be added up
     sg_int64 size;       // elements
     sg_int64 bias_size;  // at least 1
     sg_int64 bias_step;  // at least 1

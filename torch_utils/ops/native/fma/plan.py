@@ -21,6 +21,6 @@ def plan(p: Fma, capability: tuple[int, int]) -> LaunchPlan:
         ("SG_DC", int(bool(p.dc))),
         *((("SG_INDEX_64", 1),) if is_wide(p.n * p.channels * p.size) else ()),
     )
-    grid = (memory.blocks(vector) * memory.parts(p.dtype), 1, 1)
+    grid = memory.grid(p.dtype, vector)
     shared_bytes = memory.shared_bytes(p.dtype, vector) if p.db else 0
     return LaunchPlan("fma", "fma/fma.cu", "sg_fma_cuda", defines, grid, memory.block(vector), shared_bytes)
