@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
+import sys
 import traceback
 import warnings
 
@@ -59,9 +59,18 @@ class CommandTable(click.Group):
         except Exception as error:
             failure = explain(error)
             # Of several processes, the one that fails may not fail again when it is asked to.
-            if ctx.params.get("debug") or (failure.exit_code == 1 and "RANK" in os.environ):
+            if ctx.params.get("debug") or (failure.exit_code == 1 and is_one_of_several()):
                 traceback.print_exc()
             raise failure from None
+
+
+def is_one_of_several() -> bool:
+    """Return whether a launcher started this process; never imports torch, which may be what failed."""
+    if "torch" not in sys.modules:
+        return False
+    from finetune.distributed import env_rank
+
+    return env_rank() is not None
 
 
 def explain(error: Exception) -> CommandFailed:

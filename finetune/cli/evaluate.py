@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -88,24 +87,22 @@ def command(
     G_ema where there is one, no truncation. Numbers depend on how many pictures there are on both sides, on
     the features and on how pictures are resized: compare only what was measured alike.
     """
-    from finetune.cli.train import after_the_first
+    from finetune.cli.train import report_errors_on_rank0
+    from finetune.distributed import env_rank, launch
     from finetune.metrics.evaluate import check_names
 
     names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
     if not names:
         raise ConfigError("--metrics is empty; name some, such as fd-effnet,random-fid.")
     file = network_file(network)
-    if gpus > 1 and "RANK" not in os.environ:
-        from finetune.train.launch import launch
-
+    if gpus > 1 and env_rank() is None:
         raise click.exceptions.Exit(launch(sys.argv[1:], gpus, device))
-    is_first = os.environ.get("RANK", "0") == "0"
-    with contextlib.nullcontext() if is_first else after_the_first():
+    with report_errors_on_rank0():
         found, facts = measure(
             file, names, data, num, device, seed=seed, fit=fit, cond=cond, mirror=mirror, batch=batch,
             workers=workers, cache=not no_cache, inception=inception,
         )  # fmt: skip
-    if is_first:
+    if not env_rank():
         facts = {"network": network, **facts, "metrics": found}
         click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
 
@@ -117,13 +114,12 @@ def measure(
     """The metrics, and what they were measured on; in several processes where torchrun has started them."""
     from finetune.data import ImageSet
     from finetune.device import float32_math, resolve_device
+    from finetune.distributed import init, shutdown
     from finetune.metrics.evaluate import Evaluation
-    from finetune.metrics.together import Share
     from finetune.resolve import load
-    from finetune.train.processes import join, leave
 
     started = time.perf_counter()
-    processes, target = join(resolve_device(device))
+    group, target = init(resolve_device(device))
     checkpoint = load(file, device=target)
     G: Any = checkpoint.best
     if G is None:
@@ -140,7 +136,7 @@ def measure(
         num_classes=G.c_dim if use_labels else None,
         mirror=mirror,
     )
-    bar = progress_bar if processes.is_first else no_bar
+    bar = progress_bar if group.is_first else no_bar
     with float32_math(), bar("looking at the pictures", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
@@ -152,18 +148,18 @@ def measure(
             inception=inception,
             tell=lambda text: click.echo(text, err=True),
             progress=progress,
-            share=Share(processes.rank, processes.world, processes.control),
+            group=group,
         )
     with float32_math(), bar("generating", num) as progress:
         found = evaluation.distances(G, num, seed, progress=progress)
-    leave()
+    shutdown()
     facts = {
         "sha256": checkpoint.provenance.sha256,
         "data": Path(data).name,
         "real": len(image_set),
         "generated": num,
         "seed": seed,
-        "processes": processes.world,
+        "processes": group.world_size,
         "sec": round(time.perf_counter() - started, 1),
     }
     return {name: {"value": each.value, "spread": each.spread} for name, each in found.items()}, facts

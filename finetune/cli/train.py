@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,19 @@ def goes_on(resume: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def after_the_first() -> Iterator[None]:
-    """What is wrong with options or pictures is wrong for all processes. The first one says it; the others
-    only where they are still there a moment later."""
+def report_errors_on_rank0() -> Iterator[None]:
+    """Let rank 0 report an error of all ranks; another one does if it still runs five seconds later."""
     import time
 
+    from finetune.distributed import env_rank
     from finetune.errors import FinetuneError
 
     try:
         yield
     except FinetuneError as error:
-        time.sleep(5)
-        error.what = f"Process {os.environ['RANK']}: {error.what}"
+        if rank := env_rank():
+            time.sleep(5)
+            error.what = f"Rank {rank}: {error.what}"
         raise
 
 
@@ -215,20 +217,17 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
         config.validate()
     if config.resume is not None and not os.path.exists(config.resume):
         config = dataclasses.replace(config, resume=str(network_file(config.resume)))
-    if gpus > 1 and "RANK" not in os.environ:
-        import sys
+    from finetune.distributed import env_rank, launch, shutdown
 
-        from finetune.train.launch import launch
-
+    if gpus > 1 and env_rank() is None:
         raise click.exceptions.Exit(launch(sys.argv[1:], gpus, options["device"]))
     from rich.console import Console
 
-    from finetune.train.processes import leave
     from finetune.train.run import prepare, show, start
 
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = not env_rank()
     console = Console(quiet=not is_first)
-    with contextlib.nullcontext() if is_first else after_the_first():
+    with report_errors_on_rank0():
         prepared = prepare(config, console)
     show(prepared, console)
     if dry_run:
@@ -239,8 +238,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     except KeyboardInterrupt:
         if is_first:
             raise
-        raise click.exceptions.Exit(130) from None  # the first one says it
-    leave()
+        raise click.exceptions.Exit(130) from None  # rank 0 reports it
+    shutdown()
     console.print(
         f"Done: {result.nimg / 1000:g} kimg. Pictures of it: finetune generate --network {result.snapshot} "
         "--seeds 0-15 --outdir pictures",

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from finetune.data import ImageSet, images_to_float
 from finetune.data.workers import available_cores, started
+from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
 from finetune.metrics.clouds import NEIGHBOURS, Distance, kid, precision_recall, too_few
@@ -21,7 +22,6 @@ from finetune.metrics.perceptual import Distance as Perceptual
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
-from finetune.metrics.together import ALONE, Share
 from finetune.models import Network
 from finetune.sampling import to_uint8
 
@@ -50,7 +50,7 @@ class Evaluation:
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
     `ppl`: perceptual path length. workers: processes that decode pictures. cache: keep what is found out
-    about the pictures. inception: the file of its weights, fetched if None. share: this process among others
+    about the pictures. inception: the file of its weights, fetched if None. group: this process among others
     that do the same; each goes through its share of the pictures, in batches that do not depend on their
     number, and all get the same distances. Raises ConfigError for unknown metrics and where torch-fidelity is
     missing, WeightsMissing without weights.
@@ -68,9 +68,9 @@ class Evaluation:
         inception: Path | None = None,
         tell: Callable[[str], None] = lambda text: None,
         progress: Callable[[int, int], None] | None = None,
-        share: Share = ALONE,
+        group: ProcessGroup = SINGLE,
     ) -> None:
-        self.share = share
+        self.group = group
         self.which = check_names(which)
         if len(image_set) < 2:
             raise ConfigError(f"a distance needs at least 2 real pictures, {image_set.path} has one.")
@@ -81,7 +81,7 @@ class Evaluation:
         self._networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._identities: dict[str, str] = {}
         self._distances: dict[str, Perceptual] = {}
-        self.share.all_of(lambda: self._build(inception, tell), "loading the networks")
+        self.group.all_gather_results(lambda: self._build(inception, tell), "loading the networks")
         self._real = self._of_pictures(workers, cache, progress)
 
     def _build(self, inception: Path | None, tell: Callable[[str], None]) -> None:
@@ -130,7 +130,7 @@ class Evaluation:
         for name in self.which:
             if METRICS[name][1] == "prc" and num <= NEIGHBOURS:
                 raise too_few()
-        pictures = _generated(G, self.image_set, num, seed, self.batch, self.share)
+        pictures = _generated(G, self.image_set, num, seed, self.batch, self.group)
         fake = self._statistics(self._networks, pictures, num, progress)
         result: dict[str, Distance] = {}
         for metric in self.which:
@@ -143,10 +143,10 @@ class Evaluation:
         space, kind = METRICS[metric]
         if kind == "ppl":
             found = perceptual_path_length(
-                G, self.image_set, self._distances[metric], num, seed, self.batch, self.share
+                G, self.image_set, self._distances[metric], num, seed, self.batch, self.group
             )
             return {metric: Distance(*found)}
-        return self.share.first_of(lambda: self._compare(metric, space, kind, fake, seed), metric)
+        return self.group.broadcast_result(lambda: self._compare(metric, space, kind, fake, seed), metric)
 
     def _compare(
         self, metric: str, space: str, kind: str, fake: dict[str, Features], seed: int
@@ -180,11 +180,11 @@ class Evaluation:
                     found[name] = known
             return [name for name in self._networks if name not in found]
 
-        missing = {name: self._networks[name] for name in self.share.first_of(look, "the cache")}
+        missing = {name: self._networks[name] for name in self.group.broadcast_result(look, "the cache")}
         if missing:
-            pictures = _real(self.image_set, self.batch, workers, self.share)
+            pictures = _real(self.image_set, self.batch, workers, self.group)
             new = self._statistics(missing, pictures, len(self.image_set), progress)
-            if self.share.is_first:
+            if self.group.is_first:
                 for name in places.keys() & new.keys():
                     real_side.write(places[name], new[name])
             found |= new
@@ -214,9 +214,9 @@ class Evaluation:
             return {name: network(img).float().cpu() for name, network in networks.items()}
 
         done = 0
-        for _ in range(0, num_batches, self.share.world):
-            for part in self.share.all_of(next_features, "a batch of pictures"):
-                for name, features in part.items() if self.share.is_first else ():
+        for _ in range(0, num_batches, self.group.world_size):
+            for part in self.group.all_gather_results(next_features, "a batch of pictures"):
+                for name, features in part.items() if self.group.is_first else ():
                     found[name].add(features)
                 done += len(next(iter(part.values()))) if part else 0
             if progress is not None:
@@ -261,11 +261,13 @@ def distances(
     return Evaluation(image_set, which, device=device).distances(G_ema, num, seed, progress=progress)
 
 
-def _real(image_set: ImageSet, batch: int, workers: int, share: Share = ALONE) -> Iterator[torch.Tensor]:
+def _real(
+    image_set: ImageSet, batch: int, workers: int, group: ProcessGroup = SINGLE
+) -> Iterator[torch.Tensor]:
     """This process's batches of the pictures, uint8 `[N, C, H, W]`."""
     loader: DataLoader[Any] = DataLoader(
         image_set,
-        batch_sampler=share.mine([part.tolist() for part in torch.arange(len(image_set)).split(batch)]),
+        batch_sampler=group.shard([part.tolist() for part in torch.arange(len(image_set)).split(batch)]),
         num_workers=min(workers, available_cores()),
         generator=torch.Generator(),
     )
@@ -275,13 +277,13 @@ def _real(image_set: ImageSet, batch: int, workers: int, share: Share = ALONE) -
 
 @torch.no_grad()
 def _generated(
-    G: Network, image_set: ImageSet, num: int, seed: int, batch: int, share: Share
+    G: Network, image_set: ImageSet, num: int, seed: int, batch: int, group: ProcessGroup
 ) -> Iterator[torch.Tensor]:
     """This process's batches as they would be stored: rounded to uint8 `[N, C, H, W]`."""
     device = next(G.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn([num, G.z_dim], generator=generator)
     c = image_set.random_labels(num, generator) if G.c_dim else torch.zeros([num, 0])
-    for z_part, c_part in share.mine(list(zip(z.split(batch), c.split(batch), strict=True))):
+    for z_part, c_part in group.shard(list(zip(z.split(batch), c.split(batch), strict=True))):
         img = G(z_part.to(device), c_part.to(device), noise_mode="const")
         yield torch.from_numpy(to_uint8(img)).movedim(-1, 1)

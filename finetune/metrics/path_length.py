@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from finetune.data import ImageSet
+from finetune.distributed import SINGLE, ProcessGroup
 from finetune.metrics.perceptual import Distance
-from finetune.metrics.together import ALONE, Share
 
 EPSILON = 1e-4
 PERCENTILES = (1, 99)
@@ -28,14 +28,14 @@ def perceptual_path_length(
     num: int,
     seed: int,
     batch: int,
-    share: Share = ALONE,
+    group: ProcessGroup = SINGLE,
 ) -> tuple[float, float]:
     """Mean and standard error of d(G(w), G(w + 1e-4·(w' - w))) / 1e-8 over `num` pairs, stored noise.
 
-    Both ends of a path have one label. share: this process among others, each of which takes its batches.
+    Both ends of a path have one label. group: this process among others, each of which takes its batches.
     """
-    parts = share.all_of(
-        lambda: path_lengths(G, image_set, distance, num, seed, batch, share), "the path length"
+    parts = group.all_gather_results(
+        lambda: path_lengths(G, image_set, distance, num, seed, batch, group), "the path length"
     )
     # Sorted, so that the mean does not depend on which process had which.
     lengths = np.sort(np.concatenate(parts).astype(np.float64))
@@ -46,7 +46,7 @@ def perceptual_path_length(
 
 
 def path_lengths(
-    G: Any, image_set: ImageSet, distance: Distance, num: int, seed: int, batch: int, share: Share
+    G: Any, image_set: ImageSet, distance: Distance, num: int, seed: int, batch: int, group: ProcessGroup
 ) -> np.ndarray:
     """The lengths of this process's pairs."""
     from torch_fidelity import registry
@@ -55,7 +55,7 @@ def path_lengths(
     from torch_fidelity.sample_similarity_base import SampleSimilarityBase
 
     device = next(G.parameters()).device
-    chosen = share.mine(list(torch.arange(num).split(batch)))
+    chosen = group.shard(list(torch.arange(num).split(batch)))
     if not chosen:
         return np.zeros(0, dtype=np.float32)
     labels = image_set.random_labels(num, torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig, target_ratio
+from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
 from finetune.recipes import Facts
@@ -17,7 +18,6 @@ from finetune.train.ada import AdaController
 from finetune.train.continuing import apply_rates
 from finetune.train.distill import Distillation
 from finetune.train.losses import lazy_adam
-from finetune.train.processes import ALONE, Processes
 from finetune.train.saved import Saved, networks_of, restore
 from finetune.train.state import Plan, TrainState
 from torch_utils import misc
@@ -104,7 +104,7 @@ def build_plan(
     distance: Distance | None,
     labels: Callable[[int], torch.Tensor],
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> Plan:
     """What stays fixed while training. `distance` None means no self-distillation."""
     c = required(config)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -11,7 +12,6 @@ from finetune.data import images_to_float
 from finetune.train import losses
 from finetune.train.ema import ema_decay, update_average
 from finetune.train.latents import NoiseReplay, draw_latents, map_latents
-from finetune.train.processes import fresh
 from finetune.train.state import Plan, TrainState
 from finetune.train.watch import Watch
 
@@ -45,7 +45,7 @@ def train(
         if not learns_alone:
             update_averages(state, plan)
         state.ada.update(state.step, plan.batch)
-        fresh([state.label_generator], plan.seed, state.step, "between")  # what is saved is the same in all
+        reseed([state.label_generator], plan.seed, state.step, "between")  # what is saved is the same in all
         watch.end_of_step(state)
 
 
@@ -63,7 +63,7 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     norms = []
     with watch.phase("Gmain"), optimise("G", state, plan, watch):
         for index, size in micro_batches(plan):
-            fresh([state.label_generator], plan.seed, state.step, "Gmain", index)
+            reseed([state.label_generator], plan.seed, state.step, "Gmain", index)
             draw = draw_latents(state.G, plan.labels(size), plan.mixing)
             ws = map_latents(state.G, draw)
             replay = NoiseReplay(plan.device)
@@ -98,7 +98,7 @@ def generator_step(state: TrainState, plan: Plan, watch: Watch) -> None:
             img.backward((gradient if pull is None else gradient + pull) * share)
             norms.append(norms_now)
     if plan.distillation and plan.distillation.ratio is not None:
-        state.sd_norms = average(norms, plan, f"Gmain at step {state.step}")
+        state.sd_norms = average(norms, plan, f"Gmain (step {state.step})")
 
 
 def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
@@ -106,7 +106,7 @@ def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
     means = []
     with watch.phase("Greg"), optimise("G", state, plan, watch):
         for index, size in micro_batches(plan):
-            fresh([state.label_generator], plan.seed, state.step, "Greg", index)
+            reseed([state.label_generator], plan.seed, state.step, "Greg", index)
             draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
             ws = map_latents(state.G, draw)
             # Not fused: the gradient goes to the styles and leaves the weights out, which fused are one.
@@ -117,7 +117,7 @@ def path_length_step(state: TrainState, plan: Plan, watch: Watch) -> None:
             weight = plan.path_weight * plan.path_interval * (size / plan.batch)
             (penalty.mean() * weight).backward()
             watch.record("Greg", path_length=lengths, loss_path=penalty)
-    state.path_mean = average(means, plan, f"Greg at step {state.step}")
+    state.path_mean = average(means, plan, f"Greg (step {state.step})")
 
 
 def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
@@ -127,7 +127,7 @@ def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch
     signs = torch.zeros([], device=plan.device)
     with watch.phase("Dmain"), optimise("D", state, plan, watch):
         for (index, _), (real, real_c) in zip(micro_batches(plan), reals, strict=True):
-            fresh([state.label_generator], plan.seed, state.step, "Dmain", index)
+            reseed([state.label_generator], plan.seed, state.step, "Dmain", index)
             share = len(real) / plan.batch
             draw = draw_latents(state.G, plan.labels(len(real)), plan.mixing)
             with torch.no_grad():
@@ -147,8 +147,8 @@ def discriminator_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch
             watch.record("Dmain", loss_D=(fake_loss + real_loss).detach(), score_real=real_logits)
             watch.record("Dmain", sign_real=real_logits.sign())
     put(moving, after)
-    plan.processes.take_from_first(moving, f"Dmain at step {state.step}")
-    plan.processes.add_up([signs], f"Dmain at step {state.step}")
+    plan.processes.broadcast(moving, f"Dmain (step {state.step})")
+    plan.processes.all_reduce_sum([signs], f"Dmain (step {state.step})")
     state.ada.observe(signs, plan.batch)
 
 
@@ -156,7 +156,7 @@ def r1_step(state: TrainState, plan: Plan, reals: Reals, watch: Watch) -> None:
     """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
     with watch.phase("Dreg"), optimise("D", state, plan, watch):
         for (index, _), (real, real_c) in zip(micro_batches(plan), reals, strict=True):
-            fresh([state.label_generator], plan.seed, state.step, "Dreg", index)
+            reseed([state.label_generator], plan.seed, state.step, "Dreg", index)
             real = real.detach().requires_grad_()
             penalty = losses.r1_penalty(score(state, plan, real, real_c), real)
             weight = plan.gamma / 2 * plan.r1_interval * (len(real) / plan.batch)
@@ -181,15 +181,15 @@ def micro_batches(plan: Plan) -> list[tuple[int, int]]:
 
     Numbers count the parts of all processes.
     """
-    count = plan.batch // plan.processes.world // plan.batch_gpu
+    count = plan.batch // plan.processes.world_size // plan.batch_gpu
     first = plan.processes.rank * count
     return [(first + i, plan.batch_gpu) for i in range(count)]
 
 
 def average(parts: list[torch.Tensor], plan: Plan, what: str) -> torch.Tensor:
     """The mean over the parts of a batch, those of other processes included."""
-    total = torch.stack(parts).mean(dim=0) / plan.processes.world
-    plan.processes.add_up([total], what)
+    total = torch.stack(parts).mean(dim=0) / plan.processes.world_size
+    plan.processes.all_reduce_sum([total], what)
     return total
 
 
@@ -217,7 +217,7 @@ def optimise(name: str, state: TrainState, plan: Plan, watch: Watch) -> Iterator
     yield
     network.requires_grad_(False)
     gradients = [each.grad for each in network.parameters() if each.grad is not None]
-    plan.processes.add_up(gradients, f"{watch.phase_name} at step {watch.step}")
+    plan.processes.all_reduce_sum(gradients, f"{watch.phase_name} (step {watch.step})")
     norm = torch.nn.utils.get_total_norm(gradients)
     if plan.skip_overflow:
         overflow = ~norm.isfinite()
@@ -240,3 +240,13 @@ def slowed(optimizer: torch.optim.Optimizer, share: float) -> Iterator[None]:
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+def reseed(generators: Iterable[torch.Generator], *key: int | str) -> None:
+    """Seed torch's global generators, and those given, from `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    # The generator of CPUs takes 32 bits of a seed.
+    seed = int.from_bytes(digest[:4], "little")
+    torch.manual_seed(seed)
+    for generator in generators:
+        generator.manual_seed(seed)

@@ -12,9 +12,9 @@ import torch
 
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
+from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation, check_names, ensure_metric_weights
-from finetune.metrics.together import ALONE, Share
 from finetune.train.state import TrainState
 
 log = logging.getLogger("finetune.train")
@@ -39,7 +39,7 @@ def inception_of(config: TrainConfig) -> Path | None:
 
 class Measurements:
     """Measures G_ema whenever `metrics_kimg` have passed since the last time, and at the end; never at the
-    start. What fails is said once each time, and training goes on. share: this process among those that train
+    start. What fails is said once each time, and training goes on. group: this process among those that train
     together; all of them take each measurement, and get the same numbers, or none.
     """
 
@@ -49,9 +49,9 @@ class Measurements:
         image_set: ImageSet,
         device: torch.device,
         tell: Callable[[str], None],
-        share: Share = ALONE,
+        group: ProcessGroup = SINGLE,
     ) -> None:
-        self.share = share
+        self.group = group
         self.names = names_of(config)
         self.config, self.image_set, self.device, self.tell = config, image_set, device, tell
         self.interval_nimg = (config.metrics_kimg or 0) * 1000
@@ -81,13 +81,13 @@ class Measurements:
                     cache=True,
                     inception=inception_of(self.config),
                     tell=self.tell,
-                    share=self.share,
+                    group=self.group,
                 )
             num = self.config.metrics_num or 1000
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
         except Exception as error:  # whatever it is, training is worth more
             what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__
-            if self.share.is_first:
+            if self.group.is_first:
                 self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training goes on: {what}")
                 log.warning("metrics failed at %d images: %s", state.nimg, what)
             return None

@@ -19,6 +19,7 @@ from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig, distils
 from finetune.data import ImageSet, scan
 from finetune.device import resolve_device, training_math
+from finetune.distributed import SINGLE, ProcessGroup, init
 from finetune.errors import ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Facts, Reason
@@ -28,7 +29,6 @@ from finetune.train.allocator import keep_freed_memory
 from finetune.train.build import build_plan, build_saved_state, build_state
 from finetune.train.continuing import checkpoint_of, continued, saved_for, without_surgery
 from finetune.train.hooks import Display, NoFolder, RunFolder, check_outdir, make_run_dir, print_reasons
-from finetune.train.processes import ALONE, Processes, join
 from finetune.train.saved import Saved, restore_random
 from finetune.train.session import Session, begin, check_ours, how_to_go_on
 from finetune.train.state import Plan, TrainState
@@ -92,9 +92,11 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         config, changes = continued(config, saved)
         check_ours(saved.path.parent)
     config.validate()
-    processes, device = join(resolve_device(config.device))
-    if config.batch and config.batch % processes.world:
-        raise ConfigError(f"--batch {config.batch}: must be a multiple of the {processes.world} processes.")
+    processes, device = init(resolve_device(config.device))
+    if config.batch and config.batch % processes.world_size:
+        raise ConfigError(
+            f"--batch {config.batch}: must be a multiple of the {processes.world_size} processes."
+        )
     if config.precision in ("tf32", "fp16") and device.type != "cuda":
         raise ConfigError(
             f"--precision {config.precision}: this needs CUDA, the device is {device}; use --precision auto."
@@ -108,7 +110,7 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         checkpoint = load_for_training(config.resume, new_d=config.new_d)
     as_it_is = config if saved is None else without_surgery(config, checkpoint)
     image_set, facts, notes = read_data(as_it_is, checkpoint, device, tell, processes)
-    facts = replace(facts, from_scratch=config.scratch is not None, num_processes=processes.world)
+    facts = replace(facts, from_scratch=config.scratch is not None, num_processes=processes.world_size)
     # After what takes a moment to find wrong: these may be half a gigabyte to fetch.
     if config.sd_weight is None or distils(config.sd_weight):  # no recipe goes without
         tell(f"Checking the weights of {config.sd_backbone} …")
@@ -125,10 +127,10 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(config, facts)
     config.validate()
-    if (config.batch or 1) % ((config.batch_gpu or 1) * processes.world):
+    if (config.batch or 1) % ((config.batch_gpu or 1) * processes.world_size):
         raise ConfigError(
-            f"--batch-gpu {config.batch_gpu}: {processes.world} processes cannot share a batch of "
-            f"{config.batch} in parts of that size; use a part of {(config.batch or 1) // processes.world}."
+            f"--batch-gpu {config.batch_gpu}: {config.batch} images on {processes.world_size} ranks do not "
+            f"split into micro-batches of that size; use {(config.batch or 1) // processes.world_size}."
         )
     if not recipes.can_group(config.batch_gpu or 1, facts.group_size):
         raise ConfigError(
@@ -155,7 +157,7 @@ def _prepare(config: TrainConfig, tell: Callable[[str], None]) -> Prepared:
 
     plan = build_plan(config, facts, distance, labels, device, processes)
     networks = (state.G, state.D, state.G_ema, state.teacher)
-    processes.take_from_first((each for net in networks for each in net.state_dict().values()), "the start")
+    processes.broadcast((each for net in networks for each in net.state_dict().values()), "the start")
     return Prepared(
         config, facts, reasons, checkpoint, image_set, state, plan, notes, operations, saved, tuple(changes)
     )
@@ -203,7 +205,7 @@ def read_data(
     checkpoint: Checkpoint | None,
     device: torch.device,
     tell: Callable[[str], None],
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> tuple[ImageSet, Facts, list[str]]:
     """Look at every picture, compare data and network; the set, the facts of the run, and what is worth
     knowing."""
@@ -243,7 +245,7 @@ def read_data(
                 "The pictures have labels and the checkpoint has no classes: they are not used. --cond gives "
                 "it those of the pictures."
             )
-    processes.agree(None, "looking at the pictures")
+    processes.barrier("looking at the pictures")
     image_set = ImageSet(
         config.data,
         resolution=resolution,
@@ -357,7 +359,7 @@ def start(
         desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
         desc = f"{desc}-{config.desc}" if config.desc else desc
         made = make_run_dir(config.outdir, desc) if plan.processes.is_first else None
-        run_dir = cast(Path, plan.processes.agree(made, "making the run folder"))
+        run_dir = cast(Path, plan.processes.broadcast_object(made, "making the run folder"))
     else:
         run_dir, source = prepared.saved.path.parent, prepared.saved.content["source"]
     kind = RunFolder if plan.processes.is_first else NoFolder
@@ -375,7 +377,7 @@ def start(
         session.run()
         if session.stopped_by is not None:
             display.say(how_to_go_on(session))
-    plan.processes.agree(None, "the end")  # nobody leaves before everything is saved and said
+    plan.processes.barrier("the end")  # nobody leaves before everything is saved and said
     if session.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     assert session.snapshot is not None, "the last save either works or raises"

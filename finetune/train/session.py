@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data import build_loader
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
-from finetune.metrics.together import Share
 from finetune.train import saved
 from finetune.train.diagnose import Diagnostics
 from finetune.train.guard import Alarm, Diverged, Guard
@@ -64,16 +63,16 @@ class Session:
             self.image_set,
             self.plan.device,
             display.say,
-            Share(self.processes.rank, self.processes.world, self.processes.control),
+            self.processes,
         )
         self.batches = build_loader(
             self.image_set,
-            self.plan.batch // self.processes.world,
+            self.plan.batch // self.processes.world_size,
             workers=self.config.workers or 0,
             seed=self.config.seed,
             device=self.plan.device,
             rank=self.processes.rank,
-            num_replicas=self.processes.world,
+            num_replicas=self.processes.world_size,
         )
         self.watch = Watch(
             self.plan.device,
@@ -146,7 +145,7 @@ class Session:
         if self.measurements.due(state.nimg, is_end) and (found := self.measurements.take(state)) is not None:
             numbers["metrics"] = found
         own = self.batches.unreadable
-        if unreadable := self.processes.total(own, f"the log of step {state.step}"):
+        if unreadable := self.processes.all_reduce_total(own, f"the log of step {state.step}"):
             numbers["unreadable"] = unreadable
         self.unreadable_elsewhere = unreadable - own
         self.folder.log(state, numbers)

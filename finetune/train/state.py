@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from finetune.distributed import SINGLE, ProcessGroup
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
-from finetune.train.processes import ALONE, Processes
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Plan:
     lr_warmup_nimg: float = 0.0
     skip_overflow: bool = False
     seed: int = 0
-    processes: Processes = ALONE
+    processes: ProcessGroup = SINGLE
     synthesis: dict = field(default_factory=dict)
     discriminator: dict = field(default_factory=dict)
 

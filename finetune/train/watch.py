@@ -12,9 +12,9 @@ from types import FrameType
 
 import torch
 
+from finetune.distributed import SINGLE, ProcessGroup
 from finetune.train.diagnose import Diagnostics
 from finetune.train.guard import Alarm, Diverged
-from finetune.train.processes import ALONE, Processes
 from finetune.train.state import TrainState
 
 CHECK_EVERY = 16  # steps between looks for non-finite losses on a device that would have to be waited for
@@ -32,7 +32,7 @@ class Watch:
         on_step: Callable[[TrainState], None] = lambda state: None,
         diagnostics: Diagnostics | None = None,
         on_divergence: Callable[[Alarm, TrainState], None] | None = None,
-        processes: Processes = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:  # fmt: skip
         self.processes = processes
         self.step = 0  # for messages
@@ -103,17 +103,17 @@ class Watch:
 
     def is_shared(self, name: str) -> bool:
         """Whether all processes see the same sum: of gradients always, of the rest once it is added up."""
-        return self.processes.world == 1 or self.added_up or name.startswith("grad_norm")
+        return self.processes.world_size == 1 or self.added_up or name.startswith("grad_norm")
 
     def add_up(self) -> None:
         """Make sums and counts those of all processes."""
         self.added_up = True
-        if self.processes.world == 1 or not self.sums:
+        if self.processes.world_size == 1 or not self.sums:
             return
         names = sorted(self.sums)
         sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names])
         counts = torch.tensor([self.counts[name] for name in names], device=self.device, dtype=torch.float32)
-        self.processes.add_up([sums, counts], f"the log of step {self.step}")
+        self.processes.all_reduce_sum([sums, counts], f"the log of step {self.step}")
         self.sums = dict(zip(names, sums.unbind(), strict=True))
         self.counts = dict(zip(names, map(round, counts.tolist()), strict=True))
 
@@ -148,7 +148,7 @@ class Watch:
     def is_told_to_stop(self, state: TrainState) -> bool:
         """Whether a signal has reached any of the processes, which all stop after the same step then."""
         self.step = state.step
-        heard = self.processes.largest(self.heard or 0, f"the beginning of step {state.step}")
+        heard = self.processes.all_reduce_max(self.heard or 0, f"the beginning of step {state.step}")
         self.stop_signal = heard or None
         return self.stop_signal is not None
 

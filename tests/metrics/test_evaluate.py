@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from finetune.data import ImageSet
+from finetune.distributed import ProcessGroup
 from finetune.errors import ConfigError, FinetuneError, WeightsMissing
 from finetune.metrics import evaluate
 from finetune.metrics.evaluate import Distance, Evaluation, distances
 from finetune.metrics.random_fid import random_fid
-from finetune.metrics.together import Share
 
 
 class Painter(torch.nn.Module):
@@ -205,7 +205,7 @@ class TestSeveralProcesses:
             def one(rank):
                 number.rank = rank
                 try:
-                    return call(Share(rank, world))
+                    return call(ProcessGroup(rank, world))
                 except FinetuneError as error:
                     return error
 
@@ -219,9 +219,9 @@ class TestSeveralProcesses:
         alone = Evaluation(colours, self.WHICH, batch=4).distances(Painter(), 18)
         seen = []
 
-        def together(share):
+        def together(group):
             counted = []
-            evaluation = Evaluation(colours, self.WHICH, batch=4, share=share, cache=True)
+            evaluation = Evaluation(colours, self.WHICH, batch=4, group=group, cache=True)
             found = evaluation.distances(Painter(), 18, progress=lambda *numbers: counted.append(numbers))
             seen.append(counted)
             return found
@@ -232,14 +232,14 @@ class TestSeveralProcesses:
         assert len(list((tmp_path / "metrics").iterdir())) == 4
 
     def test_only_the_first_keeps_anything(self, colours, run):
-        sides = run(2, lambda share: Evaluation(colours, ["fd-effnet"], batch=4, share=share)._real)
+        sides = run(2, lambda group: Evaluation(colours, ["fd-effnet"], batch=4, group=group)._real)
         assert [side["effnet"].statistics.count for side in sides] == [20, 0]
 
     def test_path_lengths_are_shared(self, colours, run):
         alone = Evaluation(colours, ["ppl-effnet"], batch=4).distances(Mapped(0.2), 10)
 
-        def call(share):
-            side = Evaluation(colours, ["ppl-effnet"], batch=4, share=share)
+        def call(group):
+            side = Evaluation(colours, ["ppl-effnet"], batch=4, group=group)
             return side.distances(Mapped(0.2), 10)
 
         assert run(2, call) == [alone] * 2
@@ -249,13 +249,13 @@ class TestSeveralProcesses:
             def forward(self, z, c, noise_mode="random"):
                 raise RuntimeError("out of memory")
 
-        def call(share):
-            G = Broken() if share.rank == 1 else Painter()
-            return Evaluation(colours, ["random-fid"], batch=4, share=share).distances(G, 10)
+        def call(group):
+            G = Broken() if group.rank == 1 else Painter()
+            return Evaluation(colours, ["random-fid"], batch=4, group=group).distances(G, 10)
 
         for error in run(2, call):
-            assert str(error) == "a batch of pictures failed in process 1: out of memory"
-        few = run(2, lambda share: Evaluation(colours, ["prc-effnet"], share=share).distances(Painter(), 2))
+            assert str(error) == "a batch of pictures failed on rank 1: out of memory"
+        few = run(2, lambda group: Evaluation(colours, ["prc-effnet"], group=group).distances(Painter(), 2))
         assert {str(error) for error in few} == {
             "precision and recall need more than 3 pictures on both sides."
         }

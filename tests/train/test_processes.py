@@ -17,11 +17,12 @@ from tiny_runs import options, quiet
 from tolerances import PROCESSES
 
 from finetune.config import TrainConfig, flag
+from finetune.distributed import SINGLE, ProcessGroup, init, timeout_min
 from finetune.errors import ConfigError
 from finetune.recipes import Facts, resolve
 from finetune.train import saved
 from finetune.train.hooks import Display, NoFolder
-from finetune.train.processes import ALONE, Processes, fresh, join, timeout_min
+from finetune.train.loop import reseed
 from finetune.train.run import prepare, run, start
 from finetune.train.session import Session
 
@@ -111,10 +112,10 @@ def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(p
 
 
 @dataclasses.dataclass(frozen=True)
-class OneOfTwo(Processes):
+class OneOfTwo(ProcessGroup):
     """A first process whose other one has replaced five pictures."""
 
-    def total(self, value, what):
+    def all_reduce_total(self, value, what):
         return value + 5
 
 
@@ -130,7 +131,7 @@ def test_pictures_that_other_processes_replaced_count_and_are_counted_once(pictu
     # The first process goes on with the count of all, the others with none.
     for rank, expected in ((0, 5), (1, 0)):
         again = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.04))
-        plan = dataclasses.replace(again.plan, processes=Processes(rank, 2))
+        plan = dataclasses.replace(again.plan, processes=ProcessGroup(rank, 2))
         folder = NoFolder(run_dir, again.config, again.image_set, source=None, chunk=4, device=plan.device)
         goes_on = Session(dataclasses.replace(again, plan=plan), folder, Display(quiet(), 40), None)
         goes_on.resume(content)
@@ -209,7 +210,7 @@ def test_a_process_that_is_killed_takes_the_run_down_with_its_name(pictures, tmp
     os.kill(rank(1, process), signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in said
-    assert re.search(r"Process 1 of 2 ended with SIGKILL|Process 0 of 2 waited in vain", said), said
+    assert re.search(r"Rank 1/2 ended with SIGKILL|Rank 0/2: collective timed out", said), said
     assert state_in(tmp_path / "runs")["nimg"] == 0  # the last that was saved, whole
 
 
@@ -220,9 +221,9 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_said(pictures, tmp_pa
     since = time.monotonic()
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 2 and time.monotonic() - since > 5
-    found = re.search(r"Process 0 of 2 waited in vain for the others in (.+?): ", said)
+    found = re.search(r"Rank 0/2: collective timed out in (.+?): ", said)
     assert found and re.fullmatch(
-        r"(Gmain|Greg|Dmain|Dreg|the beginning of|the log of).*step \d+", found[1]
+        r"(Gmain|Greg|Dmain|Dreg|the beginning of|the log of).*step \d+\)?", found[1]
     ), said
 
 
@@ -230,7 +231,7 @@ def test_what_is_drawn_follows_from_the_key_alone():
     generator = torch.Generator()
 
     def drawn(*key):
-        fresh([generator], *key)
+        reseed([generator], *key)
         return torch.randn(3), torch.rand(2, generator=generator)
 
     first = drawn(0, 7, "Gmain", 1)
@@ -242,19 +243,21 @@ def test_what_is_drawn_follows_from_the_key_alone():
 
 def test_alone_is_the_rule(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert join(torch.device("cpu")) == (ALONE, torch.device("cpu"))
+    assert init(torch.device("cpu")) == (SINGLE, torch.device("cpu"))
     values = [torch.tensor([1.0, 2.0])]
-    ALONE.add_up(values, "nothing")
-    ALONE.take_from_first(values, "nothing")
+    SINGLE.all_reduce_sum(values, "nothing")
+    SINGLE.broadcast(values, "nothing")
     assert (
-        values[0].tolist() == [1.0, 2.0] and ALONE.agree("x", "nothing") == "x" and ALONE.largest(3, "") == 3
+        values[0].tolist() == [1.0, 2.0]
+        and SINGLE.broadcast_object("x", "nothing") == "x"
+        and SINGLE.all_reduce_max(3, "") == 3
     )
 
 
 TELL = """
 import torch
 from finetune.train.processes import join, leave
-processes, _ = join(torch.device("cpu"))
+processes, _ = init(torch.device("cpu"))
 value = 3 + 4 * processes.rank
 print(processes.total(value, "a test"), processes.largest(value, "a test"), processes.agree(value, "a test"))
 leave()
@@ -294,9 +297,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 processes on this machine, and torch sees 1 CUDA devices"):
-        join(torch.device("cuda"))
+        init(torch.device("cuda"))
     with pytest.raises(ConfigError, match="not on mps"):
-        join(torch.device("mps"))
+        init(torch.device("mps"))
 
 
 @pytest.mark.parametrize(
