@@ -46,7 +46,7 @@ from finetune.device import resolve_device
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation
 from finetune.resolve import load, resolve_network
-from finetune.train.run import RunResult, prepare, run
+from finetune.train import RunResult, prepare, run
 
 DEMO = ROOT / "finetune" / "demo"
 SMALL: dict[str, Any] = dict(

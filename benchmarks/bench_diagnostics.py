@@ -25,10 +25,10 @@ from measuring import machine, table, write_report
 from finetune.config import FAMILIES
 from finetune.device import resolve_device
 from finetune.recipes import _tick
-from finetune.train import loop
-from finetune.train.diagnose import Diagnostics
-from finetune.train.run import Prepared
-from finetune.train.watch import Watch
+from finetune.train import steps
+from finetune.train.diagnostics import Diagnostics
+from finetune.train.prepare import Prepared
+from finetune.train.stats import Stats
 
 HEADER = ["family", "parameters of G", "diagnose (ms)", "copies in it (ms)", "step (ms)"]
 
@@ -39,9 +39,7 @@ class Run:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.state, self.plan = prepared, prepared.state, prepared.plan
         self.state.nimg = 1  # behind the middle of a tick of one image
-        self.watch = Watch(
-            self.plan.device, 1.0, lambda state, numbers: None, diagnostics=Diagnostics(self.state)
-        )
+        self.stats = Stats(self.plan.device, 1.0, Diagnostics(self.state))
         size = [self.plan.batch, prepared.facts.channels, *[prepared.facts.resolution] * 2]
         img = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         labels = self.plan.labels(self.plan.batch)
@@ -52,24 +50,24 @@ class Run:
 
     def take_all(self) -> None:
         """Every phase once."""
-        state, plan, watch = self.state, self.plan, self.watch
-        diagnostics: Any = watch.diagnostics
+        state, plan, stats = self.state, self.plan, self.stats
+        diagnostics: Any = stats.diagnostics
         state.step = 0  # distillation is due
         diagnostics.due = False
-        loop.generator_step(state, plan, watch)
-        loop.discriminator_step(state, plan, self.reals, watch)
-        loop.r1_step(state, plan, self.reals, watch)
+        steps.generator_step(state, plan, stats)
+        steps.discriminator_step(state, plan, self.reals, stats)
+        steps.r1_step(state, plan, self.reals, stats)
         if plan.path_interval:
-            loop.path_length_step(state, plan, watch)
-        self.keep(watch.clock.read())
+            steps.path_length_step(state, plan, stats)
+        self.keep(stats.clock.read())
         diagnostics.due = True
-        loop.generator_step(state, plan, watch)
-        compared = watch.clock.read()["diagnose"]
-        with watch.phase("diagnose"):
+        steps.generator_step(state, plan, stats)
+        compared = stats.clock.read()["diagnose"]
+        with stats.phase("diagnose"):
             diagnostics.read(state)
-        copied = watch.clock.read()["diagnose"]
+        copied = stats.clock.read()["diagnose"]
         self.keep({"diagnose": compared + copied, "copies": copied})
-        watch.sums, watch.counts = {}, {}
+        stats.restart(1)
 
     def keep(self, found: dict[str, float]) -> None:
         """Add the seconds of phases."""

@@ -5,7 +5,7 @@
 grouped: the weights of every sample, one grouped convolution. scaled: features scaled, convolved, scaled
 again. loop: the weights of every sample, a convolution each. products: as grouped, a batch of matrix
 products, for 1x1 alone. All ways of a shape run in turn in one process; medians are reported. What training
-uses follows from this table: `finetune/train/build.py` ("pointwise" on a CPU) and
+uses follows from this table: `finetune/train/prepare.py` ("pointwise" on a CPU) and
 `torch_utils/ops/conv2d_gradfix.py`.
 """
 

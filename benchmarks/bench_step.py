@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import _checkout
 import naive
@@ -40,9 +41,12 @@ from torch.profiler import ProfilerActivity, profile
 from finetune.config import FAMILIES, PRECISIONS, TrainConfig
 from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
-from finetune.train import loop
-from finetune.train.run import Prepared, prepare
-from finetune.train.watch import Watch
+from finetune.train.divergence import DivergenceMonitor
+from finetune.train.prepare import Prepared, prepare
+from finetune.train.signals import StopSignal
+from finetune.train.state import RunCounters
+from finetune.train.stats import Stats
+from finetune.train.train import Run, train
 from torch_utils.ops import impl
 
 ARMS = ("naive", "ref", "auto")
@@ -138,6 +142,24 @@ class Cycles:
         self.started = time.perf_counter()
 
 
+def bare(config: TrainConfig, state: Any, plan: Any, batches: Iterator, cycles: Cycles) -> Run:
+    """Return a run with nothing around the loop: no run folder, no metrics, no saves."""
+    return Run(
+        config=config,
+        state=state,
+        plan=plan,
+        counters=RunCounters(),
+        batches=batches,
+        stats=Stats(plan.device, plan.tick_nimg),
+        monitor=DivergenceMonitor(),
+        validation=Mock(is_due=Mock(return_value=False)),
+        checkpointer=Mock(count_unreadable=Mock(return_value=0)),
+        run_dir=Mock(),
+        display=Mock(tick=cycles.tick),
+        stop=StopSignal(),
+    )
+
+
 def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run the cycles of one family and arm; what they took."""
     prepared = build(family, options)
@@ -159,7 +181,8 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
     math = training_math(options.precision, benchmark=options.cudnn_benchmark)
     with math, running(arm, prepared) as run:
         plan = dataclasses.replace(run.plan, total_nimg=cycles.total * nimg)
-        loop.train(run.state, plan, batches(), Watch(device, nimg, cycles.tick))
+        plan = dataclasses.replace(plan, tick_nimg=nimg, snap_nimg=nimg * (cycles.total + 1))
+        train(bare(run.config, run.state, plan, batches(), cycles))
     on_cuda = device.type == "cuda"
     return {
         "first": cycles.first,

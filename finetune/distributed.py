@@ -93,11 +93,11 @@ class ProcessGroup:
             mine = (None, FinetuneError(error.what, hint=error.hint))
         except Exception as error:  # the others would wait for this rank in vain
             mine = (None, FinetuneError(f"{what} failed on rank {self.rank}: {error}"))
-        found: list[tuple[T, FinetuneError | None]] = [None] * self.world_size  # type: ignore[list-item]
+        found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, mine, group=self.control)
-        for _, error in found:
-            if error is not None:
-                raise error
+        for _, failure in found:
+            if failure is not None:
+                raise failure
         return [value for value, _ in found]
 
     def broadcast_result(self, call: Callable[[], T], what: str) -> T:

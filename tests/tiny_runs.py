@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from unittest.mock import Mock
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from PIL import Image
 from rich.console import Console
 
 from finetune.config import TrainConfig
-from finetune.train import loop
-from finetune.train.watch import Watch
-
-CPU = torch.device("cpu")
+from finetune.train.divergence import DivergenceMonitor
+from finetune.train.progress import Display
+from finetune.train.signals import StopSignal
+from finetune.train.state import RunCounters
+from finetune.train.stats import Stats
+from finetune.train.train import Run, train
 
 
 def options(pictures, tmp_path, family="stylegan2", **changes):
@@ -56,5 +59,48 @@ def train_steps(prepared, num_steps, plan=None):
         while True:
             yield torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), labels
 
-    loop.train(prepared.state, plan, batches(), Watch(CPU, 10**9, lambda state, numbers: None))
+    train_alone(prepared.state, plan, batches())
     return prepared.state
+
+
+def train_alone(state, plan, batches, display=None):
+    """The loop with nothing around it: no run folder, no metrics, no saves."""
+    stats = Stats(plan.device, plan.tick_nimg)
+    train(
+        Run(
+            config=TrainConfig(data=""),
+            state=state,
+            plan=plan,
+            counters=RunCounters(),
+            batches=batches,
+            stats=stats,
+            monitor=DivergenceMonitor(),
+            validation=Mock(is_due=Mock(return_value=False)),
+            checkpointer=Mock(count_unreadable=Mock(return_value=0)),
+            run_dir=Mock(),
+            display=display or Mock(),
+            stop=StopSignal(),
+        )
+    )
+
+
+def after_each_step(monkeypatch, call):
+    """Let runs call `call(state)` after each step: the progress bar is the last to look at it."""
+    original = Display.step
+
+    def step(self, state):
+        original(self, state)
+        call(state)
+
+    monkeypatch.setattr(Display, "step", step)
+
+
+def after_each_line(monkeypatch, call):
+    """Let runs call `call(state, numbers)` after each line of the log."""
+    original = Display.tick
+
+    def tick(self, state, numbers):
+        original(self, state, numbers)
+        call(state, numbers)
+
+    monkeypatch.setattr(Display, "tick", tick)

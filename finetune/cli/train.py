@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -49,14 +48,6 @@ class Weight(click.ParamType):
             return float(value)
         except ValueError:
             return value  # TrainConfig knows what is wrong with it
-
-
-def goes_on(resume: str | None) -> bool:
-    """Whether `--resume` means a run with a saved state, told by names alone."""
-    place = Path(resume or "").expanduser()
-    with contextlib.suppress(OSError):
-        return place.match("training-state-*.pt") or any(place.glob("training-state-*.pt"))
-    return False
 
 
 @contextlib.contextmanager
@@ -213,9 +204,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     The run folder gets config.json, log.jsonl, sheets of pictures and snapshots that open everywhere.
     """
     config = TrainConfig(**options)
-    if not goes_on(config.resume):  # whose options are those of the run
-        config.validate()
     if config.resume is not None and not os.path.exists(config.resume):
+        config.validate()  # before a download
         config = dataclasses.replace(config, resume=str(network_file(config.resume)))
     from finetune.distributed import env_rank, launch, shutdown
 
@@ -223,7 +213,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
         raise click.exceptions.Exit(launch(sys.argv[1:], gpus, options["device"]))
     from rich.console import Console
 
-    from finetune.train.run import prepare, show, start
+    from finetune.train.prepare import prepare, show
+    from finetune.train.train import start
 
     is_first = not env_rank()
     console = Console(quiet=not is_first)

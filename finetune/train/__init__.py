@@ -1,5 +1,6 @@
-"""Training: `run(config)` turns a checkpoint and pictures into a run folder with a better checkpoint."""
+"""Training: `run(config)` turns a checkpoint and images into a run folder with a better checkpoint."""
 
-from finetune.train.run import RunResult, prepare, run
+from finetune.train.prepare import prepare
+from finetune.train.train import RunResult, run
 
 __all__ = ["RunResult", "prepare", "run"]

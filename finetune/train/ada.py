@@ -37,3 +37,11 @@ class AdaController:
             self.p = min(1.0, max(0.0, self.p + direction * batch * INTERVAL / (self.swing_kimg * 1000)))
             self.sign_sum, self.count = 0.0, 0
         return self.p
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the probability, and the signs collected since its last adjustment."""
+        return {"p": self.p, "sign_sum": float(self.sign_sum), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over what `state_dict` returned."""
+        self.p, self.sign_sum, self.count = float(state["p"]), float(state["sign_sum"]), int(state["count"])

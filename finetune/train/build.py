@@ -1,4 +1,4 @@
-"""From a resolved config to the objects that are trained: networks, optimisers, the plan."""
+"""From resolved options to what is trained: networks, optimizers, ADA, and the plan."""
 
 from __future__ import annotations
 
@@ -15,30 +15,25 @@ from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
 from finetune.recipes import Facts
 from finetune.train.ada import AdaController
-from finetune.train.continuing import apply_rates
 from finetune.train.distill import Distillation
-from finetune.train.losses import lazy_adam
-from finetune.train.saved import Saved, networks_of, restore
+from finetune.train.optim import LearningRate, build_adam
 from finetune.train.state import Plan, TrainState
 from torch_utils import misc
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
 
-BETAS = (0.0, 0.99)
 R1_INTERVAL = 16
 PATH_INTERVAL = 4
 ADA_SWING_KIMG = {True: 500.0, False: 100.0}  # from scratch; fine-tuning
-BLUR_SIGMA, BLUR_KIMG = (
-    10.0,
-    200.0,
-)  # Source: Karras et al. 2021 (2106.12423), appendix: config R from scratch
+# Source: Karras et al. 2021 (2106.12423), appendix: config R from scratch
+BLUR_SIGMA, BLUR_KIMG = 10.0, 200.0
 
 
 def build_state(
     config: TrainConfig, facts: Facts, checkpoint: Checkpoint | None, device: torch.device
 ) -> TrainState:
-    """The networks (from the checkpoint, or new), their average, and the optimisers. Draws random numbers."""
+    """Build networks (new, or copies of a checkpoint's), their average and the optimizers; draws numbers."""
     if checkpoint is None:
         G, D = new_networks(config, facts)
         G_ema = copy.deepcopy(G)
@@ -47,15 +42,15 @@ def build_state(
     for network in (G, D):
         network.train().requires_grad_(False).to(device)
     G_ema.eval().requires_grad_(False).to(device)
-    path_interval = PATH_INTERVAL if facts.family == "stylegan2" else None
-    own_teacher = bool(config.sd_weight) and (config.sd_teacher == "initial" or config.sd_teacher_kimg)
+    has_own_teacher = config.sd_teacher == "initial" or config.sd_teacher_kimg
+    rate_G, rate_D = learning_rates(config, facts)
     return TrainState(
         G=G,
         D=D,
         G_ema=G_ema,
-        teacher=copy.deepcopy(G_ema) if own_teacher else G_ema,
-        opt_G=adam(G, config.glr, config.g_beta1, path_interval),
-        opt_D=adam(D, config.dlr, BETAS[0], R1_INTERVAL if config.gamma else None),
+        teacher=copy.deepcopy(G_ema) if has_own_teacher else G_ema,
+        opt_G=build_adam(G, rate_G),
+        opt_D=build_adam(D, rate_D),
         augment_pipe=build_augment_pipe(config, device),
         ada=AdaController(
             config.p or 0.0,
@@ -67,35 +62,16 @@ def build_state(
     )
 
 
-def build_saved_state(config: TrainConfig, facts: Facts, saved: Saved, device: torch.device) -> TrainState:
-    """The TrainState of a state file, with the rates of `config` where they were changed."""
-    networks = networks_of(saved.content)
-    for name, network in networks.items():
-        network.train(name in ("G", "D")).requires_grad_(False).to(device)
-    G, D, G_ema = networks["G"], networks["D"], networks["G_ema"]
-    intervals = {
-        "G": PATH_INTERVAL if facts.family == "stylegan2" else None,
-        "D": R1_INTERVAL if config.gamma else None,
-    }
-    state = TrainState(
-        G=G,
-        D=D,
-        G_ema=G_ema,
-        teacher=networks.get("teacher", G_ema),
-        opt_G=adam(G, config.glr, config.g_beta1, intervals["G"]),
-        opt_D=adam(D, config.dlr, BETAS[0], intervals["D"]),
-        augment_pipe=build_augment_pipe(config, device),
-        ada=AdaController(
-            config.p or 0.0,
-            target=config.target if config.aug == "ada" else None,
-            swing_kimg=ADA_SWING_KIMG[facts.from_scratch],
-        ),
-        path_mean=torch.zeros([], device=device),
-        sd_norms=torch.zeros(2, device=device),
+def learning_rates(config: TrainConfig, facts: Facts) -> tuple[LearningRate, LearningRate]:
+    """Return the learning rates of G and D. With a new D, the warm-up of G begins when G begins."""
+    c = required(config)
+    lazy_G = PATH_INTERVAL if facts.family == "stylegan2" else None
+    lazy_D = R1_INTERVAL if c["gamma"] else None
+    warmup, start = (config.lr_warmup_kimg or 0) * 1000, (config.d_warmup_kimg or 0) * 1000
+    return (
+        LearningRate(c["glr"], float(c["g_beta1"] or 0), lazy_G, c["batch"], warmup, start),
+        LearningRate(c["dlr"], 0.0, lazy_D, c["batch"], warmup),
     )
-    restore(state, saved.content)
-    apply_rates(state, config, TrainConfig.from_json(saved.content["config"]), intervals)
-    return state
 
 
 def build_plan(
@@ -104,10 +80,11 @@ def build_plan(
     distance: Distance | None,
     labels: Callable[[int], torch.Tensor],
     device: torch.device,
-    processes: ProcessGroup = SINGLE,
+    group: ProcessGroup = SINGLE,
 ) -> Plan:
-    """What stays fixed while training. `distance` None means no self-distillation."""
+    """Collect what stays fixed during training. `distance` None means no self-distillation."""
     c = required(config)
+    rate_G, rate_D = learning_rates(config, facts)
     stylegan2 = facts.family == "stylegan2"
     blurred = facts.from_scratch and facts.family == "stylegan3-r"
     force_fp32 = config.precision == "fp32"
@@ -140,13 +117,15 @@ def build_plan(
         blur_nimg=BLUR_KIMG * 1000,
         distillation=distillation,
         labels=labels,
+        rate_G=rate_G,
+        rate_D=rate_D,
+        tick_nimg=c["tick"] * 1000,
+        snap_nimg=c["tick"] * 1000 * c["snap"],
         seed=config.seed,
-        processes=processes,
-        d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
-        lr_warmup_nimg=(config.lr_warmup_kimg or 0) * 1000,
+        group=group,
         skip_overflow=device.type == "cuda" and not force_fp32,
-        # Said explicitly, so that the teacher (in evaluation mode) convolves in the same order as the
-        # student.
+        d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
+        # Explicit, so that the teacher (in evaluation mode) convolves in the same order as the student.
         synthesis={
             "noise_mode": "random",
             "fused_modconv": "pointwise",
@@ -156,13 +135,8 @@ def build_plan(
     )
 
 
-def required(config: TrainConfig) -> dict[str, Any]:
-    """The fields of a resolved config, for the numbers whose type still allows None."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
-
-
 def new_networks(config: TrainConfig, facts: Facts) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Networks with random weights, as `--scratch` asks for them."""
+    """Build networks with random weights, as `--scratch` asks for them."""
     c = required(config)
     shape = {"c_dim": facts.c_dim, "img_resolution": facts.resolution, "img_channels": facts.channels}
     size = {"channel_base": c["cbase"], "channel_max": c["cmax"]}
@@ -187,7 +161,7 @@ def new_networks(config: TrainConfig, facts: Facts) -> tuple[torch.nn.Module, to
 def networks_from(
     checkpoint: Checkpoint, config: TrainConfig, facts: Facts
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """A checkpoint's G, D and G_ema, copied with the recipe's switches; a missing generator is the other."""
+    """Copy a checkpoint's G, D and G_ema with the recipe's switches; a missing generator is the other one."""
     start = checkpoint.G if checkpoint.G is not None else checkpoint.G_ema
     changes: dict[str, Any] = {}
     if facts.family != "stylegan2":
@@ -195,13 +169,15 @@ def networks_from(
     half = {"num_fp16_res": 4, "conv_clamp": 256} if config.precision == "fp16" else {}
     if half and not start.synthesis.num_fp16_res:
         changes |= half
-    G = rebuild(start, changes)
-    G_ema = rebuild(checkpoint.best, changes)
-    blocks = {**(checkpoint.D.init_kwargs.get("block_kwargs") or {}), "freeze_layers": config.freezed or 0}
-    changes = {"block_kwargs": blocks}
+    G = copy_network(start, changes)
+    G_ema = copy_network(checkpoint.best, changes)
+    blocks = checkpoint.D.init_kwargs.get("block_kwargs") or {}
+    changes = {}
+    if config.scratch is None:  # FreezeD is for checkpoints; a resumed run from scratch keeps its arguments
+        changes["block_kwargs"] = {**blocks, "freeze_layers": config.freezed or 0}
     if half and not checkpoint.D.init_kwargs.get("num_fp16_res", 4):
         changes |= half
-    D = rebuild(checkpoint.D, changes)
+    D = copy_network(checkpoint.D, changes)
     layers = facts.num_freezable or 0
     if (config.freezed or 0) > layers:
         raise ConfigError(
@@ -210,19 +186,19 @@ def networks_from(
     return G, D, G_ema
 
 
-def rebuild(network: torch.nn.Module, changes: dict[str, Any]) -> torch.nn.Module:
-    """A new network with all tensors and constructor arguments of `network`, but for those in `changes`."""
+def copy_network(network: torch.nn.Module, changes: dict[str, Any]) -> torch.nn.Module:
+    """Return a copy of `network`, built with other constructor arguments where `changes` has some."""
     kwargs = network.init_kwargs
     for name, value in changes.items():
         nested = kwargs.get("synthesis_kwargs")
         (nested if nested and name in nested else kwargs)[name] = value
-    fresh = type(network)(*network.init_args, **kwargs)
-    misc.copy_params_and_buffers(network, fresh, require_all=True)
-    return fresh
+    copied = type(network)(*network.init_args, **kwargs)
+    misc.copy_params_and_buffers(network, copied, require_all=True)
+    return copied
 
 
 def build_augment_pipe(config: TrainConfig, device: torch.device) -> torch.nn.Module | None:
-    """The pipe that `--augpipe` names, None with `--aug noaug` or a fixed probability of 0."""
+    """Build the pipe that `--augpipe` names; None with `--aug noaug` or a fixed probability of 0."""
     if config.aug == "noaug" or (config.aug == "fixed" and not config.p):
         return None
     from finetune.models.augment import AugmentPipe
@@ -232,14 +208,11 @@ def build_augment_pipe(config: TrainConfig, device: torch.device) -> torch.nn.Mo
     return AugmentPipe(**settings).train().requires_grad_(False).to(device)
 
 
-def adam(
-    network: torch.nn.Module, lr: float | None, beta1: float | None, lazy_interval: int | None
-) -> torch.optim.Adam:
-    """Adam over all parameters of a network, corrected for lazy regularisation."""
-    settings = lazy_adam(lr or 0.0, (beta1 or 0.0, BETAS[1]), lazy_interval)
-    return torch.optim.Adam(list(network.parameters()), eps=1e-8, **settings)
+def required(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a resolved config, for the numbers whose type still allows None."""
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def magnitude_beta(batch: int) -> float:
-    """Decay of StyleGAN3's magnitude averages: half in 20 kimg."""
+    """Return the decay of StyleGAN3's magnitude averages: half in 20 kimg."""
     return 0.5 ** (batch / 20e3)

@@ -61,17 +61,6 @@ def path_penalty(
     return (lengths - mean).square(), mean
 
 
-def lazy_adam(lr: float, betas: tuple[float, float], interval: int | None) -> dict:
-    """Adam's settings for an optimiser that also takes an extra step every `interval` iterations (None: it
-    does not).
-
-    The extra steps make (interval+1)/interval as many updates, so rate and memory shrink by the inverse.
-    Source: Karras et al. 2020 (1912.04958), appendix B, "lazy regularization".
-    """
-    ratio = 1.0 if interval is None else interval / (interval + 1)
-    return {"lr": lr * ratio, "betas": (float(betas[0]) ** ratio, float(betas[1]) ** ratio)}
-
-
 def blur(img: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur of `[N, C, H, W]` with standard deviation `sigma` in pixels, cut at 3 sigma."""
     radius = math.floor(sigma * 3)

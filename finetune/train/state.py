@@ -1,23 +1,29 @@
-"""Everything that changes during training, in one named object, and everything that does not, in another."""
+"""What changes during training (`TrainState`) and what does not (`Plan`)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from finetune.distributed import SINGLE, ProcessGroup
+from finetune.errors import CheckpointError
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
+from finetune.train.optim import LearningRate
+
+MODELS = ("finetune.models.stylegan2", "finetune.models.stylegan3")
 
 
 @dataclass
 class TrainState:
-    """What training changes. What is not in here (or in torch's random state and the sampler) does not exist.
+    """The state of the algorithm: networks, optimizers, running averages, counters.
 
     One clock: `nimg`, the images D has seen; `step` counts iterations. `teacher` is G_ema itself unless
-    another one was asked for. `label_generator` draws the labels of generated pictures. `sd_norms`: running
+    another one was asked for. `label_generator` draws the labels of generated images. `sd_norms`: running
     averages of the norms of the adversarial and the unweighted distillation gradient at the image, from which
     `--sd-weight auto:` follows.
     """
@@ -36,14 +42,75 @@ class TrainState:
     step: int = 0
     label_generator: torch.Generator = field(default_factory=torch.Generator)
 
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Return the networks by name; a teacher that is G_ema itself is left out."""
+        found = {"G": self.G, "D": self.D, "G_ema": self.G_ema, "teacher": self.teacher}
+        if self.teacher is self.G_ema:
+            del found["teacher"]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as tensors and plain values, random states of torch included."""
+        random: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "labels": self.label_generator.get_state(),
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            random["cuda"] = torch.cuda.get_rng_state_all()
+        return {
+            "networks": {name: pack_network(network) for name, network in self.networks().items()},
+            "opt_G": self.opt_G.state_dict(),
+            "opt_D": self.opt_D.state_dict(),
+            "ada": self.ada.state_dict(),
+            "path_mean": self.path_mean,
+            "sd_norms": self.sd_norms,
+            "nimg": self.nimg,
+            "step": self.step,
+            "random": random,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned. Raises CheckpointError if it belongs to other networks."""
+        try:
+            for name, network in self.networks().items():
+                network.load_state_dict(state["networks"][name]["tensors"])
+            self.opt_G.load_state_dict(state["opt_G"])
+            self.opt_D.load_state_dict(state["opt_D"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the training state does not fit its networks: {error}") from None
+        self.ada.load_state_dict(state["ada"])
+        self.path_mean = state["path_mean"].to(self.path_mean.device)
+        self.sd_norms.copy_(state["sd_norms"])
+        self.nimg, self.step = int(state["nimg"]), int(state["step"])
+        self.label_generator.set_state(state["random"]["labels"])
+        torch.set_rng_state(state["random"]["torch"])
+        for index, each in enumerate(state["random"].get("cuda", [])[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(each, index)
+
+
+@dataclass
+class RunCounters:
+    """What a run counts besides images and steps. best: metric, value, nimg of `network-best.pkl`."""
+
+    rollbacks: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all counters."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.rollbacks, self.best = int(state["rollbacks"]), dict(state["best"])
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What training keeps fixed: the recipe in the units that the loop uses (images, not kimg).
+    """What training keeps fixed: the recipe in the units of the loop (images, not kimg).
 
-    batch: images of all processes together; batch_gpu: in one part. d_warmup_nimg: images over which D learns
-    alone, because it is new. lr_warmup_nimg: images over which learning rates rise from 0. skip_overflow:
-    leave out gradients that are not finite, which float16 layers may give now and then.
+    batch: images of all ranks together; batch_gpu: in one micro-batch. d_warmup_nimg: images over which only
+    D trains, because it is new. tick_nimg, snap_nimg: images between lines of the log, and between snapshots.
+    skip_overflow: leave out gradients that are not finite, which float16 layers may give now and then.
     """
 
     device: torch.device
@@ -63,26 +130,46 @@ class Plan:
     blur_nimg: float
     distillation: Distillation | None
     labels: Callable[[int], torch.Tensor]
+    rate_G: LearningRate  # noqa: N815
+    rate_D: LearningRate  # noqa: N815
+    tick_nimg: float
+    snap_nimg: float
     d_warmup_nimg: float = 0.0
-    lr_warmup_nimg: float = 0.0
     skip_overflow: bool = False
     seed: int = 0
-    processes: ProcessGroup = SINGLE
+    group: ProcessGroup = SINGLE
     synthesis: dict = field(default_factory=dict)
     discriminator: dict = field(default_factory=dict)
 
     def blur_at(self, nimg: int) -> float:
-        """Standard deviation in pixels of the blur of D's input, fading linearly."""
+        """Return the standard deviation in pixels of the blur of D's input, fading linearly."""
         return self.blur_sigma * max(0.0, 1 - nimg / self.blur_nimg) if self.blur_sigma else 0.0
 
-    def rate_share(self, network: str, nimg: int) -> float:
-        """What part of its learning rate a network (G or D) has after `nimg` images: a straight line up to 1.
 
-        In Adam's first steps all weights move by the whole rate at once, in directions that one noisy
-        gradient has set.
-        Source: Ma and Yarats 2019 (1910.04209): linear warm-up, there over 2/(1 - beta2) steps.
-        """
-        if not self.lr_warmup_nimg:
-            return 1.0
-        begun = self.d_warmup_nimg if network == "G" else 0.0
-        return min(1.0, (nimg - begun + self.batch) / self.lr_warmup_nimg)
+def pack_network(network: Any) -> dict[str, Any]:
+    """Return a network as its class, the arguments of its constructor, and its tensors."""
+    kind = type(network)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "args": _plain(list(network.init_args)),
+        "kwargs": _plain(network.init_kwargs),
+        "tensors": network.state_dict(),
+    }
+
+
+def unpack_network(packed: dict[str, Any]) -> torch.nn.Module:
+    """Build the network that `pack_network` described. Raises CheckpointError for an unknown class."""
+    module, _, kind = packed["class"].rpartition(".")
+    if module not in MODELS or kind not in ("Generator", "Discriminator"):
+        raise CheckpointError(f"the training state names an unknown network: {packed['class']}")
+    network = getattr(importlib.import_module(module), kind)(*packed["args"], **packed["kwargs"])
+    network.load_state_dict(packed["tensors"])
+    return network
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(value)
+    return value

@@ -47,7 +47,6 @@ KNOWN_CYCLES = [
     {"torch_utils.ops.impl", "torch_utils.ops.bias_act", "torch_utils.ops.filtered_lrelu"}
     | {"torch_utils.ops.upfirdn2d", "torch_utils.ops.native.autograd", "torch_utils.ops.native.library"}
     | {"torch_utils.ops.native.prebuild"},
-    {"finetune.train.run", "finetune.train.session"},
 ]
 OURS = ("dnnlib", "torch_utils", "finetune")
 
@@ -185,7 +184,7 @@ def test_cycles_are_found():
             "finetune.models.stylegan2",
             "from finetune.errors import ConfigError\nfrom finetune import sampling",
         ),
-        ("finetune.checkpoint.rebuild", "def f():\n    from finetune.train.loop import train"),
+        ("finetune.checkpoint.rebuild", "def f():\n    from finetune.train.steps import train"),
         ("torch_utils.misc", "import finetune.device"),
         ("finetune.recipes", "from finetune import load"),
         ("finetune.demo.run", "from finetune.cli.options import parse_seeds"),

@@ -65,7 +65,7 @@ def test_help_explains_every_option():
 def test_a_dry_run_shows_the_table_and_writes_nothing(pictures, tmp_path):
     result = call(*SCRATCH, *SHORT, "--data", pictures, "--outdir", tmp_path / "runs", "-n")
     assert result.exit_code == 0, result.output
-    assert "4 pictures" in result.output and "0.0002 res²/batch at 16 px, batch 4" in result.output
+    assert "4 images" in result.output and "0.0002 res²/batch at 16 px, batch 4" in result.output
     assert "Dry run" in result.output
     assert not (tmp_path / "runs").exists()
 

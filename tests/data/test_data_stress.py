@@ -159,10 +159,10 @@ def children(pid):
 
 
 def last_state(outdir):
-    from finetune.train import saved
+    from finetune.train import checkpointing
 
     (run_dir,) = outdir.iterdir()
-    return saved.read_state(saved.states_of(run_dir)[0])
+    return checkpointing.read_state(checkpointing.states_of(run_dir)[0])
 
 
 def log_of(outdir):

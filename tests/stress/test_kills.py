@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.train import saved
+from finetune.train import checkpointing
 
 pytestmark = pytest.mark.stress
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def new_run(outdir: Path, kimg: float = KIMG) -> list[str]:
 
 def last_state(run_dir: Path) -> dict[str, Any]:
     """Read the newest valid state of a run."""
-    found = saved.find_state(run_dir)
+    found = checkpointing.find_state(run_dir)
     assert found is not None, f"{run_dir} has no state"
     return found.content
 
@@ -65,7 +65,7 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
 
 def run_in(outdir: Path) -> Path | None:
     """Find the run that has saved a first state; runs killed before that are ignored."""
-    found = [path for path in sorted(outdir.glob("0*")) if saved.states_of(path)]
+    found = [path for path in sorted(outdir.glob("0*")) if checkpointing.states_of(path)]
     return found[0] if found else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_runs import options, quiet
+from tiny_runs import after_each_step, options, quiet
 
 from finetune.device import float32_math
 from finetune.train import run
@@ -41,8 +41,9 @@ def test_an_error_restores_the_switches():
     assert switches() == before
 
 
-def test_a_run_computes_in_float32(pictures, tmp_path):
+def test_a_run_computes_in_float32(pictures, tmp_path, monkeypatch):
     before, seen = switches(), []
-    run(options(pictures, tmp_path), console=quiet(), on_tick=lambda state, numbers: seen.append(switches()))
+    after_each_step(monkeypatch, lambda state: seen.append(switches()))
+    run(options(pictures, tmp_path), console=quiet())
     assert seen and all(each[:2] == (False, False) for each in seen)
     assert switches() == before

@@ -7,12 +7,11 @@ import subprocess
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import options, quiet
+from tiny_runs import after_each_step, options, quiet
 
 from finetune.config import TrainConfig
 from finetune.errors import TrainingError
-from finetune.train import saved
-from finetune.train.run import run
+from finetune.train import checkpointing, run
 
 pytestmark = pytest.mark.slow
 
@@ -36,28 +35,28 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", str(each)], check=True)
 
 
-def said_by(config, **more):
+def said_by(config):
     """What a run says that ends because it cannot save."""
     console = Console(file=io.StringIO(), width=300)
     with pytest.raises(
-        TrainingError, match=r"(?s)The run is over and cannot be saved.*What was saved before is whole"
+        TrainingError, match=r"(?s)The run is over and cannot be saved.*What was saved before is intact"
     ):
-        run(config, console=console, **more)
+        run(config, console=console)
     return console.file.getvalue()
 
 
 def whole_states(place):
     (run_dir,) = (place / "runs").iterdir()
     assert not list(run_dir.glob(".*")), "a temporary file is left"
-    return [saved.read_state(path)["nimg"] for path in saved.states_of(run_dir)]
+    return [checkpointing.read_state(path)["nimg"] for path in checkpointing.states_of(run_dir)]
 
 
-def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk):
+def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk, monkeypatch):
     place = disk(2000)
     filled = place / "of somebody else"
 
-    def fill(state, numbers):
-        if state.nimg == 16:  # at the next save there is nothing left, though there was when the run began
+    def fill(state):
+        if state.nimg == 20:  # at the next save there is nothing left, though there was when the run began
             filled.write_bytes(bytes(10**5))
             while True:
                 try:
@@ -66,23 +65,27 @@ def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk):
                 except OSError:
                     break
 
-    said = said_by(options(pictures, place, kimg=0.064), on_tick=fill)
-    assert "0.032 kimg: not saved, and training goes on: No space left" in said
+    with monkeypatch.context() as patch:
+        after_each_step(patch, fill)
+        said = said_by(options(pictures, place, kimg=0.064))
+    assert "0.032 kimg: not saved, and training continues: No space left" in said
     assert whole_states(place) == [16, 0]
     filled.unlink()
     (run_dir,) = (place / "runs").iterdir()
     assert run(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir)), console=quiet()).nimg == 64
 
 
-def test_a_disk_that_turns_read_only(pictures, disk):
+def test_a_disk_that_turns_read_only(pictures, disk, monkeypatch):
     place = disk(20_000)
 
-    def freeze(state, numbers):
-        if state.nimg == 16:
+    def freeze(state):
+        if state.nimg == 20:
             subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
 
-    said = said_by(options(pictures, place, kimg=0.064), on_tick=freeze)
-    assert "0.032 kimg: not saved, and training goes on" in said and "Read-only" in said
+    with monkeypatch.context() as patch:
+        after_each_step(patch, freeze)
+        said = said_by(options(pictures, place, kimg=0.064))
+    assert "0.032 kimg: not saved, and training continues" in said and "Read-only" in said
     assert whole_states(place) == [16, 0]
     (run_dir,) = (place / "runs").iterdir()
     (snapshot,) = run_dir.glob("network-snapshot-*.pkl")

@@ -55,15 +55,6 @@ def test_path_penalty_pulls_towards_the_running_mean():
     assert not mean.requires_grad
 
 
-def test_lazy_adam_shrinks_rate_and_memory():
-    assert losses.lazy_adam(0.002, (0.0, 0.99), None) == {"lr": 0.002, "betas": (0.0, 0.99)}
-    settings = losses.lazy_adam(0.002, (0, 0.99), 16)
-    assert settings["lr"] == pytest.approx(0.002 * 16 / 17)
-    assert settings["betas"] == (0.0, pytest.approx(0.99 ** (16 / 17)))
-    assert all(type(beta) is float for beta in settings["betas"])
-    torch.optim.Adam([torch.zeros(1)], **settings)  # current torch refuses betas that are not floats
-
-
 def test_blur_has_the_width_asked_for_and_keeps_the_light():
     img = torch.zeros(1, 1, 65, 65, dtype=torch.float64)
     img[0, 0, 32, 32] = 1

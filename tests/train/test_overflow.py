@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_runs import CPU, moved, options, weights
+from tiny_runs import moved, options, train_alone, weights
 
-from finetune.train import loop
-from finetune.train.run import prepare
-from finetune.train.watch import Watch
+from finetune.train import prepare
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_gradient_that_overflows_moves_no_weight(pictures, tmp_path, bad):
     prepared = prepare(options(pictures, tmp_path))
-    state, seen = prepared.state, []
-    watch = Watch(CPU, 10**9, lambda state, numbers: seen.append(numbers))
+    state, before, is_spoilt = prepared.state, {}, [False]
     img = torch.randint(0, 256, [4, 3, 16, 16], dtype=torch.uint8)
-    batches = itertools.repeat((img, torch.zeros(4, 0)))
-
-    def train(steps):
-        plan = dataclasses.replace(prepared.plan, skip_overflow=True, total_nimg=state.nimg + 4 * steps)
-        loop.train(state, plan, batches, watch)
-
-    train(2)
     weight = state.D.b4.out.weight.requires_grad_(True)  # which the loop switches on and off
-    spoil = weight.register_hook(lambda gradient: gradient * bad)
-    before = {"G": weights(state.G), "D": weights(state.D)}
-    train(1)
-    spoil.remove()
-    assert not moved(before["D"], state.D) and moved(before["G"], state.G)
-    train(1)
-    assert moved(before["D"], state.D)
+    weight.register_hook(lambda gradient: gradient * bad if is_spoilt[0] else gradient)
+
+    def after_step(state):
+        if state.step == 3:
+            assert not moved(before["D"], state.D) and moved(before["G"], state.G)
+        if state.step == 4:
+            assert moved(before["D"], state.D)
+        before.update({"G": weights(state.G), "D": weights(state.D)})
+        is_spoilt[0] = state.step == 2
+
+    display = Mock(step=after_step)
+    plan = dataclasses.replace(prepared.plan, skip_overflow=True, total_nimg=4 * 4)
+    train_alone(state, plan, itertools.repeat((img, torch.zeros(4, 0))), display)
     assert all(bool(tensor.isfinite().all()) for tensor in state.D.state_dict().values())
-    watch.tick(state)
+    (_, numbers), _ = display.tick.call_args
     # Dmain ran in each of four steps, Dreg in the first.
-    assert seen[0]["overflow_D"] == pytest.approx(1 / 5) and seen[0]["overflow_G"] == 0
+    assert numbers["overflow_D"] == pytest.approx(1 / 5) and numbers["overflow_G"] == 0
 
 
 def test_float16_layers_alone_may_overflow(pictures, tmp_path):

@@ -4,17 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_runs import train_alone
 from tolerances import GRADIENT_F32, assert_close
 
 import finetune
 from finetune.config import TrainConfig
 from finetune.metrics.perceptual import mean_squared
 from finetune.recipes import Facts, resolve
-from finetune.train import loop
+from finetune.train import steps
 from finetune.train.build import build_plan, build_state
 from finetune.train.distill import Distillation
 from finetune.train.latents import Draw
-from finetune.train.watch import Watch
+from finetune.train.stats import Stats
 
 CPU = torch.device("cpu")
 FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
@@ -37,8 +38,8 @@ def parts_of_run(family, checkpoint=None, **changes):
     return state, build_plan(config, facts, None, no_labels, CPU)
 
 
-def quiet_watch():
-    return Watch(CPU, 10**9, lambda state, numbers: None)
+def quiet_stats():
+    return Stats(CPU)
 
 
 @pytest.mark.parametrize("scratch", [True, False])
@@ -122,7 +123,7 @@ def test_the_generator_step_is_the_gradient_of_both_losses(batch_gpu, monkeypatc
 
     z = torch.randn(8, 8)
     parts = iter(z.split(batch_gpu))
-    monkeypatch.setattr(loop, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
+    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
     parameters = dict(state.G.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -136,13 +137,13 @@ def test_the_generator_step_is_the_gradient_of_both_losses(batch_gpu, monkeypatc
     expected = torch.autograd.grad(loss, list(parameters.values()))
     state.G.requires_grad_(False)
 
-    loop.generator_step(state, plan, quiet_watch())
+    steps.generator_step(state, plan, quiet_stats())
     for (name, parameter), gradient in zip(parameters.items(), expected):
         assert_close(parameter.grad, gradient, GRADIENT_F32, name)
     state.step = 3  # not due: the adversarial loss alone
     parts = iter(z.split(batch_gpu))
-    watch = quiet_watch()
-    loop.generator_step(state, plan, watch)
+    watch = quiet_stats()
+    steps.generator_step(state, plan, watch)
     assert "loss_sd" not in watch.sums and "loss_G" in watch.sums
 
 
@@ -167,13 +168,13 @@ def test_the_path_length_step_counts_the_penalty_of_half_a_batch_by_its_interval
         sizes.append(len(ws))
         return const.sum().expand(len(ws))
 
-    monkeypatch.setattr(loop.losses, "path_lengths", lengths)
+    monkeypatch.setattr(steps.losses, "path_lengths", lengths)
     old, length, mean = const.detach().clone(), float(const.sum()), 0.5
     gradient = 0.0
     mean += 0.01 * (length - mean)  # once a step, whatever the number of parts
     for _ in range(8 // batch_gpu):
         gradient += 2.0 * 4 * 2 * (length - mean) * batch_gpu / 8
-    loop.path_length_step(state, plan, quiet_watch())
+    steps.path_length_step(state, plan, quiet_stats())
     assert sizes == [batch_gpu // 2] * (8 // batch_gpu)
     assert float(state.path_mean) == pytest.approx(mean, rel=1e-5)
     torch.testing.assert_close(old - const.detach(), torch.full_like(old, gradient), rtol=1e-4, atol=1e-6)
@@ -196,7 +197,7 @@ def test_the_averages_inside_the_student_move_once_a_step(family, monkeypatch):
     monkeypatch.setattr(state.G.mapping, "forward", spy("mapping", mapping))
     monkeypatch.setattr(state.G.synthesis, "forward", spy("synthesis", synthesis))
     batches = iter([(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), no_labels(8))])
-    loop.train(state, plan, batches, quiet_watch())
+    train_alone(state, plan, batches)
     assert moves == ["mapping", "synthesis"]
 
 
@@ -204,10 +205,10 @@ def test_the_discriminator_sees_the_range_from_minus_1_to_1(monkeypatch):
     state, plan = parts_of_run("stylegan2", aug="noaug")
     plan = dataclasses.replace(plan, total_nimg=8)
     seen = []
-    monkeypatch.setattr(loop, "discriminator_step", lambda state, plan, reals, watch: seen.append(reals))
+    monkeypatch.setattr(steps, "discriminator_step", lambda state, plan, reals, watch: seen.append(reals))
     pixels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
     pixels[4:] = 255
-    loop.train(state, plan, iter([(pixels, no_labels(8))]), quiet_watch())
+    train_alone(state, plan, iter([(pixels, no_labels(8))]))
     ((img, _),) = seen[0]
     assert (img[:4] == -1).all() and (img[4:] == 1).all()
 
@@ -220,7 +221,7 @@ def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gp
     state = dataclasses.replace(state, D=critic, opt_D=torch.optim.SGD(critic.parameters(), lr=0.0))
     z, real = torch.randn(8, 8), torch.randn(8, 3, 16, 16)
     parts = iter(z.split(batch_gpu))
-    monkeypatch.setattr(loop, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
+    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
     fake = state.G(z, no_labels(8), noise_mode="const")
     weight = critic.weight.detach().clone().requires_grad_()
     logits = [(img * weight).mean(dim=[1, 2, 3]) for img in (fake, real)]
@@ -228,7 +229,7 @@ def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gp
     (expected,) = torch.autograd.grad(loss, weight)
 
     reals = [(part, no_labels(len(part))) for part in real.split(batch_gpu)]
-    loop.discriminator_step(state, plan, reals, quiet_watch())
+    steps.discriminator_step(state, plan, reals, quiet_stats())
     assert_close(critic.weight.grad, expected, GRADIENT_F32)
     assert all(parameter.grad is None for parameter in state.G.parameters())
     assert (state.ada.count, float(state.ada.sign_sum)) == (8, int(logits[1].detach().sign().sum()))
@@ -241,7 +242,7 @@ def test_augmentation_grows_where_the_discriminator_is_sure_of_real_images():
     critic.weight.fill_(1.0)
     state = dataclasses.replace(state, D=critic, opt_D=torch.optim.SGD(critic.parameters(), lr=0.0))
     white = torch.full([8, 3, 16, 16], 255, dtype=torch.uint8)
-    loop.train(state, plan, iter([(white, no_labels(8))] * 4), quiet_watch())
+    train_alone(state, plan, iter([(white, no_labels(8))] * 4))
     assert state.ada.p == pytest.approx(4 * 8 / 500_000)
 
 
@@ -255,12 +256,12 @@ def test_what_the_discriminator_sees_is_blurred_and_then_augmented():
         state, D=lambda img, c, **kwargs: seen.append(img), augment_pipe=pipe, nimg=100_000
     )
     img = torch.randn(2, 3, 16, 16)
-    loop.score(state, plan, img, no_labels(2))
+    steps.score(state, plan, img, no_labels(2))
     state.ada.p = 0.25
-    loop.score(state, plan, img, no_labels(2))
+    steps.score(state, plan, img, no_labels(2))
     state.nimg = 200_000
-    loop.score(state, plan, img, no_labels(2))
-    blurred = loop.losses.blur(img, 5.0)
+    steps.score(state, plan, img, no_labels(2))
+    blurred = steps.losses.blur(img, 5.0)
     for found, expected in zip(seen, (blurred, blurred + 1, img + 1), strict=True):
         assert torch.equal(found, expected)
     assert float(pipe.p) == 0.25
@@ -269,11 +270,11 @@ def test_what_the_discriminator_sees_is_blurred_and_then_augmented():
 def test_regularisation_comes_every_16th_and_every_4th_step(monkeypatch):
     state, plan = parts_of_run("stylegan2", aug="noaug")
     plan = dataclasses.replace(plan, total_nimg=33 * 8)
-    steps = {"r1_step": [], "path_length_step": []}
-    for name, found in steps.items():
-        monkeypatch.setattr(loop, name, lambda state, *rest, found=found: found.append(state.step))
+    seen = {"r1_step": [], "path_length_step": []}
+    for name, found in seen.items():
+        monkeypatch.setattr(steps, name, lambda state, *rest, found=found: found.append(state.step))
     for name in ("generator_step", "discriminator_step"):
-        monkeypatch.setattr(loop, name, lambda *args: None)
+        monkeypatch.setattr(steps, name, lambda *args: None)
     batch = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), no_labels(8)
-    loop.train(state, plan, iter([batch] * 33), quiet_watch())
-    assert steps == {"r1_step": [0, 16, 32], "path_length_step": list(range(0, 33, 4))}
+    train_alone(state, plan, iter([batch] * 33))
+    assert seen == {"r1_step": [0, 16, 32], "path_length_step": list(range(0, 33, 4))}

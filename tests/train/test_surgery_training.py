@@ -10,7 +10,8 @@ import finetune
 from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.errors import ConfigError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
-from finetune.train.run import prepare, run, show
+from finetune.train import prepare, run
+from finetune.train.prepare import show
 
 
 def resume(golden_dir, name, **changes):

@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import moved, options, quiet, read, train_steps, weights
+from tiny_runs import after_each_line, after_each_step, moved, options, quiet, read, train_steps, weights
 
 import finetune
 from finetune.config import PRECISIONS, TrainConfig
 from finetune.errors import ConfigError, DataError, TrainingError, WeightsMissing
 from finetune.metrics.perceptual import mean_squared
 from finetune.sampling import to_uint8, z_from_seeds
-from finetune.train import loop
+from finetune.train import prepare, run, steps
 from finetune.train.build import build_plan
-from finetune.train.hooks import RunFolder
-from finetune.train.run import prepare, run
-from finetune.train.watch import Watch
+from finetune.train.run_dir import RunDir
+from finetune.train.stats import Stats
 
 FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
 CPU = torch.device("cpu")
@@ -31,9 +30,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_leaves_everything_behind(family, pictures, tmp_path):
-    ticks = []
     config = options(pictures, tmp_path, family, aug="fixed", p=0.5, desc="first try")
-    result = run(config, console=quiet(), on_tick=lambda state, numbers: ticks.append(numbers))
+    result = run(config, console=quiet())
 
     names = {path.name for path in result.run_dir.iterdir()}
     (events,) = [name for name in names if name.startswith("events.out.tfevents")]
@@ -50,7 +48,7 @@ def test_a_run_leaves_everything_behind(family, pictures, tmp_path):
     assert sizes == {(16, 12 * 16, 3)}
 
     lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
-    assert [line["nimg"] for line in lines] == [16, 32] and len(ticks) == 2
+    assert [line["nimg"] for line in lines] == [16, 32]
     for line in lines:
         assert line["p"] == 0.5 and line["img_per_sec"] > 0
         measured = {"loss_G", "loss_D", "loss_sd", "score_fake", "score_real", "sign_real", "sign_fake"}
@@ -138,7 +136,7 @@ def test_resuming_starts_from_the_weights_and_says_so(pictures, tmp_path):
         assert moved(weights(getattr(checkpoint, name)), getattr(prepared.state, name)) == set()
     result = run(config, console=console)
     text = console.file.getvalue()
-    assert "Weights only" in text and "24 pictures" not in text and "12 pictures" in text
+    assert "Loaded weights only" in text and "24 pictures" not in text and "12 pictures" in text
     assert "--gamma" in text and "set by hand" in text
     child = finetune.load(result.snapshot)
     changed = moved(weights(checkpoint.D), child.D)
@@ -239,7 +237,7 @@ def test_accumulated_parts_make_the_gradient_of_the_batch(parts, pictures, tmp_p
     expected = torch.autograd.grad(loss, list(reference.values()))
 
     before = [value.clone() for value in critic.parameters()]
-    loop.r1_step(state, plan, reals, Watch(CPU, 10**9, lambda state, numbers: None))
+    steps.r1_step(state, plan, reals, Stats(CPU))
     for old, new, grad in zip(before, critic.parameters(), expected):
         torch.testing.assert_close(old - new, grad, rtol=1e-3, atol=1e-6)
 
@@ -260,38 +258,40 @@ def test_a_terminal_shows_a_bar_with_rate_time_left_and_losses(pictures, tmp_pat
     assert all(words in last for words in ("img/s", "0:00 left", "G ", "D ", "SD ", "p 0.0"))
 
 
-def test_ctrl_c_finishes_the_step_and_saves(pictures, tmp_path):
-    def interrupt(state, numbers):
-        os.kill(os.getpid(), signal.SIGINT)
-
+def test_ctrl_c_finishes_the_step_and_saves(pictures, tmp_path, monkeypatch):
+    after_each_line(monkeypatch, lambda state, numbers: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        run(options(pictures, tmp_path, kimg=10, snap=100), console=quiet(), on_tick=interrupt)
+        run(options(pictures, tmp_path, kimg=10, snap=100), console=quiet())
     (snapshot,) = (tmp_path / "runs").glob("*/network-snapshot-*.pkl")
     assert finetune.load(snapshot).provenance.nimg == 16
 
 
-def test_divergence_ends_the_run_and_spares_the_snapshot(pictures, tmp_path):
+def test_divergence_ends_the_run_and_spares_the_snapshot(pictures, tmp_path, monkeypatch):
     config = options(pictures, tmp_path, kimg=1, tick=0.008, snap=1, glr=1e-4, dlr=1e-4)
 
-    def poison(state, numbers):
-        if state.nimg >= 16:
+    def poison(state):
+        if state.nimg >= 20:
             next(iter(state.G.parameters())).fill_(float("nan"))
 
+    after_each_step(monkeypatch, poison)
+
     with pytest.raises(TrainingError, match=r"loss_G became nan in Gmain at 0\.0\d+ kimg"):
-        run(config, console=quiet(), on_tick=poison)
+        run(config, console=quiet())
     snapshots = sorted((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
     assert len(snapshots) == 2
     for network in (finetune.load(snapshots[-1]).G, finetune.load(snapshots[-1]).G_ema):
         assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
 
 
-def test_a_snapshot_of_broken_weights_is_not_written(pictures, tmp_path):
+def test_a_snapshot_of_broken_weights_is_not_written(pictures, tmp_path, monkeypatch):
     def poison(state, numbers):
         state.G_ema.mapping.fc0.weight.fill_(float("inf"))
 
+    after_each_line(monkeypatch, poison)
+
     config = options(pictures, tmp_path, kimg=0.016, tick=0.016, sd_weight=0.0)
     with pytest.raises(TrainingError, match="G_ema has weights that are not finite"):
-        run(config, console=quiet(), on_tick=poison)
+        run(config, console=quiet())
     assert not list((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
 
 
@@ -412,7 +412,7 @@ def test_a_run_on_cuda(family, precision, pictures, tmp_path):
 
 def test_a_snapshot_of_other_weights_is_never_written_over(pictures, tmp_path):
     prepared = prepare(options(pictures, tmp_path, kimg=100, tick=1, snap=1))
-    folder = RunFolder(
+    folder = RunDir(
         tmp_path, prepared.config, prepared.image_set, source=None, chunk=4, device=torch.device("cpu")
     )
     for nimg in (1000, 1004, 1004, 1000):

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: the run folder, the picture sheets, the log, the progress display."""
+"""The run folder: options, log, events, image sheets, snapshots."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from finetune.config import TrainConfig
 from finetune.data import images_to_float
 from finetune.errors import ConfigError, TrainingError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
-from finetune.recipes import Reason
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
 from finetune.train.allocator import freed_at_once
-from finetune.train.board import Board
 from finetune.train.state import TrainState
+from finetune.train.tensorboard import Board
 from torch_utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -38,28 +35,31 @@ if TYPE_CHECKING:
 log = logging.getLogger("finetune.train")
 
 
-def check_outdir(config: TrainConfig, networks: list[torch.nn.Module]) -> None:
-    """Raise ConfigError where `--outdir` cannot be written to, or the snapshots of the run do not fit."""
-    place = Path(config.outdir).absolute()
+def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Module], nimg: int) -> None:
+    """Raise ConfigError if `place` (`--outdir`, or the run folder) cannot take the snapshots after `nimg`."""
+    what = f"--outdir {config.outdir}" if nimg == 0 else f"--resume {place}"
+    place = place.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"--outdir {config.outdir}: {place} is a file, not a folder.")
+        raise ConfigError(f"{what}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"--outdir {config.outdir}: nothing can be written to {place}; choose another folder."
-        )
-    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        raise ConfigError(f"{what}: nothing can be written to {place}; choose another folder.")
+    size = size_of(networks)
     between = (config.tick or 1) * (config.snap or 1)  # kimg
-    needed = size * max(1, math.ceil((config.kimg or 0) / between))
+    needed = size * max(1, math.ceil(((config.kimg or 0) - nimg / 1000) / between))
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
-            f"--outdir {config.outdir}: the snapshots of this run take about {needed / 2**30:.2g} GiB "
+            f"{what}: the snapshots of this run take about {needed / 2**30:.2g} GiB "
             f"({size / 2**20:.4g} MiB each), and {free / 2**30:.2g} GiB are free there.",
             hint="Make room, choose another folder, or save less often with a larger --snap.",
         )
+
+
+def size_of(networks: Iterable[torch.nn.Module]) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return sum(each.numel() * each.element_size() for net in networks for each in net.state_dict().values())
 
 
 def make_run_dir(outdir: str | Path, desc: str) -> Path:
@@ -85,8 +85,10 @@ def grid_size(resolution: int, num_images: int) -> tuple[int, int]:
     return columns, min(rows, max(1, num_images // columns))
 
 
-class RunFolder:
-    """Writes everything that a run leaves behind. All sheets show the same latents."""
+class RunDir:
+    """Writes everything into the run folder. All sheets show the same latents."""
+
+    is_writable = True
 
     def __init__(
         self,
@@ -105,17 +107,25 @@ class RunFolder:
         self.chunk = chunk
         self.device = device
         self.started = time.monotonic()
-        self.seconds_before = 0.0  # of the processes that the run had before this one
+        self.seconds_before = 0.0  # of the run before it was resumed
         self.written: dict[str, int] = {}  # snapshot -> images seen
-        self.last_snapshot: Path | None = None
         spacing = (config.tick or 0) * (config.snap or 0)
         self.decimals = 0 if spacing >= 1 and float(config.kimg or 0).is_integer() else 3
-        self.board = Board(path if type(self) is RunFolder else None)
-        if type(self) is RunFolder:
+        self.board = Board(path if self.is_writable else None)
+        if self.is_writable:
             (path / "config.json").write_text(config.to_json(), encoding="utf-8")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the time that the run has taken and the snapshots that it has written."""
+        return {"sec": self.seconds(), "written": dict(self.written)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned; nothing of a later state is forgotten (rollback)."""
+        self.seconds_before, self.started = max(self.seconds(), state["sec"]), time.monotonic()
+        self.written = {**state["written"], **self.written}
+
     def seconds(self) -> float:
-        """How long the run has taken so far, all its processes together."""
+        """Return how long the run has taken so far, times before a resume included."""
         return self.seconds_before + time.monotonic() - self.started
 
     def stem(self, nimg: int) -> str:
@@ -155,7 +165,6 @@ class RunFolder:
             path = path.with_name(f"network-snapshot-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.pkl")
         self._write(path, state)
         self.written[path.name] = state.nimg
-        self.last_snapshot = path
         return path
 
     def write_best(self, state: TrainState) -> Path:
@@ -205,7 +214,7 @@ class RunFolder:
         )
 
     def _append(self, name: str, line: dict) -> None:
-        """One line more. A disk that is full costs the line, not the run."""
+        """Append a line. A full disk costs the line, not the run."""
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_rounded(line)) + "\n")
@@ -213,7 +222,7 @@ class RunFolder:
             log.warning("%s: a line is lost: %s", self.path / name, error.strerror or error)
 
     def drop_later_lines(self, nimg: int) -> None:
-        """Take out of `log.jsonl` what came after `nimg` images, and a half-written line: it comes again."""
+        """Remove the lines after `nimg` images, and a half-written one, from `log.jsonl`: they come again."""
         path = self.path / "log.jsonl"
         if not path.is_file():
             return
@@ -236,8 +245,10 @@ class RunFolder:
         }
 
 
-class NoFolder(RunFolder):
-    """What processes other than the first have in the place of a run folder: nothing is written."""
+class NullRunDir(RunDir):
+    """The run folder on ranks other than 0: nothing is written."""
+
+    is_writable = False
 
     def write_reals(self) -> None:
         pass
@@ -262,99 +273,14 @@ class NoFolder(RunFolder):
 
 
 def public_options(config: TrainConfig) -> dict:
-    """The options as they travel with a checkpoint: of paths only the last part, which names nobody."""
+    """Return the options that travel with a checkpoint; paths are reduced to their basename."""
     options = dataclasses.asdict(config)
     del options["outdir"]
     return options | {name: Path(options[name]).name for name in ("data", "resume") if options[name]}
 
 
 def _rounded(value):
-    """Six significant digits are more than any of these numbers mean."""
+    """Round to six significant digits, more than any of these numbers carries."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
-
-
-class Display:
-    """A progress bar on a terminal, one plain line a tick elsewhere."""
-
-    def __init__(self, console: Console, total_nimg: int, nimg: int = 0) -> None:
-        self.console = console
-        self.first_nimg = nimg
-        self.total_nimg = total_nimg
-        self.started = time.perf_counter()
-        self.losses = ""
-        self.progress: Progress | None = None
-        if console.is_terminal and not console.quiet:
-            # One text column, so that a narrow terminal cuts off its end and not a piece of each number.
-            columns = (TextColumn("{task.description}"), BarColumn(10), TextColumn("{task.fields[note]}"))
-            self.progress = Progress(*columns, console=console)
-            self.task = self.progress.add_task(
-                f"{nimg / 1000:g} kimg", total=total_nimg, completed=nimg, note="starting"
-            )
-
-    def __enter__(self) -> Display:
-        if self.progress is not None:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def step(self, state: TrainState) -> None:
-        """Move the bar."""
-        if self.progress is not None:
-            seconds = time.perf_counter() - self.started
-            note = (
-                f"{(state.nimg - self.first_nimg) / seconds:.1f} img/s · {self._left(state)} · {self.losses}"
-            )
-            kimg = f"{state.nimg / 1000:.2f}/{self.total_nimg / 1000:g} kimg"
-            self.progress.update(self.task, completed=state.nimg, description=kimg, note=note)
-
-    def tick(self, state: TrainState, numbers: dict) -> None:
-        """Show the averages of a tick."""
-        self.losses = _losses(numbers, state)
-        if self.progress is None:
-            self.say(
-                f"{state.nimg / 1000:8.2f} kimg  {numbers['img_per_sec']:6.1f} img/s  "
-                f"{_duration(time.perf_counter() - self.started)} gone, {self._left(state)}  {self.losses}"
-            )
-
-    def _left(self, state: TrainState) -> str:
-        seconds = time.perf_counter() - self.started
-        done = max(1, state.nimg - self.first_nimg)
-        return _duration(seconds / done * max(0, self.total_nimg - state.nimg)) + " left"
-
-    def say(self, text: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _losses(numbers: dict, state: TrainState) -> str:
-    shown = {"G": "loss_G", "D": "loss_D", "SD": "loss_sd"}
-    parts = [f"{name} {numbers[key]:.3f}" for name, key in shown.items() if key in numbers]
-    metrics = numbers.get("metrics", {})
-    parts += [
-        f"{name}@{metrics['num']} {value:.4g}"
-        for name, value in metrics.items()
-        if name not in ("num", "sec") and not name.endswith("_spread")
-    ]
-    return " ".join([*parts, f"p {state.ada.p:.3f}"] if state.augment_pipe is not None else parts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def print_reasons(console: Console, title: str, reasons: list[Reason]) -> None:
-    """The table "option · value · why"."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("option", "value", "why"):
-        table.add_column(column, overflow="fold")
-    for reason in reasons:
-        value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
-        table.add_row("--" + reason.name.replace("_", "-"), value, reason.why)
-    console.print(table)

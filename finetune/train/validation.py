@@ -1,4 +1,4 @@
-"""Metrics while training: now and then, with few pictures, and never a reason to stop."""
+"""Metrics during training, on few images; a failure never stops the run."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation, check_names, ensure_metric_weights
 from finetune.train.state import TrainState
+from finetune.train.stats import Stats
 
 log = logging.getLogger("finetune.train")
 
 
 def names_of(config: TrainConfig) -> tuple[str, ...]:
-    """The metrics that `--metrics` asks for, () for none. Raises ConfigError for unknown ones."""
+    """Return the metrics of `--metrics`, () for none. Raises ConfigError for unknown ones."""
     if config.metrics in (None, "none"):
         return ()
     return check_names([name.strip() for name in str(config.metrics).split(",") if name.strip()])
 
 
 def ensure_weights(config: TrainConfig, tell: Callable[[str], None]) -> None:
-    """Fetch what the metrics of a run need, before it starts. Raises WeightsMissing, ConfigError."""
+    """Download what the metrics of a run need, before it starts. Raises WeightsMissing, ConfigError."""
     ensure_metric_weights(names_of(config), inception_of(config), tell)
 
 
 def inception_of(config: TrainConfig) -> Path | None:
-    """The file of `--metrics-inception`, None for the one that is fetched."""
+    """Return the file of `--metrics-inception`, None for the one that is downloaded."""
     return Path(config.metrics_inception) if config.metrics_inception else None
 
 
-class Measurements:
-    """Measures G_ema whenever `metrics_kimg` have passed since the last time, and at the end; never at the
-    start. What fails is said once each time, and training goes on. group: this process among those that train
-    together; all of them take each measurement, and get the same numbers, or none.
+class Validation:
+    """Measures G_ema every `metrics_kimg` and at the end. A failure is a warning; training continues.
+
+    All ranks of `group` take part in each measurement and get the same numbers, or None.
     """
 
     def __init__(
@@ -55,21 +56,14 @@ class Measurements:
         self.names = names_of(config)
         self.config, self.image_set, self.device, self.tell = config, image_set, device, tell
         self.interval_nimg = (config.metrics_kimg or 0) * 1000
-        self.next_nimg = self.interval_nimg
         self._evaluation: Evaluation | None = None
 
-    def start_at(self, nimg: int) -> None:
-        """Go on with the next measurement after `nimg` images."""
-        while self.names and self.next_nimg <= nimg:
-            self.next_nimg += self.interval_nimg
+    def is_due(self, stats: Stats, nimg: int, *, is_end: bool) -> bool:
+        """Return whether a multiple of the interval was passed since the last tick, or training is over."""
+        return bool(self.names) and (is_end or stats.passed(self.interval_nimg, nimg))
 
-    def due(self, nimg: int, is_end: bool = False) -> bool:
-        """Whether it is time."""
-        return bool(self.names) and nimg > 0 and (nimg >= self.next_nimg or is_end)
-
-    def take(self, state: TrainState) -> dict[str, Any] | None:
-        """Measure now: `{"num": …, "sec": …, name: value, name_spread: spread}`; None where it failed."""
-        self.start_at(state.nimg)
+    def measure(self, state: TrainState) -> dict[str, Any] | None:
+        """Return `{"num": …, "sec": …, name: value, name_spread: spread}`, None if it failed."""
         started = time.perf_counter()
         try:
             if self._evaluation is None:
@@ -85,7 +79,7 @@ class Measurements:
                 )
             num = self.config.metrics_num or 1000
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
-        except Exception as error:  # whatever it is, training is worth more
+        except Exception as error:  # whatever it is, training continues
             what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__
             if self.group.is_first:
                 self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training goes on: {what}")
@@ -100,7 +94,7 @@ class Measurements:
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:
-    """Whether a value of a metric beats another one (None: there is none)."""
+    """Return whether a value of a metric beats another one (None: there is none)."""
     if than is None:
         return True
     return value > than if name.startswith(HIGHER_IS_BETTER) else value < than

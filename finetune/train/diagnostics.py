@@ -1,4 +1,4 @@
-"""What training does to the generator, seen once a tick: gradients against each other, and the way it goes.
+"""Gradient cosine similarity and weight trajectory of the generator, once a tick.
 
 Nothing here changes a number of the training: gradients are taken beside the backward pass, and no random
 number is drawn.
@@ -15,7 +15,7 @@ import torch
 from finetune.train.state import TrainState
 
 LAGS = (2, 4, 8)  # ticks, beside 1
-MOST_KEPT = 1 << 16  # weights, spread over all, that cosines at a lag are taken of
+MAX_KEPT = 1 << 16  # weights, spread over all, that cosines at a lag are taken of
 
 LAYER = re.compile(r"(mapping|synthesis\.(?:b\d+|L\d+|input))")
 
@@ -29,13 +29,13 @@ class Diagnostics:
     def __init__(self, state: TrainState) -> None:
         self.due = True
         self._gradients: dict[str, object] = {}
-        self._paths = {"G": Way(state.G), "ema": Way(state.G_ema)}
+        self._paths = {"G": Trajectory(state.G), "ema": Trajectory(state.G_ema)}
         self._nimg = state.nimg
 
     def compare_gradients(
-        self, G: torch.nn.Module, img: torch.Tensor, adversarial: torch.Tensor, pull: torch.Tensor
+        self, G: torch.nn.Module, img: torch.Tensor, adversarial: torch.Tensor, distillation: torch.Tensor
     ) -> None:
-        """Compare what two gradients at the images `[N, C, H, W]` ask of the weights, whole and by block.
+        """Compare the weight gradients that follow from two gradients at the images, in all and by block.
 
         Keeps the graph of `img` for the backward pass that follows. Cosine, and norm of the distillation
         gradient over that of the adversarial one.
@@ -45,7 +45,7 @@ class Diagnostics:
         weights = [each for _, each in named]
         sides = [
             torch.autograd.grad(img, weights, gradient, retain_graph=True, allow_unused=True)
-            for gradient in (adversarial, pull)
+            for gradient in (adversarial, distillation)
         ]
         products: dict[str, torch.Tensor] = {}
         for (name, _), a, b in zip(named, *sides, strict=True):
@@ -67,20 +67,18 @@ class Diagnostics:
         }
 
     def read(self, state: TrainState) -> dict[str, object]:
-        """The numbers of the tick that ends, and a new beginning."""
+        """Return the numbers of the tick that ends here, and begin the next one."""
         kimg = (state.nimg - self._nimg) / 1000
         student, average = _weights(state.G), _weights(state.G_ema)
         numbers = {**self._gradients, "weight_distance": float((student - average).norm() / average.norm())}
         for name, weights in (("G", student), ("ema", average)):
-            numbers |= {
-                f"{key}_{name}": value for key, value in self._paths[name].go_on(weights, kimg).items()
-            }
+            numbers |= {f"{key}_{name}": value for key, value in self._paths[name].add(weights, kimg).items()}
         self.due, self._gradients, self._nimg = True, {}, state.nimg
         return numbers
 
 
-class Way:
-    """The way of a network's weights from tick to tick."""
+class Trajectory:
+    """The path of a network's weights from tick to tick."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         self.start = self.last = _weights(network)
@@ -88,7 +86,7 @@ class Way:
         self.sparse: deque[torch.Tensor] = deque(maxlen=max(LAGS) + 1)
         self.length = 0.0
 
-    def go_on(self, weights: torch.Tensor, kimg: float) -> dict[str, float]:
+    def add(self, weights: torch.Tensor, kimg: float) -> dict[str, float]:
         """path_per_kimg: in parts of the weights' norm. straightness: distance from the start over the path.
         update_cosine: of this tick's step and the last one's, update_cosine_lag2, 4, 8 of earlier ones. Where
         training goes round in circles they are below 0 at lags of a quarter to three quarters of a turn.
@@ -101,7 +99,7 @@ class Way:
             numbers["straightness"] = float((weights - self.start).norm()) / self.length
         if self.step is not None:
             numbers["update_cosine"] = _cosine_of(step, self.step)
-        self.sparse.append(step[:: len(step) // MOST_KEPT + 1].clone())
+        self.sparse.append(step[:: len(step) // MAX_KEPT + 1].clone())
         for lag in LAGS:
             if len(self.sparse) > lag:
                 numbers[f"update_cosine_lag{lag}"] = _cosine_of(self.sparse[-1], self.sparse[-1 - lag])

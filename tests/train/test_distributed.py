@@ -20,11 +20,10 @@ from finetune.config import TrainConfig, flag
 from finetune.distributed import SINGLE, ProcessGroup, init, timeout_min
 from finetune.errors import ConfigError
 from finetune.recipes import Facts, resolve
-from finetune.train import saved
-from finetune.train.hooks import Display, NoFolder
-from finetune.train.loop import reseed
-from finetune.train.run import prepare, run, start
-from finetune.train.session import Session
+from finetune.train import checkpointing, prepare, run
+from finetune.train.progress import Display
+from finetune.train.steps import reseed
+from finetune.train.train import open_run, start
 
 ROOT = Path(__file__).parents[2]
 # All that processes have to tell each other: ADA's signs, the mean path length, norms behind `auto:`, w_avg.
@@ -64,7 +63,7 @@ def done(*arguments, **environment):
 
 def state_in(outdir):
     (run_dir,) = outdir.iterdir()
-    return saved.read_state(saved.states_of(run_dir)[0])
+    return checkpointing.read_state(checkpointing.states_of(run_dir)[0])
 
 
 def distances(a, b, name=""):
@@ -119,23 +118,29 @@ class OneOfTwo(ProcessGroup):
         return value + 5
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadOnly(ProcessGroup):
+    """One of two ranks, of which the other one is not asked."""
+
+    def broadcast_object(self, value, what):
+        return value
+
+
 def test_pictures_that_other_processes_replaced_count_and_are_counted_once(pictures, tmp_path):
     prepared = prepare(options(pictures, tmp_path))
-    plan = dataclasses.replace(prepared.plan, processes=OneOfTwo())
+    plan = dataclasses.replace(prepared.plan, group=OneOfTwo())
     run_dir = start(dataclasses.replace(prepared, plan=plan), console=quiet()).run_dir
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert [line["unreadable"] for line in lines] == [5, 5]
-    content = saved.read_state(saved.states_of(run_dir)[0])
+    content = checkpointing.read_state(checkpointing.states_of(run_dir)[0])
     assert content["sampler"]["unreadable"] == 5
 
     # The first process goes on with the count of all, the others with none.
     for rank, expected in ((0, 5), (1, 0)):
         again = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.04))
-        plan = dataclasses.replace(again.plan, processes=ProcessGroup(rank, 2))
-        folder = NoFolder(run_dir, again.config, again.image_set, source=None, chunk=4, device=plan.device)
-        goes_on = Session(dataclasses.replace(again, plan=plan), folder, Display(quiet(), 40), None)
-        goes_on.resume(content)
-        assert goes_on.batches.unreadable == expected
+        plan = dataclasses.replace(again.plan, group=ReadOnly(rank, 2))
+        resumed = open_run(dataclasses.replace(again, plan=plan), Display(quiet(), 40))
+        assert resumed.batches.unreadable == expected
 
 
 @pytest.mark.slow
@@ -199,7 +204,7 @@ def test_a_signal_reaches_all_and_everything_is_saved(name, code, pictures, tmp_
     process = long_run(pictures, tmp_path)
     process.send_signal(getattr(signal, name))
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == code and said.count("To go on: finetune train --resume") == 1
+    assert process.returncode == code and said.count("To resume: finetune train --resume") == 1
     content = state_in(tmp_path / "runs")
     assert f"after {content['nimg'] / 1000:g} kimg" in said and content["nimg"] >= 40
 
@@ -256,11 +261,11 @@ def test_alone_is_the_rule(monkeypatch):
 
 TELL = """
 import torch
-from finetune.train.processes import join, leave
-processes, _ = init(torch.device("cpu"))
-value = 3 + 4 * processes.rank
-print(processes.total(value, "a test"), processes.largest(value, "a test"), processes.agree(value, "a test"))
-leave()
+from finetune.distributed import init, shutdown
+group, _ = init(torch.device("cpu"))
+value = 3 + 4 * group.rank
+print(group.all_reduce_total(value, ""), group.all_reduce_max(value, ""), group.broadcast_object(value, ""))
+shutdown()
 """
 
 

@@ -13,12 +13,11 @@ from tiny_runs import options, quiet, train_steps, weights
 
 import finetune
 from finetune.errors import ConfigError, WeightsMissing
-from finetune.train import measure
-from finetune.train.diagnose import Diagnostics, Way
+from finetune.train import prepare, run, validation
+from finetune.train.diagnostics import Diagnostics, Trajectory
 from finetune.train.latents import NoiseReplay, draw_latents, map_latents
-from finetune.train.measure import is_better
-from finetune.train.run import prepare, run
-from finetune.train.watch import Watch
+from finetune.train.stats import Stats
+from finetune.train.validation import is_better
 
 FAMILIES = ["stylegan2", "stylegan3-t"]
 
@@ -53,10 +52,10 @@ class TestGradients:
     def test_a_way_straight_on_and_back(self):
         network = torch.nn.Linear(1, 1, bias=False)
         network.weight.data.fill_(1.0)
-        way = Way(network)
-        first = way.go_on(torch.tensor([2.0]), 0.5)
+        way = Trajectory(network)
+        first = way.add(torch.tensor([2.0]), 0.5)
         assert first == {"path_per_kimg": 1.0, "straightness": 1.0}
-        back = way.go_on(torch.tensor([1.5]), 0.5)
+        back = way.add(torch.tensor([1.5]), 0.5)
         assert back["update_cosine"] == pytest.approx(-1)
         assert back["straightness"] == pytest.approx(0.5 / 1.5)
 
@@ -64,10 +63,10 @@ class TestGradients:
         """A turn in sixteen ticks: a quarter at lag 4, half at lag 8."""
         network = torch.nn.Linear(2, 1, bias=False)
         network.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
-        way = Way(network)
+        way = Trajectory(network)
         for tick in range(1, 11):
             angle = torch.tensor(2 * math.pi * tick / 16)
-            numbers = way.go_on(torch.stack([angle.cos(), angle.sin()]), 1.0)
+            numbers = way.add(torch.stack([angle.cos(), angle.sin()]), 1.0)
             assert ("update_cosine_lag8" in numbers) == (tick > 8)
         for lag, name in ((1, ""), (2, "_lag2"), (4, "_lag4"), (8, "_lag8")):
             expected = math.cos(2 * math.pi * lag / 16)
@@ -86,7 +85,7 @@ def test_a_run_logs_them_and_is_not_changed_by_them(family, pictures, tmp_path, 
             assert line[f"path_per_kimg_{name}"] > 0 and 0 < line[f"straightness_{name}"] <= 1.001
             assert (f"update_cosine_{name}" in line) == (index > 0)
 
-    monkeypatch.setattr(Watch, "wants_gradients", lambda self, state: None)
+    monkeypatch.setattr(Stats, "due_diagnostics", lambda self, nimg: None)
     again = run(options(pictures, tmp_path, family), console=quiet())
     assert "sd_cosine" not in lines_of(again)[0]
     other = weights(finetune.load(again.snapshot).G_ema)
@@ -202,7 +201,7 @@ class TestMeasurements:
         def fail(*args, **kwargs):
             raise error("out of memory")
 
-        monkeypatch.setattr(measure, "Evaluation", fail)
+        monkeypatch.setattr(validation, "Evaluation", fail)
         console = Console(file=io.StringIO(), width=200)
         result = run(options(pictures, tmp_path, **self.SETTINGS), console=console)
         assert result.nimg == 32 and "metrics" not in lines_of(result)[-1]
@@ -214,17 +213,17 @@ class TestMeasurements:
         with pytest.raises(ConfigError, match="--metrics-num 5: has no effect without --metrics"):
             prepare(options(pictures, tmp_path, metrics_num=5))
         config = dataclasses.replace(options(pictures, tmp_path), metrics="none")
-        assert measure.names_of(config) == ()
+        assert validation.names_of(config) == ()
 
     def test_what_they_need_is_there_before_a_run_starts(self, pictures, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         for metric in ("fd-effnet", "random-fid", "ppl-effnet"):
-            measure.ensure_weights(options(pictures, tmp_path, metrics=metric), print)
+            validation.ensure_weights(options(pictures, tmp_path, metrics=metric), print)
         with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
-            measure.ensure_weights(options(pictures, tmp_path, metrics="random-fid,kid"), print)
+            validation.ensure_weights(options(pictures, tmp_path, metrics="random-fid,kid"), print)
         mine = options(pictures, tmp_path, metrics="fid", metrics_inception="nowhere.pth")
         with pytest.raises(ConfigError, match=r"--inception nowhere\.pth: there is no such file"):
-            measure.ensure_weights(mine, print)
+            validation.ensure_weights(mine, print)
 
     def test_which_value_is_better(self):
         assert is_better("fid", 2.0, 3.0) and not is_better("recall-effnet", 0.2, 0.3)

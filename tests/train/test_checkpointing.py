@@ -11,14 +11,15 @@ import zipfile
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import options, quiet
+from tiny_runs import after_each_step, options, quiet
 
 from finetune.config import TrainConfig
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
-from finetune.train import saved, session
-from finetune.train.continuing import continued
-from finetune.train.guard import Guard
-from finetune.train.run import prepare, run, show, start
+from finetune.train import checkpointing, prepare, run
+from finetune.train.divergence import DivergenceMonitor
+from finetune.train.prepare import show
+from finetune.train.stats import Stats
+from finetune.train.train import start
 
 # Everything that has a memory: ADA with its statistics, style mixing and path length (StyleGAN2), R1 and path
 # length every few steps, distillation every other step with a warm-up, labels of classes, a weight by ratio.
@@ -29,32 +30,20 @@ ALL = dict(
 )  # fmt: skip
 
 
-def stopper(nimg):
-    """An `on_step` that asks for a stop after so many images."""
+def run_until(config, nimg, monkeypatch):
+    """Run, be asked to stop after `nimg` images, and return the run folder."""
 
     def stop(state):
         if state.nimg >= nimg:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return stop
-
-
-def run_until(config, nimg, monkeypatch):
-    """Run, be asked to stop after `nimg` images, and return the run folder."""
-    stop = stopper(nimg)
-    original = session.Session.step
-
-    def step(self, state):
-        original(self, state)
-        stop(state)
-
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "step", step)
+        after_each_step(patch, stop)
         return run(config, console=quiet()).run_dir
 
 
 def state_of(run_dir):
-    return saved.read_state(saved.states_of(run_dir)[0])
+    return checkpointing.read_state(checkpointing.states_of(run_dir)[0])
 
 
 def differences(a, b, name=""):
@@ -114,25 +103,12 @@ def test_a_teacher_of_its_own_and_rates_that_are_changed(pictures, tmp_path, mon
     prepared = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), glr=0.001, kimg=0.04))
     show(prepared, console)
     said = console.file.getvalue()
-    assert "Going on after 0.008 kimg" in said
+    assert "Resuming after 0.008 kimg" in said
     assert "Changed: --kimg: 0.032 -> 0.04; --glr: 0.002 -> 0.001" in said
     assert prepared.state.teacher is not prepared.state.G_ema
     assert prepared.state.opt_G.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
     assert prepared.state.opt_D.param_groups[0]["lr"] == content["opt_D"]["param_groups"][0]["lr"]
     assert prepared.plan.total_nimg == 40
-
-
-def test_a_state_of_a_version_without_warm_up_goes_on_without_one(pictures, tmp_path, monkeypatch):
-    run_dir = run_until(options(pictures, tmp_path, kimg=0.04), 8, monkeypatch)
-    found = saved.find_state(run_dir)
-    entries = json.loads(found.content["config"])
-    del entries["lr_warmup_kimg"]
-    found.content["config"] = json.dumps(entries)
-    again = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir))
-    config, said = continued(again, found)
-    assert config.lr_warmup_kimg == 0 and said == []
-    config, said = continued(dataclasses.replace(again, lr_warmup_kimg=0.02), found)
-    assert config.lr_warmup_kimg == 0.02 and said == ["--lr-warmup-kimg: 0.0 -> 0.02"]
 
 
 class TestRefused:
@@ -144,7 +120,7 @@ class TestRefused:
 
     def test_a_run_that_is_over(self, pictures, tmp_path):
         result = run(options(pictures, tmp_path), console=quiet())
-        with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to go on, give a larger --kimg"):
+        with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to continue, give a larger --kimg"):
             prepare(dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir)))
         more = dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir), kimg=0.036)
         assert run(more, console=quiet()).nimg == 36
@@ -156,80 +132,86 @@ class TestRefused:
             for name in archive.namelist()[1:]:
                 copy.writestr(name, archive.read(name))
         asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), data=str(other))
-        with pytest.raises(ConfigError, match="these are not the pictures of the run"):
+        with pytest.raises(ConfigError, match="these are not the images of the run"):
             run(asked, console=quiet())
 
 
 class TestDamage:
     def test_the_newest_whole_state_is_found_and_the_damaged_one_named(self, pictures, tmp_path):
         result = run(options(pictures, tmp_path), console=quiet())
-        newest, before = saved.states_of(result.run_dir)
+        newest, before = checkpointing.states_of(result.run_dir)
         newest.write_bytes(newest.read_bytes()[:-2000])
-        found = saved.find_state(result.run_dir)
+        found = checkpointing.find_state(result.run_dir)
         assert found.path == before and newest.name in found.skipped[0] and "damaged" in found.skipped[0]
         before.write_bytes(b"")
-        with pytest.raises(CheckpointError, match="holds no training state that is whole"):
-            saved.find_state(result.run_dir)
+        with pytest.raises(CheckpointError, match="holds no valid training state"):
+            checkpointing.find_state(result.run_dir)
 
     def test_every_truncation_and_any_flipped_bit_of_a_tensor_is_noticed(self, pictures, tmp_path):
         result = run(options(pictures, tmp_path), console=quiet())
-        path = saved.states_of(result.run_dir)[0]
+        path = checkpointing.states_of(result.run_dir)[0]
         content = path.read_bytes()
         for size in range(0, len(content), 1000):
             path.write_bytes(content[:size])
             with pytest.raises(CheckpointError):
-                saved.read_state(path)
+                checkpointing.read_state(path)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             largest = max(archive.infolist(), key=lambda info: info.file_size)
         middle = largest.header_offset + largest.file_size // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         with pytest.raises(CheckpointError, match="checksum"):
-            saved.read_state(path)
+            checkpointing.read_state(path)
         path.write_bytes(content)
-        assert saved.read_state(path)["nimg"] == 32
+        assert checkpointing.read_state(path)["nimg"] == 32
 
     def test_a_file_of_something_else(self, tmp_path):
         path = tmp_path / "training-state-000001.000.pt"
         torch.save({"format": 99}, path)
-        with pytest.raises(CheckpointError, match="its format is 99, not 1"):
-            saved.find_state(path)
+        with pytest.raises(CheckpointError, match="its format is 99, not 2"):
+            checkpointing.find_state(path)
         torch.save([torch.nn.Linear(1, 1)], path)  # which weights_only refuses
         with pytest.raises(CheckpointError, match="damaged"):
-            saved.find_state(path)
+            checkpointing.find_state(path)
 
 
 class TestSaving:
-    def test_there_is_a_state_before_the_first_step_and_never_more_than_two(self, pictures, tmp_path):
+    def test_there_is_a_state_before_the_first_step_and_never_more_than_two(
+        self, pictures, tmp_path, monkeypatch
+    ):
         seen = []
 
-        def look(state, numbers):
+        def look(state):
             (run_dir,) = (tmp_path / "runs").iterdir()
-            seen.append([path.name for path in saved.states_of(run_dir)])
+            seen.append([path.name for path in checkpointing.states_of(run_dir)])
 
-        run(options(pictures, tmp_path, kimg=0.064), console=quiet(), on_tick=look)
-        assert seen[0] == ["training-state-000000.016.pt", "training-state-000000.000.pt"]
-        assert all(len(names) == 2 for names in seen)
+        after_each_step(monkeypatch, look)
+        run(options(pictures, tmp_path, kimg=0.064), console=quiet())
+        assert seen[0] == ["training-state-000000.000.pt"]
+        assert seen[4] == ["training-state-000000.016.pt", "training-state-000000.000.pt"]
+        assert all(len(names) == 2 for names in seen[4:])
 
     def test_a_full_disk_is_a_warning_and_training_goes_on(self, pictures, tmp_path, monkeypatch):
-        write = saved.write_state
+        write = checkpointing.write_state
 
-        def full(path, state, **more):
-            if state.nimg == 16:
+        def full(path, content):
+            if content["nimg"] == 16:
                 raise ExportError("No space left to write it.")
-            return write(path, state, **more)
+            return write(path, content)
 
-        monkeypatch.setattr(saved, "write_state", full)
+        monkeypatch.setattr(checkpointing, "write_state", full)
         console = Console(file=io.StringIO(), width=200)
         result = run(options(pictures, tmp_path), console=console)
-        assert "0.016 kimg: not saved, and training goes on: No space left" in console.file.getvalue()
-        assert [path.name for path in saved.states_of(result.run_dir)][-1] == "training-state-000000.000.pt"
+        assert "0.016 kimg: not saved, and training continues: No space left" in console.file.getvalue()
+        assert [path.name for path in checkpointing.states_of(result.run_dir)][
+            -1
+        ] == "training-state-000000.000.pt"
         events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
         assert [event["event"] for event in events] == ["not-saved"]
 
     def test_too_little_space_is_known_before_anything_is_written(self, pictures, tmp_path, monkeypatch):
         prepared = prepare(options(pictures, tmp_path))
         usage = type("Usage", (), {"free": 1000})
-        monkeypatch.setattr(session.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(TrainingError, match=r"(?s)cannot be saved: No space left.*0 MiB are free"):
             start(prepared, console=quiet())
         assert not list((tmp_path / "runs").glob("*/network-snapshot-*"))
@@ -237,20 +219,22 @@ class TestSaving:
 
     def test_by_the_clock(self, pictures, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
-        monkeypatch.setattr(session.time, "monotonic", lambda: next(now))
+        monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
         saves = []
         monkeypatch.setattr(
-            session.Session, "save_state", lambda self, is_last: saves.append(self.state.nimg)
+            checkpointing.Checkpointer,
+            "save_state",
+            lambda self, is_last=False: saves.append(self.state.nimg),
         )
         run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
         assert saves[0] == 0 and {4, 8, 12} <= set(saves)
 
     def test_by_the_clock_nothing_that_is_not_finite(self, pictures, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
-        monkeypatch.setattr(session.time, "monotonic", lambda: next(now))
-        monkeypatch.setattr(session.Watch, "is_finite", lambda self: False)
+        monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
+        monkeypatch.setattr(Stats, "is_finite", lambda self: False)
         result = run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
-        assert [path.name for path in saved.states_of(result.run_dir)] == [
+        assert [path.name for path in checkpointing.states_of(result.run_dir)] == [
             "training-state-000000.032.pt",
             "training-state-000000.000.pt",
         ]
@@ -261,24 +245,23 @@ class TestSaving:
         result = run(options(pictures, tmp_path, kimg=0.064, keep=2, **metrics), console=quiet())
         names = sorted(path.name for path in result.run_dir.glob("*.pkl"))
         assert names == ["network-best.pkl"] + [f"network-snapshot-000000.0{n}.pkl" for n in (48, 64)]
-        book = state_of(result.run_dir)["book"]
+        best = state_of(result.run_dir)["counters"]["best"]
         lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
         values = {line["nimg"]: line["metrics"]["random-fid"] for line in lines}
-        assert book["best"]["nimg"] == min(values, key=values.get)
+        assert best["nimg"] == min(values, key=values.get)
 
 
 class TestDivergence:
     def poisoned(self, nimg, monkeypatch, times=1):
         """The generator gets a weight that is not a number after so many images, so many times."""
-        original, left = session.Session.step, [times]
+        left = [times]
 
-        def step(self, state):
+        def poison(state):
             if state.nimg >= nimg and left[0]:
                 left[0] -= 1
                 next(state.G.parameters()).data.fill_(float("nan"))
-            original(self, state)
 
-        monkeypatch.setattr(session.Session, "step", step)
+        after_each_step(monkeypatch, poison)
 
     def events(self, tmp_path):
         (path,) = (tmp_path / "runs").glob("*/events.jsonl")
@@ -303,7 +286,7 @@ class TestDivergence:
             pytest.approx(0.001 * 16 / 17),
         )
         content = state_of(result.run_dir)
-        assert content["book"]["rollbacks"] == 1
+        assert content["counters"]["rollbacks"] == 1
         assert content["opt_D"]["param_groups"][0]["lr"] == pytest.approx(0.001 * 16 / 17)
 
     def test_rollbacks_end(self, pictures, tmp_path, monkeypatch):
@@ -319,7 +302,7 @@ class TestDivergence:
         assert {event["event"] for event in self.events(tmp_path)} == {"not-finite"}
 
 
-class TestGuard:
+class TestDivergenceMonitor:
     def state(self, p=0.0):
         class Ada:
             target = 0.6
@@ -330,37 +313,41 @@ class TestGuard:
         State.ada.p = p
         return State()
 
-    def kinds(self, guard, numbers, p=0.0):
-        return [alarm.kind for alarm in guard.look(self.state(p), numbers)]
+    def kinds(self, monitor, numbers, p=0.0):
+        return [alarm.kind for alarm in monitor.check(self.state(p), numbers)]
 
     def test_scores(self):
-        assert self.kinds(Guard(), {"score_real": 30.0, "score_fake": -40.0}) == []
-        assert self.kinds(Guard(), {"score_real": 30.0, "score_fake": -600.0}) == ["score-explosion"]
+        assert self.kinds(DivergenceMonitor(), {"score_real": 30.0, "score_fake": -40.0}) == []
+        assert self.kinds(DivergenceMonitor(), {"score_real": 30.0, "score_fake": -600.0}) == [
+            "score-explosion"
+        ]
 
     def test_a_student_that_leaves(self):
-        guard = Guard()
+        monitor = DivergenceMonitor()
         for _ in range(5):
-            assert self.kinds(guard, {"loss_sd": 0.1}) == []
-        assert self.kinds(guard, {"loss_sd": 0.9}) == []
-        assert self.kinds(guard, {"loss_sd": 9.2}) == ["student-left-teacher"]
+            assert self.kinds(monitor, {"loss_sd": 0.1}) == []
+        assert self.kinds(monitor, {"loss_sd": 0.9}) == []
+        assert self.kinds(monitor, {"loss_sd": 9.2}) == ["student-left-teacher"]
 
     def test_networks_that_began_equal_drift_apart_unharmed(self):
-        guard = Guard(settled_nimg=101)
+        monitor = DivergenceMonitor(ema_nimg=101 / 3)
         for power in range(12):
-            assert self.kinds(guard, {"loss_sd": 10.0**power}) == []
+            assert self.kinds(monitor, {"loss_sd": 10.0**power}) == []
 
     def test_a_discriminator_that_has_won_is_told_once(self):
-        guard, won = Guard(), {"sign_real": 1.0, "sign_fake": -1.0}
-        assert [self.kinds(guard, won) for _ in range(5)] == [[], [], ["d-overpowers-g"], [], []]
-        self.kinds(guard, {"sign_real": 0.5, "sign_fake": -0.5})
-        assert [self.kinds(guard, won) for _ in range(3)][-1] == ["d-overpowers-g"]
+        monitor, won = DivergenceMonitor(), {"sign_real": 1.0, "sign_fake": -1.0}
+        assert [self.kinds(monitor, won) for _ in range(5)] == [[], [], ["d-overpowers-g"], [], []]
+        self.kinds(monitor, {"sign_real": 0.5, "sign_fake": -0.5})
+        assert [self.kinds(monitor, won) for _ in range(3)][-1] == ["d-overpowers-g"]
 
     def test_overflow_is_told_and_too_much_of_it_is_the_end(self):
-        assert self.kinds(Guard(), {"overflow_G": 0.0, "overflow_D": 0.0}) == []
+        assert self.kinds(DivergenceMonitor(), {"overflow_G": 0.0, "overflow_D": 0.0}) == []
         for share, is_the_end in ((0.01, False), (0.2, True)):
-            (alarm,) = Guard().look(self.state(), {"overflow_G": 0.0, "overflow_D": share})
+            (alarm,) = DivergenceMonitor().check(self.state(), {"overflow_G": 0.0, "overflow_D": share})
             assert alarm.kind == "overflow" and alarm.is_divergence is is_the_end
             assert f"{share:.1%} of the steps of D" in alarm.what and "of G" not in alarm.what
 
     def test_augmentation_at_its_limit(self):
-        assert self.kinds(Guard(), {}, p=0.5) == [] and self.kinds(Guard(), {}, p=1.0) == ["ada-at-cap"]
+        assert self.kinds(DivergenceMonitor(), {}, p=0.5) == [] and self.kinds(
+            DivergenceMonitor(), {}, p=1.0
+        ) == ["ada-at-cap"]

@@ -1,27 +1,27 @@
-"""Learning rates rise from 0 where that is asked for; states hold the whole rates."""
+"""Learning rates: lazy regularization, warm-up, rollbacks."""
 
 import pytest
 import torch
 from tiny_runs import options, quiet, train_steps
 
 from finetune.recipes import WARMUP_STEPS
-from finetune.train.loop import slowed
-from finetune.train.run import prepare, run
+from finetune.train import prepare, run
+from finetune.train.optim import LearningRate, set_learning_rate
 
 
 def test_the_share_of_the_rate_is_a_straight_line_up_to_one(pictures, tmp_path):
     plan = prepare(options(pictures, tmp_path, lr_warmup_kimg=0.016)).plan  # batch 4: over 4 steps
-    assert [plan.rate_share("D", nimg) for nimg in (0, 4, 8, 12, 16, 400)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [plan.rate_D.warmup(nimg) for nimg in (0, 4, 8, 12, 16, 400)] == [0.25, 0.5, 0.75, 1, 1, 1]
     none = prepare(options(pictures, tmp_path, lr_warmup_kimg=0)).plan
-    assert none.rate_share("G", 0) == none.rate_share("D", 0) == 1
+    assert none.rate_G.warmup(0) == none.rate_D.warmup(0) == 1
 
 
 def test_a_generator_that_waits_for_a_new_discriminator_begins_when_it_begins(pictures, tmp_path):
     parent = run(options(pictures, tmp_path), console=quiet())
     changes = dict(resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, lr_warmup_kimg=0.016)
     plan = prepare(options(pictures, tmp_path, **changes)).plan
-    assert [plan.rate_share("D", nimg) for nimg in (0, 8, 12)] == [0.25, 0.75, 1]
-    assert [plan.rate_share("G", nimg) for nimg in (8, 16, 20)] == [0.25, 0.75, 1]
+    assert [plan.rate_D.warmup(nimg) for nimg in (0, 8, 12)] == [0.25, 0.75, 1]
+    assert [plan.rate_G.warmup(nimg) for nimg in (8, 16, 20)] == [0.25, 0.75, 1]
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
@@ -44,18 +44,26 @@ def test_the_first_step_is_that_share_of_a_whole_one(family, pictures, tmp_path)
             ]
             largest[name, kimg] = float(max(moves))
     for name, rate in (("G", prepared.config.glr), ("D", prepared.config.dlr)):
-        full = getattr(state, f"opt_{name}").param_groups[0]["lr"]
+        full = getattr(plan, f"rate_{name}").full()
         assert full <= rate
         assert largest[name, 0.0] == pytest.approx(full, rel=0.01)
         assert largest[name, 0.016] == pytest.approx(full / 4, rel=0.01)
 
 
-def test_rates_are_whole_again_even_after_an_error():
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.003)
-    with pytest.raises(ZeroDivisionError), slowed(optimizer, 0.25):
-        assert optimizer.param_groups[0]["lr"] == 0.00075
-        raise ZeroDivisionError
-    assert optimizer.param_groups[0]["lr"] == 0.003
+def test_lazy_regularization_shrinks_rate_and_memory():
+    never, lazy = (LearningRate(0.002, 0.0, interval, batch=4) for interval in (None, 16))
+    assert (never.full(), never.betas) == (0.002, (0.0, 0.99))
+    assert lazy.full() == pytest.approx(0.002 * 16 / 17)
+    assert lazy.betas == (0.0, pytest.approx(0.99 ** (16 / 17)))
+
+
+def test_the_rate_is_a_function_of_images_and_rollbacks():
+    rate = LearningRate(0.003, 0.5, None, batch=4, warmup_nimg=16)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for nimg, rollbacks, expected in ((0, 0, 0.00075), (12, 0, 0.003), (400, 2, 0.00075)):
+        set_learning_rate(optimizer, rate, nimg, rollbacks)
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"]) == (pytest.approx(expected), (0.5, 0.99))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_its_default_follows_the_batch_and_the_length(changes, value, pictures, 
     parent = run(options(pictures, tmp_path), console=quiet())
     settings = {"resume": str(parent.snapshot), "kimg": 10.0, "batch": 4, **changes}
     prepared = prepare(options(pictures, tmp_path, **settings))
-    assert prepared.config.lr_warmup_kimg == value == prepared.plan.lr_warmup_nimg / 1000
+    assert prepared.config.lr_warmup_kimg == value == prepared.plan.rate_G.warmup_nimg / 1000
     assert any(reason.name == "lr_warmup_kimg" for reason in prepared.reasons)
 
 

@@ -1,0 +1,333 @@
+"""Saving, resuming and rolling back: every component that changes has `state_dict` and `load_state_dict`.
+
+A state file is a plain file of `torch.save` that `torch.load(..., weights_only=True)` opens; each part of it
+carries a CRC-32, which is checked before anything is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import shutil
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from finetune.config import TrainConfig, flag
+from finetune.data import InfiniteLoader
+from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from finetune.train.allocator import freed_at_once
+from finetune.train.divergence import Alarm, Diverged
+from finetune.train.progress import Display
+from finetune.train.run_dir import RunDir, size_of
+from finetune.train.state import Plan, RunCounters, TrainState
+from finetune.train.stats import Stats
+from finetune.version import __version__
+from torch_utils.files import atomic_write
+
+FORMAT = 2
+NAME = re.compile(r"training-state-(\d{6,}\.\d{3})\.pt")
+KEPT = 2  # the newest, and the one before it in case that is damaged
+MAX_ROLLBACKS = 3  # in one run
+
+# Options that may differ on resume, because they change neither a network nor a batch.
+CHANGEABLE = (
+    "data", "kimg", "tick", "snap", "save_every_min", "keep", "on_divergence", "glr", "dlr", "g_beta1",
+    "lr_warmup_kimg", "gamma", "ema_kimg", "target", "sd_weight", "sd_interval", "sd_warmup_kimg",
+    "sd_batch_share", "sd_resolution", "batch_gpu", "workers", "device", "metrics", "metrics_kimg",
+    "metrics_num", "metrics_inception",
+)  # fmt: skip
+IGNORED_ON_RESUME = ("resume", "outdir", "desc", "recipe")
+
+log = logging.getLogger("finetune.train")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state file that was read: its path, its content, and what is wrong with newer ones."""
+
+    path: Path
+    content: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def nimg(self) -> int:
+        """Images that had been seen."""
+        return self.content["nimg"]
+
+
+class Checkpointer:
+    """Saves and loads all components of a run, and decides when."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        state: TrainState,
+        counters: RunCounters,
+        batches: InfiniteLoader,
+        stats: Stats,
+        run_dir: RunDir,
+        display: Display,
+    ) -> None:
+        self.config, self.plan, self.state, self.counters = config, plan, state, counters
+        self.batches, self.stats, self.run_dir, self.display = batches, stats, run_dir, display
+        self.unreadable_elsewhere = 0  # items that other ranks had to replace, as of the last tick
+        self.last_save = time.monotonic()  # not affected by changes of the system clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every component."""
+        sampler = self.batches.state_dict()
+        sampler["unreadable"] += self.unreadable_elsewhere
+        return {
+            **self.state.state_dict(),
+            "sampler": sampler,
+            "counters": self.counters.state_dict(),
+            "stats": self.stats.state_dict(),
+            "run_dir": self.run_dir.state_dict(),
+        }
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Load the state of every component. Raises ConfigError if the data is not that of the run."""
+        try:
+            self.batches.load_state_dict(content["sampler"])
+        except ValueError as error:
+            raise ConfigError(
+                f"--data {self.config.data}: these are not the images of the run: {error}."
+            ) from None
+        self.unreadable_elsewhere = 0
+        if not self.plan.group.is_first:
+            self.batches.unreadable = 0  # rank 0 has what all ranks had counted
+        self.counters.load_state_dict(content["counters"])
+        self.run_dir.load_state_dict(content["run_dir"])
+        self.stats.load_state_dict(content["stats"])
+        self.stats.restart(content["nimg"])
+        self.state.load_state_dict(content)
+
+    def count_unreadable(self) -> int:
+        """Return how many items all ranks had to replace so far."""
+        own = self.batches.unreadable
+        total = self.plan.group.all_reduce_total(own, f"the log (step {self.state.step})")
+        self.unreadable_elsewhere = total - own
+        return total
+
+    def save(self, *, is_last: bool = False) -> Path | None:
+        """Write a snapshot, its sheet of images, and the state; return the snapshot.
+
+        A failure is a warning, but for the last save. Raises TrainingError.
+        """
+        try:
+            self._check_space()
+            self.run_dir.write_fakes(self.state.G_ema, self.run_dir.stem(self.state.nimg))
+            snapshot = self.run_dir.write_snapshot(self.state)
+        except (ExportError, OSError) as error:
+            self._report_failure(error, is_last)
+            return None
+        self.save_state(is_last=is_last)
+        self.run_dir.keep_newest(self.config.keep)
+        return snapshot
+
+    def save_state(self, *, is_last: bool = False) -> None:
+        """Write the state alone, on rank 0."""
+        if not self.run_dir.is_writable:
+            return
+        self.last_save = time.monotonic()
+        content = {**self.state_dict(), "config": self.config.to_json(), "source": self.run_dir.source}
+        try:
+            write_state(path_for(self.run_dir.path, self.state.nimg), content)
+        except (ExportError, OSError) as error:
+            self._report_failure(error, is_last)
+
+    def save_by_the_clock(self) -> None:
+        """Write the state if the last save was `save_every_min` ago, and never one that is not finite."""
+        minutes = self.config.save_every_min
+        if minutes and time.monotonic() - self.last_save > minutes * 60 and self.stats.is_finite():
+            self.save_state()
+
+    def save_best(self, name: str, value: float) -> None:
+        """Keep this generator as `network-best.pkl`: it has the best value of a metric so far."""
+        self.counters.best = {"metric": name, "value": value, "nimg": self.state.nimg}
+        try:
+            self.run_dir.write_best(self.state)
+        except (ExportError, OSError) as error:
+            self._report_failure(error, is_last=False)
+
+    def roll_back(self, alarm: Alarm) -> None:
+        """Return to the newest valid state with half the learning rates, as `--on-divergence` asks.
+
+        Raises Diverged if it does not, after too many rollbacks, and without a saved state.
+        """
+        error = Diverged(
+            alarm.kind, f"{alarm.what.rstrip('.')} at {self.state.nimg / 1000:g} kimg.", alarm.numbers
+        )
+        if self.config.on_divergence != "rollback":
+            raise error
+        rollbacks = self.counters.rollbacks + 1
+        if rollbacks > MAX_ROLLBACKS:
+            error.what += f" {MAX_ROLLBACKS} rollbacks did not help."
+            raise error
+        saved = find_state(self.run_dir.path)
+        if saved is None:
+            raise error
+        self.load_state_dict(saved.content)
+        self.counters.rollbacks = rollbacks
+        rates = [rate.full(rollbacks) for rate in (self.plan.rate_G, self.plan.rate_D)]
+        self.run_dir.event("rollback", self.state, number=rollbacks, lr_G=rates[0], lr_D=rates[1])
+        in_warmup = self.plan.rate_G.warmup(self.state.nimg) < 1
+        self.display.say(
+            f"Rolled back to {self.state.nimg / 1000:g} kimg (rollback {rollbacks} of {MAX_ROLLBACKS}), "
+            f"rates now {rates[0]:.3g} and {rates[1]:.3g}{' after the warm-up' if in_warmup else ''}."
+        )
+
+    def _report_failure(self, error: Exception, is_last: bool) -> None:
+        what = getattr(error, "what", None) or str(error)
+        with contextlib.suppress(OSError):
+            self.run_dir.event("not-saved", self.state, what=what)
+        if is_last:
+            raise TrainingError(
+                f"The run is over and cannot be saved: {what}",
+                hint="What was saved before is intact; make room, and --resume the run folder for the rest.",
+            ) from error
+        self.display.say(f"{self.state.nimg / 1000:g} kimg: not saved, and training continues: {what}")
+
+    def _check_space(self) -> None:
+        """Raise ExportError if the disk has no room for a snapshot and a state."""
+        if not self.run_dir.is_writable:
+            return
+        # The snapshot, and the state: the networks again with two moments for G and D.
+        needed = 4 * size_of((self.state.G, self.state.D, self.state.G_ema))
+        free = shutil.disk_usage(self.run_dir.path).free
+        if free < needed:
+            raise ExportError(
+                f"No space left in {self.run_dir.path}: a snapshot and its state take about "
+                f"{needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free."
+            )
+
+
+def merge_options(asked: TrainConfig, saved: SavedState) -> tuple[TrainConfig, list[str]]:
+    """Return the options of the run with those given now (what is not a default), and what changed.
+
+    Raises ConfigError that lists what cannot be changed.
+    """
+    before = TrainConfig.from_json(saved.content["config"])
+    changes: dict[str, Any] = {}
+    problems = []
+    for field in dataclasses.fields(TrainConfig):
+        value, old = getattr(asked, field.name), getattr(before, field.name)
+        default = None if field.default is dataclasses.MISSING else field.default
+        if field.name in IGNORED_ON_RESUME or value in (default, old, ""):
+            continue
+        if field.name in CHANGEABLE:
+            changes[field.name] = value
+        else:
+            problems.append(
+                f"{flag(field.name)} {value}: the run has {old}, and an exact resume cannot change that; "
+                "start a new run from its snapshot instead."
+            )
+    if problems:
+        raise ConfigError(problems)
+    config = dataclasses.replace(before, **changes)
+    if config.kimg is not None and saved.nimg >= round(config.kimg * 1000):
+        raise ConfigError(
+            f"--resume {saved.path.parent}: the run has seen its {config.kimg:g} kimg; "
+            "to continue, give a larger --kimg."
+        )
+    return config, [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in changes.items()]
+
+
+def path_for(run_dir: Path, nimg: int) -> Path:
+    """Return where the state after `nimg` images is kept."""
+    return run_dir / f"training-state-{nimg // 1000:06d}.{nimg % 1000:03d}.pt"
+
+
+@freed_at_once()
+def write_state(path: Path, content: dict[str, Any]) -> None:
+    """Write a state, whole or not at all, and delete those before the last but one.
+
+    Raises WriteError if it cannot be written; older states are untouched then.
+    """
+    with atomic_write(path) as stream:
+        writer = _ErrorKeeper(stream)
+        try:
+            torch.save({"format": FORMAT, "finetune": __version__, **content}, writer)  # type: ignore[arg-type]
+        except RuntimeError:  # torch's message for a write that failed
+            if writer.error is not None:
+                raise writer.error from None
+            raise
+    for old in states_of(path.parent)[KEPT:]:
+        if old != path:
+            old.unlink(missing_ok=True)
+
+
+def states_of(run_dir: Path) -> list[Path]:
+    """Return the state files of a run folder, the newest first."""
+    found = [path for path in run_dir.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: float(NAME.fullmatch(path.name)[1]), reverse=True)  # type: ignore[index]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the content of a state file. Raises CheckpointError if it is damaged or of another format."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f"{path} is damaged: {broken} in it does not have its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # what zipfile and torch raise for damaged files is not documented
+        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0][:200] or 'cut off'}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise CheckpointError(
+            f"{path} is no training state of this version: its format is {found}, not {FORMAT}",
+            hint="To start from the weights alone, give --resume a network-snapshot-*.pkl of the run.",
+        )
+    return content
+
+
+def find_state(place: Path) -> SavedState | None:
+    """Return the state that `--resume PLACE` means: that file, or the newest valid one of a run folder.
+
+    None if PLACE is neither. Raises CheckpointError if the file, or all in the folder, are damaged.
+    """
+    if place.is_file():
+        return SavedState(place, read_state(place)) if NAME.fullmatch(place.name) else None
+    if not place.is_dir() or not (paths := states_of(place)):
+        return None
+    skipped: list[str] = []
+    for path in paths:
+        try:
+            return SavedState(path, read_state(path), tuple(skipped))
+        except CheckpointError as error:
+            skipped.append(f"{error.what}; skipped.")
+    raise CheckpointError(
+        f"{place} holds no valid training state:\n" + "\n".join(f"  {line}" for line in skipped),
+        hint="To start from the weights of its newest snapshot, give --resume that file.",
+    )
+
+
+class _ErrorKeeper:
+    """A stream that keeps the error of a failed write, which torch replaces by a message of its own."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.stream.flush()

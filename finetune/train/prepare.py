@@ -1,0 +1,358 @@
+"""From the options of a run to everything it needs, checked and built; nothing is written yet."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from finetune import recipes
+from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.provenance import Provenance
+from finetune.checkpoint.surgery import Operation, TargetShape, operate
+from finetune.config import TrainConfig, distils
+from finetune.data import ImageSet, scan
+from finetune.device import resolve_device
+from finetune.distributed import SINGLE, ProcessGroup, init
+from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
+from finetune.metrics.perceptual import build_distance, ensure_weights
+from finetune.recipes import Facts, Reason
+from finetune.resolve import load, newest_snapshot, published_for
+from finetune.train import validation
+from finetune.train.build import build_plan, build_state
+from finetune.train.checkpointing import SavedState, find_state, merge_options
+from finetune.train.progress import print_reasons
+from finetune.train.run_dir import check_place
+from finetune.train.state import Plan, TrainState, unpack_network
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run starts: random weights (no checkpoint), a checkpoint, or a saved state of the run.
+
+    shape: the options with which data and networks are compared; a resumed run repeats no surgery. place:
+    where it writes. source: provenance of the checkpoint that the run first started from. lines: to print.
+    """
+
+    config: TrainConfig
+    checkpoint: Checkpoint | None
+    shape: TrainConfig
+    place: Path
+    source: dict | None
+    lines: tuple[str, ...]
+    saved: SavedState | None = None
+    nimg: int = 0
+    prints_reasons: bool = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run in which everything has been checked and built, and that can start."""
+
+    config: TrainConfig
+    facts: Facts
+    reasons: list[Reason]
+    origin: Origin
+    image_set: ImageSet
+    state: TrainState
+    plan: Plan
+    notes: list[str]
+    operations: list[Operation]
+
+
+def prepare(config: TrainConfig, console: Console | None = None) -> Prepared:
+    """Check options, weights of the backbone, checkpoint and data; resolve all defaults; build the networks.
+
+    Raises FinetuneError before anything is written if something does not fit.
+    """
+    with (console or Console(quiet=True)).status("Checking …") as status:
+        return _prepare(config, lambda text: status.update(text))
+
+
+def _prepare(asked: TrainConfig, tell: Callable[[str], None]) -> Prepared:
+    origin = find_origin(asked, tell)
+    config, checkpoint = origin.config, origin.checkpoint
+    group, device = init(resolve_device(config.device))
+    if config.batch and config.batch % group.world_size:
+        raise ConfigError(f"--batch {config.batch}: must be a multiple of the {group.world_size} processes.")
+    image_set, facts, notes = read_data(origin.shape, checkpoint, device, tell, group)
+    facts = replace(facts, from_scratch=config.scratch is not None, num_processes=group.world_size)
+    # After the checks that are quick: these may be half a gigabyte to download.
+    if config.sd_weight is None or distils(config.sd_weight):  # no recipe goes without
+        tell(f"Checking the weights of {config.sd_backbone} …")
+        ensure_weights(config.sd_backbone, tell)
+    validation.ensure_weights(config, tell)
+    tell("Building the networks …")
+    operations: list[Operation] = []
+    if checkpoint is not None:
+        if facts.resolution == cast(Any, checkpoint.best).img_resolution:
+            # Published settings are those of a resolution.
+            facts = replace(facts, published=published_for(checkpoint.provenance))
+        shape = origin.shape
+        wanted = TargetShape(facts.c_dim, shape.classes, shape.channels, shape.resolution, shape.new_d)
+        checkpoint, operations = operate(checkpoint, wanted, config.seed)
+        facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
+    config, reasons = recipes.resolve(config, facts)
+    check_batch(config, facts)
+
+    torch.manual_seed(config.seed)
+    state = build_state(config, facts, checkpoint, device)
+    distance = None
+    if config.sd_weight:
+        # Building a network draws random numbers even if its weights are then loaded.
+        with torch.random.fork_rng(devices=[]):
+            distance = build_distance(config.sd_backbone, facts.channels, device)
+    state.label_generator.manual_seed(config.seed)
+
+    def labels(count: int) -> torch.Tensor:
+        return image_set.random_labels(count, state.label_generator).to(device)
+
+    plan = build_plan(config, facts, distance, labels, device, group)
+    check_place(origin.place, config, [state.G, state.D, state.G_ema], origin.nimg)
+    networks = state.networks().values()
+    group.broadcast((each for net in networks for each in net.state_dict().values()), "the start")
+    return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, operations)
+
+
+def find_origin(config: TrainConfig, tell: Callable[[str], None]) -> Origin:
+    """Open what `--resume` names. Raises FinetuneError if it cannot be used."""
+    saved = find_state(Path(config.resume).expanduser()) if config.resume else None
+    if saved is not None:
+        config, changes = merge_options(config, saved)
+        check_options(config)
+        checkpoint = checkpoint_of(saved)
+        changed = "Changed: " + "; ".join(changes) if changes else "All options as before."
+        lines = (*saved.skipped, f"Resuming after {saved.nimg / 1000:g} kimg, from {saved.path}.", changed)
+        shape = without_surgery(config, checkpoint)
+        place, source = saved.path.parent, saved.content["source"]
+        return Origin(
+            config, checkpoint, shape, place, source, lines, saved, saved.nimg, prints_reasons=False
+        )
+    check_options(config)
+    if config.resume is None:
+        return Origin(config, None, config, Path(config.outdir), None, ())
+    tell(f"Loading {config.resume} …")
+    checkpoint = load_for_training(config.resume, new_d=config.new_d)
+    line = "Loaded weights only; optimizer, ADA and EMA state are reset."
+    if missing := [name for name in checkpoint.missing if name in ("G", "G_ema")]:
+        line += f" The file has no {missing[0]}; the other generator is used in its place."
+    source = checkpoint.provenance.to_dict()
+    return Origin(config, checkpoint, config, Path(config.outdir), source, (line,))
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise ConfigError for options that cannot work, as far as that needs no file."""
+    config.validate()
+    device = resolve_device(config.device)
+    if config.precision in ("tf32", "fp16") and device.type != "cuda":
+        raise ConfigError(
+            f"--precision {config.precision}: this needs CUDA, the device is {device}; use --precision auto."
+        )
+    validation.names_of(config)
+
+
+def check_batch(config: TrainConfig, facts: Facts) -> None:
+    """Raise ConfigError if the batch cannot be split among ranks and micro-batches."""
+    config.validate()
+    batch, batch_gpu, world_size = config.batch or 1, config.batch_gpu or 1, facts.num_processes
+    if batch % (batch_gpu * world_size):
+        raise ConfigError(
+            f"--batch-gpu {batch_gpu}: {batch} images on {world_size} ranks do not split into micro-batches "
+            f"of that size; use {batch // world_size}."
+        )
+    if not recipes.can_group(batch_gpu, facts.group_size):
+        raise ConfigError(
+            f"--batch-gpu {batch_gpu}: the discriminator compares images in groups of {facts.group_size}; "
+            f"use a multiple of {facts.group_size}."
+        )
+
+
+def checkpoint_of(saved: SavedState) -> Checkpoint:
+    """Return the networks of a state as a checkpoint."""
+    networks: dict[str, Any] = {
+        name: unpack_network(packed).eval().requires_grad_(False)
+        for name, packed in saved.content["networks"].items()
+        if name != "teacher"
+    }
+    if networks.keys() != {"G", "D", "G_ema"}:
+        raise CheckpointError(f"{saved.path} does not hold G, D and G_ema")
+    provenance = Provenance(source=saved.path.name, sha256="", size=0, generation="finetune")
+    return Checkpoint(**networks, augment_pipe=None, training_set_kwargs={}, provenance=provenance)
+
+
+def without_surgery(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+    """Return options that ask for the shape which the networks of a resumed run have already."""
+    network: Any = checkpoint.best
+    return replace(
+        config,
+        resolution=network.img_resolution,
+        channels=network.img_channels,
+        cond=network.c_dim > 0,
+        classes=None,
+        new_d=False,
+    )
+
+
+def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
+    """Load the checkpoint of `--resume`. Raises ConfigError for one that training cannot start from."""
+    if Path(path).is_dir():
+        try:
+            snapshot = newest_snapshot(Path(path))
+        except FinetuneError:
+            raise ConfigError(f"--resume {path}: this is a folder without snapshots; name a file.") from None
+        raise ConfigError(
+            f"--resume {path}: this run folder holds no training state to go on from.",
+            hint=f"To start from the weights of its newest snapshot: --resume {snapshot}",
+        )
+    checkpoint = load(path)
+    if checkpoint.best is None:
+        raise ConfigError(
+            f"--resume {path}: the file holds a discriminator alone, and no generator to improve."
+        )
+    if new_d:
+        return checkpoint
+    if checkpoint.D is None:
+        have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
+        raise ConfigError(
+            f"--resume {path}: the file holds {have or 'no generator'} but no discriminator D, "
+            "and training needs the D that belongs to the generator.",
+            hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema), or --new-d to "
+            "begin with a new discriminator that first learns alone.",
+        )
+    G, D = checkpoint.best, checkpoint.D
+    problems = [
+        f"--resume {path}: {name} is {getattr(G, name)} in G and {getattr(D, name)} in D: not a pair."
+        for name in ("img_resolution", "img_channels", "c_dim")
+        if getattr(G, name) != getattr(D, name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return checkpoint
+
+
+def read_data(
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    tell: Callable[[str], None],
+    group: ProcessGroup = SINGLE,
+) -> tuple[ImageSet, Facts, list[str]]:
+    """Scan the data and compare it with the network; return the image set, facts of the run, and notes."""
+    group_size = Facts.group_size
+    family, resolution, channels = config.scratch, config.resolution, config.channels or 3
+    use_labels, num_classes = bool(config.cond), None
+    if checkpoint is not None:
+        G: Any = checkpoint.best
+        if checkpoint.D is not None and not config.new_d:
+            group_size = group_size_of(checkpoint.D)
+        family = checkpoint.family
+        resolution, channels = config.resolution or G.img_resolution, config.channels or G.img_channels
+        use_labels = G.c_dim > 0 if config.cond is None else config.cond
+        # With --classes, or where labels are new, the pictures say how many classes there shall be.
+        num_classes = G.c_dim if use_labels and config.classes is None and G.c_dim else None
+        if config.classes and not use_labels:
+            raise ConfigError(
+                f"--classes {config.classes}: the checkpoint has no classes; use --cond to begin with those "
+                "of the pictures."
+            )
+    notes: list[str] = []
+    if group.is_first:
+        with suggest_label_options(num_classes):
+            found = scan(
+                config.data,
+                resolution=resolution,
+                fit=config.fit,
+                use_labels=use_labels,
+                num_classes=num_classes,
+                workers=config.workers,
+                progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
+            )
+            found.raise_for_problems()
+        notes = [*found.notes, *found.against(channels)]
+        if checkpoint is not None and config.cond is None and not use_labels and found.has_labels:
+            notes.append(
+                "The pictures have labels and the checkpoint has no classes: they are not used. --cond gives "
+                "it those of the pictures."
+            )
+    group.barrier("the scan of the data")
+    image_set = ImageSet(
+        config.data,
+        resolution=resolution,
+        channels=channels,
+        fit=config.fit,
+        use_labels=use_labels,
+        num_classes=num_classes,
+        mirror=config.mirror,
+        seed=config.seed,
+    )
+    c_dim = image_set.num_classes if use_labels else 0
+    facts = Facts(
+        family=family,
+        resolution=resolution,
+        channels=channels,
+        c_dim=c_dim,
+        num_images=len(image_set) // (2 if config.mirror else 1),
+        device_type=device.type,
+        cpu_count=os.cpu_count() or 1,
+        from_scratch=checkpoint is None,
+        group_size=group_size,
+        gpu_memory_gib=gpu_memory_gib(device),
+    )
+    return image_set, facts, notes
+
+
+@contextlib.contextmanager
+def suggest_label_options(num_classes: int | None) -> Iterator[None]:
+    """Add to an error about labels which options change the classes of the checkpoint."""
+    try:
+        yield
+    except DataError as error:
+        if num_classes and "label" in error.what:
+            hint = (
+                f"The checkpoint has {num_classes} classes. To give it those of the pictures: --classes keep "
+                "(or extend, or fresh); to drop its classes: --no-cond."
+            )
+            error.hint = f"{error.hint}\n{hint}" if error.hint else hint
+        raise
+
+
+def group_size_of(D: Any) -> int:
+    """Return how many images D compares in its last block, 1 if any number will do."""
+    return (D.b4.mbstd.group_size or 1) if D.b4.mbstd is not None else 1
+
+
+def num_freezable(D: Any) -> int:
+    """Return how many layers of D FreezeD can freeze."""
+    return sum(getattr(D, f"b{size}").num_layers for size in D.block_resolutions)
+
+
+def gpu_memory_gib(device: torch.device) -> float | None:
+    """Return the memory of a CUDA device in GiB, None for others."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
+
+
+def show(prepared: Prepared, console: Console) -> None:
+    """Print what will be trained on what, and why each option has its value."""
+    facts, config = prepared.facts, prepared.config
+    start = f"weights of {config.resume}" if config.resume else f"random weights ({facts.family})"
+    classes = f", {facts.c_dim} classes" if facts.c_dim else ""
+    lines = [
+        f"Starting from {start}: {facts.resolution}×{facts.resolution}, {facts.channels} channels{classes}.",
+        f"{facts.num_images} images from {config.data}{', mirrored too' if config.mirror else ''}. "
+        f"Training on {prepared.plan.device}.",
+        *prepared.notes,
+        *(line for operation in prepared.operations for line in operation.lines()),
+        *prepared.origin.lines,
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if prepared.origin.prints_reasons:
+        print_reasons(console, "", prepared.reasons)

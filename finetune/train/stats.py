@@ -1,0 +1,190 @@
+"""Statistics of a tick (the time between two lines of the log): averages, seconds per phase, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from finetune.distributed import SINGLE, ProcessGroup
+from finetune.train.diagnostics import Diagnostics
+from finetune.train.divergence import Alarm
+from finetune.train.state import TrainState
+
+CHECK_EVERY = 16  # steps between checks for non-finite values on a device that would have to be waited for
+
+
+class Stats:
+    """Sums of everything recorded since the last tick, and the clock of the phases.
+
+    `tick_nimg`: images seen at the last tick. It is saved, so that ticks, snapshots and metrics come at the
+    same numbers of images whether or not the run was resumed in between. diagnostics: on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        interval_nimg: float = 1e9,
+        diagnostics: Diagnostics | None = None,
+        group: ProcessGroup = SINGLE,
+    ) -> None:
+        self.device, self.interval_nimg = device, interval_nimg
+        self.diagnostics, self.group = diagnostics, group
+        self.clock = PhaseClock(device)
+        self.tick_nimg = 0
+        self.restart(0)
+
+    def restart(self, nimg: int) -> None:
+        """Forget what was recorded: training continues at `nimg` images."""
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.phases: dict[str, str] = {}
+        self.is_reduced = False
+        self.clock.read()
+        self.started, self.started_nimg = time.perf_counter(), nimg
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the schedule; sums are not saved."""
+        return {"tick_nimg": self.tick_nimg}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over what `state_dict` returned."""
+        self.tick_nimg = int(state["tick_nimg"])
+
+    def passed(self, interval_nimg: float, nimg: int) -> bool:
+        """Return whether a multiple of `interval_nimg` lies between the last tick and `nimg` images."""
+        return nimg // interval_nimg > self.tick_nimg // interval_nimg
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Charge the time of a `with` block, and what is recorded in it, to the phase `name`."""
+        return self.clock.phase(name)
+
+    def record(self, **values: torch.Tensor) -> None:
+        """Add values (any shape) to the averages of this tick."""
+        for name, value in values.items():
+            value = value.detach()
+            self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float32)
+            self.counts[name] = self.counts.get(name, 0) + value.numel()
+            self.phases[name] = self.clock.current
+
+    def due_diagnostics(self, nimg: int) -> Diagnostics | None:
+        """Return what compares gradients, once in the second half of each tick (the networks begin equal)."""
+        middle = (self.tick_nimg // self.interval_nimg + 0.5) * self.interval_nimg
+        seen = self.diagnostics
+        return seen if seen is not None and seen.due and nimg >= middle else None
+
+    def find_not_finite(self, step: int, *, at_tick: bool) -> list[Alarm]:
+        """Return an alarm for each recorded value that is not finite, and forget the value.
+
+        Sums over all ranks first if a tick is due. On a device that would have to be waited for, looks only
+        then and every `CHECK_EVERY` steps.
+        """
+        if at_tick:
+            self._all_reduce(step)
+        elif self.device.type != "cpu" and step % CHECK_EVERY:
+            return []
+        alarms = []
+        for name, total in list(self.sums.items()):
+            # What one rank alone sees must not stop it: the others would wait.
+            is_shared = self.group.world_size == 1 or self.is_reduced or name.startswith("grad_norm")
+            if is_shared and not bool(torch.isfinite(total)):
+                value = float(total)
+                del self.sums[name], self.counts[name]
+                what = f"{name} became {value} in {self.phases[name]}"
+                alarms.append(Alarm("not-finite", what, {name: str(value)}, True))
+        return alarms
+
+    def is_finite(self) -> bool:
+        """Return whether everything that was recorded in this tick is finite, on this rank."""
+        return all(bool(torch.isfinite(torch.as_tensor(total))) for total in self.sums.values())
+
+    def read(self, state: TrainState) -> dict[str, Any]:
+        """Return the numbers of the tick that ends here, and begin the next one."""
+        numbers: dict[str, Any] = {
+            name: float(total) / self.counts[name] for name, total in self.sums.items()
+        }
+        if self.diagnostics is not None:
+            with self.phase("diagnose"):
+                numbers |= self.diagnostics.read(state)
+        seconds = time.perf_counter() - self.started
+        numbers["img_per_sec"] = (state.nimg - self.started_nimg) / seconds
+        numbers["sec_per_phase"] = self.clock.read()
+        numbers["memory_gib"] = peak_memory_gib(self.device)
+        self.tick_nimg = state.nimg
+        self.restart(state.nimg)
+        return numbers
+
+    def _all_reduce(self, step: int) -> None:
+        """Make sums and counts those of all ranks."""
+        self.is_reduced = True
+        if self.group.world_size == 1 or not self.sums:
+            return
+        names = sorted(self.sums)
+        sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names])
+        counts = torch.tensor([self.counts[name] for name in names], device=self.device, dtype=torch.float32)
+        self.group.all_reduce_sum([sums, counts], f"the log (step {step})")
+        self.sums = dict(zip(names, sums.unbind(), strict=True))
+        self.counts = dict(zip(names, map(round, counts.tolist()), strict=True))
+
+
+class PhaseClock:
+    """Seconds per phase: wall time on the CPU, events on CUDA (so that measuring makes nothing wait)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.marks: list[tuple[str, object, object]] = []
+        self.open: list[str] = []
+        self.inside: list[tuple[str, str]] = []
+
+    @property
+    def current(self) -> str:
+        """The innermost phase that is being timed."""
+        return self.open[-1] if self.open else ""
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block; a block inside another belongs to the inner name only."""
+        start = self._now()
+        self.open.append(name)
+        try:
+            yield
+        finally:
+            self.open.pop()
+            self.marks.append((name, start, self._now()))
+            self.inside.append((name, self.open[-1] if self.open else ""))
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (name, start, end), (_, outer) in zip(self.marks, self.inside, strict=True):
+            spent = start.elapsed_time(end) / 1000 if self.on_cuda else end - start  # type: ignore
+            seconds[name] = seconds.get(name, 0.0) + spent
+            if outer:
+                seconds[outer] = seconds.get(outer, 0.0) - spent
+        self.marks, self.inside = [], []
+        return seconds
+
+    def _now(self) -> object:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the device on CUDA, else of this process (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

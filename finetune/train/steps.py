@@ -1,0 +1,258 @@
+"""The phases of a training step. Each accumulates gradients over micro-batches and updates one network."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from finetune.data import images_to_float
+from finetune.train import losses
+from finetune.train.ema import ema_decay, update_average
+from finetune.train.latents import NoiseReplay, draw_latents, map_latents
+from finetune.train.state import Plan, TrainState
+from finetune.train.stats import Stats
+
+RealBatch = list[
+    tuple[torch.Tensor, torch.Tensor]
+]  # images [n, C, H, W] and labels [n, c_dim], by micro-batch
+
+# Names of phases, and of the gap between two steps. They are hashed into every draw (`reseed`): a new name
+# changes all random numbers.
+GMAIN, GREG, DMAIN, DREG, BETWEEN = "Gmain", "Greg", "Dmain", "Dreg", "between"
+GDISTILL, DIAGNOSE = "Gdistill", "diagnose"  # in the log only
+
+
+def update_averages(state: TrainState, plan: Plan) -> None:
+    """Move G_ema, and the teacher if it is an average of its own, toward G."""
+    decay = ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+    update_average(state.G_ema, state.G, decay)
+    if plan.teacher_nimg is not None:
+        decay = ema_decay(plan.batch, plan.teacher_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+        update_average(state.teacher, state.G, decay)
+
+
+def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
+    """Gmain: the adversarial loss and, if due, distillation, in one backward pass through G."""
+    norms = []
+    with stats.phase(GMAIN):
+        with gradients_of(state.G, state.opt_G):
+            for _, size in micro_batches(GMAIN, state, plan):
+                norms.append(generator_micro_batch(state, plan, size, stats))
+        update("G", GMAIN, state, plan, stats)
+    if plan.distillation and plan.distillation.ratio is not None:
+        state.sd_norms = average(norms, plan, f"{GMAIN} (step {state.step})")
+
+
+def generator_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats) -> torch.Tensor:
+    """Add the gradients of one micro-batch to those of G; return `sd_norms` as moved by it."""
+    draw = draw_latents(state.G, plan.labels(size), plan.mixing)
+    ws = map_latents(state.G, draw)
+    replay = NoiseReplay(plan.device)
+    img = state.G.synthesis(ws, **plan.synthesis)
+
+    leaf = img.detach().requires_grad_()
+    logits = score(state, plan, leaf, draw.c)
+    loss = losses.generator_loss(logits)
+    (gradient,) = torch.autograd.grad(loss.mean(), leaf)
+    stats.record(loss_G=loss, score_fake=logits, sign_fake=logits.sign())
+
+    distillation_grad, norms = None, state.sd_norms.clone()
+    if plan.distillation and plan.distillation.due(state.step):
+        with stats.phase(GDISTILL):
+            distillation_grad, distances = plan.distillation.image_gradient(
+                state.teacher, leaf, draw, replay, state.nimg, plan.synthesis, gradient, norms
+            )
+            stats.record(loss_sd=distances)
+            if plan.distillation.ratio is not None:
+                stats.record(sd_weight=plan.distillation.auto_weight(norms))
+    scale = size / plan.batch
+    if distillation_grad is not None and (diagnostics := stats.due_diagnostics(state.nimg)) is not None:
+        with stats.phase(DIAGNOSE):
+            diagnostics.compare_gradients(state.G, img, gradient * scale, distillation_grad * scale)
+    img.backward((gradient if distillation_grad is None else gradient + distillation_grad) * scale)
+    return norms
+
+
+def path_length_step(state: TrainState, plan: Plan, stats: Stats) -> None:
+    """Greg: path length regularization (StyleGAN2) on half of the batch, counted `path_interval` times."""
+    means = []
+    with stats.phase(GREG):
+        with gradients_of(state.G, state.opt_G):
+            for _, size in micro_batches(GREG, state, plan):
+                means.append(path_length_micro_batch(state, plan, size, stats))
+        update("G", GREG, state, plan, stats)
+    state.path_mean = average(means, plan, f"{GREG} (step {state.step})")
+
+
+def path_length_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats) -> torch.Tensor:
+    """Add the gradients of one micro-batch to those of G; return `path_mean` as this micro-batch moves it."""
+    draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
+    ws = map_latents(state.G, draw)
+    # Not fused: the gradient goes to the styles and leaves the weights out, which fused are one.
+    img = state.G.synthesis(ws, **{**plan.synthesis, "fused_modconv": False})
+    lengths = losses.path_lengths(img, ws)
+    penalty, mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
+    weight = plan.path_weight * plan.path_interval * (size / plan.batch)
+    (penalty.mean() * weight).backward()
+    stats.record(path_length=lengths, loss_path=penalty)
+    return mean
+
+
+def discriminator_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
+    """Dmain: real against generated images. The running averages inside G move here, once a step."""
+    moving = moving_buffers(state.G)
+    before = after = [buffer.clone() for buffer in moving]
+    signs = torch.zeros([], device=plan.device)
+    with stats.phase(DMAIN):
+        with gradients_of(state.D, state.opt_D):
+            for (index, _), (real, real_c) in zip(micro_batches(DMAIN, state, plan), reals, strict=True):
+                signs += discriminator_micro_batch(state, plan, real, real_c, index == 0, stats)
+                if index == 0:
+                    # Every micro-batch starts from the same averages, on whatever rank it is computed.
+                    after = [buffer.clone() for buffer in moving]
+                    copy_all(moving, before)
+        update("D", DMAIN, state, plan, stats)
+    copy_all(moving, after)
+    plan.group.broadcast(moving, f"{DMAIN} (step {state.step})")
+    plan.group.all_reduce_sum([signs], f"{DMAIN} (step {state.step})")
+    state.ada.observe(signs, plan.batch)
+
+
+def discriminator_micro_batch(
+    state: TrainState, plan: Plan, real: torch.Tensor, real_c: torch.Tensor, update_emas: bool, stats: Stats
+) -> torch.Tensor:
+    """Add the gradients of one micro-batch to those of D; return the sum of the signs of D on real images."""
+    scale = len(real) / plan.batch
+    draw = draw_latents(state.G, plan.labels(len(real)), plan.mixing)
+    with torch.no_grad():
+        ws = map_latents(state.G, draw, update_emas=update_emas)
+        fake = state.G.synthesis(ws, update_emas=update_emas, **plan.synthesis)
+    fake_loss = losses.fake_loss(score(state, plan, fake, draw.c))
+    (fake_loss.mean() * scale).backward()
+
+    real_logits = score(state, plan, real, real_c)
+    real_loss = losses.real_loss(real_logits)
+    (real_loss.mean() * scale).backward()
+    signs = real_logits.detach().sign()
+    stats.record(loss_D=(fake_loss + real_loss).detach(), score_real=real_logits, sign_real=signs)
+    return signs.sum()
+
+
+def r1_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
+    """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
+    with stats.phase(DREG):
+        with gradients_of(state.D, state.opt_D):
+            for _, (real, real_c) in zip(micro_batches(DREG, state, plan), reals, strict=True):
+                r1_micro_batch(state, plan, real, real_c, stats)
+        update("D", DREG, state, plan, stats)
+
+
+def r1_micro_batch(
+    state: TrainState, plan: Plan, real: torch.Tensor, real_c: torch.Tensor, stats: Stats
+) -> None:
+    """Add the gradients of one micro-batch to those of D."""
+    real = real.detach().requires_grad_()
+    penalty = losses.r1_penalty(score(state, plan, real, real_c), real)
+    weight = plan.gamma / 2 * plan.r1_interval * (len(real) / plan.batch)
+    (penalty.mean() * weight).backward()
+    stats.record(r1_penalty=penalty)
+
+
+def finish_step(state: TrainState, plan: Plan) -> None:
+    """Advance the counters, the averages and ADA; leave random states that are equal on all ranks."""
+    generator_trains = state.nimg >= plan.d_warmup_nimg
+    state.step += 1
+    state.nimg += plan.batch
+    if generator_trains:
+        update_averages(state, plan)
+    state.ada.update(state.step, plan.batch)
+    reseed([state.label_generator], plan.seed, state.step, BETWEEN)
+
+
+def next_batch(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], plan: Plan) -> RealBatch:
+    """Return the next real images of this rank as micro-batches, on the device, as float."""
+    img, c = next(batches)
+    img, c = images_to_float(img.to(plan.device)), c.to(plan.device)
+    return list(zip(img.split(plan.batch_gpu), c.split(plan.batch_gpu), strict=True))
+
+
+def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Return logits `[N, 1]` of images as D sees them: blurred (StyleGAN3-R from scratch), then augmented."""
+    sigma = plan.blur_at(state.nimg)
+    if sigma > 0:
+        img = losses.blur(img, sigma)
+    # At probability 0 the pipe is the identity, which is not worth its resampling.
+    if state.augment_pipe is not None and state.ada.p > 0:
+        state.augment_pipe.p.fill_(state.ada.p)
+        img = state.augment_pipe(img)
+    return state.D(img, c, **plan.discriminator)
+
+
+def micro_batches(phase: str, state: TrainState, plan: Plan) -> Iterator[tuple[int, int]]:
+    """Yield (index, size) of the micro-batches of this rank, each after seeding all random numbers for it.
+
+    Indices count the micro-batches of all ranks, so that their draws do not depend on the number of ranks.
+    """
+    count = plan.batch // plan.group.world_size // plan.batch_gpu
+    for index in range(plan.group.rank * count, (plan.group.rank + 1) * count):
+        reseed([state.label_generator], plan.seed, state.step, phase, index)
+        yield index, plan.batch_gpu
+
+
+def average(parts: list[torch.Tensor], plan: Plan, what: str) -> torch.Tensor:
+    """Return the mean over the micro-batches of all ranks."""
+    total = torch.stack(parts).mean(dim=0) / plan.group.world_size
+    plan.group.all_reduce_sum([total], what)
+    return total
+
+
+def moving_buffers(G: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the averages inside G that training moves: of w, and of StyleGAN3's magnitudes."""
+    return [buffer for name, buffer in G.named_buffers() if name.endswith(("w_avg", "magnitude_ema"))]
+
+
+def copy_all(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copy values into tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def gradients_of(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Collect new gradients of this network, and of no other, inside the block."""
+    optimizer.zero_grad(set_to_none=True)
+    network.requires_grad_(True)
+    yield
+    network.requires_grad_(False)
+
+
+def update(name: str, phase: str, state: TrainState, plan: Plan, stats: Stats) -> None:
+    """Sum the gradients of the network `name` (G or D) over all ranks and take an optimizer step.
+
+    The norm of the gradients is recorded, so that a value that is not finite is noticed before a save. With
+    `plan.skip_overflow`, such a step is taken with gradients of zero and counted.
+    """
+    network, optimizer = getattr(state, name), getattr(state, f"opt_{name}")
+    gradients = [each.grad for each in network.parameters() if each.grad is not None]
+    plan.group.all_reduce_sum(gradients, f"{phase} (step {state.step})")
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if plan.skip_overflow:
+        overflow = ~norm.isfinite()
+        for tensor in (norm, *gradients):
+            tensor.masked_fill_(overflow, 0)
+        stats.record(**{f"overflow_{name}": overflow})
+    stats.record(**{f"grad_norm_{name}": norm})
+    optimizer.step()
+
+
+def reseed(generators: Iterable[torch.Generator], *key: int | str) -> None:
+    """Seed torch's global generators, and those given, from `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    # The generator of CPUs takes 32 bits of a seed.
+    seed = int.from_bytes(digest[:4], "little")
+    torch.manual_seed(seed)
+    for generator in generators:
+        generator.manual_seed(seed)

@@ -1,0 +1,226 @@
+"""A training run: open or resume the run folder, then THE loop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+
+from finetune.config import TrainConfig
+from finetune.data import build_loader
+from finetune.device import training_math
+from finetune.train import steps
+from finetune.train.allocator import keep_freed_memory
+from finetune.train.checkpointing import Checkpointer
+from finetune.train.diagnostics import Diagnostics
+from finetune.train.divergence import Alarm, DivergenceMonitor
+from finetune.train.optim import set_learning_rate
+from finetune.train.prepare import Prepared, prepare, show
+from finetune.train.progress import Display
+from finetune.train.run_dir import NullRunDir, RunDir, make_run_dir
+from finetune.train.signals import StopSignal
+from finetune.train.state import Plan, RunCounters, TrainState
+from finetune.train.stats import Stats
+from finetune.train.validation import Validation, is_better
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its folder, its last snapshot, images seen, and the resolved config."""
+
+    run_dir: Path
+    snapshot: Path
+    nimg: int
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that the loop puts together."""
+
+    config: TrainConfig
+    state: TrainState
+    plan: Plan
+    counters: RunCounters
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    stats: Stats
+    monitor: DivergenceMonitor
+    validation: Validation
+    checkpointer: Checkpointer
+    run_dir: RunDir
+    display: Display
+    stop: StopSignal
+
+
+def run(config: TrainConfig, *, console: Console | None = None) -> RunResult:
+    """Train as `config` says and return what was left behind.
+
+    Raises FinetuneError before anything is written if something does not fit; KeyboardInterrupt, after the
+    snapshot is safe, if the run was asked to stop.
+    """
+    console = console if console is not None else Console()
+    prepared = prepare(config, console)
+    show(prepared, console)
+    return start(prepared, console=console)
+
+
+def start(prepared: Prepared, *, console: Console) -> RunResult:
+    """Open the run folder, train, and say how it ended."""
+    group = prepared.plan.group
+    if prepared.plan.device.type == "cpu":
+        keep_freed_memory()
+    math = training_math(prepared.config.precision)
+    with math, Display(console, prepared.plan.total_nimg) as display:
+        run = open_run(prepared, display)
+        with run.stop:
+            snapshot = train(run)
+        if run.stop.number is not None:
+            name = "SIGTERM" if run.stop.number == signal.SIGTERM else "Ctrl-C"
+            display.say(
+                f"Stopped by {name} after {run.state.nimg / 1000:g} kimg. "
+                f"To resume: finetune train --resume {run.run_dir.path}"
+            )
+    group.barrier("the end")  # until everything is saved and printed
+    if run.stop.number == signal.SIGINT:
+        raise KeyboardInterrupt
+    return RunResult(run.run_dir.path, snapshot, run.state.nimg, run.config)
+
+
+def open_run(prepared: Prepared, display: Display) -> Run:
+    """Make the run folder, or open that of a resumed run and load its state."""
+    config, state, plan, origin = prepared.config, prepared.state, prepared.plan, prepared.origin
+    image_set, group = prepared.image_set, plan.group
+    kind = RunDir if group.is_first else NullRunDir
+    path = origin.place
+    if origin.saved is None:
+        desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
+        desc = f"{desc}-{config.desc}" if config.desc else desc
+        made = make_run_dir(path, desc) if kind.is_writable else None
+        path = cast(Path, group.broadcast_object(made, "making the run folder"))
+    run_dir = kind(path, config, image_set, source=origin.source, chunk=plan.batch_gpu, device=plan.device)
+    run_dir.write_reals()
+    display.say(f"Run folder: {path}")
+    validation = Validation(config, image_set, plan.device, display.say, group)
+    counters, stats = RunCounters(), Stats(plan.device, plan.tick_nimg, group=group)
+    batches = build_loader(
+        image_set,
+        plan.batch // group.world_size,
+        workers=config.workers or 0,
+        seed=config.seed,
+        device=plan.device,
+        rank=group.rank,
+        num_replicas=group.world_size,
+    )
+    checkpointer = Checkpointer(config, plan, state, counters, batches, stats, run_dir, display)
+    if origin.saved is None:
+        run_dir.write_fakes(state.G_ema, "-init")
+        checkpointer.save_state()  # so that there is always one
+    else:
+        checkpointer.load_state_dict(origin.saved.content)
+        run_dir.drop_later_lines(state.nimg)
+    display.start_at(state.nimg)
+    if group.is_first:
+        stats.diagnostics = Diagnostics(state)
+    monitor = DivergenceMonitor(plan.ema_nimg, state.nimg)
+    return Run(
+        config, state, plan, counters, batches, stats, monitor, validation, checkpointer, run_dir, display,
+        StopSignal(),
+    )  # fmt: skip
+
+
+def train(run: Run) -> Path:
+    """Train until the images of the plan were seen or a signal asks to stop; return the last snapshot.
+
+    Raises TrainingError if the run diverged or cannot be saved.
+    """
+    state, plan, stats, checkpointer = run.state, run.plan, run.stats, run.checkpointer
+    stopping = run.stop.requested(plan.group, state.step)
+    while state.nimg < plan.total_nimg and not stopping:
+        # Learning rates are functions of the images seen and the rollbacks.
+        set_learning_rate(state.opt_G, plan.rate_G, state.nimg, run.counters.rollbacks)
+        set_learning_rate(state.opt_D, plan.rate_D, state.nimg, run.counters.rollbacks)
+
+        # Real images.
+        with stats.phase("data"):
+            reals = steps.next_batch(run.batches, plan)
+
+        # G: adversarial loss with distillation; path length if due. A new D first trains alone.
+        if state.nimg >= plan.d_warmup_nimg:
+            steps.generator_step(state, plan, stats)
+            if plan.path_interval and state.step % plan.path_interval == 0:
+                steps.path_length_step(state, plan, stats)
+
+        # D: adversarial loss; R1 if due.
+        steps.discriminator_step(state, plan, reals, stats)
+        if state.step % plan.r1_interval == 0 and plan.gamma > 0:
+            steps.r1_step(state, plan, reals, stats)
+
+        # Counters, EMA, ADA.
+        steps.finish_step(state, plan)
+        run.display.step(state)
+
+        # A tick ends when its images were seen, and with the run.
+        is_end = state.nimg >= plan.total_nimg
+        stopping = run.stop.requested(plan.group, state.step)
+        is_tick = is_end or stopping or stats.passed(plan.tick_nimg, state.nimg)
+        alarms = stats.find_not_finite(state.step, at_tick=is_tick)
+        diverged = report(run, alarms)
+        if is_tick and diverged is None:
+            is_snapshot = stats.passed(plan.snap_nimg, state.nimg) and not is_end and not stopping
+            is_validation = run.validation.is_due(stats, state.nimg, is_end=is_end)
+
+            # Statistics, diagnostics, metrics.
+            numbers = stats.read(state)
+            if is_validation and (metrics := run.validation.measure(state)) is not None:
+                numbers["metrics"] = metrics
+            if unreadable := checkpointer.count_unreadable():
+                numbers["unreadable"] = unreadable
+
+            # Log, progress.
+            run.run_dir.log(state, numbers)
+            run.display.tick(state, numbers)
+
+            # Divergence; snapshot and state.
+            diverged = report(run, run.monitor.check(state, numbers))
+            if diverged is None:
+                keep_best(run, numbers.get("metrics"))
+                if is_snapshot:
+                    checkpointer.save()
+
+        if diverged is not None:
+            # Stop with an error, or return to the last state with half the learning rates.
+            checkpointer.roll_back(diverged)
+            run.monitor.restart(state.nimg)
+        elif not is_end and not alarms:
+            checkpointer.save_by_the_clock()
+        if is_tick:
+            stopping = run.stop.requested(plan.group, state.step)  # a tick takes time
+
+    snapshot = checkpointer.save(is_last=True)
+    assert snapshot is not None, "the last save works or raises"
+    return snapshot
+
+
+def report(run: Run, alarms: Iterable[Alarm]) -> Alarm | None:
+    """Write and print alarms up to the first that ends the attempt, and return that one."""
+    for alarm in alarms:
+        run.run_dir.event(alarm.kind, run.state, what=alarm.what, **alarm.numbers)
+        run.display.say(f"{run.state.nimg / 1000:g} kimg: {alarm.what}")
+        if alarm.is_divergence and run.config.on_divergence != "ignore":
+            return alarm
+    return None
+
+
+def keep_best(run: Run, metrics: dict | None) -> None:
+    """Keep the generator with the best value of the first metric."""
+    if metrics is None:
+        return
+    name = next(key for key in metrics if key != "num")
+    best = run.counters.best
+    if is_better(name, metrics[name], best.get("value") if best.get("metric") == name else None):
+        run.checkpointer.save_best(name, metrics[name])
