@@ -120,8 +120,6 @@ class TrainConfig:
     sd_weight: float | str | None = None
     sd_backbone: str = "lpips-vgg"
     sd_interval: int | None = None
-    sd_warmup_kimg: float = 0.0
-    sd_batch_share: float = 1.0
     sd_resolution: int | None = None
     sd_teacher: str = "ema"
     sd_teacher_kimg: float | None = None
@@ -191,7 +189,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
     """Numbers outside what they mean; None passes, NaN and infinity never do."""
     positive = {"kimg", "batch", "batch_gpu", "glr", "dlr", "ema_kimg", "tick", "snap", *SCRATCH_ONLY}
     positive |= {"sd_interval", "sd_resolution", "sd_teacher_kimg", "metrics_kimg", "keep"}
-    not_negative = {"gamma", "freezed", "sd_weight", "sd_warmup_kimg", "d_warmup_kimg", "workers", "seed"}
+    not_negative = {"gamma", "freezed", "sd_weight", "d_warmup_kimg", "workers", "seed"}
     not_negative |= {"save_every_min", "lr_warmup_kimg"}
     problems = []
     for name in TrainConfig.__dataclass_fields__:
@@ -212,8 +210,6 @@ def _range_problems(config: TrainConfig) -> list[str]:
             problems.append(f"--g-beta1 {value}: must be at least 0 and less than 1.")
         elif name == "metrics_num" and value < 2:
             problems.append(f"--metrics-num {value}: must be at least 2.")
-        elif name == "sd_batch_share" and not 0 < value <= 1:
-            problems.append(f"{flag(name)} {value}: must be greater than 0 and at most 1.")
     size = config.resolution
     if size is not None and (size < 8 or size & (size - 1)):
         problems.append(f"--resolution {size}: must be a power of two, 8 or more.")

@@ -400,8 +400,6 @@ def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None
     settle("sd_teacher", None, "which network the student is held to")
     if config.sd_teacher_kimg is not None:
         settle("sd_teacher_kimg", None, "half-life of a teacher of its own")
-    settle("sd_warmup_kimg", None, "no warm-up: the weight counts from the first step")
-    settle("sd_batch_share", None, "the whole batch is compared")
     settle(
         "sd_interval",
         1 if cheap else 4,

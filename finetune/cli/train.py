@@ -127,8 +127,6 @@ def report_errors_on_rank0() -> Iterator[None]:
 )
 @option("sd_backbone", choices.BACKBONES, "Network that compares student and teacher.")
 @option("sd_interval", int, "Compare every k-th step, counted k times.")
-@option("sd_warmup_kimg", float, "Let the weight grow from 0 over so many kimg.")
-@option("sd_batch_share", float, "Part of each batch that is compared.")
 @option("sd_resolution", int, "Compare at this many pixels at most.")
 @option("sd_teacher", choices.TEACHERS, "The moving average, or the checkpoint as it was.")
 @option(

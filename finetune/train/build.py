@@ -95,8 +95,6 @@ def build_plan(
             weight=c["sd_weight"] if target_ratio(c["sd_weight"]) is None else 1.0,
             ratio=target_ratio(c["sd_weight"]),
             interval=c["sd_interval"],
-            warmup_nimg=config.sd_warmup_kimg * 1000,
-            batch_share=config.sd_batch_share,
             resolution=c["sd_resolution"],
         )
     return Plan(

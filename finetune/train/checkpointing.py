@@ -39,8 +39,8 @@ MAX_ROLLBACKS = 3  # in one run
 # Options that may differ on resume, because they change neither a network nor a batch.
 CHANGEABLE = (
     "data", "kimg", "tick", "snap", "save_every_min", "keep", "on_divergence", "glr", "dlr", "g_beta1",
-    "lr_warmup_kimg", "gamma", "ema_kimg", "target", "sd_weight", "sd_interval", "sd_warmup_kimg",
-    "sd_batch_share", "sd_resolution", "batch_gpu", "workers", "device", "metrics", "metrics_kimg",
+    "lr_warmup_kimg", "gamma", "ema_kimg", "target", "sd_weight", "sd_interval", "sd_resolution",
+    "batch_gpu", "workers", "device", "metrics", "metrics_kimg",
     "metrics_num", "metrics_inception",
 )  # fmt: skip
 IGNORED_ON_RESUME = ("resume", "outdir", "desc", "recipe")

@@ -9,7 +9,6 @@ second latent, noise maps, convolution order and precision, so that equal weight
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +28,12 @@ class Distillation:
 
     weight: λ; or, where ratio is given, a factor of the λ that makes the gradient of the distance, at the
     image and averaged over steps, `ratio` times as long as the adversarial one. interval: computed every k-th
-    step and counted k times. warmup_nimg: images over which λ grows from 0. batch_share: part of each batch
-    that is compared. resolution: pixels at which it is compared, if fewer than the image has.
+    step and counted k times. resolution: pixels at which images are compared, if fewer than they have.
     """
 
     distance: Distance
     weight: float
     interval: int
-    warmup_nimg: float
-    batch_share: float
     resolution: int
     ratio: float | None = None
 
@@ -45,10 +41,10 @@ class Distillation:
         """Whether step number `step` (from 0) has a distillation term."""
         return step % self.interval == 0
 
-    def weight_at(self, nimg: int) -> float:
-        """λ after `nimg` images, times the interval, so that its average over steps is λ."""
-        ramp = min(1.0, nimg / self.warmup_nimg) if self.warmup_nimg > 0 else 1.0
-        return self.weight * ramp * self.interval
+    @property
+    def scale(self) -> float:
+        """λ times the interval, so that its average over steps is λ."""
+        return self.weight * self.interval
 
     def image_gradient(
         self,
@@ -56,7 +52,6 @@ class Distillation:
         img: torch.Tensor,
         draw: Draw,
         replay: NoiseReplay,
-        nimg: int,
         synthesis: dict,
         adversarial: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
@@ -64,36 +59,29 @@ class Distillation:
         """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the
         distances.
 
-        img: `[N, C, H, W]`, detached. The teacher makes the whole batch even where a share is compared: noise
-        maps and StyleGAN3's style normalisation depend on it. adversarial, norms: the other gradient, and
-        `TrainState.sd_norms`, which is moved on; needed where λ follows a ratio. Returns (`[N, C, H, W]`,
-        `[M]`).
+        img: `[N, C, H, W]`, detached. adversarial, norms: the other gradient, and `TrainState.sd_norms`,
+        which is moved on; needed if λ follows a ratio. Returns (`[N, C, H, W]`, `[N]`).
         """
         with torch.no_grad():
             ws = map_latents(teacher, draw)
             with replay.again():
                 target = teacher.synthesis(ws, **synthesis)
-        count = math.ceil(len(img) * self.batch_share)
-        part = img[:count].detach().requires_grad_()
-        distances = self.distance(
-            area_resize(part, self.resolution), area_resize(target[:count], self.resolution)
-        )
-        (gradient,) = torch.autograd.grad(distances.mean() * self.weight_at(nimg), part)
+        img = img.detach().requires_grad_()
+        distances = self.distance(area_resize(img, self.resolution), area_resize(target, self.resolution))
+        (gradient,) = torch.autograd.grad(distances.mean() * self.scale, img)
         if self.ratio is not None:
             assert adversarial is not None and norms is not None, "a ratio needs something to compare with"
-            scale = self.weight_at(nimg)
-            unit = gradient.norm() / (scale or 1.0)
-            if scale:  # else nothing is known about the distance yet
-                norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
+            unit = gradient.norm() / self.scale
+            norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
             gradient = gradient * self.auto_weight(norms)
             # The averages lag where a distance of nothing begins to grow: its first steps would be far too
             # strong.
-            most = MOST_PULL * self.ratio * adversarial.norm() * scale
+            most = MOST_PULL * self.ratio * adversarial.norm() * self.scale
             # And what is not to be seen is rounding, of which no weight should make a pull.
-            visible = (part.detach() - target[:count]).square().mean().sqrt() / VISIBLE
+            visible = (img.detach() - target).square().mean().sqrt() / VISIBLE
             bound = (most / gradient.norm().clamp_min(1e-30)).clamp(max=1) * visible.clamp(max=1)
             gradient = gradient * bound
-        return F.pad(gradient, [0, 0] * 3 + [0, len(img) - count]), distances.detach()
+        return gradient, distances.detach()
 
     def auto_weight(self, norms: torch.Tensor) -> torch.Tensor:
         """λ (a scalar) for running averages `[adversarial, distillation]`; 0 while there is nothing to pull.

@@ -63,7 +63,7 @@ def generator_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats
     if plan.distillation and plan.distillation.due(state.step):
         with stats.phase(GDISTILL):
             distillation_grad, distances = plan.distillation.image_gradient(
-                state.teacher, leaf, draw, replay, state.nimg, plan.synthesis, gradient, norms
+                state.teacher, leaf, draw, replay, plan.synthesis, gradient, norms
             )
             stats.record(loss_sd=distances)
             if plan.distillation.ratio is not None:

@@ -25,7 +25,7 @@ from finetune.train.train import start
 # length every few steps, distillation every other step with a warm-up, labels of classes, a weight by ratio.
 ALL = dict(
     batch=4, kimg=0.096, tick=0.016, snap=100, aug="ada", target=0.0, augpipe="blit", sd_interval=2,
-    sd_warmup_kimg=0.05, sd_weight="auto:0.2", save_every_min=0, ema_kimg=0.02, mirror=True,
+    sd_weight="auto:0.2", save_every_min=0, ema_kimg=0.02, mirror=True,
     lr_warmup_kimg=0.03,
 )  # fmt: skip
 

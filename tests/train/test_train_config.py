@@ -55,7 +55,6 @@ def test_every_problem_is_reported_at_once_with_its_flag():
         ({"p": 0.2}, "no effect"),
         ({"aug": "noaug", "target": 0.5}, "no effect"),
         ({"aug": "noaug", "augpipe": "bgc"}, "no effect"),
-        ({"sd_batch_share": 0.0}, "--sd-batch-share"),
         ({"fit": "squeeze"}, "--fit squeeze"),
         ({"sd_teacher": "initial", "sd_teacher_kimg": 5.0}, "--sd-teacher-kimg"),
         ({"resume": ""}, "--resume: name the checkpoint"),
@@ -148,4 +147,4 @@ def test_parts_of_a_batch_are_of_a_size_that_the_discriminator_can_group(batch, 
 
 
 def test_flags_spell_fields():
-    assert flag("sd_batch_share") == "--sd-batch-share"
+    assert flag("sd_weight") == "--sd-weight"
