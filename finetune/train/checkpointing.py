@@ -173,7 +173,7 @@ class Checkpointer:
             error.what += f" {MAX_ROLLBACKS} rollbacks did not help."
             raise error
         saved = find_state(self.run_dir.path)
-        if saved is None:
+        if saved is None:  # nothing was saved yet
             raise error
         self.load_state_dict(saved.content)
         self.counters.rollbacks = rollbacks

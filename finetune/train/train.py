@@ -93,19 +93,40 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
 
 def open_run(prepared: Prepared, display: Display) -> Run:
     """Make the run folder, or open that of a resumed run and load its state."""
-    config, state, plan, origin = prepared.config, prepared.state, prepared.plan, prepared.origin
+    origin, state = prepared.origin, prepared.state
+    if origin.saved is None:
+        run = build_run(prepared, display, new_run_dir(prepared))
+        run.run_dir.write_fakes(state.G_ema, "-init")
+        run.checkpointer.save_state()  # so that there is always one
+    else:
+        run = build_run(prepared, display, origin.place)
+        run.checkpointer.load_state_dict(origin.saved.content)
+        run.run_dir.drop_later_lines(state.nimg)
+    display.start_at(state.nimg)
+    run.monitor.restart(state.nimg)
+    if run.plan.group.is_first:
+        run.stats.diagnostics = Diagnostics(state)
+    return run
+
+
+def new_run_dir(prepared: Prepared) -> Path:
+    """Make the next run folder on rank 0, and return it on all ranks."""
+    config, group = prepared.config, prepared.plan.group
+    desc = f"{prepared.image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
+    desc = f"{desc}-{config.desc}" if config.desc else desc
+    made = make_run_dir(config.outdir, desc) if group.is_first else None
+    return cast(Path, group.broadcast_object(made, "making the run folder"))
+
+
+def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
+    """Build the parts of a run around its state; they begin at 0 images."""
+    config, state, plan = prepared.config, prepared.state, prepared.plan
     image_set, group = prepared.image_set, plan.group
     kind = RunDir if group.is_first else NullRunDir
-    path = origin.place
-    if origin.saved is None:
-        desc = f"{image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
-        desc = f"{desc}-{config.desc}" if config.desc else desc
-        made = make_run_dir(path, desc) if kind.is_writable else None
-        path = cast(Path, group.broadcast_object(made, "making the run folder"))
-    run_dir = kind(path, config, image_set, source=origin.source, chunk=plan.batch_gpu, device=plan.device)
+    source = prepared.origin.source
+    run_dir = kind(path, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     run_dir.write_reals()
     display.say(f"Run folder: {path}")
-    validation = Validation(config, image_set, plan.device, display.say, group)
     counters, stats = RunCounters(), Stats(plan.device, plan.tick_nimg, group=group)
     batches = build_loader(
         image_set,
@@ -116,21 +137,20 @@ def open_run(prepared: Prepared, display: Display) -> Run:
         rank=group.rank,
         num_replicas=group.world_size,
     )
-    checkpointer = Checkpointer(config, plan, state, counters, batches, stats, run_dir, display)
-    if origin.saved is None:
-        run_dir.write_fakes(state.G_ema, "-init")
-        checkpointer.save_state()  # so that there is always one
-    else:
-        checkpointer.load_state_dict(origin.saved.content)
-        run_dir.drop_later_lines(state.nimg)
-    display.start_at(state.nimg)
-    if group.is_first:
-        stats.diagnostics = Diagnostics(state)
-    monitor = DivergenceMonitor(plan.ema_nimg, state.nimg)
     return Run(
-        config, state, plan, counters, batches, stats, monitor, validation, checkpointer, run_dir, display,
-        StopSignal(),
-    )  # fmt: skip
+        config=config,
+        state=state,
+        plan=plan,
+        counters=counters,
+        batches=batches,
+        stats=stats,
+        monitor=DivergenceMonitor(plan.ema_nimg),
+        validation=Validation(config, image_set, plan.device, display.say, group),
+        checkpointer=Checkpointer(config, plan, state, counters, batches, stats, run_dir, display),
+        run_dir=run_dir,
+        display=display,
+        stop=StopSignal(),
+    )
 
 
 def train(run: Run) -> Path:
