@@ -8,8 +8,8 @@ thread, and compares what the runs left: G, D, G_ema, the teacher, Adam's moment
 length, the norms behind `auto:`, random states, the order of the data, the log and the events. Times and
 memory are left out.
 
-Since 55a9cab the ops round differently in StyleGAN3: compare its two scenarios with 9a47711, whose training loop
-is still that of 55a9cab. Other differences that are intended, none of which these scenarios reach:
+Since 55a9cab the ops round differently in StyleGAN3: compare its two scenarios with 9a47711, whose training
+loop is still that of 55a9cab. Other differences that are intended, none of which these scenarios reach:
 
 - After a run was killed, ticks and snapshots come at the same numbers of images as without the kill.
 - The learning rates in a state file are those of the last step, not those after the warm-up.

@@ -252,4 +252,3 @@ def _gated(weight: torch.Tensor) -> torch.Tensor:
     if weight.requires_grad and torch.is_grad_enabled():
         return _WeightGate.apply(weight)
     return weight
-
