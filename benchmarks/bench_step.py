@@ -38,10 +38,11 @@ import torch
 from measuring import report, table
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.config import FAMILIES, PRECISIONS, TrainConfig
+from finetune.config import FAMILIES, GRAPHS, PRECISIONS, TrainConfig
 from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
 from finetune.train.divergence import DivergenceMonitor
+from finetune.train.graphs import Graphs
 from finetune.train.prepare import Prepared, prepare
 from finetune.train.signals import StopSignal
 from finetune.train.state import RunCounters
@@ -77,8 +78,6 @@ def build(family: str, options: argparse.Namespace) -> Prepared:
         "seed": options.seed,
         "workers": 0,
     }
-    if "graphs" in {field.name for field in dataclasses.fields(TrainConfig)}:
-        settings["graphs"] = options.graphs
     prepared = prepare(TrainConfig(**settings))
     if not random_vgg or prepared.plan.distillation is None:
         return prepared
@@ -182,7 +181,11 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
     with math, running(arm, prepared) as run:
         plan = dataclasses.replace(run.plan, total_nimg=cycles.total * nimg)
         plan = dataclasses.replace(plan, tick_nimg=nimg, snap_nimg=nimg * (cycles.total + 1))
-        train(bare(run.config, run.state, plan, batches(), cycles))
+        # Fine-tuning has no blur, whose width would change from step to step.
+        graphs = Graphs(device, enabled=options.graphs == "auto")
+        plan = dataclasses.replace(plan, blur_sigma=0.0, graphs=graphs)
+        with graphs.stream():
+            train(bare(run.config, run.state, plan, batches(), cycles))
     on_cuda = device.type == "cuda"
     return {
         "first": cycles.first,
@@ -298,7 +301,7 @@ def parser_of_steps() -> argparse.ArgumentParser:
     parser.add_argument("--sd-weight", type=weight, default=0.0, help="a number, or auto:RATIO")
     parser.add_argument("--sd-backbone", default="efficientnet-lite0", help=f"also {RANDOM_VGG}")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
-    parser.add_argument("--graphs", default="auto", choices=("auto", "off"), help="CUDA graphs of the phases")
+    parser.add_argument("--graphs", default="auto", choices=GRAPHS, help="CUDA graphs of the phases")
     tries = argparse.BooleanOptionalAction
     parser.add_argument("--cudnn-benchmark", action=tries, default=True, help="let cuDNN try its algorithms")
     parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")

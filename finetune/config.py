@@ -22,6 +22,7 @@ BACKBONES = ("lpips-vgg", "lpips-alex", "lpips-squeeze", "efficientnet-lite0", "
 AUGMENTATIONS = ("ada", "noaug", "fixed")
 TEACHERS = ("ema", "initial")
 PRECISIONS = ("auto", "fp32", "tf32", "fp16")
+GRAPHS = ("auto", "off")
 FITS = ("crop", "pad", "stretch")
 POLICIES = ("stop", "rollback", "ignore")
 RECIPES = ("auto", "improve", "adapt", "few-shot", "custom")
@@ -126,6 +127,7 @@ class TrainConfig:
     # The machine and the records.
     device: str = "auto"
     precision: str = "auto"
+    graphs: str = "auto"
     workers: int | None = None
     seed: int = 0
     tick: float | None = None
@@ -222,8 +224,8 @@ def _range_problems(config: TrainConfig) -> list[str]:
 def _choice_problems(config: TrainConfig) -> list[str]:
     choices: dict[str, typing.Collection[object]] = {
         "scratch": FAMILIES, "fit": FITS, "aug": AUGMENTATIONS, "augpipe": AUGPIPES, "sd_backbone": BACKBONES,
-        "sd_teacher": TEACHERS, "precision": PRECISIONS, "recipe": RECIPES, "classes": CLASSES,
-        "channels": CHANNELS, "on_divergence": POLICIES,
+        "sd_teacher": TEACHERS, "precision": PRECISIONS, "graphs": GRAPHS, "recipe": RECIPES,
+        "classes": CLASSES, "channels": CHANNELS, "on_divergence": POLICIES,
     }  # fmt: skip
     return [
         f"{flag(name)} {getattr(config, name)}: must be one of {', '.join(map(str, allowed))}."

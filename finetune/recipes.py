@@ -366,6 +366,8 @@ def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason
         None,
         "float16 layers as the networks have them" if on_gpu else f"float32 on {facts.device_type}",
     )
+    if on_gpu:
+        settle("graphs", None, "parts of a step replayed as CUDA graphs")
     tick = settle("tick", *_tick(kimg))
     settle("snap", max(1, round(kimg / tick / 5)), "ticks between snapshots: about five in this run")
     if config.metrics not in (None, "none"):

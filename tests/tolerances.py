@@ -14,6 +14,9 @@ GRADIENT_F32 = 1e-3
 # Two ways to compute one quantity, sums of some hundred terms: a few hundred units in the last place.
 SAME_F64 = 1e-12
 SAME_F32 = 1e-5
+# Float32 convolutions split in TF32: tensor cores add eight products at once and cut off what is below 2^-23
+# of the running sum. 1,728 products are 216 additions: 2.6e-5 a convolution at most, four of them in a chain.
+SPLIT_F32 = 1e-4
 # float16 against float32: ten bits of mantissa (5e-4 a rounding), one convolution and a network.
 CONV_F16 = 5e-3
 NETWORK_F16 = 2e-2

@@ -183,6 +183,7 @@ def report_errors_on_rank0() -> Iterator[None]:
     "fp32: float32 everywhere; tf32: as auto, with float32 convolutions and products in TF32 (three digits); "
     "fp16: as auto, with float16 layers even if the checkpoint has none.",
 )
+@option("graphs", choices.GRAPHS, "auto: replay the parts of a step as CUDA graphs on a GPU.")
 @click.option(
     "--gpus",
     type=click.IntRange(min=1),

@@ -12,7 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ def build_distance(
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
 
-        network = EfficientNetLite0(device)
+        network = in_fast_layout(EfficientNetLite0(device), device)
         return Checked(FeatureDistance(network.stages))
     return Checked(lpips_distance(backbone.removeprefix("lpips-"), device, random_trunk=random_trunk))
 
@@ -161,8 +161,15 @@ class FeatureDistance:
         return total
 
 
+def in_fast_layout(network: Any, device: torch.device) -> Any:
+    """Put weights in channels-last order on CUDA, in which cuDNN's convolutions need no transposes."""
+    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+
+
 def _as_rgb(img: torch.Tensor) -> torch.Tensor:
     img = img.expand(-1, 3, -1, -1) if img.shape[1] == 1 else img[:, :3]
+    if img.is_cuda:
+        img = img.contiguous(memory_format=torch.channels_last)
     if min(img.shape[2:]) >= SMALLEST:
         return img
     return F.interpolate(img, size=(SMALLEST, SMALLEST), mode="bilinear", align_corners=False)
@@ -180,7 +187,7 @@ def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = Fal
 
     with _quiet_torchvision():
         network = lpips.LPIPS(net=trunk, pnet_rand=random_trunk, verbose=False)
-    network = network.eval().requires_grad_(False).to(device)
+    network = in_fast_layout(network.eval().requires_grad_(False).to(device), device)
 
     def stages(img: torch.Tensor) -> list[torch.Tensor]:
         return list(network.net(network.scaling_layer(img)))

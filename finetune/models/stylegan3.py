@@ -271,10 +271,13 @@ class FourierInput(torch.nn.Module):
         strength = amplitudes.unsqueeze(2)
         x = (a.sin() * strength).unsqueeze(2) * b.cos().unsqueeze(3)
         x = x + (a.cos() * strength).unsqueeze(2) * b.sin().unsqueeze(3)
-        # Not `@`, which takes another kernel where the weight needs gradients: a student and a teacher of
-        # equal weights would differ in their last bits.
         weight = self.weight / math.sqrt(self.channels)
-        x = torch.bmm(weight.expand(w.shape[0], -1, -1), x.flatten(2))
+        if x.is_cuda:
+            # Not `@`, which takes another kernel there if the weight needs gradients: a student and a teacher
+            # of equal weights would differ in their last bits.
+            x = torch.bmm(weight.expand(w.shape[0], -1, -1), x.flatten(2))
+        else:
+            x = weight @ x.flatten(2)
         return x.reshape(w.shape[0], self.channels, self.size[1], self.size[0])
 
     def extra_repr(self):

@@ -16,6 +16,7 @@ from finetune.metrics.perceptual import Distance
 from finetune.recipes import Facts
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
+from finetune.train.graphs import Graphs
 from finetune.train.optim import LearningRate, build_adam
 from finetune.train.state import Plan, TrainState
 from torch_utils import misc
@@ -42,6 +43,8 @@ def build_state(
     for network in (G, D):
         network.train().requires_grad_(False).to(device)
     G_ema.eval().requires_grad_(False).to(device)
+    for network in (G, D, G_ema):
+        use_channels_last(network)
     has_own_teacher = config.sd_teacher == "initial" or config.sd_teacher_kimg
     rate_G, rate_D = learning_rates(config, facts)
     return TrainState(
@@ -60,6 +63,16 @@ def build_state(
         path_mean=torch.zeros([], device=device),
         sd_norms=torch.zeros(2, device=device),
     )
+
+
+def use_channels_last(network: torch.nn.Module) -> None:
+    """Let float16 blocks work on channels-last features, which cuDNN's convolutions need not transpose.
+
+    StyleGAN2's blocks and the discriminator have the switch; it is no part of what a checkpoint says.
+    """
+    for module in network.modules():
+        if getattr(module, "use_fp16", False) and hasattr(module, "channels_last"):
+            module.channels_last = True  # type: ignore[assignment]
 
 
 def learning_rates(config: TrainConfig, facts: Facts) -> tuple[LearningRate, LearningRate]:
@@ -96,6 +109,7 @@ def build_plan(
             ratio=target_ratio(c["sd_weight"]),
             interval=c["sd_interval"],
             resolution=c["sd_resolution"],
+            tf32=not force_fp32,
         )
     return Plan(
         device=device,
@@ -122,6 +136,7 @@ def build_plan(
         seed=config.seed,
         group=group,
         skip_overflow=device.type == "cuda" and not force_fp32,
+        graphs=Graphs(device, enabled=config.graphs == "auto" and not blurred),
         d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
         # Explicit, so that the teacher (in evaluation mode) convolves in the same order as the student.
         synthesis={

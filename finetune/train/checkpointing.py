@@ -40,7 +40,7 @@ MAX_ROLLBACKS = 3  # in one run
 CHANGEABLE = (
     "data", "kimg", "tick", "snap", "save_every_min", "keep", "on_divergence", "glr", "dlr", "g_beta1",
     "lr_warmup_kimg", "gamma", "ema_kimg", "target", "sd_weight", "sd_interval", "sd_resolution",
-    "batch_gpu", "workers", "device", "metrics", "metrics_kimg",
+    "batch_gpu", "graphs", "workers", "device", "metrics", "metrics_kimg",
     "metrics_num", "metrics_inception",
 )  # fmt: skip
 IGNORED_ON_RESUME = ("resume", "outdir", "desc", "recipe")
@@ -108,6 +108,7 @@ class Checkpointer:
         self.run_dir.load_state_dict(content["run_dir"])
         self.stats.load_state_dict(content["stats"])
         self.stats.restart(content["nimg"])
+        self.plan.graphs.clear()
         self.state.load_state_dict(content)
 
     def count_unreadable(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from finetune.device import float32_math
 from finetune.metrics.perceptual import Distance
 from finetune.train.latents import Draw, NoiseReplay, map_latents
 
@@ -28,7 +29,8 @@ class Distillation:
 
     weight: λ; or, where ratio is given, a factor of the λ that makes the gradient of the distance, at the
     image and averaged over steps, `ratio` times as long as the adversarial one. interval: computed every k-th
-    step and counted k times. resolution: pixels at which images are compared, if fewer than they have.
+    step and counted k times. resolution: pixels at which images are compared, if fewer than they have. tf32:
+    compute the distance in TF32 on CUDA, whose rounding is far below any distance that matters.
     """
 
     distance: Distance
@@ -36,6 +38,7 @@ class Distillation:
     interval: int
     resolution: int
     ratio: float | None = None
+    tf32: bool = False
 
     def due(self, step: int) -> bool:
         """Whether step number `step` (from 0) has a distillation term."""
@@ -67,8 +70,9 @@ class Distillation:
             with replay.again():
                 target = teacher.synthesis(ws, **synthesis)
         img = img.detach().requires_grad_()
-        distances = self.distance(area_resize(img, self.resolution), area_resize(target, self.resolution))
-        (gradient,) = torch.autograd.grad(distances.mean() * self.scale, img)
+        with float32_math(tf32=self.tf32):
+            distances = self.distance(area_resize(img, self.resolution), area_resize(target, self.resolution))
+            (gradient,) = torch.autograd.grad(distances.mean() * self.scale, img)
         if self.ratio is not None:
             assert adversarial is not None and norms is not None, "a ratio needs something to compare with"
             unit = gradient.norm() / self.scale

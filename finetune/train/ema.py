@@ -19,7 +19,7 @@ def ema_decay(batch: int, half_life_nimg: float, *, nimg: int = 0, rampup: float
 @torch.no_grad()
 def update_average(average: torch.nn.Module, module: torch.nn.Module, decay: float) -> None:
     """Move the parameters of `average` towards `module`'s; buffers (w_avg, magnitude averages) are copied."""
-    for mean, value in zip(average.parameters(), module.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    move(list(average.parameters()), list(module.parameters()), None)
     for mean, value in zip(average.buffers(), module.buffers(), strict=True):
         mean.copy_(value)

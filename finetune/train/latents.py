@@ -6,26 +6,33 @@ same noise maps by starting from the same random state, and leaves that state as
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch of latents: `z [N, z_dim]`, `c [N, c_dim]`; with mixing, `z2` rules from row `cut` on."""
+    """Latents `z [N, z_dim]` and labels `c [N, c_dim]`; with mixing, styles from row `cut` on are z2's."""
 
     z: torch.Tensor
     c: torch.Tensor
     z2: torch.Tensor | None = None
-    cut: int | None = None
+    cut: int | torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are there."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def draw_latents(G: torch.nn.Module, c: torch.Tensor, mixing: float) -> Draw:
+def draw_latents(
+    G: torch.nn.Module, c: torch.Tensor, mixing: float, *, as_tensors: bool = False
+) -> Draw:
     """Draw latents for the labels `c`; with probability `mixing` a second latent takes over at a random row.
 
+    as_tensors: always the same fields, and `cut` a tensor (the number of rows for no mixing).
     Source: Karras et al. 2019 (1812.04948), section 3.1.
     """
     z = torch.randn([len(c), G.z_dim], device=c.device)
@@ -34,45 +41,45 @@ def draw_latents(G: torch.nn.Module, c: torch.Tensor, mixing: float) -> Draw:
     # On the CPU: a decision taken on the device would have to be waited for.
     cut = int(torch.randint(1, G.num_ws, []))
     mixed = bool(torch.rand([]) < mixing)
+    if as_tensors:
+        cut = torch.full([], cut if mixed else G.num_ws, device=c.device)
+        return Draw(z, c, torch.randn_like(z) if mixed else z, cut)
     return Draw(z, c, torch.randn_like(z), cut) if mixed else Draw(z, c)
 
 
 def map_latents(G: torch.nn.Module, draw: Draw, update_emas: bool = False) -> torch.Tensor:
     """`ws [N, num_ws, w_dim]` of a draw through the mapping network of `G`."""
     ws = G.mapping(draw.z, draw.c, update_emas=update_emas)
-    if draw.cut is not None:
+    if isinstance(draw.cut, torch.Tensor):
+        from_z = torch.arange(G.num_ws, device=ws.device).unsqueeze(1) < draw.cut
+        ws = torch.where(from_z, ws, G.mapping(draw.z2, draw.c))
+    elif draw.cut is not None:
         ws = torch.cat([ws[:, : draw.cut], G.mapping(draw.z2, draw.c)[:, draw.cut :]], dim=1)
     return ws
 
 
-class NoiseReplay:
-    """The random state of a device at the moment of construction."""
+class NoiseReplay(TorchFunctionMode):
+    """The noise maps that one network draws, for another network to use in the same order."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.state = _get_state(device)
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[torch.Tensor] = []
+        self.replayed: Iterator[torch.Tensor] | None = None
 
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Inside, random numbers come as they came after construction; outside, nothing has happened."""
-        now = _get_state(self.device)
-        _set_state(self.device, self.state)
-        try:
-            yield
-        finally:
-            _set_state(self.device, now)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.randn:
+            return func(*args, **(kwargs or {}))
+        if self.replayed is not None:
+            return next(self.replayed)
+        self.drawn.append(func(*args, **(kwargs or {})))
+        return self.drawn[-1]
 
+    def recording(self) -> NoiseReplay:
+        """Keep what `torch.randn` returns inside the block."""
+        self.replayed = None
+        return self
 
-def _get_state(device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-def _set_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)
+    def again(self) -> NoiseReplay:
+        """Return it again, in the same order, inside the block; nothing is drawn."""
+        self.replayed = iter(self.drawn)
+        return self

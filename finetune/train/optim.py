@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,8 +57,20 @@ class LearningRate:
 
 
 def build_adam(network: torch.nn.Module, rate: LearningRate) -> torch.optim.Adam:
-    """Build Adam over all parameters of a network."""
-    return torch.optim.Adam(list(network.parameters()), lr=rate.full(), betas=rate.betas, eps=EPS)
+    """Build Adam over all parameters of a network; on CUDA one kernel whose numbers are all on the device."""
+    parameters = list(network.parameters())
+    options: dict[str, Any] = {"lr": rate.full()}
+    if parameters[0].is_cuda:
+        lr = torch.tensor(rate.full(), device=parameters[0].device)
+        options = {"lr": lr, "fused": True, "capturable": True}
+    return torch.optim.Adam(parameters, betas=rate.betas, eps=EPS, **options)
+
+
+def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the moments of `state`, whatever device they come from. Raises ValueError if they do not fit."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{**group, "params": saved["params"]} for group, saved in zip(own, state["param_groups"])]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def set_learning_rate(
@@ -65,4 +78,8 @@ def set_learning_rate(
 ) -> None:
     """Set learning rate and betas for the step after `nimg` images."""
     for group in optimizer.param_groups:
-        group.update(lr=rate.at(nimg, rollbacks), betas=rate.betas)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate.at(nimg, rollbacks))
+        else:
+            group["lr"] = rate.at(nimg, rollbacks)
+        group["betas"] = rate.betas

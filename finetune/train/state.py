@@ -13,7 +13,8 @@ from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import CheckpointError
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
-from finetune.train.optim import LearningRate
+from finetune.train.graphs import Graphs
+from finetune.train.optim import LearningRate, load_adam
 
 MODELS = ("finetune.models.stylegan2", "finetune.models.stylegan3")
 
@@ -74,12 +75,12 @@ class TrainState:
         try:
             for name, network in self.networks().items():
                 network.load_state_dict(state["networks"][name]["tensors"])
-            self.opt_G.load_state_dict(state["opt_G"])
-            self.opt_D.load_state_dict(state["opt_D"])
+            load_adam(self.opt_G, state["opt_G"])
+            load_adam(self.opt_D, state["opt_D"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the training state does not fit its networks: {error}") from None
         self.ada.load_state_dict(state["ada"])
-        self.path_mean = state["path_mean"].to(self.path_mean.device)
+        self.path_mean.copy_(state["path_mean"])
         self.sd_norms.copy_(state["sd_norms"])
         self.nimg, self.step = int(state["nimg"]), int(state["step"])
         self.label_generator.set_state(state["random"]["labels"])
@@ -138,6 +139,7 @@ class Plan:
     skip_overflow: bool = False
     seed: int = 0
     group: ProcessGroup = SINGLE
+    graphs: Graphs = field(default_factory=Graphs)
     synthesis: dict = field(default_factory=dict)
     discriminator: dict = field(default_factory=dict)
 

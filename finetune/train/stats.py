@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -36,13 +37,15 @@ class Stats:
         self.diagnostics, self.group = diagnostics, group
         self.clock = PhaseClock(device)
         self.tick_nimg = 0
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+        self.phases: dict[str, str] = {}
         self.restart(0)
 
     def restart(self, nimg: int) -> None:
         """Forget what was recorded: training continues at `nimg` images."""
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.phases: dict[str, str] = {}
+        for name in self.sums:
+            self._forget(name)
         self.is_reduced = False
         self.clock.read()
         self.started, self.started_nimg = time.perf_counter(), nimg
@@ -64,12 +67,29 @@ class Stats:
         return self.clock.phase(name)
 
     def record(self, **values: torch.Tensor) -> None:
-        """Add values (any shape) to the averages of this tick."""
+        """Add values (any shape) to the averages of this tick.
+
+        Sums and counts stay where they are on the device, so that a CUDA graph can add to them.
+        """
         for name, value in values.items():
-            value = value.detach()
-            self.sums[name] = self.sums.get(name, 0.0) + value.sum(dtype=torch.float32)
-            self.counts[name] = self.counts.get(name, 0) + value.numel()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros([], device=self.device)
+                self.counts[name] = torch.zeros([], device=self.device)
+            self.sums[name] += value.detach().sum(dtype=torch.float32)
+            self.counts[name] += value.numel()
             self.phases[name] = self.clock.current
+
+    def _forget(self, name: str) -> None:
+        self.sums[name].zero_()
+        self.counts[name].zero_()
+
+    def _recorded(self) -> dict[str, tuple[float, int]]:
+        """Return sum and count of what was recorded since the last tick, in one copy from the device."""
+        if not self.sums:
+            return {}
+        sums, counts = (torch.stack(list(each.values())).tolist() for each in (self.sums, self.counts))
+        found = zip(self.sums, sums, map(round, counts), strict=True)
+        return {name: (total, count) for name, total, count in found if count}
 
     def due_diagnostics(self, nimg: int) -> Diagnostics | None:
         """Return what compares gradients, once in the second half of each tick (the networks begin equal)."""
@@ -88,25 +108,22 @@ class Stats:
         elif self.device.type != "cpu" and step % CHECK_EVERY:
             return []
         alarms = []
-        for name, total in list(self.sums.items()):
+        for name, (value, _) in self._recorded().items():
             # What one rank alone sees must not stop it: the others would wait.
             is_shared = self.group.world_size == 1 or self.is_reduced or name.startswith("grad_norm")
-            if is_shared and not bool(torch.isfinite(total)):
-                value = float(total)
-                del self.sums[name], self.counts[name]
+            if is_shared and not math.isfinite(value):
+                self._forget(name)
                 what = f"{name} became {value} in {self.phases[name]}"
                 alarms.append(Alarm("not-finite", what, {name: str(value)}, True))
         return alarms
 
     def is_finite(self) -> bool:
         """Return whether everything that was recorded in this tick is finite, on this rank."""
-        return all(bool(torch.isfinite(torch.as_tensor(total))) for total in self.sums.values())
+        return all(math.isfinite(total) for total, _ in self._recorded().values())
 
     def read(self, state: TrainState) -> dict[str, Any]:
         """Return the numbers of the tick that ends here, and begin the next one."""
-        numbers: dict[str, Any] = {
-            name: float(total) / self.counts[name] for name, total in self.sums.items()
-        }
+        numbers: dict[str, Any] = {name: total / count for name, (total, count) in self._recorded().items()}
         if self.diagnostics is not None:
             with self.phase("diagnose"):
                 numbers |= self.diagnostics.read(state)
@@ -123,12 +140,8 @@ class Stats:
         self.is_reduced = True
         if self.group.world_size == 1 or not self.sums:
             return
-        names = sorted(self.sums)
-        sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names])
-        counts = torch.tensor([self.counts[name] for name in names], device=self.device, dtype=torch.float32)
-        self.group.all_reduce_sum([sums, counts], f"the log (step {step})")
-        self.sums = dict(zip(names, sums.unbind(), strict=True))
-        self.counts = dict(zip(names, map(round, counts.tolist()), strict=True))
+        tensors = [each[name] for name in sorted(self.sums) for each in (self.sums, self.counts)]
+        self.group.all_reduce_sum(tensors, f"the log (step {step})")
 
 
 class PhaseClock:
@@ -147,7 +160,13 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block; a block inside another belongs to the inner name only."""
+        """Time a block; a block inside another belongs to the inner name only.
+
+        A block inside a CUDA graph is a part of what is around it.
+        """
+        if self.on_cuda and torch.cuda.is_current_stream_capturing():
+            yield
+            return
         start = self._now()
         self.open.append(name)
         try:

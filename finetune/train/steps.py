@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
 from finetune.data import images_to_float
 from finetune.train import losses
+from finetune.train.diagnostics import Diagnostics
 from finetune.train.ema import ema_decay, update_average
-from finetune.train.latents import NoiseReplay, draw_latents, map_latents
+from finetune.train.latents import Draw, NoiseReplay, draw_latents, map_latents
 from finetune.train.state import Plan, TrainState
 from finetune.train.stats import Stats
 
@@ -27,31 +29,52 @@ GDISTILL, DIAGNOSE = "Gdistill", "diagnose"  # in the log only
 
 def update_averages(state: TrainState, plan: Plan) -> None:
     """Move G_ema, and the teacher if it is an average of its own, toward G."""
-    decay = ema_decay(plan.batch, plan.ema_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
-    update_average(state.G_ema, state.G, decay)
+    update_average_of("G_ema", plan.ema_nimg, state, plan)
     if plan.teacher_nimg is not None:
-        decay = ema_decay(plan.batch, plan.teacher_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
-        update_average(state.teacher, state.G, decay)
+        update_average_of("teacher", plan.teacher_nimg, state, plan)
+
+
+def update_average_of(name: str, half_life_nimg: float, state: TrainState, plan: Plan) -> None:
+    """Move the network `name` toward G."""
+    decay = ema_decay(plan.batch, half_life_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+    key = (name, decay) if plan.ema_rampup is None else None
+    plan.graphs.run(key, partial(update_average, getattr(state, name), state.G, decay))
+
+
+# Functions `…_micro_batch` run as CUDA graphs: tensors in, a tensor out, no draw from the CPU, and
+# nothing that waits for the device. What else they depend on is part of their key.
 
 
 def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
     """Gmain: the adversarial loss and, if due, distillation, in one backward pass through G."""
     norms = []
+    distills = plan.distillation is not None and plan.distillation.due(state.step)
+    augmented = set_augmentation(state)
     with stats.phase(GMAIN):
-        with gradients_of(state.G, state.opt_G):
+        with gradients_of("G", GMAIN, state, plan):
             for _, size in micro_batches(GMAIN, state, plan):
-                norms.append(generator_micro_batch(state, plan, size, stats))
+                diagnostics = stats.due_diagnostics(state.nimg) if distills else None
+                key = (GMAIN, size, distills, augmented) if diagnostics is None else None
+                part = partial(generator_micro_batch, state, plan, stats, distills, diagnostics)
+                norms.append(plan.graphs.run(key, part, **draw_inputs(state, plan, size)))
         update("G", GMAIN, state, plan, stats)
     if plan.distillation and plan.distillation.ratio is not None:
-        state.sd_norms = average(norms, plan, f"{GMAIN} (step {state.step})")
+        state.sd_norms.copy_(average(norms, plan, f"{GMAIN} (step {state.step})"))
 
 
-def generator_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats) -> torch.Tensor:
+def generator_micro_batch(
+    state: TrainState,
+    plan: Plan,
+    stats: Stats,
+    distills: bool,
+    diagnostics: Diagnostics | None,
+    **latents: torch.Tensor,
+) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of G; return `sd_norms` as moved by it."""
-    draw = draw_latents(state.G, plan.labels(size), plan.mixing)
+    draw, replay = Draw(**latents), NoiseReplay()
     ws = map_latents(state.G, draw)
-    replay = NoiseReplay(plan.device)
-    img = state.G.synthesis(ws, **plan.synthesis)
+    with replay.recording():
+        img = state.G.synthesis(ws, **plan.synthesis)
 
     leaf = img.detach().requires_grad_()
     logits = score(state, plan, leaf, draw.c)
@@ -60,7 +83,7 @@ def generator_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats
     stats.record(loss_G=loss, score_fake=logits, sign_fake=logits.sign())
 
     distillation_grad, norms = None, state.sd_norms.clone()
-    if plan.distillation and plan.distillation.due(state.step):
+    if distills:
         with stats.phase(GDISTILL):
             distillation_grad, distances = plan.distillation.image_gradient(
                 state.teacher, leaf, draw, replay, plan.synthesis, gradient, norms
@@ -68,8 +91,8 @@ def generator_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats
             stats.record(loss_sd=distances)
             if plan.distillation.ratio is not None:
                 stats.record(sd_weight=plan.distillation.auto_weight(norms))
-    scale = size / plan.batch
-    if distillation_grad is not None and (diagnostics := stats.due_diagnostics(state.nimg)) is not None:
+    scale = len(img) / plan.batch
+    if diagnostics is not None:
         with stats.phase(DIAGNOSE):
             diagnostics.compare_gradients(state.G, img, gradient * scale, distillation_grad * scale)
     img.backward((gradient if distillation_grad is None else gradient + distillation_grad) * scale)
@@ -80,17 +103,20 @@ def path_length_step(state: TrainState, plan: Plan, stats: Stats) -> None:
     """Greg: path length regularization (StyleGAN2) on half of the batch, counted `path_interval` times."""
     means = []
     with stats.phase(GREG):
-        with gradients_of(state.G, state.opt_G):
+        with gradients_of("G", GREG, state, plan):
             for _, size in micro_batches(GREG, state, plan):
-                means.append(path_length_micro_batch(state, plan, size, stats))
+                part = partial(path_length_micro_batch, state, plan, stats, size)
+                latents = draw_inputs(state, plan, max(size // 2, 1))
+                means.append(plan.graphs.run((GREG, size), part, **latents))
         update("G", GREG, state, plan, stats)
-    state.path_mean = average(means, plan, f"{GREG} (step {state.step})")
+    state.path_mean.copy_(average(means, plan, f"{GREG} (step {state.step})"))
 
 
-def path_length_micro_batch(state: TrainState, plan: Plan, size: int, stats: Stats) -> torch.Tensor:
+def path_length_micro_batch(
+    state: TrainState, plan: Plan, stats: Stats, size: int, **latents: torch.Tensor
+) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of G; return `path_mean` as this micro-batch moves it."""
-    draw = draw_latents(state.G, plan.labels(max(size // 2, 1)), plan.mixing)
-    ws = map_latents(state.G, draw)
+    ws = map_latents(state.G, Draw(**latents))
     # Not fused: the gradient goes to the styles and leaves the weights out, which fused are one.
     img = state.G.synthesis(ws, **{**plan.synthesis, "fused_modconv": False})
     lengths = losses.path_lengths(img, ws)
@@ -103,13 +129,16 @@ def path_length_micro_batch(state: TrainState, plan: Plan, size: int, stats: Sta
 
 def discriminator_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
     """Dmain: real against generated images. The running averages inside G move here, once a step."""
-    moving = moving_buffers(state.G)
+    moving, augmented = moving_buffers(state.G), set_augmentation(state)
     before = after = [buffer.clone() for buffer in moving]
     signs = torch.zeros([], device=plan.device)
     with stats.phase(DMAIN):
-        with gradients_of(state.D, state.opt_D):
-            for (index, _), (real, real_c) in zip(micro_batches(DMAIN, state, plan), reals, strict=True):
-                signs += discriminator_micro_batch(state, plan, real, real_c, index == 0, stats)
+        with gradients_of("D", DMAIN, state, plan):
+            for (index, size), (real, real_c) in zip(micro_batches(DMAIN, state, plan), reals, strict=True):
+                key = (DMAIN, size, index == 0, augmented)
+                part = partial(discriminator_micro_batch, state, plan, stats, index == 0)
+                latents = draw_inputs(state, plan, size)
+                signs += plan.graphs.run(key, part, real=real, real_c=real_c, **latents)
                 if index == 0:
                     # Every micro-batch starts from the same averages, on whatever rank it is computed.
                     after = [buffer.clone() for buffer in moving]
@@ -122,11 +151,17 @@ def discriminator_step(state: TrainState, plan: Plan, reals: RealBatch, stats: S
 
 
 def discriminator_micro_batch(
-    state: TrainState, plan: Plan, real: torch.Tensor, real_c: torch.Tensor, update_emas: bool, stats: Stats
+    state: TrainState,
+    plan: Plan,
+    stats: Stats,
+    update_emas: bool,
+    real: torch.Tensor,
+    real_c: torch.Tensor,
+    **latents: torch.Tensor,
 ) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of D; return the sum of the signs of D on real images."""
     scale = len(real) / plan.batch
-    draw = draw_latents(state.G, plan.labels(len(real)), plan.mixing)
+    draw = Draw(**latents)
     with torch.no_grad():
         ws = map_latents(state.G, draw, update_emas=update_emas)
         fake = state.G.synthesis(ws, update_emas=update_emas, **plan.synthesis)
@@ -143,15 +178,17 @@ def discriminator_micro_batch(
 
 def r1_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
     """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
+    augmented = set_augmentation(state)
     with stats.phase(DREG):
-        with gradients_of(state.D, state.opt_D):
-            for _, (real, real_c) in zip(micro_batches(DREG, state, plan), reals, strict=True):
-                r1_micro_batch(state, plan, real, real_c, stats)
+        with gradients_of("D", DREG, state, plan):
+            for (_, size), (real, real_c) in zip(micro_batches(DREG, state, plan), reals, strict=True):
+                part = partial(r1_micro_batch, state, plan, stats)
+                plan.graphs.run((DREG, size, augmented), part, real=real, real_c=real_c)
         update("D", DREG, state, plan, stats)
 
 
 def r1_micro_batch(
-    state: TrainState, plan: Plan, real: torch.Tensor, real_c: torch.Tensor, stats: Stats
+    state: TrainState, plan: Plan, stats: Stats, real: torch.Tensor, real_c: torch.Tensor
 ) -> None:
     """Add the gradients of one micro-batch to those of D."""
     real = real.detach().requires_grad_()
@@ -175,8 +212,27 @@ def finish_step(state: TrainState, plan: Plan) -> None:
 def next_batch(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], plan: Plan) -> RealBatch:
     """Return the next real images of this rank as micro-batches, on the device, as float."""
     img, c = next(batches)
-    img, c = images_to_float(img.to(plan.device)), c.to(plan.device)
+    img = images_to_float(img.to(plan.device, non_blocking=True))
+    c = c.to(plan.device, non_blocking=True)
     return list(zip(img.split(plan.batch_gpu), c.split(plan.batch_gpu), strict=True))
+
+
+def draw_inputs(state: TrainState, plan: Plan, size: int) -> dict[str, torch.Tensor]:
+    """Draw latents and labels of `size` images, as arguments of a `…_micro_batch` function."""
+    labels = plan.labels(size)
+    return draw_latents(state.G, labels, plan.mixing, as_tensors=plan.graphs.enabled).tensors()
+
+
+def set_augmentation(state: TrainState) -> bool:
+    """Set the pipe to ADA's probability, and return whether images are augmented."""
+    if state.augment_pipe is not None:
+        state.augment_pipe.p.fill_(state.ada.p)
+    return augments(state)
+
+
+def augments(state: TrainState) -> bool:
+    """Return whether images are augmented: at probability 0 the pipe is the identity and left out."""
+    return state.augment_pipe is not None and state.ada.p > 0
 
 
 def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -184,10 +240,8 @@ def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> 
     sigma = plan.blur_at(state.nimg)
     if sigma > 0:
         img = losses.blur(img, sigma)
-    # At probability 0 the pipe is the identity, which is not worth its resampling.
-    if state.augment_pipe is not None and state.ada.p > 0:
-        state.augment_pipe.p.fill_(state.ada.p)
-        img = state.augment_pipe(img)
+    if augments(state):
+        img = state.augment_pipe(img, full_padding=plan.graphs.enabled)
     return state.D(img, c, **plan.discriminator)
 
 
@@ -221,12 +275,14 @@ def copy_all(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def gradients_of(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Collect new gradients of this network, and of no other, inside the block."""
-    optimizer.zero_grad(set_to_none=True)
+def gradients_of(name: str, phase: str, state: TrainState, plan: Plan) -> Iterator[None]:
+    """Collect new gradients of the network `name` (G or D), and of no other, inside the block."""
+    network = getattr(state, name)
+    plan.graphs.clear_gradients(phase, network)
     network.requires_grad_(True)
     yield
     network.requires_grad_(False)
+    plan.graphs.keep_gradients(phase, network)
 
 
 def update(name: str, phase: str, state: TrainState, plan: Plan, stats: Stats) -> None:
@@ -238,14 +294,18 @@ def update(name: str, phase: str, state: TrainState, plan: Plan, stats: Stats) -
     network, optimizer = getattr(state, name), getattr(state, f"opt_{name}")
     gradients = [each.grad for each in network.parameters() if each.grad is not None]
     plan.group.all_reduce_sum(gradients, f"{phase} (step {state.step})")
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if plan.skip_overflow:
-        overflow = ~norm.isfinite()
-        for tensor in (norm, *gradients):
-            tensor.masked_fill_(overflow, 0)
-        stats.record(**{f"overflow_{name}": overflow})
-    stats.record(**{f"grad_norm_{name}": norm})
-    optimizer.step()
+
+    def step() -> None:
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if plan.skip_overflow:
+            overflow = ~norm.isfinite()
+            for tensor in (norm, *gradients):
+                tensor.masked_fill_(overflow, 0)
+            stats.record(**{f"overflow_{name}": overflow})
+        stats.record(**{f"grad_norm_{name}": norm})
+        optimizer.step()
+
+    plan.graphs.run((phase, "update"), step)
 
 
 def reseed(generators: Iterable[torch.Generator], *key: int | str) -> None:

@@ -77,7 +77,7 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     math = training_math(prepared.config.precision)
     with math, Display(console, prepared.plan.total_nimg) as display:
         run = open_run(prepared, display)
-        with run.stop:
+        with run.stop, run.plan.graphs.stream():
             snapshot = train(run)
         if run.stop.number is not None:
             name = "SIGTERM" if run.stop.number == signal.SIGTERM else "Ctrl-C"

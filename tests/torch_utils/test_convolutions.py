@@ -8,7 +8,7 @@ import naive_ops
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import OPS_F64, SAME_F32, assert_close, sum_of_products
+from tolerances import OPS_F64, SPLIT_F32, assert_close, sum_of_products
 
 from torch_utils.ops import conv2d_gradfix
 from torch_utils.ops.conv2d_resample import conv2d_resample
@@ -189,7 +189,7 @@ def test_split_float32_is_nearly_float32(monkeypatch, device):
             (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
             results.append((y, dx, *torch.autograd.grad(dx.square().sum(), [x, w])))
     for ours, exact, name in zip(*results, ("y", "dx", "ddx", "ddw")):
-        assert_close(ours.double(), exact.double(), SAME_F32, name)
+        assert_close(ours.double(), exact.double(), SPLIT_F32, name)
 
 
 def test_outside_the_block_second_gradients_are_right():

@@ -130,8 +130,8 @@ class TestWeightByRatio:
             plan.distillation, distance=lambda a, b: scale * (a - b).square().sum(dim=[1, 2, 3])
         )
         draw = draw_latents(state.G, plan.labels(4), 0.0)
-        replay = NoiseReplay(plan.device)
-        with torch.no_grad():
+        replay = NoiseReplay()
+        with torch.no_grad(), replay.recording():
             img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
         adversarial = torch.randn(img.shape, generator=torch.Generator().manual_seed(3))
         norms, wanted = torch.zeros(2), 0.1 * float(adversarial.norm()) * interval
@@ -155,8 +155,8 @@ class TestWeightByRatio:
         """Student and teacher that differ by a thousandth of a gray level: the ratio is not made of that."""
         prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1", sd_interval=1))
         state, plan = prepared.state, prepared.plan
-        draw, replay = draw_latents(state.G, plan.labels(4), 0.0), NoiseReplay(plan.device)
-        with torch.no_grad():
+        draw, replay = draw_latents(state.G, plan.labels(4), 0.0), NoiseReplay()
+        with torch.no_grad(), replay.recording():
             img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
         adversarial, norms = torch.ones_like(img), torch.zeros(2)
         for _ in range(10):

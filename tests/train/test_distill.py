@@ -37,10 +37,11 @@ def distillation(**changes):
     return Distillation(distance=mean_squared, **(settings | changes))
 
 
-def student_images(G, draw, device="cpu"):
-    replay = NoiseReplay(torch.device(device))
+def student_images(G, draw):
+    replay = NoiseReplay()
     G.requires_grad_(True)
-    img = G.synthesis(map_latents(G, draw), **SYNTHESIS)
+    with replay.recording():
+        img = G.synthesis(map_latents(G, draw), **SYNTHESIS)
     G.requires_grad_(False)
     return img.detach(), replay
 
@@ -53,7 +54,7 @@ def test_an_equal_teacher_gives_exactly_zero(family, device):
     c = F.one_hot(torch.tensor([0, 1, 1, 0]), 2).float().to(device)
     z = torch.randn(4, 8, device=device)
     draw = Draw(z, c, torch.randn_like(z), cut=3)
-    img, replay = student_images(G, draw, device)
+    img, replay = student_images(G, draw)
     distil = distillation()
     gradient, distances = distil.image_gradient(teacher, img, draw, replay, SYNTHESIS)
     assert torch.equal(distances, torch.zeros(4, device=device))
@@ -66,7 +67,7 @@ def test_the_zero_comes_from_shared_noise_and_a_shared_cut():
     draw = Draw(z, torch.zeros(2, 0), z2, cut=2)
     img, replay = student_images(G, draw)
     teacher = copy.deepcopy(G).eval()
-    other_noise = NoiseReplay(torch.device("cpu"))
+    _, other_noise = student_images(G, draw)
     other_cut = Draw(z, torch.zeros(2, 0), z2, cut=1)
     for changed in ((draw, other_noise), (other_cut, replay)):
         _, distances = distillation().image_gradient(teacher, img, *changed, SYNTHESIS)

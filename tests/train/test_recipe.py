@@ -121,7 +121,7 @@ def test_the_generator_step_is_the_gradient_of_both_losses(batch_gpu, monkeypatc
 
     z = torch.randn(8, 8)
     parts = iter(z.split(batch_gpu))
-    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
+    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing, **_: Draw(next(parts), c))
     parameters = dict(state.G.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -219,7 +219,7 @@ def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gp
     state = dataclasses.replace(state, D=critic, opt_D=torch.optim.SGD(critic.parameters(), lr=0.0))
     z, real = torch.randn(8, 8), torch.randn(8, 3, 16, 16)
     parts = iter(z.split(batch_gpu))
-    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing: Draw(next(parts), c))
+    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing, **_: Draw(next(parts), c))
     fake = state.G(z, no_labels(8), noise_mode="const")
     weight = critic.weight.detach().clone().requires_grad_()
     logits = [(img * weight).mean(dim=[1, 2, 3]) for img in (fake, real)]
@@ -247,15 +247,21 @@ def test_augmentation_grows_where_the_discriminator_is_sure_of_real_images():
 def test_what_the_discriminator_sees_is_blurred_and_then_augmented():
     state, plan = parts_of_run("stylegan3-r")
     seen = []
-    pipe = torch.nn.Identity()
-    pipe.register_buffer("p", torch.zeros([]))
-    pipe.register_forward_hook(lambda module, args, out: out + 1)
+
+    class Pipe(torch.nn.Module):
+        p = torch.zeros([])
+
+        def forward(self, images, full_padding):
+            return images + 1
+
+    pipe = Pipe()
     state = dataclasses.replace(
         state, D=lambda img, c, **kwargs: seen.append(img), augment_pipe=pipe, nimg=100_000
     )
     img = torch.randn(2, 3, 16, 16)
     steps.score(state, plan, img, no_labels(2))
     state.ada.p = 0.25
+    assert steps.set_augmentation(state)
     steps.score(state, plan, img, no_labels(2))
     state.nimg = 200_000
     steps.score(state, plan, img, no_labels(2))

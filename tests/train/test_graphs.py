@@ -1,0 +1,116 @@
+"""CUDA graphs: a replay computes what the function computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+from tiny_runs import options, quiet, train_steps
+
+from finetune.train.graphs import Graphs
+from finetune.train.prepare import prepare
+from finetune.train.train import run
+
+CUDA = torch.device("cuda")
+
+
+def test_graphs_call_functions_directly_without_cuda():
+    graphs = Graphs(torch.device("cpu"), enabled=True)
+    assert not graphs.enabled
+    with graphs.stream():
+        results = [graphs.run("double", lambda x: 2 * x, x=torch.tensor(value)) for value in (1, 2, 3)]
+    assert results == [2, 4, 6]
+
+
+@pytest.mark.gpu
+def test_graphs_replay_with_new_inputs_and_new_random_numbers():
+    graphs, parameter = Graphs(CUDA, enabled=True), torch.ones(4, device=CUDA, requires_grad=True)
+
+    def noisy(x):
+        y = (x * parameter.square() + torch.randn_like(x)).sum()
+        y.backward()
+        return y.detach()
+
+    parameter.grad = torch.zeros_like(parameter)
+    expected, replayed = [], []
+    for function in (lambda **inputs: graphs.run("noisy", noisy, **inputs), noisy):
+        results = replayed if not replayed else expected
+        for step in range(4):
+            parameter.grad.zero_()
+            torch.manual_seed(step)
+            x = torch.full([4], float(step), device=CUDA)
+            with graphs.stream():
+                results.append((float(function(x=x)), parameter.grad.tolist()))
+    assert graphs.enabled and len(graphs._graphs) == 1
+    assert replayed == expected
+
+
+@pytest.mark.gpu
+def test_graphs_turn_off_where_a_function_waits_for_the_device(caplog):
+    graphs, x = Graphs(CUDA, enabled=True), torch.ones(2, device=CUDA)
+    with caplog.at_level(logging.WARNING), graphs.stream():
+        results = [graphs.run("item", lambda x: x.sum().item(), x=x) for _ in range(3)]
+        torch.manual_seed(0)
+        torch.randn(2, device=CUDA)  # the generator works after a capture that failed
+    assert results == [2, 2, 2]
+    assert not graphs.enabled and "CUDA graphs are off" in caplog.text
+
+
+class Replays(Graphs):
+    """Does what a graph does, without one: later calls run the function of the capture on its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.enabled, self.num_replays, self._captured = True, 0, {}
+
+    def run(self, key, function, **inputs):
+        if key is None or key not in self._seen:
+            self._seen.add(key)
+            return function(**inputs)
+        if key not in self._captured:
+            self._captured[key] = function, {name: value.clone() for name, value in inputs.items()}
+        function, static = self._captured[key]
+        for name, value in inputs.items():
+            static[name].copy_(value)
+        self.num_replays += 1
+        return function(**static)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(batch_gpu=2, aug="fixed", p=0.5, augpipe="color", sd_weight="auto:1", sd_interval=2),
+        dict(family="stylegan3-t", aug="noaug", sd_teacher_kimg=0.01),
+    ],
+    ids=["stylegan2", "stylegan3-t"],
+)
+def test_steps_made_for_graphs_compute_the_same(pictures, tmp_path, changes):
+    """Static inputs, kept gradients and averages on the device change no bit."""
+    states = []
+    for graphs in (Graphs(), replays := Replays()):
+        prepared = prepare(options(pictures, tmp_path, **changes))
+        states.append(train_steps(prepared, 9, dataclasses.replace(prepared.plan, graphs=graphs)))
+    assert replays.num_replays > 30
+    for name in ("G", "D", "G_ema", "teacher"):
+        plain, replayed = (getattr(state, name).state_dict() for state in states)
+        assert all(torch.equal(plain[key], replayed[key]) for key in plain)
+    assert torch.equal(states[0].sd_norms, states[1].sd_norms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
+def test_graphs_lose_as_plain_steps_do(pictures, tmp_path, family):
+    """Rounding grows step by step, so that the losses of a few steps are compared."""
+    changes = dict(family=family, device="cuda", resolution=32, aug="fixed", p=0.3, sd_weight="auto:1")
+    logs = []
+    for graphs in ("off", "auto"):
+        result = run(options(pictures, tmp_path, graphs=graphs, **changes), console=quiet())
+        lines = (result.run_dir / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for plain, graphed in zip(*logs, strict=True):
+        for name in ("loss_G", "loss_D", "score_real", "loss_sd"):
+            if name in plain:
+                assert graphed[name] == pytest.approx(plain[name], rel=0.05, abs=0.01)
