@@ -116,6 +116,7 @@ class Cycles:
         # Without the operators, whose records would take longer than the steps.
         self.profiler = profile(activities=[ProfilerActivity.CUDA]) if options.profile else None
         self.count = 0
+        self.first_gib = 0.0
         self.started = time.perf_counter()
 
     def tick(self, state: Any, numbers: dict[str, Any]) -> None:
@@ -124,6 +125,10 @@ class Cycles:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.started
         self.count += 1
+        if self.count == self.warmup and self.device.type == "cuda":
+            # cuDNN tries algorithms in the first cycle, some with a workspace that is never wanted again.
+            self.first_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
         # Seen as it comes, for whoever is cut off before the table.
         parts = {name: round(value, 3) for name, value in numbers["sec_per_phase"].items()}
         kimg = CYCLE * self.batch / 1000
@@ -191,6 +196,7 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
         "first": cycles.first,
         "cycles": cycles.seconds,
         "phases": {name: value / len(cycles.seconds) for name, value in cycles.phases.items()},
+        "first_gib": cycles.first_gib if on_cuda else None,
         "gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None,
         "profiled": cycles.profiled,
         "kernels": kernels_of(cycles.profiler) if options.profile else None,
@@ -241,6 +247,7 @@ def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Nam
     kimg = CYCLE * options.batch / 1000
     phases = sorted({name for result in results.values() for name in result["phases"]})
     header = ["family", "arm", "s/kimg", "images/s", "cycles (s)", "first (s)", "busy", "peak (GiB)"]
+    header += ["first peak (GiB)"]
     header += [f"{name} (s/kimg)" for name in phases]
     rows, listed = [], []
     for (family, arm), result in results.items():
@@ -253,7 +260,7 @@ def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Nam
         rows.append([
             *(family, arm, f"{median / kimg:.3g}", f"{1000 * kimg / median:.4g}"),
             *(" ".join(f"{each:.2f}" for each in result[name]) for name in ("cycles", "first")),
-            *(busy, "–" if result["gib"] is None else f"{result['gib']:.2f}"),
+            *(busy, *(f"{result[name]:.2f}" if result[name] else "–" for name in ("gib", "first_gib"))),
             *(f"{result['phases'].get(name, 0.0) / kimg:.3g}" for name in phases),
         ])  # fmt: skip
     return [table(header, rows), *listed]

@@ -1,6 +1,6 @@
 """Compare what two checkouts compute in training, bit for bit.
 
-    git worktree add --detach ../reference 9a47711
+    git worktree add --detach ../reference 55a9cab
     python tests/stress/reference_run.py --before ../reference
 
 Runs each scenario with the command line of both checkouts in turn, 40 steps of tiny networks on one CPU
@@ -8,8 +8,7 @@ thread, and compares what the runs left: G, D, G_ema, the teacher, Adam's moment
 length, the norms behind `auto:`, random states, the order of the data, the log and the events. Times and
 memory are left out.
 
-Since 55a9cab the ops round differently in StyleGAN3: compare its two scenarios with 9a47711, whose training
-loop is still that of 55a9cab. Other differences that are intended, none of which these scenarios reach:
+Differences that are intended since 55a9cab, none of which these scenarios reach:
 
 - After a run was killed, ticks and snapshots come at the same numbers of images as without the kill.
 - The learning rates in a state file are those of the last step, not those after the warm-up.

@@ -104,7 +104,8 @@ def test_steps_made_for_graphs_compute_the_same(pictures, tmp_path, changes):
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
 def test_graphs_lose_as_plain_steps_do(pictures, tmp_path, family):
     """Rounding grows step by step, so that the losses of a few steps are compared."""
-    changes = dict(family=family, device="cuda", resolution=32, aug="fixed", p=0.3, sd_weight="auto:1")
+    changes = dict(family=family, device="cuda", aug="fixed", p=0.3, sd_weight="auto:1", kimg=0.08)
+    changes |= dict(resolution=32, data=str(pictures(32)))
     logs = []
     for graphs in ("off", "auto"):
         result = run(options(pictures, tmp_path, graphs=graphs, **changes), console=quiet())

@@ -1,8 +1,8 @@
 """The part of the CUDA driver that loads and launches a kernel, through ctypes.
 
-Modules live in the primary context of a device, the one that torch uses. A thread in which that context is
-not the current one (a thread that has not touched CUDA yet, or works on another device) gets it for the
-length of a call.
+Modules live in the primary context of a device, the one that torch uses. A thread that has not touched CUDA
+yet gets it for good, as from torch's own calls; a thread that works on another device, for the length of a
+call.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _SIGNATURES = {
     "cuDeviceGet": (ctypes.POINTER(_i), _i),
     "cuDevicePrimaryCtxRetain": (ctypes.POINTER(_p), _i),
     "cuCtxGetCurrent": (ctypes.POINTER(_p),),
+    "cuCtxSetCurrent": (_p,),
     "cuCtxPushCurrent_v2": (_p,),
     "cuCtxPopCurrent_v2": (ctypes.POINTER(_p),),
     "cuModuleLoadData": (ctypes.POINTER(_p), ctypes.c_char_p),
@@ -140,7 +141,9 @@ def launch(
     library.cuCtxGetCurrent(ctypes.byref(current))
     arguments = _p(ctypes.addressof(argument))
     call = (function, *grid, *block, shared_bytes, _stream(device), ctypes.addressof(arguments), None)
-    if current.value == context:
+    if not current.value:  # a thread that is new to CUDA; what runs here next expects a context, too
+        _call("cuCtxSetCurrent", context)
+    if current.value in (None, context):
         status = library.cuLaunchKernel(*call)
     else:
         with _current(context):
