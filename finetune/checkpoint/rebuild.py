@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from finetune.checkpoint import arguments
 from finetune.checkpoint.describe import MISSING, Described, describe
@@ -132,7 +133,7 @@ def build_on_meta(cls: type, kwargs: dict[str, Any], net: Described) -> torch.nn
     other.
     """
     try:
-        with torch.device("meta"):
+        with ShapesOnly():
             return cls(**kwargs)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
         why = printable(str(error)) or type(error).__name__
@@ -140,6 +141,28 @@ def build_on_meta(cls: type, kwargs: dict[str, Any], net: Described) -> torch.nn
             f"the {net.class_name} in the pickle cannot be built: {why} (object at byte {net.offset})",
             offset=net.offset,
         ) from None
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Build networks without memory and without values: large tensors on 'meta', small ones all zeros.
+
+    As `torch.device("meta")`, whose arithmetic runs in Python and imports torch._dynamo: 0.8 s and 170 MB.
+    """
+
+    LARGE = 1 << 14  # elements
+    FACTORIES = frozenset({torch.randn, torch.rand, torch.zeros, torch.ones, torch.full})
+    SCALINGS = frozenset({torch.Tensor.mul, torch.Tensor.div})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FACTORIES:
+            size = args[0] if isinstance(args[0], list | tuple) else args[: 1 if func is torch.full else None]
+            dtype = (kwargs or {}).get("dtype")
+            if math.prod(size) > self.LARGE:
+                return torch.empty(size, dtype=dtype, device="meta")
+            return torch.zeros(size, dtype=dtype)
+        if func in self.SCALINGS and args[0].is_meta and not isinstance(args[1], torch.Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -175,9 +198,10 @@ def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance
             f"the networks of the pickle would take several times its size on disk (object at byte {offset})",
             offset=offset,
         )
-    module.to_empty(device="cpu")
-    for name, tensor in tensors_of(module).items():
-        np.copyto(tensor.detach().numpy(), found[name].array)
+    filled = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in targets.items()}
+    for name, tensor in filled.items():
+        np.copyto(tensor.numpy(), found[name].array)
+    module.load_state_dict(filled, assign=True)
     module.eval().requires_grad_(False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,11 @@ LAYER = "2048"
 
 def require_torch_fidelity(metric: str) -> None:
     """Raise ConfigError, which says what to install, where a metric lacks the library that computes it."""
-    try:
-        import torch_fidelity  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("torch_fidelity") is None:  # imported when it is used: it takes a second
         raise ConfigError(
             f"{metric} is computed by torch-fidelity, which is not installed; "
             "pip install 'stylegan-finetune[metrics]'."
-        ) from None
+        )
 
 
 def inception_weights(given: Path | None, tell: Callable[[str], None]) -> Path:

@@ -14,9 +14,15 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "scipy", "lpips", "rich", "requests", "safetensors")
 
 
-def loaded_by(code: str) -> list[str]:
-    """The heavy modules that are loaded in a fresh process after `code`."""
-    report = f"import json, sys; print(); print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+# What a program with torch may still do without: half of its start-up and 170 MB.
+COMPILERS = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy")
+LATE = (*COMPILERS, "torchvision", "lpips", "torch_fidelity", "tensorboard")
+CHECKPOINTS = [f"tests/golden/{path.name}" for path in sorted((ROOT / "tests/golden").glob("*.pkl"))]
+
+
+def loaded_by(code: str, watched: tuple[str, ...] = HEAVY) -> list[str]:
+    """The modules of `watched` that are loaded in a fresh process after `code`."""
+    report = f"import json, sys; print(); print(json.dumps([m for m in {watched!r} if m in sys.modules]))"
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", f"{code}\n{report}"],
@@ -56,3 +62,17 @@ def test_the_program_answers_without_loading_anything(args):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_is_light(name):
     assert loaded_by(run_cli(name, "--help")) == []
+
+
+def test_inspect_loads_no_compiler_and_no_metric():
+    assert loaded_by("\n".join(run_cli("inspect", path) for path in CHECKPOINTS), LATE) == []
+
+
+def test_generate_loads_no_compiler_and_no_metric(tmp_path):
+    commands = []
+    for path in CHECKPOINTS:
+        label = ["--class", "0"] if path.endswith(("2-32-orig.pkl", "2-64-cond.pkl")) else []
+        outdir = str(tmp_path / Path(path).stem)
+        commands.append(run_cli("generate", "--network", path, "--seeds", "0", "--outdir", outdir, *label))
+    assert loaded_by("\n".join(commands), LATE) == []
+    assert len(list(tmp_path.glob("*/seed0000.png"))) == len(CHECKPOINTS) > 6
