@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -128,7 +129,17 @@ def say_how_ops_run() -> None:
     warnings.formatwarning = lambda message, *args, **kwargs: f"Warning: {message}\n"
 
 
+def let_threads_sleep() -> None:
+    """Make idle OpenMP threads sleep instead of spin, unless the user has set a policy.
+
+    The library reads it when torch is imported. Spinning threads keep their core: beside one busy process on two cores a training step took ten times as
+    long. Measured by benchmarks/bench_busy.py.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def main() -> None:
     """Run the program with the arguments of the process; never returns."""
+    let_threads_sleep()
     say_how_ops_run()
     cli(prog_name="finetune")

@@ -1,6 +1,7 @@
 """The frame of the program: commands by name, errors as messages with exit codes, shared option types."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,3 +182,19 @@ def test_grid_sizes():
     for wrong in ("8", "8x", "x4", "0x4", "8x-1", "8*4"):
         with pytest.raises(click.BadParameter, match="columns x rows, like 8x4"):
             GridSize().convert(wrong, None, None)
+
+
+@pytest.mark.parametrize(("given", "policy", "spins"), [(None, "PASSIVE", "0"), ("active", "ACTIVE", None)])
+def test_idle_openmp_threads_sleep_unless_the_user_says_otherwise(given, policy, spins):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "verbose"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "inspect", "tests/golden/stylegan2-tf-32.pkl"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = dict(re.findall(r"(OMP_WAIT_POLICY|GOMP_SPINCOUNT) = '(\w+)'", done.stderr))
+    if not shown:
+        pytest.skip("torch's OpenMP library does not show its settings")
+    assert shown["OMP_WAIT_POLICY"] == policy
+    assert spins is None or shown.get("GOMP_SPINCOUNT", spins) == spins
