@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_utils.ops.native.building import NativeUnavailable as NativeUnavailable
@@ -32,6 +36,40 @@ def cpu_library() -> ctypes.CDLL:
         if isinstance(_library, NativeUnavailable):
             raise _library
         return _library
+
+
+BUILD = "from torch_utils.ops.native.building import cpu_build; cpu_build.build()"
+
+
+def build_for_next_start() -> bool:
+    """Do without the CPU library in this process, and build it in a detached one; return whether that is so.
+
+    Not if it is built or loaded already, and not if it could not be kept or there is no compiler: then
+    `cpu_library` says why.
+    """
+    from torch_utils.ops.native.building import cache, cpu_build
+
+    global _library
+    with _lock:
+        if _library is not None or cpu_build.compiler_of_last_time() is None or cpu_build.find() is not None:
+            return False
+        if not os.access(cache.ops_folder(), os.W_OK):  # which the look for a compiler has made
+            return False
+        _library = NativeUnavailable("the kernels are being built in the background, for the next start")
+    _start_detached([sys.executable, "-c", BUILD])
+    return True
+
+
+def _start_detached(command: list[str]) -> None:
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": paths.rstrip(os.pathsep)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # it continues when this process or its terminal ends
+    )
 
 
 def _load_library() -> ctypes.CDLL:

@@ -140,3 +140,28 @@ def test_gray_and_rgba_networks(tmp_path, channels, mode):
     for name, size in (("seed0001.png", (16, 16)), ("grid.png", (32, 16))):
         with Image.open(tmp_path / name) as image:
             assert (image.mode, image.size) == (mode, size)
+
+
+@pytest.mark.parametrize(
+    "network, seeds, ops, builds_later",
+    [
+        ("stylegan2-32.pkl", "0-3", "auto", True),
+        ("stylegan2-32.pkl", "0-9999", "auto", False),  # takes longer than the build
+        ("stylegan3-t-32.pkl", "0", "auto", True),
+        ("stylegan3-r-32.pkl", "0-31", "auto", False),
+        ("stylegan2-32.pkl", "0", "ref", False),  # would not use the kernels
+    ],
+)
+def test_a_short_command_does_not_wait_for_kernels(
+    golden_dir, tmp_path, monkeypatch, network, seeds, ops, builds_later
+):
+    from torch_utils import custom_ops
+
+    asked = []
+    monkeypatch.setenv("FINETUNE_OPS", ops)
+    monkeypatch.setattr(custom_ops, "build_for_next_start", lambda: asked.append(1))
+    monkeypatch.setattr("finetune.sampling.generate", lambda *args, **kwargs: iter(()))
+    words = ["generate", "--network", str(golden_dir / network), "--seeds", seeds, "--outdir", str(tmp_path)]
+    result = CliRunner().invoke(cli, [*words, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert bool(asked) == builds_later

@@ -348,3 +348,45 @@ def test_doctor_counts_and_cleans(sources, monkeypatch):
     assert facts["packages"]["torch_utils"] == str(ROOT / "torch_utils")
     done = CliRunner().invoke(cli, ["doctor", "--clean"], env={"FINETUNE_OPS": "ref"})
     assert done.exit_code == 0 and "is empty" in done.output and "plain torch: asked for" in done.output
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands of processes that would be started."""
+    commands = []
+    monkeypatch.setattr(custom_ops, "_start_detached", commands.append)
+    return commands
+
+
+def test_a_quick_start_does_without_kernels_and_builds_them_beside(sources, started, monkeypatch):
+    x = torch.randn(2, 3, 4, 4)
+    expected = bias_act.bias_act(x, act="lrelu", impl="ref")
+    assert custom_ops.build_for_next_start() and len(started) == 1
+    with pytest.warns(impl.SlowOpsWarning, match="are being built in the background, for the next start"):
+        assert torch.equal(bias_act.bias_act(x, act="lrelu"), expected)
+    assert not custom_ops.build_for_next_start() and len(started) == 1, "one implementation a process"
+    with pytest.raises(impl.ImplementationUnavailable, match="for the next start"):
+        bias_act.bias_act(x, act="lrelu", impl="cpu")
+
+    # What that process runs, on sources that are built at once.
+    monkeypatch.setattr(cpu_build.build, "__defaults__", (sources,))
+    monkeypatch.setattr(cpu_build.find, "__defaults__", (sources,))
+    assert cpu_build.find() is None
+    exec(started[0][-1], {})
+    assert cpu_build.find() is not None
+    custom_ops._library = None
+    assert not custom_ops.build_for_next_start() and len(started) == 1, "it is there"
+
+
+def test_a_quick_start_where_nothing_can_be_built_says_why(monkeypatch, tmp_path, started):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert not custom_ops.build_for_next_start() and not started
+    with pytest.raises(NativeUnavailable, match="no C"):
+        custom_ops.cpu_library()
+
+
+@not_root
+def test_a_quick_start_whose_build_could_not_be_kept_builds_itself(monkeypatch, tmp_path, started):
+    cache.ops_folder().mkdir(parents=True)
+    cache.ops_folder().chmod(0o500)
+    assert not custom_ops.build_for_next_start() and not started

@@ -29,12 +29,10 @@ log = logging.getLogger("torch_utils.ops")
 
 def build(sources: Path = SOURCES) -> Path:
     """The library, from the cache or built now. Raises NativeUnavailable with the compiler's own words."""
-    texts = {path.relative_to(sources).as_posix(): path.read_bytes() for path in _files(sources)}
-    compiler = _compiler_of_last_time(texts)
-    if compiler is not None and (found := cache.find(_key(texts, compiler), NAME)):
+    if found := find(sources):
         return found
     compiler = compilers.cxx()
-    key = _key(texts, compiler)
+    key = _key(_texts(sources), compiler)
     if found := cache.find(key, NAME):
         return found
     with cache.build_lock(key):
@@ -44,6 +42,16 @@ def build(sources: Path = SOURCES) -> Path:
         path = cache.publish(key, NAME, _compile(sources, compiler))
         log.info("Built the CPU ops with %s in %.1f s.", compiler.version, time.perf_counter() - started)
         return path
+
+
+def find(sources: Path = SOURCES) -> Path | None:
+    """The library, if the compiler of this machine built it before."""
+    compiler = compiler_of_last_time()
+    return None if compiler is None else cache.find(_key(_texts(sources), compiler), NAME)
+
+
+def _texts(sources: Path) -> dict[str, bytes]:
+    return {path.relative_to(sources).as_posix(): path.read_bytes() for path in _files(sources)}
 
 
 def _files(sources: Path) -> list[Path]:
@@ -57,7 +65,7 @@ def _key(texts: dict[str, bytes], compiler: compilers.Compiler) -> str:
     return cache.key_of(parts)
 
 
-def _compiler_of_last_time(texts: dict[str, bytes]) -> compilers.Compiler | None:
+def compiler_of_last_time() -> compilers.Compiler | None:
     """The compiler that $CXX or the PATH names, as it was when it last worked: a look is faster than a trial.
 
     A compiler is known by its path, its size and the time it was changed.
