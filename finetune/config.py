@@ -24,6 +24,7 @@ TEACHERS = ("ema", "initial")
 PRECISIONS = ("auto", "fp32", "tf32", "fp16")
 GRAPHS = ("auto", "off")
 FITS = ("crop", "pad", "stretch")
+LABELS = ("file", "folders")
 POLICIES = ("stop", "rollback", "ignore")
 RECIPES = ("auto", "improve", "adapt", "few-shot", "custom")
 CLASSES = ("keep", "extend", "fresh")
@@ -88,7 +89,8 @@ class TrainConfig:
     desc: str | None = None
     cond: bool | None = None
     mirror: bool = False
-    fit: str | None = None
+    labels: str = "file"
+    fit: str | None = "crop"
     # The shape. A checkpoint says what it is; with --resume these change it, and only these.
     resolution: int | None = None
     channels: int | None = None
@@ -223,8 +225,9 @@ def _range_problems(config: TrainConfig) -> list[str]:
 
 def _choice_problems(config: TrainConfig) -> list[str]:
     choices: dict[str, typing.Collection[object]] = {
-        "scratch": FAMILIES, "fit": FITS, "aug": AUGMENTATIONS, "augpipe": AUGPIPES, "sd_backbone": BACKBONES,
-        "sd_teacher": TEACHERS, "precision": PRECISIONS, "graphs": GRAPHS, "recipe": RECIPES,
+        "scratch": FAMILIES, "fit": FITS, "labels": LABELS, "aug": AUGMENTATIONS, "augpipe": AUGPIPES,
+        "sd_backbone": BACKBONES, "sd_teacher": TEACHERS, "precision": PRECISIONS, "graphs": GRAPHS,
+        "recipe": RECIPES,
         "classes": CLASSES, "channels": CHANNELS, "on_divergence": POLICIES,
     }  # fmt: skip
     return [
@@ -277,6 +280,8 @@ def _combination_problems(config: TrainConfig) -> list[str]:
         ]
     if config.classes and config.cond is False:
         problems.append(f"--classes {config.classes}: has no effect with --no-cond, which drops the classes.")
+    if config.labels == "folders" and config.cond is False:
+        problems.append("--labels folders: has no effect with --no-cond, which trains without labels.")
     if config.new_d and config.freezed:
         problems.append(f"--freezed {config.freezed}: would freeze random layers with --new-d.")
     if config.sd_teacher == "initial" and config.sd_teacher_kimg is not None:

@@ -132,8 +132,8 @@ def say_how_ops_run() -> None:
 def let_threads_sleep() -> None:
     """Make idle OpenMP threads sleep instead of spin, unless the user has set a policy.
 
-    The library reads it when torch is imported. Spinning threads keep their core: beside one busy process on two cores a training step took ten times as
-    long. Measured by benchmarks/bench_busy.py.
+    The library reads it when torch is imported. Spinning threads keep their core: beside one busy process on
+    two cores a training step took ten times as long. Measured by benchmarks/bench_busy.py.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,22 @@ def command() -> None:
     help="Check for training on this checkpoint: its resolution, channels and classes.",
 )
 @click.option("--resolution", type=click.IntRange(min=4), metavar="PIXELS", help="Check for this resolution.")
-@click.option("--fit", type=click.Choice(FITS), help="What training shall do with other sizes.")
+@click.option("--fit", type=click.Choice(FITS), help="What to do with other sizes.  [default: crop]")
 @click.option(
     "--cond/--no-cond",
     default=None,
     help="Check the labels.  [default: as the network; without one, if there are any]",
 )
+@click.option(
+    "--labels",
+    "labels_from",
+    type=click.Choice(["file", "folders"]),
+    default="file",
+    show_default=True,
+    help="Check dataset.json, or classes from the folders.",
+)
 @workers_option
+@click.option("--fresh", is_flag=True, help="Decode every image, also those that have not changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every offender, instead of text.")
 @offline_option()
 def check_command(
@@ -53,13 +63,16 @@ def check_command(
     resolution: int | None,
     fit: str | None,
     cond: bool | None,
+    labels_from: str,
     workers: int | None,
+    fresh: bool,
     as_json: bool,
 ) -> None:
-    """Decode every picture and list, by kind, all that training would refuse, and what else is worth
+    """Look at every image and list, by kind, all that training would refuse, and what else is worth
     knowing: odd modes, animations, duplicates, names that collide, labels of files that are not there.
 
-    Exit code 2 where training would refuse something, else 0.
+    Images that have not changed since the last check or training are not decoded again. Exit code 2 if
+    training would refuse something, else 0.
     """
     from finetune.cli import dataset_report
     from finetune.data import scan
@@ -76,17 +89,26 @@ def check_command(
         num_classes = c_dim or None
     if fit is not None and resolution is None:
         raise ConfigError(f"--fit {fit} needs --resolution or --network: the size to bring pictures to.")
-    use_labels = has_labels(open_source(path)) if cond is None else cond
+    if resolution is not None and fit is None:
+        fit = "crop"
+    if labels_from == "folders" and cond is False:
+        raise ConfigError("--labels folders: has no effect with --no-cond.")
+    if labels_from == "folders":
+        use_labels = True
+    else:
+        use_labels = has_labels(open_source(path)) if cond is None else cond
     with progress_bar("looking at the pictures", 0) as progress:
         found = scan(
             path,
             resolution=resolution,
             fit=fit,
             use_labels=use_labels,
+            labels_from=labels_from,
             num_classes=num_classes,
             workers=workers,
             progress=progress,
             thorough=True,
+            fresh=fresh,
         )
     training = dataset_report.what_training_does(found, resolution, channels, fit)
     if as_json:
@@ -118,7 +140,11 @@ def shape_of(network: str) -> tuple[int, int, int]:
     metavar="PIXELS",
     help="Side of the pictures.  [default: that of the first one]",
 )
-@click.option("--fit", type=click.Choice(FITS), help="What to do with other sizes.  [default: refuse them]")
+@click.option(
+    "--fit",
+    type=click.Choice(FITS),
+    help="What to do with other sizes.  [default: crop; without --resolution, refuse them]",
+)
 @click.option(
     "--channels",
     type=click.Choice(["1", "3", "4"]),
@@ -130,6 +156,13 @@ def shape_of(network: str) -> tuple[int, int, int]:
     "--labels",
     type=click.Choice(["folders", "none", "keep"]),
     help="Classes from the folders, no labels, or those of dataset.json.  [default: keep, if there are any]",
+)
+@click.option(
+    "--bits",
+    type=click.IntRange(1, 16),
+    default=16,
+    show_default=True,
+    help="Bits that the values of 16-bit gray images take, such as 12 for those of many scanners.",
 )
 @click.option(
     "--format",
@@ -164,4 +197,5 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
     click.echo(f"{made.path}: {made.num_images} pictures of {side}×{side}{earlier}, {mib:,.1f} MiB")
     for number, name in enumerate(made.classes):
         click.echo(f"class {number}: {printable(name)}")
-    click.echo(f"To train on them: finetune train --data {made.path}")
+    cond = " --cond" if made.has_labels else ""
+    click.echo(f"To train on them: finetune train --data {shlex.quote(str(made.path))}{cond}")

@@ -50,6 +50,7 @@ def as_values(
         "ok": not found.problems,
         "num_images": found.num_images,
         "num_ignored": found.num_ignored,
+        "num_unchanged": found.num_known,
         "sizes": {f"{width}x{height}": count for (width, height), count in found.sizes.items()},
         "modes": found.modes,
         "labels_checked": use_labels,
@@ -68,6 +69,8 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
     """The same as a page: a summary, then every offender by kind, then what else is worth knowing."""
     passed_over = f", {found.num_ignored} other files passed over" if found.num_ignored else ""
     lines = [f"{printable(str(found.path))}: {found.num_images} pictures{passed_over}"]
+    if found.num_known:
+        lines.append(f"{'unchanged':<12}{found.num_known}, not decoded again; --fresh decodes all")
     sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
     lines += [f"{'sizes':<12}{_tally(sizes)}"] if sizes else []
     lines += [f"{'stored as':<12}{_tally(found.modes)}"] if sizes else []

@@ -34,7 +34,21 @@ DEFAULT = "fd-effnet,random-fid"
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Pictures to generate."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
-@click.option("--fit", type=click.Choice(["crop", "pad", "stretch"]), help="What to do with other sizes.")
+@click.option(
+    "--fit",
+    type=click.Choice(["crop", "pad", "stretch"]),
+    default="crop",
+    show_default=True,
+    help="What to do with other sizes.",
+)
+@click.option(
+    "--labels",
+    "labels_from",
+    type=click.Choice(["file", "folders"]),
+    default="file",
+    show_default=True,
+    help="Labels from dataset.json, or one class for each folder of images.",
+)
 @click.option("--cond/--no-cond", default=None, help="Use labels.  [default: as the network]")
 @click.option(
     "--mirror", is_flag=True, help="Compare with the mirrored pictures, too, as FID of mirrored sets is."
@@ -71,7 +85,8 @@ def command(
     metrics: str,
     num: int,
     seed: int,
-    fit: str | None,
+    fit: str,
+    labels_from: str,
     cond: bool | None,
     mirror: bool,
     batch: int,
@@ -99,8 +114,8 @@ def command(
         raise click.exceptions.Exit(launch(sys.argv[1:], gpus, device))
     with report_errors_on_rank0():
         found, facts = measure(
-            file, names, data, num, device, seed=seed, fit=fit, cond=cond, mirror=mirror, batch=batch,
-            workers=workers, cache=not no_cache, inception=inception,
+            file, names, data, num, device, seed=seed, fit=fit, labels_from=labels_from, cond=cond,
+            mirror=mirror, batch=batch, workers=workers, cache=not no_cache, inception=inception,
         )  # fmt: skip
     if not env_rank():
         facts = {"network": network, **facts, "metrics": found}
@@ -108,8 +123,9 @@ def command(
 
 
 def measure(
-    file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str | None,
-    cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool, inception: Path | None,
+    file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str,
+    labels_from: str, cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool,
+    inception: Path | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """The metrics, and what they were measured on; in several processes where torchrun has started them."""
     from finetune.data import ImageSet
@@ -125,6 +141,8 @@ def measure(
     if G is None:
         raise CheckpointError(f"{file} holds no generator, only D.")
     use_labels = G.c_dim > 0 if cond is None else cond
+    if labels_from == "folders" and not use_labels:
+        raise ConfigError("--labels folders: has no effect on a network without classes, or with --no-cond.")
     if use_labels != (G.c_dim > 0):
         raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
     image_set = ImageSet(
@@ -133,6 +151,7 @@ def measure(
         channels=G.img_channels,
         fit=fit,
         use_labels=use_labels,
+        labels_from=labels_from,
         num_classes=G.c_dim if use_labels else None,
         mirror=mirror,
     )

@@ -113,7 +113,8 @@ def report_errors_on_rank0() -> Iterator[None]:
     "Use the labels of dataset.json, or none; changes a checkpoint that has it otherwise.",
     flag="--cond/--no-cond",
 )
-@option("fit", choices.FITS, "How pictures of another size are brought to the network's.")
+@option("labels", choices.LABELS, "Labels from dataset.json, or one class for each folder of images.")
+@option("fit", choices.FITS, "How images of another size are brought to the network's.")
 @option("glr", float, "Learning rate of the generator.")
 @option("dlr", float, "Learning rate of the discriminator.")
 @option("g_beta1", float, "First beta of the generator's Adam.")

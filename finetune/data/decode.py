@@ -22,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TG
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I")
 FORMATS_16_BIT_AS_I = ("PNG", "PPM", "JPEG2000")  # in other formats mode I has 32 bits
 ORIENTATION_TAG = 0x0112
+BITS_PER_SAMPLE_TAG = 0x0102
+DEEP_COLOR = "finetune: 16 bits a channel"  # a key of Image.info
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,9 +42,20 @@ def images_to_float(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
-def decode(data: bytes, *, resolution: int, channels: int, fit: str | None) -> np.ndarray:
-    """Decode one picture to `uint8 [channels, resolution, resolution]`. Raises Unusable."""
-    picture = fit_square(to_channels(open_picture(data), channels), resolution, fit)
+def height_and_width(resolution: int | tuple[int, int]) -> tuple[int, int]:
+    """The size of images: `resolution` is the side of a square, or (height, width)."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def decode(
+    data: bytes, *, resolution: int | tuple[int, int], channels: int, fit: str | None, bits: int = 16
+) -> np.ndarray:
+    """Decode one image to `uint8 [channels, height, width]`. Raises Unusable.
+
+    bits: how many of the 16 bits a channel of a deep image its values use.
+    """
+    image = to_channels(open_picture(data), channels, bits)
+    picture = fit_to_size(image, height_and_width(resolution), fit)
     pixels = np.asarray(picture)
     pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(pixels)
@@ -71,13 +84,21 @@ def open_picture(data: bytes) -> Image.Image:
             kind = CUT_SHORT if _is_cut_short(data) else UNREADABLE
             raise Unusable(kind, f"damaged: {str(error) or type(error).__name__}") from None
         _check_mode(picture)
-        return picture if turn is None else picture.transpose(turn)
+        deep = not picture.mode.startswith("I") and _bits_per_channel(picture, data) == 16
+        picture = picture if turn is None else picture.transpose(turn)
+        picture.info[DEEP_COLOR] = deep
+        return picture
 
 
-def to_channels(picture: Image.Image, channels: int) -> Image.Image:
-    """Bring any mode to L (1 channel), RGB (3) or RGBA (4); with fewer than 4, alpha is laid on white."""
+def to_channels(picture: Image.Image, channels: int, bits: int = 16) -> Image.Image:
+    """Bring any mode to L (1 channel), RGB (3) or RGBA (4); with fewer than 4, alpha is laid on white.
+
+    Raises Unusable if the values of a 16-bit image take more than `bits`.
+    """
+    if bits < 16:
+        _check_bits(picture, bits)
     if picture.mode.startswith("I"):
-        picture = _upper_byte(picture)
+        picture = _upper_byte(picture, bits)
     if channels == 4:
         return picture.convert("RGBA")
     if picture.has_transparency_data:
@@ -89,30 +110,31 @@ def to_channels(picture: Image.Image, channels: int) -> Image.Image:
     return picture if picture.mode == wanted else picture.convert(wanted)
 
 
-def fit_square(picture: Image.Image, resolution: int, fit: str | None) -> Image.Image:
-    """Make an L, RGB or RGBA picture a square of `resolution` pixels. Raises Unusable where fit is None."""
-    width, height = picture.size
-    if width == height == resolution:
-        return picture
+def fit_to_size(image: Image.Image, size: tuple[int, int], fit: str | None) -> Image.Image:
+    """Bring an L, RGB or RGBA image to `size`, (height, width). Raises Unusable if fit is None."""
+    height, width = size
+    if image.size == (width, height):
+        return image
     if fit is None:
-        raise Unusable(WRONG_SIZE, f"{width}×{height}")
+        raise Unusable(WRONG_SIZE, f"{image.width}×{image.height}")
+    scales = (width / image.width, height / image.height)
     if fit == "pad":
-        scale = resolution / max(width, height)
-        inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-        square = Image.new(picture.mode, (resolution, resolution), MARGIN[picture.mode])
-        square.paste(
-            _resize(picture, inner, (0, 0, width, height)),
-            ((resolution - inner[0]) // 2, (resolution - inner[1]) // 2),
+        scale = min(scales)
+        inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        padded = Image.new(image.mode, (width, height), MARGIN[image.mode])
+        padded.paste(
+            _resize(image, inner, (0, 0, *image.size)), ((width - inner[0]) // 2, (height - inner[1]) // 2)
         )
-        return square
-    box = (0, 0, width, height)
+        return padded
+    box = (0, 0, *image.size)
     if fit == "crop":
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
+        scale = max(scales)
+        inner = (min(image.width, round(width / scale)), min(image.height, round(height / scale)))
+        left, top = (image.width - inner[0]) // 2, (image.height - inner[1]) // 2
+        box = (left, top, left + inner[0], top + inner[1])
     elif fit != "stretch":
         raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
-    return _resize(picture, (resolution, resolution), box)
+    return _resize(image, (width, height), box)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -125,14 +147,47 @@ def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, in
     return picture.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
-def _upper_byte(picture: Image.Image) -> Image.Image:
-    """A 16-bit gray picture as L: the upper 8 bits, as Pillow itself does for 16-bit colour."""
-    values = np.asarray(picture).astype(np.int64)
-    gray = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-    transparent = picture.info.get("transparency")
+def _upper_byte(image: Image.Image, bits: int = 16) -> Image.Image:
+    """A 16-bit gray image as L: the upper 8 of its `bits`, as Pillow itself does for 16-bit color."""
+    values = _gray_values(image)
+    scaled = values >> (bits - 8) if bits >= 8 else values << (8 - bits)
+    gray = Image.fromarray(scaled.astype(np.uint8))
+    transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return gray
+
+
+def _gray_values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(np.int64).clip(0, 65535)
+
+
+def highest_deep_value(image: Image.Image) -> int | None:
+    """The highest value in an image of 16 bits a channel, None for others.
+
+    Of 16-bit color Pillow decodes the upper 8 bits only; the lower ones are taken as 255.
+    """
+    if image.mode.startswith("I"):
+        return int(_gray_values(image).max())
+    if not is_deep_color(image):
+        return None
+    extrema = np.reshape(image.getextrema(), (-1, 2))
+    return int(extrema[: 1 if image.mode == "LA" else 3, 1].max()) << 8 | 255
+
+
+def is_deep_color(image: Image.Image) -> bool:
+    """Whether an image that `open_picture` gave had 16 bits a channel, of which the upper 8 are left."""
+    return bool(image.info.get(DEEP_COLOR))
+
+
+def _check_bits(image: Image.Image, bits: int) -> None:
+    highest = highest_deep_value(image)
+    if highest is None:
+        return
+    if not image.mode.startswith("I"):
+        raise Unusable(NO_RULE, f"16 bits a channel in color; --bits {bits} rescales gray images only")
+    if highest >> bits:
+        raise Unusable(NO_RULE, f"a value of {highest}, which takes more than --bits {bits}")
 
 
 def _check_mode(picture: Image.Image) -> None:
@@ -144,6 +199,14 @@ def _check_mode(picture: Image.Image) -> None:
         raise Unusable(NO_RULE, f"colour mode {picture.mode}")
 
 
+def _bits_per_channel(image: Image.Image, data: bytes) -> int:
+    """Bits a channel in the file, of the formats that may have more than 8 in color."""
+    if data.startswith(b"\x89PNG"):
+        return data[24]
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE_TAG, 8)
+    return max(bits) if isinstance(bits, tuple) else bits
+
+
 def _orientation(picture: Image.Image) -> int:
     try:
         return int(picture.getexif().get(ORIENTATION_TAG, 1))
@@ -151,10 +214,10 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def unusual(picture: Image.Image, data: bytes) -> str | None:
+def unusual(picture: Image.Image) -> str | None:
     """What `to_channels` has to change by a rule that a person may not expect; None for plain L and RGB."""
     found = []
-    if picture.mode.startswith("I") or (data.startswith(b"\x89PNG") and data[24:25] == b"\x10"):
+    if picture.mode.startswith("I") or is_deep_color(picture):
         found.append("16 bits a channel")
     if picture.mode in ("P", "PA"):
         found.append("palette")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.data.decode import CHANNELS, FITS, decode
+from finetune.data.decode import CHANNELS, FITS, decode, height_and_width
 from finetune.data.labels import read_labels
 from finetune.data.problems import Unusable, describe, hint, printable
 from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
 
+MAX_NAME = 64  # characters; run folders are named after the set
 CACHE_BYTES = 256 << 20  # decoded; sets that take no more are read into memory once
 
 
 class ImageSet(Dataset):
-    """Items `(uint8 [channels, resolution, resolution], float32 [num_classes])` in the order of sorted names.
+    """Items `(uint8 [channels, height, width], float32 [num_classes])` in the order of sorted names.
 
+    `resolution` is the side of square images, or (height, width). `labels_from`: `file` or `folders`.
     `num_classes` is 0 where labels are not used, else what the network expects (given) or the labels say.
     With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. `limit` keeps that many pictures,
     chosen by `seed`. Raises DataError: on opening where pictures or labels are missing, on reading where a
@@ -32,10 +35,11 @@ class ImageSet(Dataset):
         self,
         path: str | os.PathLike[str],
         *,
-        resolution: int,
+        resolution: int | tuple[int, int],
         channels: int,
         fit: str | None = None,
         use_labels: bool = False,
+        labels_from: str = "file",
         num_classes: int | None = None,
         mirror: bool = False,
         limit: int | None = None,
@@ -48,14 +52,17 @@ class ImageSet(Dataset):
             )
         if fit is not None and fit not in FITS:
             raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
-        self.resolution, self.channels, self.fit, self.mirror = resolution, channels, fit, mirror
+        self.size = height_and_width(resolution)
+        self.resolution = max(self.size)
+        self.channels, self.fit, self.mirror = channels, fit, mirror
         self.source = open_source(path)
         self.path = self.source.path
-        self.name = self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
+        real = self.path.resolve()
+        self.name = (real.stem if self.path.is_file() else real.name)[:MAX_NAME]
         self.names = choose(self.source, limit, seed)
         self._labels = None
         if use_labels:
-            self._labels, problems = read_labels(self.source, self.names, num_classes)
+            self._labels, problems = read_labels(self.source, self.names, num_classes, labels_from)
             if problems:
                 raise DataError(describe(self.path, len(self.names), problems), hint=hint(problems))
         self._pixels: np.ndarray | None = None
@@ -92,9 +99,9 @@ class ImageSet(Dataset):
 
     def preload(self, max_bytes: int = CACHE_BYTES, *, workers: int = 0) -> bool:
         """Decode everything into memory once if that takes at most `max_bytes`; say whether it is there."""
-        num_bytes = len(self.names) * self.channels * self.resolution**2
+        num_bytes = len(self.names) * self.channels * math.prod(self.size)
         if self._pixels is None and num_bytes <= max_bytes:
-            pixels = np.empty((len(self.names), self.channels, self.resolution, self.resolution), np.uint8)
+            pixels = np.empty((len(self.names), self.channels, *self.size), np.uint8)
             for index, picture in enumerate(in_order(_Pictures(self), len(self.names), workers)):
                 if isinstance(picture, DataError):
                     raise picture
@@ -109,9 +116,8 @@ class ImageSet(Dataset):
         (CRC-32).
         """
         digest = hashlib.sha256()
-        digest.update(
-            repr((self.resolution, self.channels, self.fit, self.mirror, self.num_classes)).encode()
-        )
+        size = self.resolution if self.size[0] == self.size[1] else self.size
+        digest.update(repr((size, self.channels, self.fit, self.mirror, self.num_classes)).encode())
         for index, name in enumerate(self.names):
             try:
                 digest.update(repr((name, *self.source.checksum(name))).encode("utf-8", "backslashreplace"))
@@ -134,7 +140,7 @@ class ImageSet(Dataset):
         name = self.names[picture]
         try:
             data = self.source.read(name)
-            return decode(data, resolution=self.resolution, channels=self.channels, fit=self.fit)
+            return decode(data, resolution=self.size, channels=self.channels, fit=self.fit)
         except Unusable as problem:
             raise DataError(
                 f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",

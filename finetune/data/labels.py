@@ -1,17 +1,21 @@
-"""Labels from `dataset.json`: `{"labels": [["00000/img00000000.png", 6], …]}`, classes or vectors."""
+"""Labels from `dataset.json` (`{"labels": [["00000/img00000000.png", 6], …]}`) or from folders."""
 
 from __future__ import annotations
 
 import json
+import posixpath
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from finetune.data.naming import NO_FOLDER, classes_of_folders
 from finetune.data.problems import BAD_LABEL, Problem, Unusable
 from finetune.data.sources import LABELS_NAME, Source
 from finetune.errors import DataError
 
+LABEL_ORIGINS = ("file", "folders")
 MISSING = object()
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -31,15 +35,19 @@ class Labels:
 
 
 def read_labels(
-    source: Source, names: list[str], num_classes: int | None = None
+    source: Source, names: list[str], num_classes: int | None = None, origin: str = "file"
 ) -> tuple[Labels | None, list[Problem]]:
     """The labels of `names`, in that order; where a single one is wrong, None and every problem there is.
 
-    `num_classes` is what the network expects; None takes it from the labels (largest class + 1, or the length
-    of the vectors). Raises DataError where there is no usable `dataset.json` at all.
+    `num_classes` is what the network expects; None takes it from the labels (largest class + 1, the length of
+    the vectors, or the number of folders). `origin`: one of LABEL_ORIGINS. Raises DataError where there is no
+    usable `dataset.json` at all, or no folders.
     """
+    if origin == "folders":
+        return _labels_of_folders(source, names, num_classes)
     table = _read_table(source, num_classes)
-    found = [(name, table.get(source.label_key(name), MISSING)) for name in names]
+    entries = _entries_of_images(source, table)
+    found = [(name, table.get(entries.get(name, ""), MISSING)) for name in names]
     as_vectors = any(isinstance(value, list) for _, value in found)
     if as_vectors:
         length = num_classes or max(1, *(len(value) for _, value in found if isinstance(value, list)))
@@ -55,6 +63,70 @@ def read_labels(
     return Labels(values, num_classes or int(values.max()) + 1), []
 
 
+def _labels_of_folders(
+    source: Source, names: list[str], num_classes: int | None
+) -> tuple[Labels | None, list[Problem]]:
+    """As `read_labels`; classes are those of all images, also where `names` are a part of them."""
+    classes, folders = folder_classes(source)
+    found = [(name, classes.get(name, MISSING)) for name in names]
+    checked = [
+        (name, NO_FOLDER if value is MISSING else _wrong_class(value, num_classes)) for name, value in found
+    ]
+    problems = [Problem(name, BAD_LABEL, wrong) for name, wrong in checked if wrong is not None]
+    if problems:
+        return None, problems
+    return Labels(np.array([value for _, value in found], dtype=np.int64), num_classes or len(folders)), []
+
+
+def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
+    """Name -> class, and the folders in the order of classes. Raises DataError without folders."""
+    try:
+        classes, folders = classes_of_folders(source.names)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error.what}", hint=error.hint) from None
+    if not folders:
+        raise DataError(
+            f"{source.path}: --labels folders, but no picture is in a folder.",
+            hint="Put the pictures of each class in a folder of its own, or use --labels none.",
+        )
+    return classes, folders
+
+
+def has_class_folders(source: Source) -> bool:
+    """Whether the images are in several folders, so that these could be classes."""
+    try:
+        return len(folder_classes(source)[1]) > 1
+    except DataError:
+        return False
+
+
+def _entries_of_images(source: Source, table: dict[str, Any]) -> dict[str, str]:
+    """Name of an image -> its name in `dataset.json`: the same one, else the only one that means the same.
+
+    Other spellings mean the same if their paths and Unicode forms do (macOS stores "é" as two characters).
+    """
+    keys = {name: source.label_key(name) for name in source.names}
+    found = {name: key for name, key in keys.items() if key in table}
+    if len(found) == len(keys):
+        return found
+    left = table.keys() - set(found.values())
+    entries = _by_meaning({entry: entry for entry in left})
+    images = _by_meaning({name: key for name, key in keys.items() if name not in found})
+    for meaning, names in images.items():
+        if len(names) == len(entries.get(meaning, ())) == 1:
+            found[names[0]] = entries[meaning][0]
+    return found
+
+
+def _by_meaning(spellings: dict[str, str]) -> dict[str, list[str]]:
+    """Normalized spelling -> the keys of `spellings` that have it."""
+    found: dict[str, list[str]] = {}
+    for name, spelling in spellings.items():
+        meaning = unicodedata.normalize("NFC", posixpath.normpath(spelling).lstrip("/"))
+        found.setdefault(meaning, []).append(name)
+    return found
+
+
 def has_labels(source: Source) -> bool:
     """Whether `dataset.json` is there and is not one that says that there are no labels."""
     if source.labels_name is None:
@@ -68,7 +140,8 @@ def has_labels(source: Source) -> bool:
 
 def labels_without_picture(source: Source) -> list[str]:
     """Names in `dataset.json` that belong to no picture, sorted. Raises DataError as `read_labels` does."""
-    return sorted(_read_table(source, None).keys() - {source.label_key(name) for name in source.names})
+    table = _read_table(source, None)
+    return sorted(table.keys() - set(_entries_of_images(source, table).values()))
 
 
 def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
@@ -78,6 +151,8 @@ def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
         advice += ", or train without labels."
     else:
         advice += f": the network has {num_classes} classes, so every picture needs one (maybe the same)."
+    if has_class_folders(source):
+        advice += " To use the folders as classes: --labels folders."
     if source.labels_name is None:
         raise DataError(f"{source.path}: labels are needed, but there is no {LABELS_NAME}.", hint=advice)
     where = f"{source.path}: {source.labels_name}"

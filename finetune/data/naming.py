@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import PurePosixPath
 
-from finetune.data.problems import BAD_LABEL, Problem
+from finetune.errors import DataError
+
+NO_FOLDER = "is in no folder that could be its class"
 
 
 def target_names(names: list[str], suffix: str) -> dict[str, str]:
@@ -28,10 +31,11 @@ def target_names(names: list[str], suffix: str) -> dict[str, str]:
     return targets
 
 
-def classes_of_folders(names: list[str]) -> tuple[dict[str, int], list[str], list[Problem]]:
-    """Classes by folder: name -> class, the folders in the order of classes, and pictures that are in none.
+def classes_of_folders(names: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Classes by folder: name -> class for images that are in one, and the folders in the order of classes.
 
-    Where one folder is around everything, those inside it count.
+    A single folder around everything does not count. Folders are sorted as people do: 2 before 10. Raises
+    DataError if the same classes recur in every folder, as in train/cat and test/cat.
     """
     parts = {name: name.replace("\\", "/").split("/")[:-1] for name in names}
     depth = 0
@@ -40,14 +44,31 @@ def classes_of_folders(names: list[str]) -> tuple[dict[str, int], list[str], lis
     ):
         depth += 1
     inside = {name: folders[depth] for name, folders in parts.items() if len(folders) > depth}
-    folders = sorted(set(inside.values()))
+    folders = sorted(set(inside.values()), key=_natural)
+    _check_splits(folders, [each[depth:] for each in parts.values() if len(each) > depth])
     number = {folder: index for index, folder in enumerate(folders)}
-    outside = [
-        Problem(name, BAD_LABEL, "is in no folder that could be its class")
-        for name in names
-        if name not in inside
-    ]
-    return {name: number[folder] for name, folder in inside.items()}, folders, outside
+    return {name: number[folder] for name, folder in inside.items()}, folders
+
+
+def _natural(folder: str) -> tuple:
+    """A key that sorts the numbers in a name by value; equal ones by spelling."""
+    pieces = re.split(r"(\d+)", folder)
+    return ([int(piece) if index % 2 else piece for index, piece in enumerate(pieces)], folder)
+
+
+def _check_splits(folders: list[str], paths: list[list[str]]) -> None:
+    """Raise DataError if all folders hold the same sub-folders, which are the classes then."""
+    below: dict[str, set[str]] = {folder: set() for folder in folders}
+    for path in paths:
+        below[path[0]].update(path[1:2])
+    fewest = min(below.values(), key=len, default=set())
+    if len(folders) > 1 and fewest and all(fewest <= names for names in below.values()):
+        shown = ", ".join(sorted(fewest, key=_natural)[:5])
+        raise DataError(
+            f"The folders {', '.join(folders[:5])} hold the same sub-folders ({shown}). Which are classes?",
+            hint=f"To use the sub-folders as classes, name one folder as the data set, such as {folders[0]}; "
+            "to use all images, move those of each class into one folder.",
+        )
 
 
 def _safe(name: str) -> str:

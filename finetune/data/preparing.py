@@ -10,23 +10,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import PIL
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.data.decode import decode, open_picture
-from finetune.data.labels import has_labels, read_labels
-from finetune.data.naming import classes_of_folders, target_names
-from finetune.data.problems import WRONG_SIZE, Problem, Unusable, describe, hint
+from finetune.data.decode import fit_to_size, highest_deep_value, open_picture, to_channels
+from finetune.data.labels import folder_classes, has_labels, read_labels
+from finetune.data.naming import NO_FOLDER, target_names
+from finetune.data.problems import BAD_LABEL, WRONG_SIZE, Problem, Unusable, describe, hint, low_range
 from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.stored_zip import Entry, StoredZip, whole_entries
 from finetune.data.workers import available_cores, in_order
 from finetune.errors import ConfigError, DataError
 from torch_utils.files import lock, lock_path, replace
 
-FORMAT = 1  # of the journal
+FORMAT = 2  # of the journal
 PARALLEL_FROM = 64  # pictures; preparing one takes longer than looking at it
 LABELS = ("folders", "none", "keep")
 # Measured by benchmarks/bench_load.py: without compression, decoding is a copy.
@@ -46,6 +46,7 @@ class Settings:
     channels: int
     fit: str | None
     encoding: str
+    bits: int = 16
     pillow: str = PIL.__version__
     format: int = FORMAT
 
@@ -61,6 +62,7 @@ class PreparedSet:
     num_bytes: int
     classes: list[str]
     left_out: list[Problem]
+    has_labels: bool
 
 
 def prepare(
@@ -72,6 +74,7 @@ def prepare(
     channels: int = 3,
     labels: str | None = None,
     encoding: str = "tiff",
+    bits: int = 16,
     skip_bad: bool = False,
     force: bool = False,
     workers: int | None = None,
@@ -79,14 +82,20 @@ def prepare(
 ) -> PreparedSet:
     """Decode, fit and store every picture of `src` in the zip `dest`, with its labels.
 
-    resolution: None means that of the first picture. labels: classes from `folders`, `none`, or `keep` those
-    of dataset.json (None: keep them if there are any). What is done is kept beside `dest` until all is done,
-    and a further call goes on with it where neither settings nor pictures have changed; the zip comes to the
-    same bytes. Raises ConfigError and DataError; with `skip_bad` pictures that cannot be used are left out.
+    resolution: None means that of the first image. fit: None means `crop` if a resolution is given. bits: how
+    many of 16 the values of 16-bit images take; a set that never takes more than 12 is refused otherwise.
+    labels: classes from `folders`, `none`, or `keep` those of dataset.json (None: keep them if there are
+    any). What is done is kept beside `dest`, and a further call continues with it if neither settings nor
+    images have changed; the zip comes to the same bytes. Raises ConfigError and DataError; with `skip_bad`
+    images that cannot be used are left out.
     """
     source, path = open_source(src), Path(dest)
     _check_destination(source, path, force)
-    settings = Settings(resolution or _first_resolution(source, fit), channels, fit, encoding)
+    if resolution is None:
+        resolution = _first_resolution(source, fit)
+    elif fit is None:
+        fit = "crop"
+    settings = Settings(resolution, channels, fit, encoding, bits)
     names, values, classes, problems = _plan_labels(source, labels)
     targets = target_names(names, SUFFIXES[encoding])
     with _explained(path), _only_one(path), Draft(path, settings) as draft:
@@ -96,11 +105,13 @@ def prepare(
         cores = available_cores() if workers is None else workers
         rest = names[num_done:]
         encoded = in_order(_Encoded(source, rest, settings), len(rest), cores, PARALLEL_FROM)
-        for done, (name, data) in enumerate(zip(rest, encoded), start=num_done + 1):
-            draft.add(name, source.stamp(name), targets[name], data)
+        for done, (name, image) in enumerate(zip(rest, encoded), start=num_done + 1):
+            draft.add(name, source.stamp(name), targets[name], image)
             if progress is not None:
                 progress(done, len(names))
         problems += draft.problems
+        if bits == 16 and (too_dark := low_range(draft.peaks)):
+            raise DataError(describe(source.path, len(source.names), too_dark), hint=hint(too_dark))
         if problems and not (skip_bad and draft.zip.entries):
             ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
             what = describe(source.path, len(source.names), problems)
@@ -108,14 +119,17 @@ def prepare(
         written = [name for name in names if name not in draft.bad]
         table = None if values is None else [[targets[name], values[name]] for name in written]
         num_bytes = draft.publish({"labels": table} | ({"classes": classes} if classes else {}))
-    return PreparedSet(path, settings, len(written), num_found, num_bytes, classes, problems)
+    return PreparedSet(
+        path, settings, len(written), num_found, num_bytes, classes, problems, has_labels=table is not None
+    )
 
 
 class Draft:
     """The zip while it grows, and beside it a journal: a line for each picture that was dealt with.
 
-    A line is `[name, stamp, target]`, followed by kind and detail where the picture cannot be used and is not
-    in the zip. A line is written after its picture, so that either may be cut off anywhere.
+    A line is `[name, stamp, target]`, followed by the highest value of a 16-bit image (null for others), or
+    by kind and detail if the image cannot be used and is not in the zip. A line is written after its image,
+    so that either may be cut off anywhere.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -124,6 +138,7 @@ class Draft:
         self.journal_path = path.with_name(f".{path.name}.partial.jsonl")
         self.problems: list[Problem] = []
         self.bad: set[str] = set()
+        self.peaks: dict[str, int] = {}
 
     def __enter__(self) -> Draft:
         for place in (self.zip_path, self.journal_path):
@@ -172,22 +187,27 @@ class Draft:
             values = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             values = None
-        if not isinstance(values, list) or values[:3] != start:
+        if not isinstance(values, list) or values[:3] != start or len(values) not in (4, 5):
             return None
         if len(values) == 5:
             return Problem(start[0], *values[3:])
         entry = next(found, None)
-        return entry if entry is not None and entry.name == start[2] else None
+        if entry is None or entry.name != start[2]:
+            return None
+        self._note_peak(start[0], values[3])
+        return entry
 
-    def add(self, name: str, stamp: tuple[int, int], target: str, data: bytes | Unusable) -> None:
-        """Append a picture, or note that it cannot be used."""
+    def add(self, name: str, stamp: tuple[int, int], target: str, image: Encoded | Unusable) -> None:
+        """Append an image, or note that it cannot be used."""
         line: list[Any] = [name, stamp, target]
-        if isinstance(data, Unusable):
-            self._refuse(Problem(name, data.kind, data.detail))
-            line += [data.kind, data.detail]
+        if isinstance(image, Unusable):
+            self._refuse(Problem(name, image.kind, image.detail))
+            line += [image.kind, image.detail]
         else:
-            self.zip.add(target, data)
+            self.zip.add(target, image.data)
             self.stream.flush()
+            self._note_peak(name, image.peak)
+            line.append(image.peak)
         self.journal.write(_line(line))
         self.journal.flush()
 
@@ -198,6 +218,10 @@ class Draft:
         for place in (self.zip_path, self.journal_path):
             place.unlink()
         return ""
+
+    def _note_peak(self, name: str, peak: int | None) -> None:
+        if peak is not None:
+            self.peaks[name] = peak
 
     def _refuse(self, problem: Problem) -> None:
         self.problems.append(problem)
@@ -222,8 +246,15 @@ def _line(values: Any) -> bytes:
     return json.dumps(values).encode("ascii") + b"\n"
 
 
+class Encoded(NamedTuple):
+    """An image brought to size, as a file; `peak`: its highest value if it had 16 bits a channel."""
+
+    data: bytes
+    peak: int | None
+
+
 class _Encoded(Dataset):
-    """Item i is picture i, decoded, fitted and encoded anew, or why it cannot be."""
+    """Item i is image i, decoded, fitted and encoded anew, or why it cannot be."""
 
     def __init__(self, source: Source, names: list[str], settings: Settings) -> None:
         self.source, self.names, self.settings = source, names, settings
@@ -231,23 +262,21 @@ class _Encoded(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> bytes | Unusable:
+    def __getitem__(self, index: int) -> Encoded | Unusable:
         settings = self.settings
+        size = (settings.resolution, settings.resolution)
         try:
-            pixels = decode(
-                self.source.read(self.names[index]),
-                resolution=settings.resolution,
-                channels=settings.channels,
-                fit=settings.fit,
-            )
+            original = open_picture(self.source.read(self.names[index]))
+            peak = highest_deep_value(original)
+            image = fit_to_size(to_channels(original, settings.channels, settings.bits), size, settings.fit)
         except Unusable as problem:
             if problem.kind == WRONG_SIZE:
                 problem.detail += f" instead of {settings.resolution}×{settings.resolution}"
             return problem
         stream = io.BytesIO()
-        picture = Image.fromarray(pixels[0] if settings.channels == 1 else pixels.transpose(1, 2, 0))
-        picture.save(stream, **ENCODINGS[settings.encoding])
-        return stream.getvalue()
+        plain = Image.frombytes(image.mode, image.size, image.tobytes())  # without what belongs to the file
+        plain.save(stream, **ENCODINGS[settings.encoding])
+        return Encoded(stream.getvalue(), peak)
 
 
 def _check_destination(source: Source, path: Path, force: bool) -> None:
@@ -272,7 +301,7 @@ def _first_resolution(source: Source, fit: str | None) -> int:
                 return width
             raise ConfigError(
                 f"{source.path}: the first picture is {width}×{height}, not square.",
-                hint="Say what to bring pictures to: --resolution PIXELS and --fit crop, pad or stretch.",
+                hint="Say what to bring images to: --resolution PIXELS (--fit pad or stretch: not cropped).",
             )
     raise DataError(f"{source.path}: none of the {len(source.names)} pictures can be read.")
 
@@ -287,13 +316,9 @@ def _plan_labels(
     if labels == "none":
         return names, None, [], []
     if labels == "folders":
-        classes, folders, problems = classes_of_folders(names)
-        if not classes:
-            raise DataError(
-                f"{source.path}: --labels folders, but no picture is in a folder.",
-                hint="Put the pictures of each class in a folder of its own, or use --labels none.",
-            )
-        return list(classes), dict(classes), folders, problems
+        number, folders = folder_classes(source)
+        problems = [Problem(name, BAD_LABEL, NO_FOLDER) for name in names if name not in number]
+        return list(number), dict(number), folders, problems
     found, problems = read_labels(source, names)
     if problems:
         bad = {problem.name for problem in problems}

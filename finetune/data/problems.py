@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_LOW_BITS = 12  # of 16; values that never take more are those of a 10- or 12-bit device
 SHOWN_PER_KIND = 100  # names listed for one kind; a set of 70,000 wrong files should not fill the terminal
 
 UNREADABLE = "cannot be read"
@@ -14,6 +15,7 @@ TOO_LARGE = "has too many pixels"
 NO_RULE = "has pixel values without a rule"
 WRONG_SIZE = "has another size"
 BAD_LABEL = "has no usable label"
+LOW_RANGE = "has 16 bits a channel of which the upper ones are never used"
 # What training refuses, and the names that programs know these kinds by.
 REFUSED = {
     UNREADABLE: "unreadable",
@@ -22,9 +24,13 @@ REFUSED = {
     NO_RULE: "no-rule",
     WRONG_SIZE: "wrong-size",
     BAD_LABEL: "bad-label",
+    LOW_RANGE: "low-range",
 }
 NOT_SQUARE = "is not square"
+TOO_LONG = "is more than twice as long as wide"
 TOO_SMALL = "is smaller, and gets enlarged"
+BLACK = "is nearly black"
+UNIFORM = "has nearly one color everywhere"
 UNUSUAL = "is stored in an unusual way"
 FRAMES = "has several frames, of which the first counts"
 DUPLICATE = "shows the same as another one"
@@ -33,7 +39,10 @@ SAME_NAME = "has a name that some systems take for another one's"
 # What training takes, but a person may want to know.
 REMARKS = {
     NOT_SQUARE: "not-square",
+    TOO_LONG: "too-long",
     TOO_SMALL: "too-small",
+    BLACK: "black",
+    UNIFORM: "uniform",
     UNUSUAL: "unusual-mode",
     FRAMES: "several-frames",
     DUPLICATE: "duplicate",
@@ -41,7 +50,8 @@ REMARKS = {
     SAME_NAME: "name-collision",
 }
 KINDS = (*REFUSED, *REMARKS)
-COUNTED = (WRONG_SIZE, NOT_SQUARE, TOO_SMALL, UNUSUAL, FRAMES)  # told by value, not by name: few of many
+# Listed by value, not by name: few values, many images.
+COUNTED = (WRONG_SIZE, LOW_RANGE, NOT_SQUARE, TOO_LONG, TOO_SMALL, UNUSUAL, FRAMES)
 
 HINTS = {
     UNREADABLE: "Repair or remove the files that cannot be read.",
@@ -50,7 +60,9 @@ HINTS = {
     NO_RULE: "Save such pictures with 8 or 16 bits a channel.",
     WRONG_SIZE: "Say how pictures are brought to size: --fit crop (centre square), --fit pad (white margins) "
     "or --fit stretch.",
-    BAD_LABEL: "Correct dataset.json: every picture needs a label in it.",
+    BAD_LABEL: "Every image needs a label: in dataset.json, or from its folder with --labels folders.",
+    LOW_RANGE: "Such images would be nearly black. Rescale them, with N as listed above, and train on the "
+    "result: finetune dataset prepare DATA OUT.zip --bits N",
 }
 
 
@@ -70,6 +82,18 @@ class Unusable(Exception):  # a finding, not a failure
         super().__init__(kind, detail)
         self.kind = kind
         self.detail = detail
+
+
+def low_range(peaks: dict[str, int]) -> list[Problem]:
+    """A problem for each 16-bit image if the values of all take 12 bits or fewer.
+
+    peaks: name -> highest value.
+    """
+    highest = max(peaks.values(), default=0)
+    bits = max(8, highest.bit_length() + highest.bit_length() % 2)
+    if highest == 0 or bits > MAX_LOW_BITS:
+        return []
+    return [Problem(name, LOW_RANGE, f"no value above {(1 << bits) - 1} (N = {bits})") for name in peaks]
 
 
 def describe(path: Path, num_images: int, problems: Iterable[Problem]) -> str:

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from finetune.data.decode import FITS, num_frames, open_picture, unusual
+from finetune.data.decode import FITS, height_and_width
 from finetune.data.image_set import choose
-from finetune.data.labels import Labels, has_labels, labels_without_picture, read_labels
+from finetune.data.labels import Labels, has_class_folders, has_labels, labels_without_picture, read_labels
+from finetune.data.look_cache import look_at_all
+from finetune.data.looking import Look
 from finetune.data.problems import (
     BAD_LABEL,
+    BLACK,
     DUPLICATE,
     FRAMES,
     NO_PICTURE,
     NOT_SQUARE,
     SAME_NAME,
+    TOO_LONG,
     TOO_SMALL,
+    UNIFORM,
     UNUSUAL,
     WRONG_SIZE,
     Problem,
     Unusable,
     describe,
     hint,
+    low_range,
     printable,
 )
 from finetune.data.sources import LABELS_NAME, Source, open_source
-from finetune.data.workers import available_cores, in_order
+from finetune.data.workers import available_cores
 from finetune.errors import DataError
 
+HOW_FITTED = {
+    "crop": "center-cropped and resized to",
+    "pad": "resized, with white margins, to",
+    "stretch": "stretched to",
+}
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 GRAY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -49,7 +57,7 @@ class Scan:
     ones; `class_counts` is the number of pictures of each class (empty without labels, and for vectors);
     `num_ignored` counts files that are no pictures. `problems` is what training refuses, `remarks` (of a
     thorough scan) what it takes, but a person may want to know, picture by picture. `has_labels` says whether
-    there are any, used or not.
+    there are any, used or not; `num_known` counts images that had not changed since the last scan.
     """
 
     path: Path
@@ -63,6 +71,7 @@ class Scan:
     notes: list[str] = field(default_factory=list)
     remarks: list[Problem] = field(default_factory=list)
     has_labels: bool = False
+    num_known: int = field(default=0, compare=False)
 
     def against(self, channels: int) -> list[str]:
         """What pictures and the `channels` of a network do not share, and the option that changes it."""
@@ -92,114 +101,173 @@ class Scan:
             raise DataError(describe(self.path, self.num_images, self.problems), hint=hint(self.problems))
 
 
-class Look(NamedTuple):
-    """What a look at one picture found; the last three only where the look is thorough."""
-
-    width: int
-    height: int
-    mode: str
-    unusual: str | None = None
-    num_frames: int = 1
-    digest: bytes = b""
-
-
 def scan(
     path: str | os.PathLike[str],
     *,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     fit: str | None = None,
     use_labels: bool = False,
+    labels_from: str = "file",
     num_classes: int | None = None,
     workers: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     thorough: bool = False,
+    fresh: bool = False,
 ) -> Scan:
-    """Decode every picture, in parallel where there are many, and collect all problems.
+    """Look at every image, in parallel if there are many, and collect all problems.
 
-    `resolution` with no `fit` makes every other size a problem; without a resolution sizes are only counted.
-    `limit` and `seed` choose the same pictures as ImageSet. `progress(done, total)` is called after each
-    picture. A `thorough` scan collects remarks as well, and labels that cannot be had at all are a problem
-    among others. Raises DataError only where there is nothing to look at (no such path, no picture, no labels
-    at all).
+    Images that have not changed since the last time are not decoded again, unless `fresh`.
+    `resolution` (the side, or height and width) with no `fit` makes every other size a problem; without a
+    resolution sizes are only counted. `limit` and `seed` choose the same images as ImageSet.
+    `progress(done, total)` is called after each image that was decoded, and at the end. A `thorough` scan
+    lists remarks as well, and labels that cannot be had at all are a problem among others. Raises DataError
+    only if there is nothing to look at (no such path, no image, no labels at all).
     """
     if fit is not None and fit not in FITS:
         raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
     source = open_source(path)
     names = choose(source, limit, seed)
-    labels, problems = _labels(source, names, num_classes, thorough) if use_labels else (None, [])
-    sizes: Counter[tuple[int, int]] = Counter()
-    modes: Counter[str] = Counter()
-    remarks = _remarks_on_names(source, use_labels) if thorough else []
-    first_of: dict[bytes, str] = {}
-    cores = available_cores() if workers is None else workers
-    looks = in_order(_Looks(source, names, thorough), len(names), cores)
-    for done, (name, look) in enumerate(zip(names, looks), start=1):
-        if isinstance(look, Unusable):
-            problems.append(Problem(name, look.kind, look.detail))
-        else:
-            size = (look.width, look.height)
-            sizes[size] += 1
-            modes[look.mode] += 1
-            refused = resolution is not None and fit is None and size != (resolution, resolution)
-            if refused:
-                seen = f"{size[0]}×{size[1]} instead of {resolution}×{resolution}"
-                problems.append(Problem(name, WRONG_SIZE, seen))
-            if thorough:
-                remarks += _remarks(name, look, None if refused else resolution, first_of)
-        if progress is not None:
+    labels, problems = None, list[Problem]()
+    if use_labels:
+        labels, problems = _labels(source, names, num_classes, labels_from, thorough)
+    findings = Findings(None if resolution is None else height_and_width(resolution), fit, problems)
+    looks = look_at_all(source, names, available_cores() if workers is None else workers, fresh=fresh)
+    for done, (name, (look, is_known)) in enumerate(zip(names, looks, strict=True), start=1):
+        findings.add(name, look)
+        findings.num_known += is_known
+        if progress is not None and (not is_known or done == len(names)):
             progress(done, len(names))
+    findings.check_ranges()
     class_counts: list[int] = []
     if labels is not None and labels.values.ndim == 1:
         class_counts = np.bincount(labels.values, minlength=labels.num_classes).tolist()
+    notes = [*findings.notes(listed=thorough), *_notes_on_classes(class_counts)]
+    if thorough and not use_labels and not has_labels(source) and has_class_folders(source):
+        notes.append("The folders can be classes: --labels folders.")
     return Scan(
         path=source.path,
         num_images=len(names),
         num_ignored=source.num_ignored,
-        sizes=dict(sizes.most_common()),
-        modes=dict(modes.most_common()),
+        num_known=findings.num_known,
+        sizes=dict(findings.sizes.most_common()),
+        modes=dict(findings.modes.most_common()),
         num_classes=0 if labels is None else labels.num_classes,
         class_counts=class_counts,
-        problems=problems,
-        notes=_notes(sizes, resolution, class_counts),
-        remarks=remarks,
+        problems=findings.problems,
+        notes=notes,
+        remarks=_remarks_on_names(source, use_labels and labels_from == "file") + findings.remarks
+        if thorough
+        else [],
         has_labels=has_labels(source),
     )
 
 
+class Findings:
+    """What the looks at all images add up to."""
+
+    def __init__(self, size: tuple[int, int] | None, fit: str | None, problems: list[Problem]) -> None:
+        self.wanted = None if size is None else (size[1], size[0])  # width and height, as Pillow has them
+        self.fit, self.problems = fit, problems
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.modes: Counter[str] = Counter()
+        self.remarks: list[Problem] = []
+        self.num_known = 0
+        self.peaks: dict[str, int] = {}
+        self._first_of: dict[bytes, str] = {}
+
+    def add(self, name: str, look: Look | Unusable) -> None:
+        if isinstance(look, Unusable):
+            self.problems.append(Problem(name, look.kind, look.detail))
+            return
+        size = (look.width, look.height)
+        self.sizes[size] += 1
+        self.modes[look.mode] += 1
+        if look.peak is not None:
+            self.peaks[name] = look.peak
+        wanted = self.wanted
+        if wanted is not None and self.fit is None and size != wanted:
+            seen = f"{_times(size)} instead of {_times(wanted)}"
+            self.problems.append(Problem(name, WRONG_SIZE, seen))
+            wanted = None  # what would have to be changed is no remark then
+        self.remarks += self._remarks(name, look, wanted)
+
+    def _remarks(self, name: str, look: Look, wanted: tuple[int, int] | None) -> list[Problem]:
+        """What is allowed of one image, but worth knowing."""
+        size, remarks = (look.width, look.height), []
+        if wanted is not None and not _has_shape(size, wanted):
+            remarks.append(Problem(name, TOO_LONG if _is_long(size, wanted) else NOT_SQUARE, _times(size)))
+        if wanted is not None and self._enlargement(size) > 1:
+            remarks.append(Problem(name, TOO_SMALL, _times(size)))
+        if look.unusual is not None:
+            remarks.append(Problem(name, UNUSUAL, look.unusual))
+        if look.num_frames > 1:
+            remarks.append(Problem(name, FRAMES, f"{look.num_frames} frames"))
+        if look.tone is not None:
+            remarks.append(Problem(name, BLACK if look.tone == "black" else UNIFORM, _times(size)))
+        first = self._first_of.setdefault(look.digest, name)
+        if first != name:
+            remarks.append(Problem(name, DUPLICATE, f"as {printable(first)}"))
+        return remarks
+
+    def _enlargement(self, size: tuple[int, int]) -> float:
+        assert self.wanted is not None
+        scales = (self.wanted[0] / size[0], self.wanted[1] / size[1])
+        return min(scales) if self.fit == "pad" else max(scales)
+
+    def check_ranges(self) -> None:
+        """Make it a problem if no 16-bit image has a value above 12 bits: all would be nearly black."""
+        self.problems += low_range(self.peaks)
+
+    def notes(self, *, listed: bool) -> list[str]:
+        """What is allowed, but worth knowing, one line each; `listed`: remarks are listed by name anyway."""
+        counts = Counter(remark.kind for remark in self.remarks)
+        notes = []
+        if self.wanted is not None and self.fit is not None:
+            others = {size: count for size, count in self.sizes.items() if size != self.wanted}
+            if others:
+                num_others, how = sum(others.values()), HOW_FITTED[self.fit]
+                also = ", ".join(f"--fit {fit}" for fit in FITS if fit != self.fit)
+                size = _times(self.wanted)
+                notes.append(f"{num_others} pictures of other sizes are {how} {size}; otherwise: {also}.")
+            much = sum(n for size, n in others.items() if self._enlargement(size) > 2)
+            if much:
+                notes.append(f"{much} pictures are enlarged more than 2×, and will look blurred.")
+        kinds = {TOO_LONG: "more than twice as long as wide", BLACK: "nearly black"}
+        kinds |= {UNIFORM: "of nearly one color", DUPLICATE: "equal to another one"}
+        found = [f"{counts[kind]} {words}" for kind, words in kinds.items() if counts[kind]]
+        if found and not listed:
+            notes.append(f"Worth a look: {', '.join(found)}; `finetune dataset check` lists their names.")
+        return notes
+
+
 def _labels(
-    source: Source, names: list[str], num_classes: int | None, thorough: bool
+    source: Source, names: list[str], num_classes: int | None, labels_from: str, thorough: bool
 ) -> tuple[Labels | None, list[Problem]]:
     """The labels; a thorough scan goes on where there are none to be had, for what else there is to tell."""
     try:
-        return read_labels(source, names, num_classes)
+        return read_labels(source, names, num_classes, labels_from)
     except DataError as error:
         if not thorough:
             raise
-        where = source.labels_name or LABELS_NAME
+        where = "folders" if labels_from == "folders" else source.labels_name or LABELS_NAME
         what = error.what.removeprefix(f"{source.path}: ").removeprefix(where).lstrip(": ")
-        return None, [Problem(where, BAD_LABEL, what)]
+        return None, [Problem(where, BAD_LABEL, f"{what} {error.hint or ''}".rstrip())]
 
 
-def _remarks(name: str, look: Look, resolution: int | None, first_of: dict[bytes, str]) -> list[Problem]:
-    """What is allowed of one picture, but worth knowing; `first_of` remembers the pictures seen.
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
 
-    `resolution` is None where none is known, or the size is a problem already.
-    """
-    size, remarks = f"{look.width}×{look.height}", []
-    if resolution is not None and look.width != look.height:
-        remarks.append(Problem(name, NOT_SQUARE, size))
-    if resolution is not None and min(look.width, look.height) < resolution:
-        remarks.append(Problem(name, TOO_SMALL, size))
-    if look.unusual is not None:
-        remarks.append(Problem(name, UNUSUAL, look.unusual))
-    if look.num_frames > 1:
-        remarks.append(Problem(name, FRAMES, f"{look.num_frames} frames"))
-    first = first_of.setdefault(look.digest, name)
-    if first != name:
-        remarks.append(Problem(name, DUPLICATE, f"as {printable(first)}"))
-    return remarks
+
+def _has_shape(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    return size[0] * wanted[1] == size[1] * wanted[0]
+
+
+def _is_long(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    """Whether cropping to the wanted shape leaves less than half of an image."""
+    ratio = (size[0] * wanted[1]) / (size[1] * wanted[0])
+    return max(ratio, 1 / ratio) > 2
 
 
 def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
@@ -220,38 +288,9 @@ def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
     return remarks
 
 
-def _notes(sizes: Counter[tuple[int, int]], resolution: int | None, class_counts: list[int]) -> list[str]:
-    """What is allowed, but worth knowing."""
-    notes = []
-    if resolution is not None:
-        small = sum(count for size, count in sizes.items() if min(size) < resolution)
-        if small:
-            notes.append(f"{small} pictures are smaller than {resolution} pixels on a side and get enlarged.")
+def _notes_on_classes(class_counts: list[int]) -> list[str]:
     empty = [str(index) for index, count in enumerate(class_counts) if count == 0]
-    if empty:
-        shown = ", ".join(empty[:20]) + (", …" if len(empty) > 20 else "")
-        notes.append(f"{len(empty)} of {len(class_counts)} classes have no picture: {shown}.")
-    return notes
-
-
-class _Looks(Dataset):
-    """Item i is what a look at picture i found, or why it cannot be used."""
-
-    def __init__(self, source: Source, names: list[str], thorough: bool) -> None:
-        self.source, self.names, self.thorough = source, names, thorough
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Look | Unusable:
-        try:
-            data = self.source.read(self.names[index])
-            picture = open_picture(data)
-        except Unusable as problem:
-            return problem
-        if not self.thorough:
-            return Look(*picture.size, picture.mode)
-        # Of the pixels, and so of the same picture in another file format as well.
-        digest = hashlib.blake2b(repr((picture.size, picture.mode)).encode(), digest_size=16)
-        digest.update((picture.convert("RGBA") if picture.mode in ("P", "PA") else picture).tobytes())
-        return Look(*picture.size, picture.mode, unusual(picture, data), num_frames(data), digest.digest())
+    if not empty:
+        return []
+    shown = ", ".join(empty[:20]) + (", …" if len(empty) > 20 else "")
+    return [f"{len(empty)} of {len(class_counts)} classes have no picture: {shown}."]

@@ -246,14 +246,15 @@ def read_data(
     """Scan the data and compare it with the network; return the image set, facts of the run, and notes."""
     group_size = Facts.group_size
     family, resolution, channels = config.scratch, config.resolution, config.channels or 3
-    use_labels, num_classes = bool(config.cond), None
+    cond = True if config.labels == "folders" else config.cond
+    use_labels, num_classes = bool(cond), None
     if checkpoint is not None:
         G: Any = checkpoint.best
         if checkpoint.D is not None and not config.new_d:
             group_size = group_size_of(checkpoint.D)
         family = checkpoint.family
         resolution, channels = config.resolution or G.img_resolution, config.channels or G.img_channels
-        use_labels = G.c_dim > 0 if config.cond is None else config.cond
+        use_labels = G.c_dim > 0 if cond is None else cond
         # With --classes, or where labels are new, the pictures say how many classes there shall be.
         num_classes = G.c_dim if use_labels and config.classes is None and G.c_dim else None
         if config.classes and not use_labels:
@@ -269,13 +270,14 @@ def read_data(
                 resolution=resolution,
                 fit=config.fit,
                 use_labels=use_labels,
+                labels_from=config.labels,
                 num_classes=num_classes,
                 workers=config.workers,
                 progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
             )
             found.raise_for_problems()
         notes = [*found.notes, *found.against(channels)]
-        if checkpoint is not None and config.cond is None and not use_labels and found.has_labels:
+        if checkpoint is not None and cond is None and not use_labels and found.has_labels:
             notes.append(
                 "The pictures have labels and the checkpoint has no classes: they are not used. --cond gives "
                 "it those of the pictures."
@@ -287,6 +289,7 @@ def read_data(
         channels=channels,
         fit=config.fit,
         use_labels=use_labels,
+        labels_from=config.labels,
         num_classes=num_classes,
         mirror=config.mirror,
         seed=config.seed,

@@ -57,10 +57,10 @@ def test_every_offender_is_listed_and_ends_with_2(folder):
     (folder / "a/wide.png").write_bytes(png(8, 20, 3))
     result = call("check", folder, "--resolution", 16, "--no-cond")
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert result.stdout.count(": is empty\n") == 130 and "more" not in result.stdout
-    assert "20×8 instead of 16×16: 1 (a/wide.png)" in result.stdout
-    assert result.stderr.startswith(f"Error: {folder}: training would refuse it: 131 offenders.\n")
-    assert "--fit crop" in result.stderr
+    assert result.stdout.count(": is empty\n") == 130 and "… and" not in result.stdout
+    assert "1 of other sizes (1 enlarged, 1 cropped)" in result.stdout
+    assert "is more than twice as long as wide: 1\n    20×8: 1 (a/wide.png)" in result.stdout
+    assert result.stderr.startswith(f"Error: {folder}: training would refuse it: 130 offenders.\n")
     fitted = call("check", folder, "--resolution", 16, "--no-cond", "--fit", "pad")
     assert "1 of other sizes (1 enlarged, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
 
@@ -145,9 +145,9 @@ def test_prepare(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout == (
         f"{out}: 6 pictures of 8×8, 0.0 MiB\nclass 0: a\nclass 1: b\n"
-        f"To train on them: finetune train --data {out}\n"
+        f"To train on them: finetune train --data {out} --cond\n"
     )
-    again = call("prepare", folder, out, "--resolution", 8, "--fit", "crop")
+    again = call("prepare", folder, out, "--resolution", 8)
     assert again.exit_code == 2 and "--force replaces it" in again.stderr
     forced = call(
         "prepare",

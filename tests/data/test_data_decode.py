@@ -13,7 +13,7 @@ from PIL import Image, features
 from finetune.data.decode import (
     TURNS,
     decode,
-    fit_square,
+    fit_to_size,
     images_to_float,
     num_frames,
     open_picture,
@@ -146,27 +146,27 @@ def halves(width: int, height: int) -> Image.Image:
 
 def test_fit_crop_takes_the_centre(noise):
     pixels = noise(8, 14, 3)
-    got = np.asarray(fit_square(Image.fromarray(pixels), 8, "crop"))
+    got = np.asarray(fit_to_size(Image.fromarray(pixels), (8, 8), "crop"))
     assert np.array_equal(got, pixels[:, 3:11])
-    tall = np.asarray(fit_square(Image.fromarray(pixels.swapaxes(0, 1)), 8, "crop"))
+    tall = np.asarray(fit_to_size(Image.fromarray(pixels.swapaxes(0, 1)), (8, 8), "crop"))
     assert np.array_equal(tall, pixels.swapaxes(0, 1)[3:11])
 
 
 def test_fit_pad_adds_margins(noise):
     pixels = noise(4, 8, 3)
-    got = np.asarray(fit_square(Image.fromarray(pixels), 8, "pad"))
+    got = np.asarray(fit_to_size(Image.fromarray(pixels), (8, 8), "pad"))
     assert np.array_equal(got[2:6], pixels) and (got[:2] == 255).all() and (got[6:] == 255).all()
-    clear = np.asarray(fit_square(Image.fromarray(pixels).convert("RGBA"), 8, "pad"))
+    clear = np.asarray(fit_to_size(Image.fromarray(pixels).convert("RGBA"), (8, 8), "pad"))
     assert (
         np.array_equal(clear[2:6, :, :3], pixels)
         and (clear[:2] == 0).all()
         and (clear[2:6, :, 3] == 255).all()
     )
-    assert fit_square(Image.new("L", (200, 1)), 8, "pad").size == (8, 8)
+    assert fit_to_size(Image.new("L", (200, 1)), (8, 8), "pad").size == (8, 8)
 
 
 def test_fit_stretch_uses_everything():
-    got = np.asarray(fit_square(halves(64, 16), 16, "stretch")).astype(int)
+    got = np.asarray(fit_to_size(halves(64, 16), (16, 16), "stretch")).astype(int)
     # Lanczos reaches three pixels to either side of the edge in the middle.
     assert (got[:, :5] == [255, 0, 0]).all() and (got[:, 11:] == [0, 0, 255]).all()
 
@@ -174,7 +174,7 @@ def test_fit_stretch_uses_everything():
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [5, 48, 300])
 def test_resizing_keeps_colour_and_orientation(fit, size):
-    got = np.asarray(fit_square(halves(size, size), 16, fit)).astype(int)
+    got = np.asarray(fit_to_size(halves(size, size), (16, 16), fit)).astype(int)
     assert got.shape == (16, 16, 3)
     ringing = 0.06 * 255  # what Lanczos overshoots beside an edge
     assert (abs(got[:, :4] - [255, 0, 0]) < ringing).all()
@@ -184,7 +184,7 @@ def test_resizing_keeps_colour_and_orientation(fit, size):
 def test_shrinking_does_not_alias():
     # A checkerboard of single pixels has to become gray, not black or white.
     board = ((np.indices((256, 256)).sum(0) % 2) * 255).astype(np.uint8)
-    got = np.asarray(fit_square(Image.fromarray(board), 16, "stretch")).astype(int)
+    got = np.asarray(fit_to_size(Image.fromarray(board), (16, 16), "stretch")).astype(int)
     assert (abs(got - 127.5) < 3).all()
 
 
@@ -192,7 +192,7 @@ def test_hidden_colour_does_not_bleed_when_resized():
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[:, :16] = [0, 255, 0, 0]  # green, but clear
     pixels[:, 16:] = [255, 0, 0, 255]
-    got = np.asarray(fit_square(Image.fromarray(pixels), 8, "stretch"))
+    got = np.asarray(fit_to_size(Image.fromarray(pixels), (8, 8), "stretch"))
     visible = got[got[..., 3] > 0]
     assert (visible[:, 1] == 0).all() and len(visible) >= 32
 
@@ -200,12 +200,12 @@ def test_hidden_colour_does_not_bleed_when_resized():
 def test_equal_size_is_untouched_whatever_the_fit(noise):
     pixels = noise(8, 8, 3)
     for fit in (None, "crop", "pad", "stretch"):
-        assert np.array_equal(np.asarray(fit_square(Image.fromarray(pixels), 8, fit)), pixels)
+        assert np.array_equal(np.asarray(fit_to_size(Image.fromarray(pixels), (8, 8), fit)), pixels)
     with pytest.raises(Unusable) as caught:
-        fit_square(Image.fromarray(pixels), 4, None)
+        fit_to_size(Image.fromarray(pixels), (4, 4), None)
     assert (caught.value.kind, caught.value.detail) == (WRONG_SIZE, "8×8")
     with pytest.raises(ValueError, match="squash"):
-        fit_square(Image.fromarray(pixels), 4, "squash")
+        fit_to_size(Image.fromarray(pixels), (4, 4), "squash")
 
 
 def refusal(data: bytes) -> Unusable:
@@ -252,12 +252,12 @@ def test_what_is_damaged_but_whole_is_not_called_cut_short(encode, noise):
 )
 def test_what_is_unusual_about_a_mode(encode, mode, what):
     data = encode(Image.new(mode, (4, 4)))
-    assert unusual(open_picture(data), data) == what and num_frames(data) == 1
+    assert unusual(open_picture(data)) == what and num_frames(data) == 1
 
 
 def test_what_else_is_unusual(encode):
     def seen(data):
-        return unusual(open_picture(data), data)
+        return unusual(open_picture(data))
 
     assert seen(encode(Image.new("CMYK", (4, 4)), "JPEG")) == "CMYK"
     assert seen(encode(np.zeros((4, 4), np.uint16))) == "16 bits a channel"

@@ -47,9 +47,15 @@ def test_a_good_set_is_described(write_set, encode, noise, name):
     found.raise_for_problems()
     assert (found.num_images, found.num_ignored) == (3, 1)
     assert found.sizes == {(8, 8): 2, (6, 8): 1} and found.modes == {"RGB": 2, "L": 1}
-    scan(path, resolution=16, fit="crop").raise_for_problems()
-    assert scan(path, resolution=8, fit="crop").notes == [
-        "1 pictures are smaller than 8 pixels on a side and get enlarged."
+    cropped = scan(path, resolution=16, fit="crop")
+    cropped.raise_for_problems()
+    others = "3 pictures of other sizes are"
+    assert cropped.notes == [
+        f"{others} center-cropped and resized to 16×16; otherwise: --fit pad, --fit stretch.",
+        "1 pictures are enlarged more than 2×, and will look blurred.",
+    ]
+    assert scan(path, resolution=16, fit="pad").notes == [
+        f"{others} resized, with white margins, to 16×16; otherwise: --fit crop, --fit stretch."
     ]
 
 

@@ -333,7 +333,7 @@ def test_a_missing_generator_is_the_other_one(pictures, tmp_path):
         ({"precision": "tf32"}, ConfigError, "--precision tf32: this needs CUDA"),
         ({"sd_backbone": "lpips-vgg"}, WeightsMissing, "vgg16-397923af.pth"),
         ({"data": "nowhere"}, DataError, "nowhere"),
-        ({"resolution": 32}, DataError, "16"),
+        ({"labels": "folders"}, DataError, "no picture is in a folder"),
         ({"kimg": -1.0}, ConfigError, "--kimg"),
         ({"device": "tpu"}, ConfigError, "--device"),
         ({"batch": 6, "batch_gpu": 6}, ConfigError, "--batch-gpu 6: .* groups of 4; use a multiple of 4"),
@@ -391,10 +391,12 @@ def test_snapshots_that_do_not_fit_are_found_before_training(pictures, tmp_path,
             prepare(config)
 
 
-def test_pictures_that_get_enlarged_are_mentioned(pictures, tmp_path):
+def test_images_that_are_fitted_are_mentioned(pictures, tmp_path):
     console = quiet()
-    run(options(pictures, tmp_path, resolution=32, fit="stretch", kimg=0.004), console=console)
-    assert "12 pictures are smaller than 32 pixels on a side and get enlarged." in console.file.getvalue()
+    run(options(pictures, tmp_path, resolution=32, kimg=0.004), console=console)
+    assert "12 pictures of other sizes are center-cropped and resized to 32×32;" in console.file.getvalue()
+    prepared = prepare(options(pictures, tmp_path, resolution=64, fit="stretch"))
+    assert prepared.notes[1] == "12 pictures are enlarged more than 2×, and will look blurred."
 
 
 def test_a_folder_without_snapshots_is_no_run(pictures, tmp_path):

@@ -1,0 +1,194 @@
+"""A scan decodes only what is new or has changed since the last one."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.data import look_cache, looking, scan
+from finetune.data.problems import UNREADABLE
+from finetune.data.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, in which even the smallest set is kept."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(look_cache, "WORTH_SEC", -1.0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts what is decoded in this process."""
+    count: list[int] = []
+    original = looking.open_picture
+    monkeypatch.setattr(looking, "open_picture", lambda data: count.append(1) or original(data))
+
+    def since_last_time() -> int:
+        number = len(count)
+        count.clear()
+        return number
+
+    return since_last_time
+
+
+def look(path, **options):
+    return scan(path, resolution=8, use_labels=True, workers=0, thorough=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["", ".zip"])
+def test_nothing_is_decoded_twice(eight, decoded, kind):
+    path = eight(kind)
+    first = look(path)
+    assert (decoded(), first.num_known) == (8, 0)
+    second = look(path)
+    assert (decoded(), second.num_known) == (0, 8) and second == first
+    assert look(path, fresh=True) == first and decoded() == 8
+    assert scan(path, resolution=4, fit="pad", workers=0).sizes == {(8, 8): 8} and decoded() == 0
+
+
+def test_what_changed_is_decoded_again(eight, decoded, encode, noise):
+    path = eight()
+    look(path)
+    decoded()
+    (path / "a/1.png").write_bytes(encode(noise(9, 9, 3)))  # another size in bytes
+    status = (path / "b/5.png").stat()
+    os.utime(path / "b/5.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # another time
+    (path / "b/7.png").unlink()
+    (path / "b/8.png").write_bytes(encode(noise(8, 8, 3)))
+    found = scan(path, workers=0)
+    assert found.sizes == {(8, 8): 7, (9, 9): 1} and found.num_known == 5 and decoded() == 3
+    with sqlite3.connect(look_cache.path_of(open_source(path))) as table:
+        names = {name for (name,) in table.execute("SELECT name FROM looks")}
+    assert b"b/7.png" not in names and len(names) == 8
+
+
+def test_a_zip_is_known_by_the_checksums_in_it(eight, decoded, encode, noise):
+    path = eight(".zip")
+    look(path)
+    decoded()
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["a/1.png"] = encode(noise(8, 8, 3, seed=77))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    assert look(path).num_known == 7 and decoded() == 1
+
+
+def test_workers_fill_and_use_the_same_cache(eight, monkeypatch):
+    monkeypatch.setattr(look_cache, "PARALLEL_FROM", 1)
+    monkeypatch.setattr("finetune.data.workers.available_cores", lambda: 2)
+    path = eight()
+    parallel = scan(path, workers=2)
+    assert parallel.num_known == 0
+    again = scan(path, workers=2)
+    assert again.num_known == 8 and again == parallel
+
+
+def test_what_could_not_be_read_is_not_kept(eight, decoded):
+    path = eight()
+    (path / "a/0.png").write_bytes(b"junk")
+    assert [each.kind for each in look(path).problems] == [UNREADABLE]
+    decoded()
+    assert [each.kind for each in look(path).problems] == [UNREADABLE] and decoded() == 1
+
+
+def test_an_interrupted_scan_continues(eight, decoded):
+    path = eight()
+
+    def interrupt(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look(path, progress=interrupt)
+    assert decoded() == 3
+    assert look(path).num_known == 3 and decoded() == 5
+
+
+def test_progress_tells_what_is_decoded_and_the_end(eight, encode, noise):
+    path, seen = eight(), []
+    look(path)
+    (path / "a/1.png").write_bytes(encode(noise(9, 9, 3)))
+    look(path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("damage", ["junk", "empty", "cut"])
+def test_a_damaged_cache_costs_time_only(eight, decoded, damage):
+    path = eight()
+    expected = look(path)
+    file = look_cache.path_of(open_source(path))
+    data = file.read_bytes()
+    file.write_bytes({"junk": os.urandom(5000), "empty": b"", "cut": data[: len(data) // 2]}[damage])
+    decoded()
+    assert look(path) == expected and decoded() == 8
+    assert look(path) == expected and decoded() == 0
+
+
+def test_a_cache_that_cannot_be_written_or_is_locked(eight, decoded, cache, monkeypatch):
+    path = eight()
+    cache.write_text("a file in the way")
+    expected = look(path)
+    assert look(path) == expected and decoded() == 16
+    cache.unlink()
+    look(path)
+    decoded()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda file, timeout: connect(file, timeout=0.0))
+    other = connect(look_cache.path_of(open_source(path)))
+    other.execute("BEGIN EXCLUSIVE")
+    assert look(path) == expected and decoded() == 8
+    other.close()
+    assert look(path).num_known == 8
+
+
+def test_another_pillow_decodes_anew(eight, decoded, monkeypatch):
+    path = eight()
+    look(path)
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    assert look(path).num_known == 0 and look(path).num_known == 8
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    decoded()
+    assert len(look(path).problems) == 8 and decoded() == 8
+
+
+def test_a_set_that_takes_no_time_leaves_nothing(eight, cache, monkeypatch):
+    monkeypatch.setattr(look_cache, "WORTH_SEC", 1e9)
+    look(eight())
+    assert not cache.exists()
+
+
+def test_names_that_are_no_text_are_kept(tmp_path, encode, noise):
+    folder = tmp_path / "set\udcff"
+    try:
+        folder.mkdir()
+        (folder / "a\udcff.png").write_bytes(encode(noise(8, 8)))
+    except OSError:
+        pytest.skip("the file system takes only valid names")
+    scan(folder, workers=0)
+    assert scan(folder, workers=0).num_known == 1
+
+
+def test_every_fact_comes_back_as_it_was(tmp_path, encode, noise):
+    odd = {
+        "deep.png": encode(np.full((4, 4), 40_000, np.uint16)),
+        "black.png": encode(np.zeros((4, 4), np.uint8)),
+        "moving.gif": encode(noise(4, 4), "GIF", save_all=True, append_images=[Image.fromarray(noise(4, 5))]),
+    }
+    for name, data in odd.items():
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(data)
+    source = open_source(tmp_path / "set")
+    first = list(look_cache.look_at_all(source, source.names, 0))
+    second = list(look_cache.look_at_all(source, source.names, 0))
+    assert [known for _, known in second] == [True] * 3
+    assert [each for each, _ in first] == [each for each, _ in second]
+    assert {type(each) for each, _ in second} == {looking.Look}
