@@ -37,9 +37,7 @@ DEFAULT = "fd-effnet,random-fid"
 @click.option(
     "--fit",
     type=click.Choice(["crop", "pad", "stretch"]),
-    default="crop",
-    show_default=True,
-    help="What to do with other sizes.",
+    help="What to do with other sizes; numbers depend on it.  [default: refuse them]",
 )
 @click.option(
     "--labels",
@@ -85,7 +83,7 @@ def command(
     metrics: str,
     num: int,
     seed: int,
-    fit: str,
+    fit: str | None,
     labels_from: str,
     cond: bool | None,
     mirror: bool,
@@ -123,7 +121,7 @@ def command(
 
 
 def measure(
-    file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str,
+    file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str | None,
     labels_from: str, cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool,
     inception: Path | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
