@@ -21,11 +21,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import torch
 from measuring import ROOT, machine, table
 
 DEMO = ROOT / "finetune" / "demo"
 WAITING = {"as finetune waits": {}, "busy waiting": {"GOMP_SPINCOUNT": "300000"}}
+TICK = 16  # images, of runs of this length
 START_SEC = 300  # for everything before the first tick
 
 
@@ -58,8 +60,8 @@ def speed(environment: dict[str, str], seconds: float) -> float:
         finally:
             run.kill()
             run.wait()
-    # A run so slow that no second tick came is counted as if it came now.
-    return (max(last["nimg"] - first["nimg"], 16)) / max(last["sec"] - first["sec"], seconds / 2)
+    # Of a run so slow that no second tick came, an upper bound.
+    return max(last["nimg"] - first["nimg"], TICK) / max(last["sec"] - first["sec"], seconds / 2)
 
 
 def wait_for_line(folder: Path, run: subprocess.Popen) -> dict:
@@ -113,7 +115,8 @@ def main() -> None:
     if options.out:
         facts = machine(torch.device("cpu"))
         setting = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
-        other = f"Load average before each run: {min(loads):.1f} to {max(loads):.1f}."
+        bound = f"A speed of {TICK / (options.seconds / 2):.2f} is an upper bound: no second tick came."
+        other = f"{bound} Load average before each run: {min(loads):.1f} to {max(loads):.1f}."
         head = f"# Training beside a busy process\n\n`python {' '.join(sys.argv)}`"
         options.out.write_text(f"{head}\n\n{text}\n\n{setting}\n{other}\n")
 
