@@ -13,6 +13,7 @@ from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig, target_ratio
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
+from finetune.models import Network
 from finetune.recipes import Facts
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
@@ -175,7 +176,8 @@ def networks_from(
     checkpoint: Checkpoint, config: TrainConfig, facts: Facts
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
     """Copy a checkpoint's G, D and G_ema with the recipe's switches; a missing generator is the other one."""
-    start = checkpoint.G if checkpoint.G is not None else checkpoint.G_ema
+    start: Network = checkpoint.G if checkpoint.G is not None else checkpoint.G_ema
+    start_D: Network = checkpoint.D
     changes: dict[str, Any] = {}
     if facts.family != "stylegan2":
         changes["magnitude_ema_beta"] = magnitude_beta(required(config)["batch"])
@@ -184,13 +186,13 @@ def networks_from(
         changes |= half
     G = copy_network(start, changes)
     G_ema = copy_network(checkpoint.best, changes)
-    blocks = checkpoint.D.init_kwargs.get("block_kwargs") or {}
+    blocks = start_D.init_kwargs.get("block_kwargs") or {}
     changes = {}
     if config.scratch is None:  # FreezeD is for checkpoints; a resumed run from scratch keeps its arguments
         changes["block_kwargs"] = {**blocks, "freeze_layers": config.freezed or 0}
-    if half and not checkpoint.D.init_kwargs.get("num_fp16_res", 4):
+    if half and not start_D.init_kwargs.get("num_fp16_res", 4):
         changes |= half
-    D = copy_network(checkpoint.D, changes)
+    D = copy_network(start_D, changes)
     layers = facts.num_freezable or 0
     if (config.freezed or 0) > layers:
         raise ConfigError(
@@ -199,7 +201,7 @@ def networks_from(
     return G, D, G_ema
 
 
-def copy_network(network: torch.nn.Module, changes: dict[str, Any]) -> torch.nn.Module:
+def copy_network(network: Network, changes: dict[str, Any]) -> Network:
     """Return a copy of `network`, built with other constructor arguments where `changes` has some."""
     kwargs = network.init_kwargs
     for name, value in changes.items():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from finetune.device import float32_math
 from finetune.metrics.perceptual import Distance
+from finetune.models import Network
 from finetune.train.latents import Draw, NoiseReplay, map_latents
 
 NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
@@ -51,7 +52,7 @@ class Distillation:
 
     def image_gradient(
         self,
-        teacher: torch.nn.Module,
+        teacher: Network,
         img: torch.Tensor,
         draw: Draw,
         replay: NoiseReplay,
@@ -93,6 +94,7 @@ class Distillation:
         Both averages begin at 0 and move alike, so their ratio is right from the start. λ itself has no
         bound: what is usual differs a thousandfold between backbones.
         """
+        assert self.ratio is not None, "a fixed weight follows no norms"
         weight = self.ratio * norms[0] / norms[1].clamp_min(1e-30)
         return torch.where(norms[1] > 0, weight, 0)
 

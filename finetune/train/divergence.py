@@ -74,14 +74,18 @@ class DivergenceMonitor:
         return new
 
     def _scores(self, numbers: dict[str, Any]) -> list[Alarm]:
-        scores = {name: numbers[name] for name in ("score_real", "score_fake") if name in numbers}
+        scores: dict[str, Any] = {
+            name: numbers[name] for name in ("score_real", "score_fake") if name in numbers
+        }
         if not scores or max(map(abs, scores.values())) <= MAX_SCORE:
             return []
         said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         return [Alarm("score-explosion", f"The scores of D exploded: {said}.", scores, True)]
 
     def _overflows(self, numbers: dict[str, Any]) -> list[Alarm]:
-        shares = {name: numbers[name] for name in ("overflow_G", "overflow_D") if numbers.get(name)}
+        shares: dict[str, Any] = {
+            name: numbers[name] for name in ("overflow_G", "overflow_D") if numbers.get(name)
+        }
         if not shares:
             return []
         which = " and ".join(f"{share:.1%} of the steps of {name[-1]}" for name, share in shares.items())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.overrides import TorchFunctionMode
 
+from finetune.models import Network
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -27,9 +29,7 @@ class Draw:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def draw_latents(
-    G: torch.nn.Module, c: torch.Tensor, mixing: float, *, as_tensors: bool = False
-) -> Draw:
+def draw_latents(G: Network, c: torch.Tensor, mixing: float, *, as_tensors: bool = False) -> Draw:
     """Draw latents for the labels `c`; with probability `mixing` a second latent takes over at a random row.
 
     as_tensors: always the same fields, and `cut` a tensor (the number of rows for no mixing).
@@ -42,12 +42,12 @@ def draw_latents(
     cut = int(torch.randint(1, G.num_ws, []))
     mixed = bool(torch.rand([]) < mixing)
     if as_tensors:
-        cut = torch.full([], cut if mixed else G.num_ws, device=c.device)
-        return Draw(z, c, torch.randn_like(z) if mixed else z, cut)
+        row = torch.full([], cut if mixed else G.num_ws, device=c.device)
+        return Draw(z, c, torch.randn_like(z) if mixed else z, row)
     return Draw(z, c, torch.randn_like(z), cut) if mixed else Draw(z, c)
 
 
-def map_latents(G: torch.nn.Module, draw: Draw, update_emas: bool = False) -> torch.Tensor:
+def map_latents(G: Network, draw: Draw, update_emas: bool = False) -> torch.Tensor:
     """`ws [N, num_ws, w_dim]` of a draw through the mapping network of `G`."""
     ws = G.mapping(draw.z, draw.c, update_emas=update_emas)
     if isinstance(draw.cut, torch.Tensor):

@@ -23,6 +23,7 @@ from finetune.config import TrainConfig
 from finetune.data import images_to_float
 from finetune.errors import ConfigError, TrainingError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
+from finetune.models import Network
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
 from finetune.train.allocator import freed_at_once
 from finetune.train.state import TrainState
@@ -145,7 +146,7 @@ class RunDir:
         save_grid(pictures, self.path / "reals.png", grid=self.grid)
 
     @freed_at_once()
-    def write_fakes(self, G_ema: torch.nn.Module, stem: str) -> None:
+    def write_fakes(self, G_ema: Network, stem: str) -> None:
         """`fakes{stem}.png`: pictures of the average generator."""
         z = z_from_seeds(range(len(self.labels)), G_ema.z_dim, self.device)
         labels = self.labels.to(self.device)[:, : G_ema.c_dim]

@@ -11,6 +11,7 @@ import torch
 
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import CheckpointError
+from finetune.models import Network
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
 from finetune.train.graphs import Graphs
@@ -29,13 +30,13 @@ class TrainState:
     `--sd-weight auto:` follows.
     """
 
-    G: torch.nn.Module
-    D: torch.nn.Module
-    G_ema: torch.nn.Module
-    teacher: torch.nn.Module
+    G: Network
+    D: Network
+    G_ema: Network
+    teacher: Network
     opt_G: torch.optim.Optimizer  # noqa: N815
     opt_D: torch.optim.Optimizer  # noqa: N815
-    augment_pipe: torch.nn.Module | None
+    augment_pipe: Network | None
     ada: AdaController
     path_mean: torch.Tensor
     sd_norms: torch.Tensor

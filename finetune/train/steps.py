@@ -12,6 +12,7 @@ import torch
 from finetune.data import images_to_float
 from finetune.train import losses
 from finetune.train.diagnostics import Diagnostics
+from finetune.train.distill import Distillation
 from finetune.train.ema import ema_decay, update_average
 from finetune.train.latents import Draw, NoiseReplay, draw_latents, map_latents
 from finetune.train.state import Plan, TrainState
@@ -48,14 +49,14 @@ def update_average_of(name: str, half_life_nimg: float, state: TrainState, plan:
 def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
     """Gmain: the adversarial loss and, if due, distillation, in one backward pass through G."""
     norms = []
-    distills = plan.distillation is not None and plan.distillation.due(state.step)
+    distillation = plan.distillation if plan.distillation and plan.distillation.due(state.step) else None
     augmented = set_augmentation(state)
     with stats.phase(GMAIN):
         with gradients_of("G", GMAIN, state, plan):
             for _, size in micro_batches(GMAIN, state, plan):
-                diagnostics = stats.due_diagnostics(state.nimg) if distills else None
-                key = (GMAIN, size, distills, augmented) if diagnostics is None else None
-                part = partial(generator_micro_batch, state, plan, stats, distills, diagnostics)
+                diagnostics = stats.due_diagnostics(state.nimg) if distillation else None
+                key = (GMAIN, size, bool(distillation), augmented) if diagnostics is None else None
+                part = partial(generator_micro_batch, state, plan, stats, distillation, diagnostics)
                 norms.append(plan.graphs.run(key, part, **draw_inputs(state, plan, size)))
         update("G", GMAIN, state, plan, stats)
     if plan.distillation and plan.distillation.ratio is not None:
@@ -66,7 +67,7 @@ def generator_micro_batch(
     state: TrainState,
     plan: Plan,
     stats: Stats,
-    distills: bool,
+    distillation: Distillation | None,
     diagnostics: Diagnostics | None,
     **latents: torch.Tensor,
 ) -> torch.Tensor:
@@ -83,16 +84,16 @@ def generator_micro_batch(
     stats.record(loss_G=loss, score_fake=logits, sign_fake=logits.sign())
 
     distillation_grad, norms = None, state.sd_norms.clone()
-    if distills:
+    if distillation is not None:
         with stats.phase(GDISTILL):
-            distillation_grad, distances = plan.distillation.image_gradient(
+            distillation_grad, distances = distillation.image_gradient(
                 state.teacher, leaf, draw, replay, plan.synthesis, gradient, norms
             )
             stats.record(loss_sd=distances)
-            if plan.distillation.ratio is not None:
-                stats.record(sd_weight=plan.distillation.auto_weight(norms))
+            if distillation.ratio is not None:
+                stats.record(sd_weight=distillation.auto_weight(norms))
     scale = len(img) / plan.batch
-    if diagnostics is not None:
+    if diagnostics is not None and distillation_grad is not None:
         with stats.phase(DIAGNOSE):
             diagnostics.compare_gradients(state.G, img, gradient * scale, distillation_grad * scale)
     img.backward((gradient if distillation_grad is None else gradient + distillation_grad) * scale)
@@ -121,6 +122,7 @@ def path_length_micro_batch(
     img = state.G.synthesis(ws, **{**plan.synthesis, "fused_modconv": False})
     lengths = losses.path_lengths(img, ws)
     penalty, mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
+    assert plan.path_interval is not None, "only families with path length regularization come here"
     weight = plan.path_weight * plan.path_interval * (size / plan.batch)
     (penalty.mean() * weight).backward()
     stats.record(path_length=lengths, loss_path=penalty)
@@ -240,7 +242,7 @@ def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> 
     sigma = plan.blur_at(state.nimg)
     if sigma > 0:
         img = losses.blur(img, sigma)
-    if augments(state):
+    if state.augment_pipe is not None and augments(state):
         img = state.augment_pipe(img, full_padding=plan.graphs.enabled)
     return state.D(img, c, **plan.discriminator)
 
