@@ -6,7 +6,7 @@ from tiny_runs import options, quiet, train_steps
 
 from finetune.recipes import WARMUP_STEPS
 from finetune.train import prepare, run
-from finetune.train.optim import LearningRate, set_learning_rate
+from finetune.train.optim import LearningRate, load_adam, set_learning_rate
 
 
 def test_the_share_of_the_rate_is_a_straight_line_up_to_one(pictures, tmp_path):
@@ -87,3 +87,20 @@ def test_its_default_follows_the_batch_and_the_length(changes, value, pictures, 
 
 def test_from_scratch_there_is_none(pictures, tmp_path):
     assert prepare(options(pictures, tmp_path)).config.lr_warmup_kimg == 0
+
+
+def test_load_adam_takes_moments_from_another_device():
+    """A state that CUDA has saved has a learning rate on the device, and flags that a CPU does not know."""
+    source = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    source.param_groups[0]["params"][0].grad = torch.ones(3)
+    source.step()
+    saved = source.state_dict()
+    saved["param_groups"][0] |= {"lr": torch.tensor(0.1), "fused": True, "capturable": True}
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.2)
+    load_adam(optimizer, saved)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["fused"], group["capturable"]) == (0.2, None, False)
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+    two = torch.optim.Adam([torch.nn.Parameter(torch.ones(3)) for _ in range(2)], lr=0.2)
+    with pytest.raises(ValueError):
+        load_adam(two, saved)
