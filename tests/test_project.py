@@ -113,3 +113,20 @@ def test_the_architecture_page_names_every_module():
     named = {path.parent.name if path.stem == "__init__" else path.stem for path in modules}
     commands = set(COMMANDS)  # "one file a command"
     assert sorted(named - words - commands) == []
+
+
+def test_architecture_page_paths_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.split("## Files\n\n```\n")[1].split("```")[0]
+    named, parents = [], [(-1, ROOT)]
+    for line in tree.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while parents[-1][0] >= indent:
+            parents.pop()
+        names = re.split(r" {2,}", line.strip())[0].split()
+        named += [parents[-1][1] / name for name in names]
+        if names[0].endswith("/"):
+            parents.append((indent, named[-1]))
+    named += [ROOT / path for path in re.findall(r"`([\w.-]+/[\w./-]*|[\w-]+\.(?:md|py|json))`", text)]
+    assert len(named) > 120
+    assert [str(path.relative_to(ROOT)) for path in named if not path.exists()] == []
