@@ -88,7 +88,7 @@ UPDATES = {
 }
 
 
-# ---- The best average for a pull, in closed form (docs/theory.md, "The best pair")
+# ---- The optimal EMA rate for a weight, in closed form (docs/theory.md)
 
 
 def best_pair(gamma: float = 0.0) -> tuple[float, float, float]:

@@ -130,3 +130,25 @@ def test_architecture_page_paths_exist():
     named += [ROOT / path for path in re.findall(r"`([\w.-]+/[\w./-]*|[\w-]+\.(?:md|py|json))`", text)]
     assert len(named) > 120
     assert [str(path.relative_to(ROOT)) for path in named if not path.exists()] == []
+
+
+def test_documented_commands_have_their_options():
+    known, used = {}, []
+    for name in COMMANDS:
+        text = (ROOT / "docs" / "help" / f"{name}.txt").read_text(encoding="utf-8")
+        known[name] = set(re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", text))
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, rest in re.findall(r"\bfinetune ([a-z]+)([^`#\n|;]*)", text):
+            if command in known:
+                options = re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", rest)
+                used += [(document.name, command, option) for option in options]
+    assert len(used) > 60
+    assert [(name, command, option) for name, command, option in used if option not in known[command]] == []
+
+
+def test_readme_stays_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+    commands = "\n".join(lines).split("```bash\n")[1].splitlines()
+    assert [line.split()[0] for line in commands[:2]] == ["scripts/demo", "scripts/test"]
