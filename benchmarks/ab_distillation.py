@@ -40,7 +40,7 @@ from rich.console import Console
 
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
-from finetune.data.decode import open_picture
+from finetune.data.decode import open_image
 from finetune.data.sources import open_source
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError
@@ -143,7 +143,7 @@ def pretrained(options: argparse.Namespace) -> Path:
         **{
             "data": str(options.improve),
             "scratch": family,
-            "resolution": open_picture(source.read(source.names[0])).width,
+            "resolution": open_image(source.read(source.names[0])).width,
             "sd_weight": 0,
             "device": options.device,
             **(PRETRAINED if options.preset != "gpu" else {}),

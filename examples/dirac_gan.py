@@ -340,7 +340,7 @@ def main() -> None:
     options = parser.parse_args()
     print(table())
     draw(options.out)
-    print(f"\nPictures: {options.out}/trajectories.png vector_field.png decay_map.png updates.png")
+    print(f"\nImages: {options.out}/trajectories.png vector_field.png decay_map.png updates.png")
 
 
 if __name__ == "__main__":

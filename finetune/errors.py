@@ -4,7 +4,7 @@ A file that cannot be written is an OSError, `torch_utils.files.WriteError`.
 
 FinetuneError
 ├── ConfigError          an option, or a combination of options, that cannot work
-├── DataError            pictures or labels that cannot be used
+├── DataError            images or labels that cannot be used
 ├── CheckpointError      a network file that cannot be used
 │   ├── PickleRefused        it is damaged, or asks for something that is never executed
 │   └── CheckpointMismatch   its tensors are not exactly those of the network that it describes
@@ -39,7 +39,7 @@ class ConfigError(FinetuneError):
 
 
 class DataError(FinetuneError):
-    """Pictures or labels cannot be used; the message lists every offender, with counts by kind."""
+    """Images or labels cannot be used; the message lists every offender, with counts by kind."""
 
 
 class CheckpointError(FinetuneError):

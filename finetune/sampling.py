@@ -1,7 +1,7 @@
-"""Seeds to latents to pictures: truncation, labels, and grids.
+"""Seeds to latents to images: truncation, labels, and grids.
 
-A seed stands for one picture: its z comes from numpy's RandomState, as everywhere in the field, its random
-noise maps (if any) from torch seeded with the same number, and pictures are made one at a time, so that
+A seed stands for one image: its z comes from numpy's RandomState, as everywhere in the field, its random
+noise maps (if any) from torch seeded with the same number, and images are made one at a time, so that
 neither the order of seeds nor the batch size matters.
 """
 
@@ -79,7 +79,7 @@ def generate(
     noise_mode: str = "const",
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield `(seed, picture)` for each seed, the picture uint8 `[H, W, C]`.
+    """Yield `(seed, image)` for each seed, the image uint8 `[H, W, C]`.
 
     `progress(done, total)` is called after each. ConfigError for options that do not fit the network,
     CheckpointError where its output is not finite.
@@ -139,31 +139,31 @@ def _random_state_of(seed: int, device: torch.device) -> Iterator[None]:
         torch.mps.set_rng_state(mps_state)
 
 
-def to_image(picture: np.ndarray) -> Image.Image:
-    """Turn a uint8 array `[H, W, C]` with 1, 3 or 4 channels into a picture; ConfigError for other counts."""
-    channels = picture.shape[2]
+def to_image(image: np.ndarray) -> Image.Image:
+    """Turn a uint8 array `[H, W, C]` with 1, 3 or 4 channels into an image; ConfigError for other counts."""
+    channels = image.shape[2]
     if channels not in _PIL_MODES:
         raise ConfigError(
-            f"this network makes images of {channels} channels; pictures are written for 1 (gray), 3 (RGB) "
+            f"this network makes images of {channels} channels; images are written for 1 (gray), 3 (RGB) "
             "and 4 (RGBA)."
         )
-    return Image.fromarray(picture[:, :, 0] if channels == 1 else picture)
+    return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int) -> Image.Image:
-    """Lay uint8 pictures `[H, W, C]` of one size out in rows of `columns`, or of all where they are fewer.
+    """Lay uint8 images `[H, W, C]` of one size out in rows of `columns`, or of all where they are fewer.
 
     Places that are left in the last row stay black.
     """
     if len(images) == 0:
-        raise ConfigError("a grid needs at least one picture.")
+        raise ConfigError("a grid needs at least one image.")
     height, width, channels = images[0].shape
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = np.zeros([rows * height, columns * width, channels], dtype=np.uint8)
-    for i, picture in enumerate(images):
+    for i, image in enumerate(images):
         top, left = i // columns * height, i % columns * width
-        sheet[top : top + height, left : left + width] = picture
+        sheet[top : top + height, left : left + width] = image
     return to_image(sheet)
 
 
@@ -172,10 +172,10 @@ def save_grid(
     path: str | os.PathLike,
     grid: tuple[int, int] | None = None,
 ) -> Path:
-    """Write pictures as one sheet and return its path.
+    """Write images as one sheet and return its path.
 
     `images` is a float tensor `[N, C, H, W]` in -1 to 1, a uint8 tensor `[N, C, H, W]`, or uint8 arrays
-    `[H, W, C]`. `grid` is (columns, rows), and pictures beyond it are left out; the default is near square.
+    `[H, W, C]`. `grid` is (columns, rows), and images beyond it are left out; the default is near square.
     """
     if isinstance(images, torch.Tensor):
         if images.dtype == torch.uint8:
@@ -192,6 +192,6 @@ def save_grid(
 
 
 def near_square(count: int) -> tuple[int, int]:
-    """Return (columns, rows) of the smallest nearly square sheet that holds `count` pictures."""
+    """Return (columns, rows) of the smallest nearly square sheet that holds `count` images."""
     columns = max(1, int(np.ceil(np.sqrt(count))))
     return columns, max(1, -(-count // columns))

@@ -61,7 +61,7 @@ CASES = [
     lrelu("stylegan3_r", (1, 2, 16, 16), 12, (12, 12), up=2, down=2, padding=[11, 10, 11, 10]),
     lrelu("stylegan3_r_grows", (1, 1, 12, 13), 24, (12, 12), up=4, down=2, padding=[-2, -5, -2, -5]),
     lrelu("its_gradient_shrinks", (1, 1, 20, 22), 12, 24, up=2, down=4, padding=[13, 12, 13, 12]),
-    lrelu("stylegan3_colours", (2, 3, 9, 9), None, None, gain=1, slope=1, clamp=256),
+    lrelu("stylegan3_colors", (2, 3, 9, 9), None, None, gain=1, slope=1, clamp=256),
     lrelu("clamp_bites", (1, 2, 15, 14), 12, 12, up=2, down=2, padding=[9, 8, 9, 8], clamp=0.3),
     lrelu("odd_columns_of_mask", (1, 1, 9, 35), 5, 3, up=2, down=1, padding=[2, 2, 2, 2]),
     lrelu("wide_mask_rows", (1, 1, 4, 90), 12, 12, up=2, down=2, padding=[9, 8, 9, 8]),

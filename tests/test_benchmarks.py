@@ -220,13 +220,13 @@ def test_the_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
         entries.append({"image": f"{name}.png", "category": category, "has_img_google": True})
     (tmp_path / "g" / "emoji.json").write_text(json.dumps(entries))
     assert make_sets.fluent(tmp_path / "f", 32).keys() == {"1f600.png", "1f44d.png"}
-    pictures, labels = make_sets.google(tmp_path / "g", 32)
+    images, labels = make_sets.google(tmp_path / "g", 32)
     assert labels == {"1f600.png": 0, "1f34e.png": 1}
-    make_sets.write_zip(tmp_path / "a.zip", pictures, labels)
+    make_sets.write_zip(tmp_path / "a.zip", images, labels)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.namelist() == ["1f34e.png", "1f600.png", "dataset.json"]
-        with archive.open("1f600.png") as stream, Image.open(stream) as picture:
-            assert picture.size == (32, 32) and picture.getpixel((0, 0)) == (255, 255, 255)
+        with archive.open("1f600.png") as stream, Image.open(stream) as image:
+            assert image.size == (32, 32) and image.getpixel((0, 0)) == (255, 255, 255)
 
 
 class TestSteps:

@@ -19,9 +19,9 @@ from finetune.metrics.evaluate import Distance
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Sixteen pictures of one dark colour: any training at all moves towards them."""
-    path = tmp_path_factory.mktemp("pictures") / "dark.zip"
+def images(tmp_path_factory):
+    """Sixteen images of one dark color: any training at all moves towards them."""
+    path = tmp_path_factory.mktemp("images") / "dark.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(16):
             buffer = io.BytesIO()
@@ -31,7 +31,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, pictures, golden_dir):
+def finished(tmp_path_factory, images, golden_dir):
     """A short demo on a golden checkpoint: its folder, its result, and what it printed."""
     outdir = tmp_path_factory.mktemp("demo") / "out"
     console = Console(file=io.StringIO(), width=100)
@@ -39,7 +39,7 @@ def finished(tmp_path_factory, pictures, golden_dir):
         outdir,
         kimg=0.032,
         checkpoint=golden_dir / "stylegan2-32.pkl",
-        pictures=pictures,
+        images=images,
         num_images=16,
         console=console,
     )
@@ -109,7 +109,7 @@ def test_without_the_offline_extra_it_goes_on_with_l2_and_one_metric(monkeypatch
 
     monkeypatch.setattr(demo, "EfficientNetLite0", missing)
     lines = []
-    config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.PICTURES, 1.0, 0)
+    config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.IMAGES, 1.0, 0)
     changed, metrics = demo.what_is_possible(config, lines.append)
     assert config.sd_backbone == "efficientnet-lite0"
     assert changed == dataclasses.replace(config, sd_backbone="l2")
@@ -124,7 +124,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_the_recipe_is_valid_and_takes_the_options(tmp_path):
-    config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.PICTURES, 0.5, 7)
+    config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.IMAGES, 0.5, 7)
     config.validate()
     assert (config.kimg, config.seed, config.outdir) == (0.5, 7, str(tmp_path / "runs"))
 
@@ -151,7 +151,7 @@ def test_the_bundled_checkpoint_is_whole_small_and_ours():
 
 
 def test_the_bundled_files_are_small_and_licensed():
-    sets = [demo.PICTURES, demo.FOLDER / "faces-3d.zip"]
+    sets = [demo.IMAGES, demo.FOLDER / "faces-3d.zip"]
     assert sum(path.stat().st_size for path in sets) < 4_000_000
     text = (demo.FOLDER / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert all(path.name in text for path in [*sets, demo.CHECKPOINT])

@@ -72,7 +72,7 @@ def test_classes_that_do_not_fit(request, network, class_index, message):
         next(generate(request.getfixturevalue(network), [0], class_index=class_index))
 
 
-def test_to_uint8_rounds_clips_and_reverses_the_reading_of_pictures():
+def test_to_uint8_rounds_clips_and_reverses_the_reading_of_images():
     steps = torch.arange(256, dtype=torch.uint8)
     img = (steps.float() / 127.5 - 1).reshape(1, 1, 16, 16)
     np.testing.assert_array_equal(to_uint8(img)[0, :, :, 0].reshape(-1), steps.numpy())
@@ -81,35 +81,35 @@ def test_to_uint8_rounds_clips_and_reverses_the_reading_of_pictures():
     assert to_uint8(torch.zeros(3, 2, 4)).shape == (2, 4, 3)
 
 
-def test_a_picture_is_that_of_the_network(G):
-    ((seed, picture),) = generate(G, [42], truncation_psi=0.7, truncation_cutoff=2)
+def test_an_image_is_that_of_the_network(G):
+    ((seed, image),) = generate(G, [42], truncation_psi=0.7, truncation_cutoff=2)
     z = z_from_seeds([42], G.z_dim)
     with torch.no_grad():
         img = G(z, torch.zeros([1, 0]), truncation_psi=0.7, truncation_cutoff=2, noise_mode="const")
-    assert seed == 42 and picture.dtype == np.uint8 and picture.shape == (32, 32, 3)
-    np.testing.assert_array_equal(picture, to_uint8(img)[0])
+    assert seed == 42 and image.dtype == np.uint8 and image.shape == (32, 32, 3)
+    np.testing.assert_array_equal(image, to_uint8(img)[0])
 
 
 @pytest.mark.parametrize("noise_mode", sampling.NOISE_MODES)
-def test_a_seed_is_a_picture_whatever_else_is_made(G, noise_mode):
+def test_a_seed_is_an_image_whatever_else_is_made(G, noise_mode):
     """Neither other seeds, their order, nor the random state change it."""
     torch.manual_seed(1)
     first = dict(generate(G, [3, 1, 2], noise_mode=noise_mode))
     torch.manual_seed(2)
-    for seed, picture in generate(G, [2, 3], noise_mode=noise_mode):
-        np.testing.assert_array_equal(picture, first[seed])
+    for seed, image in generate(G, [2, 3], noise_mode=noise_mode):
+        np.testing.assert_array_equal(image, first[seed])
     assert not np.array_equal(first[1], first[2])
 
 
-def test_options_change_the_picture(G):
+def test_options_change_the_image(G):
     plain = dict(generate(G, [0]))[0]
     for options in ({"noise_mode": "random"}, {"noise_mode": "none"}, {"truncation_psi": 0.5}):
         assert not np.array_equal(dict(generate(G, [0], **options))[0], plain), options
 
 
-def test_the_class_changes_the_picture(conditional):
-    pictures = [next(generate(conditional, [0], class_index=index))[1] for index in (0, 1)]
-    assert not np.array_equal(*pictures)
+def test_the_class_changes_the_image(conditional):
+    images = [next(generate(conditional, [0], class_index=index))[1] for index in (0, 1)]
+    assert not np.array_equal(*images)
 
 
 def test_random_noise_leaves_the_random_state_alone(G):
@@ -121,8 +121,8 @@ def test_random_noise_leaves_the_random_state_alone(G):
 
 
 def test_stylegan3_takes_the_same_options(stylegan3):
-    pictures = [next(generate(stylegan3, [0], noise_mode=mode))[1] for mode in sampling.NOISE_MODES]
-    assert all(np.array_equal(pictures[0], other) for other in pictures[1:])
+    images = [next(generate(stylegan3, [0], noise_mode=mode))[1] for mode in sampling.NOISE_MODES]
+    assert all(np.array_equal(images[0], other) for other in images[1:])
 
 
 def test_progress_and_gradients(G):
@@ -156,22 +156,22 @@ def test_chunks_do_not_matter(conditional):
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_grid_of_any_channels(channels, mode):
-    pictures = [np.full([2, 3, channels], 10 * i, dtype=np.uint8) for i in range(1, 6)]
-    sheet = image_grid(pictures, columns=2)
+    images = [np.full([2, 3, channels], 10 * i, dtype=np.uint8) for i in range(1, 6)]
+    sheet = image_grid(images, columns=2)
     assert sheet.mode == mode and sheet.size == (6, 6)
     array = np.asarray(sheet).reshape(6, 6, channels)
     assert [int(array[y, x, 0]) for y in (0, 2, 4) for x in (0, 3)] == [10, 20, 30, 40, 50, 0]
 
 
-def test_a_grid_is_no_wider_than_its_pictures():
-    pictures = [np.full([2, 2, 3], i, dtype=np.uint8) for i in range(3)]
-    assert image_grid(pictures, columns=10**9).size == (6, 2)
+def test_a_grid_is_no_wider_than_its_images():
+    images = [np.full([2, 2, 3], i, dtype=np.uint8) for i in range(3)]
+    assert image_grid(images, columns=10**9).size == (6, 2)
 
 
 def test_grids_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="2 channels"):
         image_grid([np.zeros([2, 2, 2], dtype=np.uint8)], 1)
-    with pytest.raises(ConfigError, match="at least one picture"):
+    with pytest.raises(ConfigError, match="at least one image"):
         image_grid([], 1)
 
 
@@ -197,10 +197,10 @@ def test_near_square():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_devices(golden_dir, device):
-    """Const noise gives the same picture on every device up to rounding; random noise repeats on each."""
+    """Const noise gives the same image on every device up to rounding; random noise repeats on each."""
     G = finetune.load(golden_dir / "stylegan2-32.pkl", device=device).G_ema
-    pictures = [next(generate(G, [0], noise_mode="random"))[1] for _ in range(2)]
-    assert np.array_equal(*pictures)
+    images = [next(generate(G, [0], noise_mode="random"))[1] for _ in range(2)]
+    assert np.array_equal(*images)
     state = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
     next(generate(G, [0], noise_mode="random"))
     after = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()

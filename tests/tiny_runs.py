@@ -20,13 +20,13 @@ from finetune.train.stats import Stats
 from finetune.train.train import Run, train
 
 
-def options(pictures, tmp_path, family="stylegan2", **changes):
+def options(images, tmp_path, family="stylegan2", **changes):
     tiny = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "w_dim": 8, "map_depth": 2}
     if changes.get("resume"):
         tiny, family = {}, None
     short = {"kimg": 0.032, "batch": 4, "tick": 0.016, "snap": 1, "device": "cpu", "workers": 0}
     distil = {"sd_backbone": "l2", "sd_weight": 0.5}
-    settings = {"data": str(pictures(16)), "outdir": str(tmp_path / "runs"), "scratch": family}
+    settings = {"data": str(images(16)), "outdir": str(tmp_path / "runs"), "scratch": family}
     return TrainConfig(**(settings | tiny | short | distil | changes))
 
 

@@ -114,7 +114,7 @@ def _cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes | NativeUnava
 
 
 def cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
-    """Return the CUDA binary of one specialisation for devices of `capability`, from the cache or made now.
+    """Return the CUDA binary of one specialization for devices of `capability`, from the cache or made now.
 
     NVRTC makes it, or nvcc where there is no NVRTC. Raises NativeUnavailable with the compilers' own words.
     """

@@ -110,7 +110,7 @@ def explain(error: Exception) -> CommandFailed:
     "--debug", is_flag=True, envvar="FINETUNE_DEBUG", help="Show the traceback when a command fails."
 )
 def cli(debug: bool) -> None:
-    """Make pretrained StyleGAN2 and StyleGAN3 checkpoints better: a pickle and a folder of pictures in, a
+    """Make pretrained StyleGAN2 and StyleGAN3 checkpoints better: a pickle and a folder of images in, a
     better pickle out."""
 
 

@@ -34,7 +34,7 @@ def print_table(entries: Iterable[Entry]) -> None:
     table.add_column("name", no_wrap=True)
     table.add_column("pixels", justify="right", no_wrap=True)
     table.add_column("architecture", no_wrap=True)
-    table.add_column("pictures", max_width=40)
+    table.add_column("images", max_width=40)
     table.add_column("licence", max_width=44)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("here", no_wrap=True)
@@ -69,9 +69,9 @@ def as_text(entry: Entry) -> str:
 
     place = store.place_of(entry)
     record = store.record_of(place)
-    licence = "not stated, which is no permission"
+    license = "not stated, which is no permission"
     if entry.licence:
-        licence = str(entry.licence) + (f" ({entry.licence.remark})" if entry.licence.remark else "")
+        license = str(entry.licence) + (f" ({entry.licence.remark})" if entry.licence.remark else "")
     hashed = f"{entry.sha256} (stated by {entry.sha256_from})" if entry.sha256 else None
     if hashed is None and record is not None:
         hashed = f"{record.sha256} (as it first came on {record.since})"
@@ -84,8 +84,8 @@ def as_text(entry: Entry) -> str:
         ("format", entry.format),
         ("resolution", f"{entry.resolution} x {entry.resolution}" if entry.resolution else None),
         ("classes", classes),
-        ("pictures", entry.dataset),
-        ("licence", licence),
+        ("images", entry.dataset),
+        ("license", license),
         ("size", f"{entry.size:,} bytes" if entry.size else size_text(entry)),
         ("sha256", hashed or "not stated; recorded when the file first comes"),
         *((name, settings_text(values)) for name, values in published_lines(entry)),

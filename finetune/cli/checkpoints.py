@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import network_file, offline_option
+from finetune.cli.options import license_option, network_file, offline_option
 from finetune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 def command() -> None:
     """Find, fetch and verify public checkpoints by name.
 
-    Wherever a command takes a network, these names are taken, and URLs. The catalogue holds what is publicly
+    Wherever a command takes a network, these names are taken, and URLs. The catalog holds what is publicly
     stated about each checkpoint; $FINETUNE_CATALOGUE may name a further one of yours. Files are kept in the
-    cache folder, which $FINETUNE_CACHE moves. Each checkpoint has a licence of its own.
+    cache folder, which $FINETUNE_CACHE moves. Each checkpoint has a license of its own.
     """
 
 
@@ -41,7 +41,7 @@ def show_entries(entries: list[Entry], as_json: bool) -> None:
 @click.option("--here", is_flag=True, help="Only those on this machine.")
 @json_option
 def list_command(everything: bool, here: bool, as_json: bool) -> None:
-    """List the checkpoints of the catalogue: pixels, architecture, pictures, licence, size, and whether it is
+    """List the checkpoints of the catalog: pixels, architecture, images, license, size, and whether it is
     here."""
     from finetune.hub import catalog, store
 
@@ -61,7 +61,7 @@ def list_command(everything: bool, here: bool, as_json: bool) -> None:
 @click.argument("words", nargs=-1, required=True)
 @json_option
 def search_command(words: tuple[str, ...], as_json: bool) -> None:
-    """List the entries in which every word occurs: in name, architecture, pixels, pictures or licence, like
+    """List the entries in which every word occurs: in name, architecture, pixels, images or license, like
     `search ffhq 256 stylegan3`."""
     from finetune.hub import catalog
 
@@ -93,7 +93,7 @@ def fetch_command(names: tuple[str, ...]) -> None:
     """Download what is not here yet, and print where it is.
 
     A download that breaks off is gone on with, also by the next call. Size and hash are compared with the
-    catalogue; where it knows none, the hash of the first download is recorded, and must stay the same.
+    catalog; where it knows none, the hash of the first download is recorded, and must stay the same.
     """
     from finetune.hub import catalog
     from finetune.resolve import as_url
@@ -119,7 +119,7 @@ def fetched(name: str) -> Path:
 @click.argument("names", nargs=-1, metavar="[NAME|URL]...")
 @json_option
 def verify_command(names: tuple[str, ...], as_json: bool) -> None:
-    """Read what is in the folder again, or what is named, and compare size and hash with the catalogue and
+    """Read what is in the folder again, or what is named, and compare size and hash with the catalog and
     with the first download."""
     from finetune.hub import store
 
@@ -172,11 +172,11 @@ def where_command(name: str | None) -> None:
 @command.command("add-file", short_help="Take in a file that came by other means.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--name", metavar="NAME", help="Which checkpoint it is, where neither hash nor name tell.")
-@click.option("--licence", metavar="TEXT", help="Its licence, where the catalogue states none.")
-def add_file_command(file: Path, name: str | None, licence: str | None) -> None:
-    """Copy FILE, a checkpoint of the catalogue that you got by other means, to where it is looked for.
+@license_option(help="Its license, if the catalog states none.")
+def add_file_command(file: Path, name: str | None, license: str | None) -> None:
+    """Copy FILE, a checkpoint of the catalog that you got by other means, to where it is looked for.
 
-    Its size, hash, architecture, resolution and classes must be those of the catalogue, where it knows them.
+    Its size, hash, architecture, resolution and classes must be those of the catalog, where it knows them.
     """
     from finetune.hub import catalog, contribute, download, identify, store
     from finetune.resolve import facts_of
@@ -191,32 +191,32 @@ def add_file_command(file: Path, name: str | None, licence: str | None) -> None:
         found = identify.entry_of_hash(digest) or (of_name[0] if len(of_name) == 1 else None)
         if found is None:
             several = (
-                f"may be {' or '.join(entry.id for entry in of_name)}" if of_name else "is not recognised"
+                f"may be {' or '.join(entry.id for entry in of_name)}" if of_name else "is not recognized"
             )
             raise CheckpointError(
                 f"{file} {several}", hint=f"Say which it is with --name. {catalog.suggestion(file.stem)}"
             )
         entry = found
-    if licence and entry.licence is not None:
-        raise ConfigError(f"--licence: that of {entry.id} is stated, {entry.licence}.")
+    if license and entry.licence is not None:
+        raise ConfigError(f"--license {license}: {entry.id} has one ({entry.licence}). Omit the option.")
     if entry.kind == "checkpoint":
         contribute.check_fits(file, entry, facts_of(file))
-    click.echo(f"{entry.id}: {store.add_file(file, entry, licence=licence)}")
-    if not licence:
+    click.echo(f"{entry.id}: {store.add_file(file, entry, licence=license)}")
+    if not license:
         for line in store.licence_lines(entry):
             click.echo(line)
 
 
-@command.command("add", short_help="Make an entry for the catalogue from a URL.")
+@command.command("add", short_help="Make an entry for the catalog from a URL.")
 @click.argument("url")
 @click.option(
     "--into", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it there."
 )
 @click.option("--name", "id", metavar="NAME", help="Its name.  [default: that of the file]")
 @click.option("--alias", "aliases", multiple=True, metavar="NAME", help="A shorter name; may be repeated.")
-@click.option("--data", "dataset", metavar="TEXT", help="The pictures that it was trained on.")
-@click.option("--licence", metavar="TEXT", help="Its licence, as whoever publishes it states it.")
-@click.option("--licence-page", metavar="URL", help="Where that is stated.")
+@click.option("--data", "dataset", metavar="TEXT", help="The images that it was trained on.")
+@license_option(help="Its license, as the publisher states it.")
+@license_option("--license-page", metavar="URL", help="Page that states the license.")
 @click.option("--source", "sources", multiple=True, metavar="TEXT", help="Where these facts are from.")
 @click.option("--config", metavar="TEXT", help="Name of its published configuration.")
 @click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight that it was trained with.")
@@ -228,18 +228,18 @@ def add_command(url: str, into: Path | None, **said: Any) -> None:
     """Fetch the checkpoint at URL, open it safely, and print its entry for checkpoints.json.
 
     Architecture, resolution, classes, size and hash come from the file; what it does not say comes from the
-    options, and is left empty otherwise. For a URL of the catalogue, its entry is completed.
+    options, and is left empty otherwise. For a URL of the catalog, its entry is completed.
     """
     from finetune.hub import catalog, contribute
     from finetune.resolve import as_url, facts_of
 
     if not as_url(url):
         raise ConfigError(f"{url} is no URL; give one that begins with https://.")
-    if said["licence_page"] and not said["licence"]:
-        raise ConfigError("--licence-page needs --licence.")
+    if said["license_page"] and not said["license"]:
+        raise ConfigError("--license-page: the license itself is missing. Give --license as well.")
     trained = {name: value for name in ("gamma", "batch", "kimg") if (value := said.pop(name)) is not None}
-    page, licence = said.pop("licence_page"), said.pop("licence")
-    said["licence"] = catalog.Licence(licence, page) if licence else None
+    page, license = said.pop("license_page"), said.pop("license")
+    said["licence"] = catalog.Licence(license, page) if license else None
     said["published"] = {"trained": trained} if trained else None
     entry = contribute.new_entry(url, facts_of(network_file(url)), **said)
     if into is None:

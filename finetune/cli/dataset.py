@@ -1,4 +1,4 @@
-"""`finetune dataset`: check a set of pictures, and bring it into the form that trains fastest."""
+"""`finetune dataset`: check a set of images, and bring it into the form that trains fastest."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ workers_option = click.option(
     "--workers",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Processes that decode pictures, at most one a core.  [default: one a core]",
+    help="Processes that decode images, at most one a core.  [default: one a core]",
 )
 
 
-@click.group("dataset", short_help="Check a set of pictures, or prepare one that trains fastest.")
+@click.group("dataset", short_help="Check a set of images, or prepare one that trains fastest.")
 def command() -> None:
-    """Check a set of pictures before training, or bring it to size in a zip that trains fastest.
+    """Check a set of images before training, or bring it to size in a zip that trains fastest.
 
-    Neither is needed: training reads any folder or zip of pictures, checks all of it first, and brings
-    pictures to size by --fit.
+    Neither is needed: training reads any folder or zip of images, checks all of it first, and brings
+    images to size by --fit.
     """
 
 
-@command.command("check", short_help="Decode every picture and tell everything that is wrong.")
+@command.command("check", short_help="Decode every image and tell everything that is wrong.")
 @click.argument("path", type=click.Path(path_type=Path), metavar="DIR|ZIP")
 @click.option(
     "--network",
@@ -88,7 +88,7 @@ def check_command(
         cond = c_dim > 0 if cond is None else cond
         num_classes = c_dim or None
     if fit is not None and resolution is None:
-        raise ConfigError(f"--fit {fit} needs --resolution or --network: the size to bring pictures to.")
+        raise ConfigError(f"--fit {fit} needs --resolution or --network: the size to bring images to.")
     if resolution is not None and fit is None:
         fit = "crop"
     if labels_from == "folders" and cond is False:
@@ -97,7 +97,7 @@ def check_command(
         use_labels = True
     else:
         use_labels = has_labels(open_source(path)) if cond is None else cond
-    with progress_bar("looking at the pictures", 0) as progress:
+    with progress_bar("looking at the images", 0) as progress:
         found = scan(
             path,
             resolution=resolution,
@@ -131,14 +131,14 @@ def shape_of(network: str) -> tuple[int, int, int]:
     return G.img_resolution, G.img_channels, G.c_dim
 
 
-@command.command("prepare", short_help="Bring pictures to size, in a zip that trains fastest.")
+@command.command("prepare", short_help="Bring images to size, in a zip that trains fastest.")
 @click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
 @click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
 @click.option(
     "--resolution",
     type=click.IntRange(min=4),
     metavar="PIXELS",
-    help="Side of the pictures.  [default: that of the first one]",
+    help="Side of the images.  [default: that of the first one]",
 )
 @click.option(
     "--fit",
@@ -150,7 +150,7 @@ def shape_of(network: str) -> tuple[int, int, int]:
     type=click.Choice(["1", "3", "4"]),
     default="3",
     show_default=True,
-    help="Gray, colour, or colour with alpha.",
+    help="Gray, color, or color with alpha.",
 )
 @click.option(
     "--labels",
@@ -176,7 +176,7 @@ def shape_of(network: str) -> tuple[int, int, int]:
 @workers_option
 @click.option("--force", is_flag=True, help="Replace DEST if it exists.")
 def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> None:
-    """Bring the pictures of SRC, a folder or zip, to size and write them to the uncompressed zip DEST.
+    """Bring the images of SRC, a folder or zip, to size and write them to the uncompressed zip DEST.
 
     Folders in SRC stay folders in the zip. A call that was interrupted is gone on with by the same call, and
     the zip comes out the same to the byte; DEST appears when it is whole.
@@ -185,7 +185,7 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
     from finetune.data.problems import printable
 
     try:
-        with progress_bar("preparing the pictures", 0) as progress:
+        with progress_bar("preparing the images", 0) as progress:
             made = prepare(src, dest, channels=int(channels), progress=progress, **options)
     except KeyboardInterrupt:
         click.echo("\nWhat is done is kept: the same command goes on with it.", err=True)
@@ -194,7 +194,7 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
         click.echo(f"left out: {printable(problem.name)} {problem.kind}: {problem.detail}")
     side, mib = made.settings.resolution, made.num_bytes / 2**20
     earlier = f", {made.num_found_done} of them by an earlier call" if made.num_found_done else ""
-    click.echo(f"{made.path}: {made.num_images} pictures of {side}×{side}{earlier}, {mib:,.1f} MiB")
+    click.echo(f"{made.path}: {made.num_images} images of {side}×{side}{earlier}, {mib:,.1f} MiB")
     for number, name in enumerate(made.classes):
         click.echo(f"class {number}: {printable(name)}")
     cond = " --cond" if made.has_labels else ""

@@ -16,9 +16,9 @@ VERBS = {"crop": "cropped", "pad": "padded", "stretch": "stretched", None: "refu
 def what_training_does(
     found: Scan, resolution: int | None, channels: int | None, fit: str | None
 ) -> dict[str, Any]:
-    """How many pictures training at a resolution takes as they are and how many it changes, by what it does.
+    """How many images training at a resolution takes as they are and how many it changes, by what it does.
 
-    Empty without a resolution. Counts of pictures, and MiB decoded (of 3 channels where these are not known).
+    Empty without a resolution. Counts of images, and MiB decoded (of 3 channels where these are not known).
     """
     if resolution is None:
         return {}
@@ -68,7 +68,7 @@ def as_values(
 def as_text(found: Scan, training: dict[str, Any]) -> str:
     """The same as a page: a summary, then every offender by kind, then what else is worth knowing."""
     passed_over = f", {found.num_ignored} other files passed over" if found.num_ignored else ""
-    lines = [f"{printable(str(found.path))}: {found.num_images} pictures{passed_over}"]
+    lines = [f"{printable(str(found.path))}: {found.num_images} images{passed_over}"]
     if found.num_known:
         lines.append(f"{'unchanged':<12}{found.num_known}, not decoded again; --fresh decodes all")
     sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
@@ -110,7 +110,7 @@ def _classes(found: Scan) -> str:
     if len(counts) <= SHOWN_CLASSES:
         return f"{len(counts)} ({', '.join(f'{index}: {count}' for index, count in enumerate(counts))})"
     few, many = min(counts), max(counts)
-    return f"{len(counts)}, from {few} pictures (class {counts.index(few)}) to {many} ({counts.index(many)})"
+    return f"{len(counts)}, from {few} images (class {counts.index(few)}) to {many} ({counts.index(many)})"
 
 
 def _tally(counts: dict[str, int], shown: int = 12) -> str:

@@ -1,4 +1,4 @@
-"""`finetune evaluate`: how near a generator is to a set of pictures."""
+"""`finetune evaluate`: how near a generator is to a set of images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from finetune.errors import CheckpointError, ConfigError
 DEFAULT = "fd-effnet,random-fid"
 
 
-@click.command("evaluate", short_help="Measure how near a generator is to a set of pictures.")
+@click.command("evaluate", short_help="Measure how near a generator is to a set of images.")
 @network_option()
-@click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="The real pictures.")
+@click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="The real images.")
 @click.option(
     "--metrics",
     default=DEFAULT,
@@ -31,7 +31,7 @@ DEFAULT = "fd-effnet,random-fid"
     "and fd-effnet, kid-effnet, prc-effnet, ppl-effnet, which need no download.",
 )
 @click.option(
-    "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Pictures to generate."
+    "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
 @click.option(
@@ -49,15 +49,15 @@ DEFAULT = "fd-effnet,random-fid"
 )
 @click.option("--cond/--no-cond", default=None, help="Use labels.  [default: as the network]")
 @click.option(
-    "--mirror", is_flag=True, help="Compare with the mirrored pictures, too, as FID of mirrored sets is."
+    "--mirror", is_flag=True, help="Compare with the mirrored images, too, as FID of mirrored sets is."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures at once.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
 @click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=2,
     show_default=True,
-    help="Processes that decode pictures.",
+    help="Processes that decode images.",
 )
 @click.option(
     "--gpus",
@@ -70,9 +70,7 @@ DEFAULT = "fd-effnet,random-fid"
 @click.option(
     "--inception", type=click.Path(path_type=Path), metavar="FILE", help="Its weights, where you have them."
 )
-@click.option(
-    "--no-cache", is_flag=True, help="Do not keep, and do not use, what is known about the pictures."
-)
+@click.option("--no-cache", is_flag=True, help="Do not keep, and do not use, what is known about the images.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @offline_option()
 @device_option()
@@ -95,10 +93,10 @@ def command(
     as_json: bool,
     device: str,
 ) -> None:
-    """Measure how near the generator of a checkpoint is to a set of pictures.
+    """Measure how near the generator of a checkpoint is to a set of images.
 
-    G_ema where there is one, no truncation. Numbers depend on how many pictures there are on both sides, on
-    the features and on how pictures are resized: compare only what was measured alike.
+    G_ema where there is one, no truncation. Numbers depend on how many images there are on both sides, on
+    the features and on how images are resized: compare only what was measured alike.
     """
     from finetune.cli.train import report_errors_on_rank0
     from finetune.distributed import env_rank, launch
@@ -154,7 +152,7 @@ def measure(
         mirror=mirror,
     )
     bar = progress_bar if group.is_first else no_bar
-    with float32_math(), bar("looking at the pictures", len(image_set)) as progress:
+    with float32_math(), bar("looking at the images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
             names,
@@ -190,9 +188,7 @@ def no_bar(what: str, total: int) -> Iterator[None]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as a small table."""
-    lines = [
-        f"{facts['generated']:,} generated against {facts['real']:,} real pictures, seed {facts['seed']}"
-    ]
+    lines = [f"{facts['generated']:,} generated against {facts['real']:,} real images, seed {facts['seed']}"]
     for name, each in facts["metrics"].items():
         spread = f" ± {each['spread']:.2g}" if each["spread"] else ""
         lines.append(f"{name:<18}{each['value']:.5g}{spread}")

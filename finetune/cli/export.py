@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import network_file, network_option, offline_option
+from finetune.cli.options import license_option, network_file, network_option, offline_option
 from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
 
@@ -33,12 +33,12 @@ _ENDINGS = {
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
 @click.option("--force", is_flag=True, help="Replace FILE where it exists.")
-@click.option("--licence", metavar="TEXT", help="Its licence, where the checkpoint does not say one.")
+@license_option(help="License of the checkpoint, if it does not state one.")
 @offline_option()
-def command(network: str, file_format: str, out: Path, force: bool, licence: str | None) -> None:
+def command(network: str, file_format: str, out: Path, force: bool, license: str | None) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
-    FILE takes its name only when all agree. Where the weights come from, and their licence, travel along.
+    FILE takes its name only when all agree. The source of the weights and their license are written to it, too.
     """
     from finetune.export.verify import export_checkpoint
     from finetune.resolve import load
@@ -55,7 +55,7 @@ def command(network: str, file_format: str, out: Path, force: bool, licence: str
             raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
         if not force:
             raise ConfigError(f"--out {out} exists; give --force to replace it, or choose another name.")
-    checkpoint = with_licence(load(source), licence)
+    checkpoint = with_license(load(source), license)
     with progress_bar("comparing images", 1) as progress:
         result = export_checkpoint(out, checkpoint, file_format, progress=progress)
 
@@ -72,16 +72,18 @@ def command(network: str, file_format: str, out: Path, force: bool, licence: str
         click.echo(line)
 
 
-def with_licence(checkpoint: Checkpoint, licence: str | None) -> Checkpoint:
-    """The checkpoint with a licence that a person states; one that is known is not replaced."""
+def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
+    """Return the checkpoint with the license that the user states; a known one is not replaced."""
     from finetune.hub.identify import BY_NAME
 
     origin = checkpoint.provenance
-    if not licence or licence == origin.licence:
+    if not license or license == origin.licence:
         return checkpoint
     if origin.licence and not origin.licence.endswith(BY_NAME):
-        raise ConfigError(f"--licence {licence}: that of {origin.source} is known, {origin.licence}.")
-    return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=licence))
+        raise ConfigError(
+            f"--license {license}: {origin.source} has one ({origin.licence}). Omit the option."
+        )
+    return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
 
 
 def _what_is_missing(missing: list[str], file_format: str) -> str:
@@ -92,7 +94,7 @@ def _what_is_missing(missing: list[str], file_format: str) -> str:
 
 
 def provenance_lines(provenance: dict[str, Any]) -> list[str]:
-    """Where the weights come from, newest first, and the licence."""
+    """Return lines on where the weights come from, newest first, and their license."""
     lines = []
     step: dict[str, Any] | None = provenance
     word = "Source: "
@@ -100,5 +102,5 @@ def provenance_lines(provenance: dict[str, Any]) -> list[str]:
         seen = f", trained for {step['nimg'] / 1000:g} kimg" if step["nimg"] is not None else ""
         lines.append(f"{word}{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'}){seen}")
         step, word = step["parent"], "  from: "
-    lines.append(f"Licence: {provenance['licence'] or 'not known; see where the source came from'}")
+    lines.append(f"License: {provenance['licence'] or 'not known; see where the source came from'}")
     return lines

@@ -1,4 +1,4 @@
-"""`finetune generate`: pictures from a checkpoint, one for each seed."""
+"""`finetune generate`: images from a checkpoint, one for each seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start_without_build(device_type: str) -> None:
         custom_ops.build_for_next_start()
 
 
-@click.command("generate", short_help="Make pictures from a checkpoint, one for each seed.")
+@click.command("generate", short_help="Make images from a checkpoint, one for each seed.")
 @network_option()
 @seeds_option()
 @outdir_option()
@@ -44,7 +44,7 @@ def start_without_build(device_type: str) -> None:
     default=1.0,
     show_default=True,
     metavar="PSI",
-    help="Truncation: 1 is full variety, 0 the average picture.",
+    help="Truncation: 1 is full variety, 0 the average image.",
 )
 @click.option(
     "--trunc-cutoff",
@@ -77,16 +77,16 @@ def command(
     noise_mode: str,
     device: str,
 ) -> None:
-    """Make one picture for each seed: OUTDIR/seed0000.png and so on.
+    """Make one image for each seed: OUTDIR/seed0000.png and so on.
 
-    A seed always gives the same picture, whatever other seeds are asked for.
+    A seed always gives the same image, whatever other seeds are asked for.
     """
     if math.isnan(trunc):
         raise ConfigError("--trunc nan is not a number.")
     if grid is not None and len(seeds) > grid[0] * grid[1]:
         places = grid[0] * grid[1]
         raise ConfigError(
-            f"--grid {grid[0]}x{grid[1]} has {places} places, --seeds names {len(seeds)} pictures."
+            f"--grid {grid[0]}x{grid[1]} has {places} places, --seeds names {len(seeds)} images."
         )
 
     from finetune.device import float32_math, resolve_device
@@ -101,11 +101,11 @@ def command(
         start_without_build(next(G.parameters()).device.type)
     label_from_class(G, class_index)  # says what is wrong before the folder is made
     if checkpoint.G_ema is None:
-        click.echo("The checkpoint has no G_ema; the pictures come from G.", err=True)
+        click.echo("The checkpoint has no G_ema; the images come from G.", err=True)
     outdir.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    with float32_math(), progress_bar("pictures", len(seeds)) as progress:
-        for seed, picture in generate(
+    images = []
+    with float32_math(), progress_bar("images", len(seeds)) as progress:
+        for seed, image in generate(
             G,
             seeds,
             class_index=class_index,
@@ -114,11 +114,11 @@ def command(
             noise_mode=noise_mode,
             progress=progress,
         ):
-            to_image(picture).save(outdir / f"seed{seed:04d}.png")
+            to_image(image).save(outdir / f"seed{seed:04d}.png")
             if grid is not None:
-                pictures.append(picture)
+                images.append(image)
     click.echo(
-        f"{len(set(seeds))} pictures: {outdir / f'seed{seeds[0]:04d}.png'}{' …' if len(seeds) > 1 else ''}"
+        f"{len(set(seeds))} images: {outdir / f'seed{seeds[0]:04d}.png'}{' …' if len(seeds) > 1 else ''}"
     )
     if grid is not None:
-        click.echo(f"Grid: {save_grid(pictures, outdir / 'grid.png', grid=grid)}")
+        click.echo(f"Grid: {save_grid(images, outdir / 'grid.png', grid=grid)}")

@@ -148,6 +148,23 @@ def ops_option(**overrides: Any):
     return click.option("--ops", **{**settings, **overrides})
 
 
+class FirstNameOption(click.Option):
+    """An option whose help shows only its first name."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+
+def license_option(name: str = "--license", **settings: Any):
+    """`--license`, or another option of it, with the British spelling as an alias that help does not show."""
+    names = (name, name.replace("license", "licence"), name.removeprefix("--").replace("-", "_"))
+    return click.option(*names, cls=FirstNameOption, **{"metavar": "TEXT", **settings})
+
+
 def outdir_option(**overrides: Any):
     """`--outdir`: the folder a command writes to; made when it is not there."""
     settings: dict[str, Any] = {

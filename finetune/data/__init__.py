@@ -1,4 +1,4 @@
-"""Pictures in: folders, zips, labels, checks before training, batches without end. Rules: docs/data.md."""
+"""Images in: folders, zips, labels, checks before training, batches without end. Rules: docs/data.md."""
 
 from finetune.data.decode import FITS, images_to_float
 from finetune.data.image_set import ImageSet

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to `uint8 [C, H, W]`: what is read, how channels and sizes change."""
+"""From the bytes of an image to `uint8 [C, H, W]`: what is read, how channels and sizes change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MARGIN: dict[str, str | tuple[int, ...]] = {"L": "white", "RGB": "white", "RGBA"
 
 
 def images_to_float(images: torch.Tensor) -> torch.Tensor:
-    """`uint8` pictures as float32 in [-1, 1], the range of the networks."""
+    """`uint8` images as float32 in [-1, 1], the range of the networks."""
     return images.to(torch.float32) / 127.5 - 1
 
 
@@ -54,14 +54,13 @@ def decode(
 
     bits: how many of the 16 bits a channel of a deep image its values use.
     """
-    image = to_channels(open_picture(data), channels, bits)
-    picture = fit_to_size(image, height_and_width(resolution), fit)
-    pixels = np.asarray(picture)
+    image = to_channels(open_image(data), channels, bits)
+    pixels = np.asarray(fit_to_size(image, height_and_width(resolution), fit))
     pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(pixels)
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Decode the first frame, upright by its EXIF, in a mode that `to_channels` knows. Raises Unusable."""
     Image.init()
     with warnings.catch_warnings():
@@ -69,9 +68,9 @@ def open_picture(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            picture = _opened(data)
-            picture.load()
-            turn = TURNS.get(_orientation(picture))
+            image = _opened(data)
+            image.load()
+            turn = TURNS.get(_orientation(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             size = re.search(r"\((\d+) pixels\)", str(error))
             seen = f"{int(size[1]):,}" if size else "more"
@@ -83,31 +82,31 @@ def open_picture(data: bytes) -> Image.Image:
         except Exception as error:  # the decoders raise nearly every built-in exception on damaged files
             kind = CUT_SHORT if _is_cut_short(data) else UNREADABLE
             raise Unusable(kind, f"damaged: {str(error) or type(error).__name__}") from None
-        _check_mode(picture)
-        deep = not picture.mode.startswith("I") and _bits_per_channel(picture, data) == 16
-        picture = picture if turn is None else picture.transpose(turn)
-        picture.info[DEEP_COLOR] = deep
-        return picture
+        _check_mode(image)
+        deep = not image.mode.startswith("I") and _bits_per_channel(image, data) == 16
+        image = image if turn is None else image.transpose(turn)
+        image.info[DEEP_COLOR] = deep
+        return image
 
 
-def to_channels(picture: Image.Image, channels: int, bits: int = 16) -> Image.Image:
+def to_channels(image: Image.Image, channels: int, bits: int = 16) -> Image.Image:
     """Bring any mode to L (1 channel), RGB (3) or RGBA (4); with fewer than 4, alpha is laid on white.
 
     Raises Unusable if the values of a 16-bit image take more than `bits`.
     """
     if bits < 16:
-        _check_bits(picture, bits)
-    if picture.mode.startswith("I"):
-        picture = _upper_byte(picture, bits)
+        _check_bits(image, bits)
+    if image.mode.startswith("I"):
+        image = _upper_byte(image, bits)
     if channels == 4:
-        return picture.convert("RGBA")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    if channels == 1 and picture.mode not in ("1", "L"):
-        picture = picture.convert("RGB")  # CMYK and YCbCr have no direct way to luminance
+        return image.convert("RGBA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if channels == 1 and image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # CMYK and YCbCr have no direct way to luminance
     wanted = {1: "L", 3: "RGB"}[channels]
-    return picture if picture.mode == wanted else picture.convert(wanted)
+    return image if image.mode == wanted else image.convert(wanted)
 
 
 def fit_to_size(image: Image.Image, size: tuple[int, int], fit: str | None) -> Image.Image:
@@ -138,13 +137,13 @@ def fit_to_size(image: Image.Image, size: tuple[int, int], fit: str | None) -> I
 
 
 def _opened(data: bytes) -> Image.Image:
-    """A picture whose pixels are not decoded yet. Raises whatever Pillow does."""
+    """An image whose pixels are not decoded yet. Raises whatever Pillow does."""
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _resize(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """Lanczos; a picture much too large is first averaged down by a whole factor, for speed."""
-    return picture.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """Lanczos; an image much too large is first averaged down by a whole factor, for speed."""
+    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def _upper_byte(image: Image.Image, bits: int = 16) -> Image.Image:
@@ -176,7 +175,7 @@ def highest_deep_value(image: Image.Image) -> int | None:
 
 
 def is_deep_color(image: Image.Image) -> bool:
-    """Whether an image that `open_picture` gave had 16 bits a channel, of which the upper 8 are left."""
+    """Whether an image that `open_image` gave had 16 bits a channel, of which the upper 8 are left."""
     return bool(image.info.get(DEEP_COLOR))
 
 
@@ -190,13 +189,13 @@ def _check_bits(image: Image.Image, bits: int) -> None:
         raise Unusable(NO_RULE, f"a value of {highest}, which takes more than --bits {bits}")
 
 
-def _check_mode(picture: Image.Image) -> None:
-    """Raise Unusable where no rule says how the values of this picture become 8 bits."""
-    if picture.mode == "F" or (picture.mode == "I" and picture.format not in FORMATS_16_BIT_AS_I):
-        kind = "floating-point numbers" if picture.mode == "F" else "integers"
+def _check_mode(image: Image.Image) -> None:
+    """Raise Unusable where no rule says how the values of this image become 8 bits."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in FORMATS_16_BIT_AS_I):
+        kind = "floating-point numbers" if image.mode == "F" else "integers"
         raise Unusable(NO_RULE, f"32-bit {kind}, and nothing says which of them are black and white")
-    if picture.mode not in MODES and not picture.mode.startswith("I;16"):
-        raise Unusable(NO_RULE, f"colour mode {picture.mode}")
+    if image.mode not in MODES and not image.mode.startswith("I;16"):
+        raise Unusable(NO_RULE, f"color mode {image.mode}")
 
 
 def _bits_per_channel(image: Image.Image, data: bytes) -> int:
@@ -207,35 +206,35 @@ def _bits_per_channel(image: Image.Image, data: bytes) -> int:
     return max(bits) if isinstance(bits, tuple) else bits
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
-        return int(picture.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata is no reason to refuse a picture whose pixels are whole
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata is no reason to refuse an image whose pixels are whole
         return 1
 
 
-def unusual(picture: Image.Image) -> str | None:
+def unusual(image: Image.Image) -> str | None:
     """What `to_channels` has to change by a rule that a person may not expect; None for plain L and RGB."""
     found = []
-    if picture.mode.startswith("I") or is_deep_color(picture):
+    if image.mode.startswith("I") or is_deep_color(image):
         found.append("16 bits a channel")
-    if picture.mode in ("P", "PA"):
+    if image.mode in ("P", "PA"):
         found.append("palette")
-    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        found.append(picture.mode)
-    if picture.has_transparency_data:
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        found.append(image.mode)
+    if image.has_transparency_data:
         found.append("transparency")
     return ", ".join(found) or None
 
 
 def num_frames(data: bytes) -> int:
-    """How many frames or pages a picture has that `open_picture` could open; 1 for what is no sequence."""
+    """How many frames or pages an image has that `open_image` could open; 1 for what is no sequence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            picture = _opened(data)
-            # The further pictures of an MPO are previews of the first.
-            return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+            image = _opened(data)
+            # The further images of an MPO are previews of the first.
+            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         except Exception:  # only the first frame is used, and that one is whole
             return 1
 
@@ -254,12 +253,12 @@ def _is_cut_short(data: bytes) -> bool:
 
 
 def _what_else(data: bytes) -> str:
-    """What a file that is no picture seems to be: the cases that people meet."""
+    """What a file that is no image seems to be: the cases that people meet."""
     start = data[:512].lstrip().lower()
     if not data:
         return "is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the picture (git lfs pull fetches it)"
+        return "is a Git LFS pointer, not the image (git lfs pull fetches it)"
     if start.startswith((b"<!doctype html", b"<html")):
-        return "is a web page, not a picture (a failed download?)"
-    return "is no picture of a kind that can be read"
+        return "is a web page, not an image (a failed download?)"
+    return "is no image of a kind that can be read"

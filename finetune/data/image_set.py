@@ -1,4 +1,4 @@
-"""The pictures of a folder or zip as a torch data set."""
+"""The images of a folder or zip as a torch data set."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ImageSet(Dataset):
 
     `resolution` is the side of square images, or (height, width). `labels_from`: `file` or `folders`.
     `num_classes` is 0 where labels are not used, else what the network expects (given) or the labels say.
-    With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. `limit` keeps that many pictures,
-    chosen by `seed`. Raises DataError: on opening where pictures or labels are missing, on reading where a
-    picture is unusable (`scan` finds all of those beforehand).
+    With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. `limit` keeps that many images,
+    chosen by `seed`. Raises DataError: on opening where images or labels are missing, on reading where an
+    image is unusable (`scan` finds all of those beforehand).
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class ImageSet(Dataset):
         seed: int = 0,
     ) -> None:
         if channels not in CHANNELS:
-            known = "1 (gray), 3 (colour) and 4 (colour with alpha)"
+            known = "1 (gray), 3 (color) and 4 (color with alpha)"
             raise DataError(
-                f"The network makes pictures of {channels} channels; there are rules for {known} only."
+                f"The network makes images of {channels} channels; there are rules for {known} only."
             )
         if fit is not None and fit not in FITS:
             raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
@@ -79,9 +79,9 @@ class ImageSet(Dataset):
         return len(self.names) * (2 if self.mirror else 1)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        picture, flip = self._locate(index)
-        pixels = self._read(picture) if self._pixels is None else self._pixels[picture]
-        return (pixels[:, :, ::-1] if flip else pixels).copy(), self._label_of(picture)
+        image, flip = self._locate(index)
+        pixels = self._read(image) if self._pixels is None else self._pixels[image]
+        return (pixels[:, :, ::-1] if flip else pixels).copy(), self._label_of(image)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": None}  # a copy in another process reads the files itself
@@ -91,7 +91,7 @@ class ImageSet(Dataset):
         return self._label_of(self._locate(index)[0])
 
     def random_labels(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Labels of `n` pictures drawn with replacement, float32 `[n, num_classes]`."""
+        """Labels of `n` images drawn with replacement, float32 `[n, num_classes]`."""
         if self._labels is None:
             return torch.zeros(n, 0)
         picked = torch.randint(len(self.names), (n,), generator=generator)
@@ -102,10 +102,10 @@ class ImageSet(Dataset):
         num_bytes = len(self.names) * self.channels * math.prod(self.size)
         if self._pixels is None and num_bytes <= max_bytes:
             pixels = np.empty((len(self.names), self.channels, *self.size), np.uint8)
-            for index, picture in enumerate(in_order(_Pictures(self), len(self.names), workers)):
-                if isinstance(picture, DataError):
-                    raise picture
-                pixels[index] = picture
+            for index, image in enumerate(in_order(_Images(self), len(self.names), workers)):
+                if isinstance(image, DataError):
+                    raise image
+                pixels[index] = image
             self._pixels = pixels
         return self._pixels is not None
 
@@ -127,24 +127,24 @@ class ImageSet(Dataset):
         return digest.hexdigest()
 
     def _locate(self, index: int) -> tuple[int, bool]:
-        """Item number -> (picture number, whether it is flipped)."""
+        """Item number -> (image number, whether it is flipped)."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        flip, picture = divmod(index % len(self), len(self.names))
-        return picture, bool(flip)
+        flip, image = divmod(index % len(self), len(self.names))
+        return image, bool(flip)
 
-    def _label_of(self, picture: int) -> np.ndarray:
-        return np.zeros(0, np.float32) if self._labels is None else self._labels.one_hot(picture)
+    def _label_of(self, image: int) -> np.ndarray:
+        return np.zeros(0, np.float32) if self._labels is None else self._labels.one_hot(image)
 
-    def _read(self, picture: int) -> np.ndarray:
-        name = self.names[picture]
+    def _read(self, image: int) -> np.ndarray:
+        name = self.names[image]
         try:
             data = self.source.read(name)
             return decode(data, resolution=self.size, channels=self.channels, fit=self.fit)
         except Unusable as problem:
             raise DataError(
                 f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
-                hint="Every picture is checked before training; this one changed since, or was not checked.",
+                hint="Every image is checked before training; this one changed since, or was not checked.",
             ) from None
 
 
@@ -153,12 +153,12 @@ def choose(source: Source, limit: int | None, seed: int) -> list[str]:
     if limit is None or limit >= len(source.names):
         return source.names
     if limit < 1:
-        raise ValueError(f"limit={limit}: at least one picture is needed")
+        raise ValueError(f"limit={limit}: at least one image is needed")
     picked = np.random.RandomState(seed % 2**32).permutation(len(source.names))[:limit]
     return [source.names[index] for index in sorted(picked)]
 
 
-class _Pictures(Dataset):
+class _Images(Dataset):
     """The unflipped pixels of a set; a problem is an item too, because torch rewords what workers raise."""
 
     def __init__(self, image_set: ImageSet) -> None:

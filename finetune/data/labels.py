@@ -22,7 +22,7 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Labels:
-    """One label a picture: `values` is int64 `[n]` (classes) or float32 `[n, num_classes]` (vectors)."""
+    """One label an image: `values` is int64 `[n]` (classes) or float32 `[n, num_classes]` (vectors)."""
 
     values: np.ndarray
     num_classes: int
@@ -86,8 +86,8 @@ def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
         raise DataError(f"{source.path}: {error.what}", hint=error.hint) from None
     if not folders:
         raise DataError(
-            f"{source.path}: --labels folders, but no picture is in a folder.",
-            hint="Put the pictures of each class in a folder of its own, or use --labels none.",
+            f"{source.path}: --labels folders, but no image is in a folder.",
+            hint="Put the images of each class in a folder of its own, or use --labels none.",
         )
     return classes, folders
 
@@ -138,19 +138,19 @@ def has_labels(source: Source) -> bool:
     return not (isinstance(content, dict) and content.get("labels") is None)
 
 
-def labels_without_picture(source: Source) -> list[str]:
-    """Names in `dataset.json` that belong to no picture, sorted. Raises DataError as `read_labels` does."""
+def labels_without_image(source: Source) -> list[str]:
+    """Names in `dataset.json` that belong to no image, sorted. Raises DataError as `read_labels` does."""
     table = _read_table(source, None)
     return sorted(table.keys() - set(_entries_of_images(source, table).values()))
 
 
 def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
-    """Picture name -> label as the file has it; names with forward slashes."""
+    """Image name -> label as the file has it; names with forward slashes."""
     advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}'
     if num_classes is None:
         advice += ", or train without labels."
     else:
-        advice += f": the network has {num_classes} classes, so every picture needs one (maybe the same)."
+        advice += f": the network has {num_classes} classes, so every image needs one (maybe the same)."
     if has_class_folders(source):
         advice += " To use the folders as classes: --labels folders."
     if source.labels_name is None:

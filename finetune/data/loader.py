@@ -16,10 +16,10 @@ from finetune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-NUM_STAND_INS = 8  # pictures tried in the place of one that cannot be read any more
-MAX_UNREADABLE = 0.1  # of the items of an epoch; with more, training would be on other pictures than was said
+NUM_STAND_INS = 8  # images tried in the place of one that cannot be read any more
+MAX_UNREADABLE = 0.1  # of the items of an epoch; with more, training would be on other images than was said
 GONE = (
-    "The pictures seem to be gone: a disk or a network share that went away? What was saved is whole; once "
+    "The images seem to be gone: a disk or a network share that went away? What was saved is whole; once "
     "they are back, --resume the run folder."
 )
 
@@ -29,7 +29,7 @@ log = logging.getLogger("finetune.data")
 class InfiniteLoader(Iterator[Batch]):
     """Yields `(uint8 [N, C, H, W], float32 [N, num_classes])` for ever, on the CPU (pinned for CUDA).
 
-    A picture that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
+    An image that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
     files); the first one is told. Raises DataError where none of the stand-ins can be read either, or where
     more than `MAX_UNREADABLE` of an epoch were replaced. Where a worker dies, others go on in its place.
     `state_dict` counts what was handed out, not what workers have read ahead; load it before the first batch.
@@ -60,9 +60,9 @@ class InfiniteLoader(Iterator[Batch]):
         return started(self._loader)
 
     def _count(self, lost: list[str]) -> None:
-        """Count the pictures of a batch that had to be replaced. Raises DataError where they are too many."""
+        """Count the images of a batch that had to be replaced. Raises DataError where they are too many."""
         if lost and not self.unreadable:
-            log.warning("%s Another picture takes its place; the log counts these as `unreadable`.", lost[0])
+            log.warning("%s Another image takes its place; the log counts these as `unreadable`.", lost[0])
         self.unreadable += len(lost)
         num_items = self._sampler.num_items
         if self._position % num_items < self._step:  # another epoch
@@ -131,7 +131,7 @@ def build_loader(
 
 
 class _Items(Dataset):
-    """Items `(picture, label, why)` of a set; `why` says what is wrong with the picture it stands in for.
+    """Items `(image, label, why)` of a set; `why` says what is wrong with the image it stands in for.
 
     Which one stands in depends on the number of the item and on what can be read, so that a run that is
     continued meets the same. A problem that remains is handed over as an item, because torch rewords what
@@ -146,7 +146,7 @@ class _Items(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, str | None] | DataError:
         why: str | None = None
-        # From anywhere in the set: what vanishes is often a folder, whose pictures are neighbours.
+        # From anywhere in the set: what vanishes is often a folder, whose images are neighbors.
         others = np.random.RandomState(index).randint(len(self), size=NUM_STAND_INS)
         for candidate in (index, *others.tolist()):
             try:

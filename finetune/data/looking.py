@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.data.decode import highest_deep_value, num_frames, open_picture, to_channels, unusual
+from finetune.data.decode import highest_deep_value, num_frames, open_image, to_channels, unusual
 from finetune.data.problems import Unusable
 from finetune.data.sources import Source
 
@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
 def look_at(data: bytes) -> Look:
     """Decode an image and return the facts about it. Raises Unusable."""
-    image = open_picture(data)
+    image = open_image(data)
     # Of the pixels, so that the same image in another file format is found as well.
     digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=16)
     digest.update((image.convert("RGBA") if image.mode in ("P", "PA") else image).tobytes())

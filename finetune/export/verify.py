@@ -20,7 +20,7 @@ from finetune.sampling import device_of, z_from_seeds
 
 FORMATS = ("stylegan-pkl", "safetensors")
 # Equal weights, equal code, one machine: what may differ is the order of a sum, where a library picks its
-# kernel by how memory happens to be aligned. 8-bit pictures have steps of 2/255.
+# kernel by how memory happens to be aligned. 8-bit images have steps of 2/255.
 IMAGE_TOLERANCE = 1e-4
 
 Progress = Callable[[int, int], None]

@@ -1,1 +1,1 @@
-"""How far generated pictures are from real ones, in feature spaces that need no download."""
+"""How far generated images are from real ones, in feature spaces that need no download."""

@@ -9,7 +9,7 @@ import torch
 from finetune.errors import ConfigError
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-NEIGHBOURS = 3
+NEIGHBORS = 3
 PRC_BATCH = 2500  # rows of distances at once
 
 
@@ -44,16 +44,16 @@ def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
 def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
     """Share of generated features inside the real manifold, and of real ones inside the generated.
 
-    Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbours. Raises ConfigError where there are fewer.
+    Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbors. Raises ConfigError where there are fewer.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    if min(len(generated), len(real)) <= NEIGHBOURS:
+    if min(len(generated), len(real)) <= NEIGHBORS:
         raise too_few()
     found = prc_features_to_metric(
         generated,
         real,
-        prc_neighborhood=NEIGHBOURS,
+        prc_neighborhood=NEIGHBORS,
         prc_batch_size=PRC_BATCH,
         save_cpu_ram=True,
         verbose=False,
@@ -62,5 +62,5 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float
 
 
 def too_few() -> ConfigError:
-    """What to say where a picture has not as many neighbours as are asked for."""
-    return ConfigError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides.")
+    """What to say where an image has not as many neighbors as are asked for."""
+    return ConfigError(f"precision and recall need more than {NEIGHBORS} images on both sides.")

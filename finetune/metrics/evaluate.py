@@ -1,4 +1,4 @@
-"""How near what a generator makes is to real pictures: distances, precision and recall, smoothness."""
+"""How near what a generator makes is to real images: distances, precision and recall, smoothness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.data.workers import available_cores, started
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
-from finetune.metrics.clouds import NEIGHBOURS, Distance, kid, precision_recall, too_few
+from finetune.metrics.clouds import NEIGHBORS, Distance, kid, precision_recall, too_few
 from finetune.metrics.features import POOLED_SIZE, WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
 from finetune.metrics.inception import inception_features, inception_weights, require_torch_fidelity
 from finetune.metrics.path_length import perceptual_path_length
@@ -49,9 +49,9 @@ class Evaluation:
 
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
-    `ppl`: perceptual path length. workers: processes that decode pictures. cache: keep what is found out
-    about the pictures. inception: the file of its weights, fetched if None. group: this process among others
-    that do the same; each goes through its share of the pictures, in batches that do not depend on their
+    `ppl`: perceptual path length. workers: processes that decode images. cache: keep what is found out
+    about the images. inception: the file of its weights, fetched if None. group: this process among others
+    that do the same; each goes through its share of the images, in batches that do not depend on their
     number, and all get the same distances. Raises ConfigError for unknown metrics and where torch-fidelity is
     missing, WeightsMissing without weights.
     """
@@ -73,7 +73,7 @@ class Evaluation:
         self.group = group
         self.which = check_names(which)
         if len(image_set) < 2:
-            raise ConfigError(f"a distance needs at least 2 real pictures, {image_set.path} has one.")
+            raise ConfigError(f"a distance needs at least 2 real images, {image_set.path} has one.")
         self.device = torch.device(device)
         self.image_set = image_set
         self.batch = BATCH if batch is None else batch
@@ -82,7 +82,7 @@ class Evaluation:
         self._identities: dict[str, str] = {}
         self._distances: dict[str, Perceptual] = {}
         self.group.all_gather_results(lambda: self._build(inception, tell), "loading the networks")
-        self._real = self._of_pictures(workers, cache, progress)
+        self._real = self._of_images(workers, cache, progress)
 
     def _build(self, inception: Path | None, tell: Callable[[str], None]) -> None:
         """The networks of the feature spaces, and the distances of path lengths."""
@@ -119,19 +119,19 @@ class Evaluation:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, Distance]:
-        """Compare `num` pictures of `G` (no truncation, stored noise, labels as in the set) with the real.
+        """Compare `num` images of `G` (no truncation, stored noise, labels as in the set) with the real.
 
         The same seed draws the same latents and labels for every generator. Distances grow as `num` shrinks,
         so only those of equal `num` can be compared. `prc` gives `precision` and `recall`. `progress(done,
-        total)` counts pictures. Raises ConfigError where there are too few pictures.
+        total)` counts images. Raises ConfigError where there are too few images.
         """
         if num < 2:
-            raise ConfigError(f"a distance needs at least 2 generated pictures, not {num}.")
+            raise ConfigError(f"a distance needs at least 2 generated images, not {num}.")
         for name in self.which:
-            if METRICS[name][1] == "prc" and num <= NEIGHBOURS:
+            if METRICS[name][1] == "prc" and num <= NEIGHBORS:
                 raise too_few()
-        pictures = _generated(G, self.image_set, num, seed, self.batch, self.group)
-        fake = self._statistics(self._networks, pictures, num, progress)
+        images = _generated(G, self.image_set, num, seed, self.batch, self.group)
+        fake = self._statistics(self._networks, images, num, progress)
         result: dict[str, Distance] = {}
         for metric in self.which:
             result |= self._compute(metric, fake, G, num, seed)
@@ -163,7 +163,7 @@ class Evaluation:
         suffix = metric.removeprefix("prc")
         return {f"precision{suffix}": Distance(precision), f"recall{suffix}": Distance(recall)}
 
-    def _of_pictures(
+    def _of_images(
         self, workers: int, cache: bool, progress: Callable[[int, int], None] | None
     ) -> dict[str, Features]:
         places: dict[str, Path] = {}
@@ -182,8 +182,8 @@ class Evaluation:
 
         missing = {name: self._networks[name] for name in self.group.broadcast_result(look, "the cache")}
         if missing:
-            pictures = _real(self.image_set, self.batch, workers, self.group)
-            new = self._statistics(missing, pictures, len(self.image_set), progress)
+            images = _real(self.image_set, self.batch, workers, self.group)
+            new = self._statistics(missing, images, len(self.image_set), progress)
             if self.group.is_first:
                 for name in places.keys() & new.keys():
                     real_side.write(places[name], new[name])
@@ -198,7 +198,7 @@ class Evaluation:
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> dict[str, Features]:
-        """Features of all pictures, in their order, in the first process; nothing is kept in the others.
+        """Features of all images, in their order, in the first process; nothing is kept in the others.
 
         batches: those of this process, every `world`-th. One of each process at a time, so that memory stays
         bounded.
@@ -215,7 +215,7 @@ class Evaluation:
 
         done = 0
         for _ in range(0, num_batches, self.group.world_size):
-            for part in self.group.all_gather_results(next_features, "a batch of pictures"):
+            for part in self.group.all_gather_results(next_features, "a batch of images"):
                 for name, features in part.items() if self.group.is_first else ():
                     found[name].add(features)
                 done += len(next(iter(part.values()))) if part else 0
@@ -264,7 +264,7 @@ def distances(
 def _real(
     image_set: ImageSet, batch: int, workers: int, group: ProcessGroup = SINGLE
 ) -> Iterator[torch.Tensor]:
-    """This process's batches of the pictures, uint8 `[N, C, H, W]`."""
+    """This process's batches of the images, uint8 `[N, C, H, W]`."""
     loader: DataLoader[Any] = DataLoader(
         image_set,
         batch_sampler=group.shard([part.tolist() for part in torch.arange(len(image_set)).split(batch)]),

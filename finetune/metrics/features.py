@@ -164,7 +164,7 @@ def _fill(network: EfficientNetLite0, weights: dict[str, torch.Tensor]) -> None:
 
 
 class RandomFeatures(nn.Module):
-    """A small VGG-like network with random weights: `[N, 64]` features that favour no training set.
+    """A small VGG-like network with random weights: `[N, 64]` features that favor no training set.
 
     Definition (version 1; numbers of different versions are not comparable): the image is resized to 64×64;
     five times a 3×3 convolution with zero padding, ReLU and, after the first four, 2×2 mean pooling, with 32,

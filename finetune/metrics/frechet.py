@@ -38,10 +38,11 @@ class FeatureStatistics:
             width = batch.shape[1]
             self._mean, self._scatter = batch.new_zeros(width), batch.new_zeros(width, width)
         batch_mean = batch.mean(dim=0)
-        centred = batch - batch_mean
+        centered = batch - batch_mean
         shift = batch_mean - self._mean
         total = self._summed + len(batch)
-        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self._summed * len(batch) / total)
+        self._scatter += centered.T @ centered
+        self._scatter += torch.outer(shift, shift) * (self._summed * len(batch) / total)
         self._mean += shift * (len(batch) / total)
         self._summed = total
 
@@ -88,7 +89,7 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
     """Squared Fréchet distance between two normal distributions, means `[d]`, covariances `[d, d]`.
 
     |mu1 - mu2|² + tr(cov1 + cov2 - 2 (cov1^½ cov2 cov1^½)^½). Only symmetric matrices are decomposed, so
-    singular covariances (fewer pictures than features) need no special case.
+    singular covariances (fewer images than features) need no special case.
     Source: Dowson and Landau 1982, equation 4.
     """
     mu1, cov1, mu2, cov2 = (value.detach().cpu().to(torch.float64) for value in (mu1, cov1, mu2, cov2))

@@ -15,7 +15,7 @@ from finetune.errors import ConfigError
 from finetune.hub import catalog, store
 from finetune.metrics.features import to_rgb
 
-WEIGHTS = "pytorch-fid-inception"  # its entry in the catalogue
+WEIGHTS = "pytorch-fid-inception"  # its entry in the catalog
 LAYER = "2048"
 
 

@@ -1,4 +1,4 @@
-"""Perceptual path length in W: how far pictures jump for a small step, through torch-fidelity.
+"""Perceptual path length in W: how far images jump for a small step, through torch-fidelity.
 
 Source: Karras et al. 2019 (1812.04948), section 4.1: steps of 1e-4 from one latent of W towards another, at
 the ends of paths (t = 0) and without a crop, as in 1912.04958; the lowest and highest per cent are left out.
@@ -18,7 +18,7 @@ from finetune.metrics.perceptual import Distance
 
 EPSILON = 1e-4
 PERCENTILES = (1, 99)
-RESOLUTION = 256  # at which pictures are compared, if they are larger
+RESOLUTION = 256  # at which images are compared, if they are larger
 
 
 def perceptual_path_length(
@@ -62,7 +62,7 @@ def path_lengths(
 
     @torch.no_grad()
     def draw(rng: np.random.RandomState, shape: tuple[int, int]) -> torch.Tensor:
-        """Latents of W, with labels as frequent as in the pictures: once for each end of the paths."""
+        """Latents of W, with labels as frequent as in the images: once for each end of the paths."""
         z = torch.randn([num, G.z_dim], generator=torch.Generator().manual_seed(int(rng.randint(2**31))))
         c = labels if G.c_dim else z[:, :0]
         return torch.cat([G.mapping(z[part].to(device), c[part].to(device))[:, 0].cpu() for part in chosen])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from finetune.errors import ConfigError, WeightsMissing
 
 SMALLEST = 32  # pixels; AlexNet and VGG pool smaller images away
-LARGEST_VALUE = 50.0  # no generator in working order goes there, pictures counted 0…255 do
+LARGEST_VALUE = 50.0  # no generator in working order goes there, images counted 0…255 do
 
 # Files as torchvision names them. AlexNet and SqueezeNet: only the first digits of the hash are public (file
 # name).
@@ -126,12 +126,12 @@ def check_range(img: torch.Tensor) -> None:
     if max(abs(low), abs(high)) > LARGEST_VALUE:
         raise ConfigError(
             f"images from {low:.4g} to {high:.4g} where numbers from -1 to 1 belong.",
-            hint="Pictures counted 0 to 255 need images / 127.5 - 1.",
+            hint="Images counted 0 to 255 need images / 127.5 - 1.",
         )
     if low >= 0 and 0 < high <= 1:
         raise ConfigError(
             f"images from {low:.4g} to {high:.4g}: this looks like the range 0 to 1, where -1 to 1 belongs.",
-            hint="Such pictures need images * 2 - 1.",
+            hint="Such images need images * 2 - 1.",
         )
 
 
@@ -192,7 +192,8 @@ def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = Fal
     def stages(img: torch.Tensor) -> list[torch.Tensor]:
         return list(network.net(network.scaling_layer(img)))
 
-    return FeatureDistance(stages, [head.model[-1].weight.flatten() for head in network.lins])
+    heads = network.lins  # codespell:ignore lins
+    return FeatureDistance(stages, [head.model[-1].weight.flatten() for head in heads])
 
 
 @contextlib.contextmanager

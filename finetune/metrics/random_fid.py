@@ -1,6 +1,6 @@
-"""random-FID: the Fréchet distance in the features of randomly initialised networks, over several of them.
+"""random-FID: the Fréchet distance in the features of randomly initialized networks, over several of them.
 
-It needs no download and does not favour the classes of ImageNet. One random network is one opinion, so the
+It needs no download and does not favor the classes of ImageNet. One random network is one opinion, so the
 mean and the spread over at least three seeds are reported. `RandomFeatures` is the definition; keep seeds and
 number of images equal between everything that is compared.
 Source: Naeem et al. 2020 (2002.09797); Lee et al. 2022 (2208.09218).

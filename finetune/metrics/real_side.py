@@ -1,4 +1,4 @@
-"""What a feature space says of a set of pictures, and the folder in which that is kept between runs."""
+"""What a feature space says of a set of images, and the folder in which that is kept between runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Features:
 
 
 def place_of(content: str, space: str) -> Path:
-    """The file for a set of pictures (its content hash) in a feature space (its identity)."""
+    """The file for a set of images (its content hash) in a feature space (its identity)."""
     key = hashlib.sha256(f"{VERSION} {content} {space}".encode()).hexdigest()[:32]
     return cache_folder() / "metrics" / f"{key}.pt"
 
@@ -70,7 +70,7 @@ def read(path: Path, keep: bool) -> Features | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged file costs time, not the run
-        log.warning("%s cannot be read and is made anew: %s", path, error)
+        log.warning("%s cannot be read and is built again: %s", path, error)
         return None
 
 
@@ -80,4 +80,4 @@ def write(path: Path, features: Features) -> None:
         with atomic_write(path) as stream:
             torch.save(features.state(), stream)
     except (WriteError, RuntimeError) as error:
-        log.warning("Statistics of the pictures cannot be kept in %s: %s", path.parent, error)
+        log.warning("Statistics of the images cannot be kept in %s: %s", path.parent, error)

@@ -3,7 +3,7 @@
 
 Source: Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (arXiv 2006.06676),
 appendix B. All transformations of one kind are collected first and applied once: the geometric ones as a
-single resampling of the image, the colour ones as a single affine map of RGB space.
+single resampling of the image, the color ones as a single affine map of RGB space.
 
 This file is embedded in exported pickles: it imports only what those may import and is read by Python 3.8.
 """
@@ -104,9 +104,9 @@ class _Draws:
 
 
 class _Warp:
-    """Where each image's pixels come from: `source = linear · target + offset`, in pixels from the centre.
+    """Where each image's pixels come from: `source = linear · target + offset`, in pixels from the center.
 
-    Transformations are appended in the order in which they change the picture; the map from target to source
+    Transformations are appended in the order in which they change the image; the map from target to source
     is the inverse of all of them together, so each appended one multiplies its own inverse from the right.
     """
 
@@ -115,17 +115,17 @@ class _Warp:
         self.offset = torch.zeros([num_images, 2, 1], device=device)
 
     def enlarge(self, factors):
-        """Scale the picture by `factors [N, 2]` along x and y."""
+        """Scale the image by `factors [N, 2]` along x and y."""
         self.linear = self.linear / factors.unsqueeze(1)
 
     def rotate(self, angle):
-        """Turn the picture by `angle [N, 1]` radians, counter-clockwise as seen."""
+        """Turn the image by `angle [N, 1]` radians, counter-clockwise as seen."""
         cos, sin = angle.cos(), angle.sin()
         turn_back = torch.cat([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
         self.linear = self.linear @ turn_back
 
     def move(self, distance):
-        """Shift the picture by `distance [N, 2]` pixels."""
+        """Shift the image by `distance [N, 2]` pixels."""
         self.offset = self.offset - self.linear @ distance.unsqueeze(2)
 
 
@@ -154,7 +154,7 @@ class _ColorMap:
         self.apply(self.gray + (torch.eye(3, device=factor.device) - self.gray) * factor.unsqueeze(2))
 
     def rotate_hue(self, angle):
-        """Turn colours around the gray axis by `angle [N, 1]` radians (Rodrigues' formula)."""
+        """Turn colors around the gray axis by `angle [N, 1]` radians (Rodrigues' formula)."""
         cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
         across = _constant(((0.0, -1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 1.0, 0.0)), angle.device)
         identity = torch.eye(3, device=angle.device)
@@ -204,7 +204,7 @@ def _convolve_each(x, taps):
 class AugmentPipe(torch.nn.Module):
     """Augment images at random; every probability is a multiplier of the buffer `p`, which training adapts.
 
-    Images are `[N, C, H, W]` float32 or float64 with range [-1, 1]. Colour transformations take 1, 3 or 4
+    Images are `[N, C, H, W]` float32 or float64 with range [-1, 1]. Color transformations take 1, 3 or 4
     channels: gray is an RGB image of three equal channels whose result is averaged, and of four channels the
     last (alpha) keeps its values. Everything else treats all channels alike. The result can be differentiated
     twice.
@@ -240,7 +240,7 @@ class AugmentPipe(torch.nn.Module):
         self.aniso_std = float(aniso_std)
         self.xfrac_std = float(xfrac_std)
 
-        # Colour: probabilities, and strengths (contrast and saturation as log2, hue in half turns).
+        # Color: probabilities, and strengths (contrast and saturation as log2, hue in half turns).
         self.brightness = float(brightness)
         self.contrast = float(contrast)
         self.lumaflip = float(lumaflip)
@@ -339,8 +339,8 @@ class AugmentPipe(torch.nn.Module):
         images = self._enlarge(images, left, right, top, bottom)
 
         # affine_grid and grid_sample measure in halves of their own images: the former covers W + margin
-        # pixels, the latter the padded image, whose centre has moved by half the difference of the paddings.
-        # Both put the centre of pixel i at sample 2i + 1/2, where a symmetric filter of even length leaves
+        # pixels, the latter the padded image, whose center has moved by half the difference of the paddings.
+        # Both put the center of pixel i at sample 2i + 1/2, where a symmetric filter of even length leaves
         # it; sym6 leaves it at 2i.
         target = _constant((W + margin, H + margin), device) / 2
         source = _constant((W + left + right, H + top + bottom), device, keep=full_padding) / 2
@@ -387,7 +387,7 @@ class AugmentPipe(torch.nn.Module):
         beyond = reach - _constant((cx, cx, cy, cy), device) + support
         return [min(max(math.ceil(pixels), 0), limit) for pixels, limit in zip(beyond.tolist(), most)]
 
-    # ---- Colour
+    # ---- Color
 
     def _color(self, images, draws):
         kinds = [self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation]
@@ -415,7 +415,7 @@ class AugmentPipe(torch.nn.Module):
             return images * gain + offset.mean(dim=1)[:, :, None, None]
         if channels not in (3, 4):
             raise ValueError(
-                "Colour augmentation works on images of 1, 3 or 4 channels, not {}: set brightness, "
+                "Color augmentation works on images of 1, 3 or 4 channels, not {}: set brightness, "
                 "contrast, lumaflip, hue and saturation to 0.".format(channels)
             )
         colors = images[:, :3].flatten(2)
@@ -445,7 +445,7 @@ class AugmentPipe(torch.nn.Module):
         return images + torch.randn_like(images) * strength[:, :, None, None].to(images.dtype)
 
     def _cut_out(self, images, draws):
-        """Blank a rectangle whose centre is anywhere in the image."""
+        """Blank a rectangle whose center is anywhere in the image."""
         if not self.cutout > 0:
             return images
         height, width = images.shape[2:]

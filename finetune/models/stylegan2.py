@@ -16,7 +16,7 @@ import torch
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
-EPSILON = 1e-8  # keeps every normalisation finite
+EPSILON = 1e-8  # keeps every normalization finite
 HALVED_POWER = math.sqrt(0.5)  # two branches of equal variance, each times this, add up to that variance
 
 
@@ -317,7 +317,7 @@ class ScaledConv(torch.nn.Module):
     """Plain convolution with weights scaled when used, optional resampling, bias and activation.
 
     [N, I, H, W] -> [N, O, H*up/down, W*up/down]. With `trainable` False weight and bias are buffers, which is
-    how FreezeD (2002.10964) keeps them out of the optimiser.
+    how FreezeD (2002.10964) keeps them out of the optimizer.
     """
 
     def __init__(

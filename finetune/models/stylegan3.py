@@ -18,7 +18,7 @@ import torch
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_gradfix, filtered_lrelu, fma
 
-EPSILON = 1e-8  # keeps every normalisation finite
+EPSILON = 1e-8  # keeps every normalization finite
 
 
 def unit_rms(x, dim):
@@ -223,7 +223,7 @@ class FourierInput(torch.nn.Module):
     """The infinite input signal, sampled: w [N, w_dim] -> x [N, channels, size, size].
 
     Each channel is a mixture of plane waves; w turns and shifts the plane, and `transform` [3, 3] maps the
-    coordinates of the picture before that, for whoever wants to turn or shift the pictures themselves.
+    coordinates of the image before that, for whoever wants to turn or shift the images themselves.
     bandwidth: highest frequency of the waves. Source: StyleGAN3, section 3.1 and appendix F.
     """
 

@@ -80,7 +80,7 @@ def make_run_dir(outdir: str | Path, desc: str) -> Path:
 
 
 def grid_size(resolution: int, num_images: int) -> tuple[int, int]:
-    """Columns and rows of a sheet of about 1024×768 pixels with at most `num_images` pictures."""
+    """Columns and rows of a sheet of about 1024×768 pixels with at most `num_images` images."""
     columns, rows = (min(12, max(2, side // resolution)) for side in (1024, 768))
     columns = min(columns, num_images)
     return columns, min(rows, max(1, num_images // columns))
@@ -136,22 +136,22 @@ class RunDir:
         return f"{nimg // 1000:06d}"
 
     def write_reals(self) -> None:
-        """`reals.png`: pictures as D sees them before augmentation. Settles the labels of all sheets."""
+        """`reals.png`: images as D sees them before augmentation. Settles the labels of all sheets."""
         rng = np.random.default_rng(self.config.seed)
         columns, rows = self.grid = grid_size(self.image_set.resolution, len(self.image_set))
         chosen = rng.permutation(len(self.image_set))[: columns * rows]
         items = [self.image_set[int(index)] for index in chosen]
-        pictures = images_to_float(torch.from_numpy(np.stack([picture for picture, _ in items])))
+        images = images_to_float(torch.from_numpy(np.stack([image for image, _ in items])))
         self.labels = torch.from_numpy(np.stack([label for _, label in items]))
-        save_grid(pictures, self.path / "reals.png", grid=self.grid)
+        save_grid(images, self.path / "reals.png", grid=self.grid)
 
     @freed_at_once()
     def write_fakes(self, G_ema: Network, stem: str) -> None:
-        """`fakes{stem}.png`: pictures of the average generator."""
+        """`fakes{stem}.png`: images of the average generator."""
         z = z_from_seeds(range(len(self.labels)), G_ema.z_dim, self.device)
         labels = self.labels.to(self.device)[:, : G_ema.c_dim]
-        pictures = run_network_chunked(G_ema, z, labels, chunk=self.chunk, noise_mode="const")
-        save_grid(pictures, self.path / f"fakes{stem}.png", grid=self.grid)
+        images = run_network_chunked(G_ema, z, labels, chunk=self.chunk, noise_mode="const")
+        save_grid(images, self.path / f"fakes{stem}.png", grid=self.grid)
 
     def write_snapshot(self, state: TrainState) -> Path:
         """`network-snapshot-….pkl`, refused where a weight is not finite."""

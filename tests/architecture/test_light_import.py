@@ -48,7 +48,7 @@ def test_the_package_passes_on_what_is_heavy_when_it_is_asked_for():
     assert finetune.load is resolve.load
     assert finetune.Checkpoint is Checkpoint
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        _ = finetune.lod
+        _ = finetune.lod  # codespell:ignore lod
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], []], ids=["help", "version", "bare"])

@@ -1,4 +1,4 @@
-"""`finetune checkpoints`, against a catalogue and a server of our own."""
+"""`finetune checkpoints`, against a catalog and a server of our own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from fake_catalogue import LICENCE, served
+from fake_catalog import LICENSE, served
 from hub.faulty_server import PAGE
 
 from finetune.cli import cli
@@ -46,7 +46,7 @@ def server(tmp_path, monkeypatch, content):
 class TestTables:
     def test_list(self, server):
         table = done("list").stdout
-        assert "ours" in table and "Some Licence 1.0" in table and "ffhq-256-stylegan2" in table
+        assert "ours" in table and "Some License 1.0" in table and "ffhq-256-stylegan2" in table
         assert "stylegan1" not in table and "inception" not in table
         assert "stylegan1" in done("list", "--all").stdout
 
@@ -68,20 +68,20 @@ class TestTables:
         for words in (
             "resolution    1024 x 1024",
             "trained with  gamma 10",
-            "licence ",
+            "license ",
             "sha256 ",
             "address  ",
         ):
             assert words in text, words
-        assert json.loads(done("show", "ours", "--json").stdout)["licence"]["name"] == LICENCE.name
+        assert json.loads(done("show", "ours", "--json").stdout)["licence"]["name"] == LICENSE.name
         refused("Did you mean ffhq-256-stylegan2", "show", "ffhq-256-stylgan2")
 
 
 class TestFetching:
-    def test_the_licence_is_shown_once_and_travels(self, server, content, tmp_path, monkeypatch):
+    def test_the_license_is_shown_once_and_travels(self, server, content, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OPS", "ref")  # else kernels are built for the empty cache
         first = done("fetch", "ours")
-        assert f"Licence: {LICENCE}" in first.stderr
+        assert f"Licence: {LICENSE}" in first.stderr
         path = first.stdout.strip()
         assert "Licence" not in done("fetch", "ours").stderr and len(server.requests) == 1
         command = ["export", "--network", "ours", "--format", "stylegan-pkl", "--out", tmp_path / "out.pkl"]
@@ -89,7 +89,7 @@ class TestFetching:
         assert exported.exit_code == 0, exported.output
         for network in (path, tmp_path / "out.pkl"):
             result = CliRunner().invoke(cli, ["inspect", str(network), "--json"])
-            assert LICENCE.name in result.stdout, network
+            assert LICENSE.name in result.stdout, network
 
     def test_names_are_checked_before_anything_is_fetched(self, server):
         refused("nothing-like-it is no name", "fetch", "ours", "nothing-like-it")
@@ -141,17 +141,17 @@ class TestVerify:
 
 
 class TestAddFile:
-    def test_recognised_by_its_hash(self, server, content, tmp_path):
+    def test_recognized_by_its_hash(self, server, content, tmp_path):
         server.state("ours", sha256=hashlib.sha256(content).hexdigest(), sha256_from="a test")
         (tmp_path / "download(1).pkl").write_bytes(content)
         result = done("add-file", tmp_path / "download(1).pkl")
-        assert result.stdout.startswith("ours: ") and f"Licence: {LICENCE}" in result.stdout
+        assert result.stdout.startswith("ours: ") and f"Licence: {LICENSE}" in result.stdout
         assert done("where", "ours").stdout and server.requests == []
         assert "Fetching" not in done("fetch", "ours").stderr
 
     def test_what_it_is_can_be_said(self, server, content, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
-        refused("is not recognised Say which it is with --name", "add-file", tmp_path / "x.pkl")
+        refused("is not recognized Say which it is with --name", "add-file", tmp_path / "x.pkl")
         done("add-file", tmp_path / "x.pkl", "--name", "ours")
 
     def test_a_file_of_something_else(self, server, content, tmp_path):
@@ -163,11 +163,11 @@ class TestAddFile:
         refused("is not a file", "add-file", tmp_path / "absent.pkl")
         assert not store.place_of(catalog.get("ours")).exists()
 
-    def test_a_licence_where_none_is_stated(self, server, content, tmp_path):
+    def test_a_license_where_none_is_stated(self, server, content, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
-        refused("is stated", "add-file", tmp_path / "x.pkl", "--name", "ours", "--licence", "mine")
+        refused("Omit the option", "add-file", tmp_path / "x.pkl", "--name", "ours", "--license", "mine")
         server.state("ours", licence=None)
-        done("add-file", tmp_path / "x.pkl", "--name", "ours", "--licence", "mine")
+        done("add-file", tmp_path / "x.pkl", "--name", "ours", "--licence", "mine")  # the hidden spelling
         result = CliRunner().invoke(cli, ["inspect", "ours", "--json"])
         assert '"licence": "mine"' in result.stdout
 
@@ -176,7 +176,7 @@ class TestAdd:
     def test_an_entry_from_a_url(self, server, content, tmp_path):
         server.files["pretty-32.pkl"] = content
         url = f"{server.url}/pretty-32.pkl"
-        options = ("--licence", "CC0", "--licence-page", "https://a.org", "--data", "dots", "--gamma", 0.5)
+        options = ("--license", "CC0", "--license-page", "https://a.org", "--data", "dots", "--gamma", 0.5)
         entry = json.loads(done("add", url, *options, "--batch", 8).stdout)
         assert entry["id"] == "pretty-32" and entry["architecture"] == "stylegan2"
         assert (entry["resolution"], entry["classes"], entry["size"]) == (32, 0, len(content))
@@ -190,9 +190,7 @@ class TestAdd:
 
     def test_mistakes(self, server, content, tmp_path):
         refused("is no URL", "add", "ours.pkl")
-        refused(
-            "--licence-page needs --licence", "add", "https://a.org/a.pkl", "--licence-page", "https://a.org"
-        )
+        refused("Give --license as well", "add", "https://a.org/a.pkl", "--license-page", "https://a.org")
         server.files["again.pkl"] = content
         refused("ffhq256 is a name of", "add", f"{server.url}/again.pkl", "--alias", "ffhq256")
         (tmp_path / "mine-too.json").write_text("{")

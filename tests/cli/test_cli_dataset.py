@@ -26,7 +26,7 @@ def png(*shape, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures of 16×16 in two folders, labelled."""
+    """Six images of 16×16 in two folders, labeled."""
     files = {f"{'ab'[i % 2]}/{i}.png": png(16, 16, 3, seed=i) for i in range(6)}
     files["dataset.json"] = json.dumps({"labels": [[name, i % 2] for i, name in enumerate(files)]}).encode()
     for name, data in files.items():
@@ -40,7 +40,7 @@ def test_a_clean_set(folder):
     result = call("check", folder, "--resolution", 16)
     assert result.exit_code == 0, result.output
     for words in (
-        f"{folder}: 6 pictures\n",
+        f"{folder}: 6 images\n",
         "16×16: 6",
         "RGB: 6",
         "2 (0: 3, 1: 3)",
@@ -127,7 +127,7 @@ def test_sets_that_are_none(tmp_path, command):
 
     assert "no such folder or zip" in refused(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    assert "no picture found (it is empty)" in refused(tmp_path / "empty")
+    assert "no image found (it is empty)" in refused(tmp_path / "empty")
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
         for i in range(20):
@@ -144,7 +144,7 @@ def test_prepare(folder, tmp_path):
     result = call("prepare", folder, out, "--resolution", 8, "--fit", "crop", "--labels", "folders")
     assert result.exit_code == 0, result.output
     assert result.stdout == (
-        f"{out}: 6 pictures of 8×8, 0.0 MiB\nclass 0: a\nclass 1: b\n"
+        f"{out}: 6 images of 8×8, 0.0 MiB\nclass 0: a\nclass 1: b\n"
         f"To train on them: finetune train --data {out} --cond\n"
     )
     again = call("prepare", folder, out, "--resolution", 8)
@@ -177,7 +177,7 @@ def test_prepare_leaves_out_what_is_asked_for(folder, tmp_path):
     assert "--skip-bad" in refused.stderr and not (tmp_path / "out.zip").exists()
     made = call("prepare", folder, tmp_path / "out.zip", "--skip-bad")
     assert made.exit_code == 0 and "left out: a/0.png cannot be read: is empty\n" in made.stdout
-    assert "5 pictures of 16×16, 5 of them by an earlier call" in made.stdout
+    assert "5 images of 16×16, 5 of them by an earlier call" in made.stdout
 
 
 def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):

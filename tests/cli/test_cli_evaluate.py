@@ -16,7 +16,7 @@ from finetune.cli import cli
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "dots.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(6):
@@ -31,32 +31,32 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_OPS", "ref")
 
 
-def call(pictures, golden_dir, *arguments, network="stylegan2-ada-32"):
-    words = ["evaluate", "--network", golden_dir / f"{network}.pkl", "--data", pictures, "--workers", 0]
+def call(images, golden_dir, *arguments, network="stylegan2-ada-32"):
+    words = ["evaluate", "--network", golden_dir / f"{network}.pkl", "--data", images, "--workers", 0]
     return CliRunner().invoke(cli, [str(word) for word in (*words, *arguments)])
 
 
-def test_the_numbers_as_json_and_as_text(pictures, golden_dir, tmp_path):
+def test_the_numbers_as_json_and_as_text(images, golden_dir, tmp_path):
     options = ("--metrics", "fd-effnet,prc-effnet,random-fid", "--num", 8)
-    first = call(pictures, golden_dir, *options, "--json")
+    first = call(images, golden_dir, *options, "--json")
     assert first.exit_code == 0, first.output
     facts = json.loads(first.stdout)
     assert (facts["real"], facts["generated"]) == (6, 8)
     metrics = facts["metrics"]
     assert list(metrics) == ["fd-effnet", "precision-effnet", "recall-effnet", "random-fid"]
     assert metrics["random-fid"]["spread"] > 0
-    again = call(pictures, golden_dir, *options, "--json", "--batch", 3)  # with what is kept of the pictures
+    again = call(images, golden_dir, *options, "--json", "--batch", 3)  # with what is kept of the images
     assert json.loads(again.stdout)["metrics"]["fd-effnet"]["value"] == pytest.approx(
         metrics["fd-effnet"]["value"], rel=1e-4
     )
     assert len(list((tmp_path / "cache" / "metrics").iterdir())) == 4
-    text = call(pictures, golden_dir, *options).stdout
-    assert "8 generated against 6 real pictures" in text and "recall-effnet" in text
+    text = call(images, golden_dir, *options).stdout
+    assert "8 generated against 6 real images" in text and "recall-effnet" in text
 
 
-def test_every_option_has_its_effect(pictures, golden_dir, tmp_path):
+def test_every_option_has_its_effect(images, golden_dir, tmp_path):
     def facts(*arguments):
-        result = call(pictures, golden_dir, "--metrics", "random-fid", "--num", 4, "--json", *arguments)
+        result = call(images, golden_dir, "--metrics", "random-fid", "--num", 4, "--json", *arguments)
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout)
         return found, found["metrics"]["random-fid"]["value"]
@@ -79,11 +79,11 @@ def test_every_option_has_its_effect(pictures, golden_dir, tmp_path):
 
 
 @pytest.mark.slow  # three processes load torch
-def test_two_processes_say_what_one_says(pictures, golden_dir, tmp_path):
+def test_two_processes_say_what_one_says(images, golden_dir, tmp_path):
     command = [sys.executable, "-m", "finetune", "evaluate", "--network", golden_dir / "stylegan2-ada-32.pkl"]
     command += [
         "--data",
-        pictures,
+        images,
         "--workers",
         "0",
         "--metrics",
@@ -107,12 +107,12 @@ def test_two_processes_say_what_one_says(pictures, golden_dir, tmp_path):
         (("--metrics", "fd"), "no metric is called fd; there are random-fid"),
         (("--metrics", " ,"), "--metrics is empty"),
         (("--metrics", "fid", "--offline"), "is not on this machine"),
-        (("--metrics", "prc-effnet", "--num", 2), "need more than 3 pictures"),
+        (("--metrics", "prc-effnet", "--num", 2), "need more than 3 images"),
         (("--cond",), "the network has 0 classes"),
         (("--data", "nowhere"), "nowhere"),
     ],
 )
-def test_mistakes(arguments, words, pictures, golden_dir):
-    result = call(pictures, golden_dir, "--num", 4, *arguments)
+def test_mistakes(arguments, words, images, golden_dir):
+    result = call(images, golden_dir, "--num", 4, *arguments)
     assert result.exit_code == 2, result.output
     assert words in result.stderr and "Traceback" not in result.output

@@ -35,10 +35,10 @@ def test_export(source, tmp_path, file_format, ending):
     assert again.missing == [] and again.provenance.parent["sha256"] == sha256
     assert "264 tensors equal, 16 images, largest difference 0" in output
     assert f"Source: {source.name} (sha256 {sha256})" in output
-    assert "Licence: not known" in output
+    assert "License: not known" in output
 
 
-def test_lineage_and_licence_are_printed(source, tmp_path):
+def test_lineage_and_license_are_printed(source, tmp_path):
     checkpoint = finetune.load(source)
     parent = {
         "generation": "sg3",
@@ -58,7 +58,7 @@ def test_lineage_and_licence_are_printed(source, tmp_path):
     output = run("--network", snapshot, "--out", tmp_path / "out.pkl")
     assert "trained for 2.5 kimg" in output
     assert f"from: ffhq.pkl (sha256 {'ab' * 32})" in output
-    assert "Licence: CC-BY-NC-4.0" in output
+    assert "License: CC-BY-NC-4.0" in output
     assert "The source has no G and no D" in output and "Loaders that insist on G, D and G_ema" in output
     assert finetune.load(tmp_path / "out.pkl").provenance.licence == "CC-BY-NC-4.0"
 
@@ -102,13 +102,13 @@ def test_a_file_is_replaced_only_on_request(source, tmp_path):
 
 def test_a_lineage_made_up_by_a_file(source, tmp_path):
     """Values of other types count as not said, and no text of a file can pass for a line of ours."""
-    entry = {"source": "x\x1b[2J\nLicence: MIT", "sha256": 5, "nimg": "many", "parent": ["x"]}
+    entry = {"source": "x\x1b[2J\nLicense: MIT", "sha256": 5, "nimg": "many", "parent": ["x"]}
     snapshot = tmp_path / "snapshot.pkl"
     checkpoint = finetune.load(source)
     save_stylegan_pickle(snapshot, G=None, D=None, G_ema=checkpoint.G_ema, provenance={"source": entry})
     output = run("--network", snapshot, "--out", tmp_path / "out.pkl")
-    assert "from: x?[2J?Licence: MIT (sha256 not known)\n" in output
-    assert output.splitlines()[-1].startswith("Licence: not known")
+    assert "from: x?[2J?License: MIT (sha256 not known)\n" in output
+    assert output.splitlines()[-1].startswith("License: not known")
 
 
 def test_a_full_disk(source, tmp_path, monkeypatch):

@@ -38,10 +38,10 @@ def pixels(path):
         return np.asarray(image)
 
 
-def test_one_picture_a_seed(run, golden_network):
+def test_one_image_a_seed(run, golden_network):
     result, outdir = run("--seeds", "0-1,42", "--trunc", "0.7")
     assert sorted(path.name for path in outdir.iterdir()) == ["seed0000.png", "seed0001.png", "seed0042.png"]
-    assert "3 pictures" in result.output and "seed0000.png" in result.output
+    assert "3 images" in result.output and "seed0000.png" in result.output
     first = pixels(outdir / "seed0042.png")
     assert first.shape == (32, 32, 3)
     run("--seeds", "42", "--trunc", "0.7")
@@ -61,7 +61,7 @@ def test_grid(run):
 
 def test_a_grid_without_room(run):
     result, outdir = run("--seeds", "0-4", "--grid", "2x2", code=2)
-    assert "--grid 2x2 has 4 places, --seeds names 5 pictures" in result.output
+    assert "--grid 2x2 has 4 places, --seeds names 5 images" in result.output
     assert not outdir.exists()
 
 
@@ -94,15 +94,15 @@ def test_errors(run, network, args, message):
 
 def test_noise_modes(run):
     _, outdir = run("--seeds", "0")
-    pictures = {}
+    images = {}
     for mode in ("const", "random", "none"):
         run("--seeds", "0", "--noise-mode", mode)
-        pictures[mode] = pixels(outdir / "seed0000.png")
+        images[mode] = pixels(outdir / "seed0000.png")
     for one, other in (("const", "random"), ("const", "none"), ("random", "none")):
-        assert not np.array_equal(pictures[one], pictures[other]), (one, other)
-    assert not np.array_equal(pictures["const"], pictures["none"])
+        assert not np.array_equal(images[one], images[other]), (one, other)
+    assert not np.array_equal(images["const"], images["none"])
     run("--seeds", "1,0", "--noise-mode", "random")
-    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), pictures["random"])
+    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), images["random"])
 
 
 def test_a_run_folder_and_a_file_without_g_ema(golden_dir, tmp_path):
@@ -113,7 +113,7 @@ def test_a_run_folder_and_a_file_without_g_ema(golden_dir, tmp_path):
     arguments = ["generate", "--network", str(run_dir), "--seeds", "0", "--outdir", str(tmp_path / "out")]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
-    assert "has no G_ema; the pictures come from G" in result.output
+    assert "has no G_ema; the images come from G" in result.output
 
     arguments[2] = str(run_dir / "network-snapshot-000002.pkl")
     result = CliRunner().invoke(cli, arguments)

@@ -108,11 +108,11 @@ def test_safetensors(inspect, golden_dir, tmp_path):
 
 def test_texts_that_no_terminal_can_show(inspect, golden_dir, tmp_path):
     root = read_pickle(golden_dir / "stylegan2-ada-32.pkl").root
-    entry = {"source": {"source": "\x1b[31m\nlicence       free", "parent": [1]}}
+    entry = {"source": {"source": "\x1b[31m\nlicense       free", "parent": [1]}}
     data = {"G_ema": root["G_ema"], "finetune": entry, "training_set_kwargs": {"path": "\ud800\x1b"}}
     (tmp_path / "net.pkl").write_bytes(forge.dumps(data))
     result = inspect(tmp_path / "net.pkl")
-    assert "started from  ?[31m?licence       free (sha256 not known)\n" in result.stdout
+    assert "started from  ?[31m?license       free (sha256 not known)\n" in result.stdout
     assert json.loads(inspect(tmp_path / "net.pkl", "--json").stdout)["training_set_kwargs"] == {
         "path": "\ud800\x1b"
     }

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 from click.testing import CliRunner
-from fake_catalogue import served
+from fake_catalog import served
 from PIL import Image
 
 from finetune.cli import cli
@@ -31,8 +31,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Twelve pictures of 32 px and as many of 64 px, with labels of as many classes as golden files have."""
+def images(tmp_path_factory):
+    """Twelve images of 32 px and as many of 64 px, with labels of as many classes as golden files have."""
     folder = tmp_path_factory.mktemp("data")
     for size, classes in ((32, 10), (64, 5)):
         labels = []
@@ -45,9 +45,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def train(network, pictures, *arguments):
+def train(network, images, *arguments):
     size = 64 if KINDS.get(network, "").endswith("64-cond") else 32
-    options = ["train", "--resume", network, "--data", pictures / f"{size}.zip", "--sd-backbone", "l2"]
+    options = ["train", "--resume", network, "--data", images / f"{size}.zip", "--sd-backbone", "l2"]
     return CliRunner().invoke(cli, [str(word) for word in (*options, "--device", "cpu", *arguments, "-n")])
 
 
@@ -74,16 +74,16 @@ def table(output):
 @pytest.mark.parametrize(
     "server, name", [(name, name) for name in KINDS], indirect=["server"], ids=list(KINDS)
 )
-def test_the_recipe_of_a_public_checkpoint(server, name, pictures, tmp_path):
+def test_the_recipe_of_a_public_checkpoint(server, name, images, tmp_path):
     entry = catalog.get(name)
-    result = train(name, pictures, "--outdir", tmp_path / "runs")
+    result = train(name, images, "--outdir", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     assert f"Fetching {entry.id}" in result.stderr
     assert f"Licence: {entry.licence or 'not stated'}" in result.stderr
     assert not (tmp_path / "runs").exists()
     published = identify.published(entry)
     for recipe, which in (("few-shot", "finetune"), ("improve", "trained")):
-        result = train(name, pictures, "--recipe", recipe, "--offline")
+        result = train(name, images, "--recipe", recipe, "--offline")
         assert result.exit_code == 0 and "Fetching" not in result.output, result.output
         rows = table(result.stdout)
         assert {"gamma", "glr", "dlr", "batch", "ema-kimg", "freezed", "sd-weight", "aug"} <= rows.keys()
@@ -98,23 +98,23 @@ def test_the_recipe_of_a_public_checkpoint(server, name, pictures, tmp_path):
             value, why = rows[option]
             assert float(value) == rate if rate else "published settings" not in why
     assert len(server.requests) == 1
-    assert table(train(name, pictures, "--gamma", "3.5").stdout)["gamma"][0] == "3.5"
+    assert table(train(name, images, "--gamma", "3.5").stdout)["gamma"][0] == "3.5"
 
 
-def test_a_url_of_the_catalogue_is_its_entry(server, pictures):
+def test_a_url_of_the_catalogue_is_its_entry(server, images):
     entry = catalog.get("ffhq-256-stylegan2")
-    result = train(entry.urls[0], pictures)
+    result = train(entry.urls[0], images)
     assert result.exit_code == 0, result.output
     assert f"Fetching {entry.id}" in result.stderr and f"published settings of {entry.id}" in result.stdout
 
 
-def test_a_name_that_is_nearly_right(server, pictures):
-    result = train("ffhq-256-stylgan2", pictures)
+def test_a_name_that_is_nearly_right(server, images):
+    result = train("ffhq-256-stylgan2", images)
     assert result.exit_code == 2 and server.requests == []
     assert "Did you mean ffhq-256-stylegan2" in result.stderr and "Traceback" not in result.output
 
 
-def test_offline_nothing_is_asked_for(server, pictures):
-    result = train("ffhq-256-stylegan2", pictures, "--offline")
+def test_offline_nothing_is_asked_for(server, images):
+    result = train("ffhq-256-stylegan2", images, "--offline")
     assert result.exit_code == 2 and server.requests == []
     assert "is not on this machine" in result.stderr and "add-file" in result.stderr

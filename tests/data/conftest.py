@@ -1,4 +1,4 @@
-"""Small pictures as bytes, and folders and zips of them."""
+"""Small images as bytes, and folders and zips of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 
-def picture_bytes(picture: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
-    """Encode a picture, or an array, in memory."""
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
+def image_bytes(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    """Encode an image, or an array, in memory."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     data = io.BytesIO()
-    picture.save(data, kind, **options)
+    image.save(data, kind, **options)
     return data.getvalue()
 
 
@@ -28,7 +28,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(name="encode")
 def encode_fixture():
-    return picture_bytes
+    return image_bytes
 
 
 @pytest.fixture(name="noise")
@@ -62,10 +62,10 @@ def write_set(tmp_path):
 
 @pytest.fixture
 def eight(write_set):
-    """Eight random 8×8 pictures `a/0.png` … `b/7.png` of three classes: a folder or (kind=".zip") a zip."""
+    """Eight random 8×8 images `a/0.png` … `b/7.png` of three classes: a folder or (kind=".zip") a zip."""
 
     def write(kind: str = "", labels: bool = True) -> Path:
-        files: dict = {f"{'ab'[i // 4]}/{i}.png": picture_bytes(noise(8, 8, 3, seed=i)) for i in range(8)}
+        files: dict = {f"{'ab'[i // 4]}/{i}.png": image_bytes(noise(8, 8, 3, seed=i)) for i in range(8)}
         if labels:
             files["dataset.json"] = {"labels": [[name, i % 3] for i, name in enumerate(list(files))]}
         return write_set(files, f"eight{kind}")

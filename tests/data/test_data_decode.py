@@ -16,45 +16,45 @@ from finetune.data.decode import (
     fit_to_size,
     images_to_float,
     num_frames,
-    open_picture,
+    open_image,
     unusual,
 )
 from finetune.data.problems import CUT_SHORT, NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
 
-COLOURS = {1: [54], 3: [180, 0, 0], 4: [180, 0, 0, 255]}  # dark red; its luminance is 0.299 * 180
+COLORS = {1: [54], 3: [180, 0, 0], 4: [180, 0, 0, 255]}  # dark red; its luminance is 0.299 * 180
 
 
 def one(data: bytes, channels: int) -> list[int]:
-    """The pixel that a picture of one colour has everywhere."""
+    """The pixel that an image of one color has everywhere."""
     pixels = decode(data, resolution=4, channels=channels, fit=None)
     assert pixels.dtype == np.uint8 and pixels.shape == (channels, 4, 4) and pixels.flags.c_contiguous
     assert (pixels == pixels[:, :1, :1]).all()
     return pixels[:, 0, 0].tolist()
 
 
-def plain(mode: str, colour, size=(4, 4)) -> Image.Image:
-    return Image.new(mode, size, colour)
+def plain(mode: str, color, size=(4, 4)) -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "TGA"])
 def test_every_container_gives_the_same_pixels(encode, kind, channels):
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert one(encode(plain("RGB", (180, 0, 0)), kind, **options), channels) == COLOURS[channels]
+    assert one(encode(plain("RGB", (180, 0, 0)), kind, **options), channels) == COLORS[channels]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_jpeg_is_near(encode, channels):
     got = one(encode(plain("RGB", (180, 0, 0)), "JPEG", quality=95), channels)
-    assert np.abs(np.subtract(got, COLOURS[channels])).max() <= 2
+    assert np.abs(np.subtract(got, COLORS[channels])).max() <= 2
 
 
 MODES = {
-    # what is stored: gray, colour, colour with alpha
+    # what is stored: gray, color, color with alpha
     "bilevel": ("1", 1, [255], [255] * 3, [255] * 4),
     "gray": ("L", 100, [100], [100] * 3, [100, 100, 100, 255]),
     "gray+alpha": ("LA", (100, 51), [224], [224] * 3, [100, 100, 100, 51]),  # 255 - (255-100) * 51/255
-    "colour+alpha": ("RGBA", (0, 0, 0, 51), [204], [204] * 3, [0, 0, 0, 51]),
+    "color+alpha": ("RGBA", (0, 0, 0, 51), [204], [204] * 3, [0, 0, 0, 51]),
     "clear": ("RGBA", (9, 8, 7, 0), [255], [255] * 3, [9, 8, 7, 0]),
     "palette": ("P", 0, [0], [0] * 3, [0, 0, 0, 255]),
 }
@@ -62,15 +62,15 @@ MODES = {
 
 @pytest.mark.parametrize("name", MODES)
 def test_modes_become_channels(encode, name):
-    mode, colour, gray, rgb, rgba = MODES[name]
-    data = encode(plain(mode, colour))
-    assert open_picture(data).mode == mode
+    mode, color, gray, rgb, rgba = MODES[name]
+    data = encode(plain(mode, color))
+    assert open_image(data).mode == mode
     assert (one(data, 1), one(data, 3), one(data, 4)) == (gray, rgb, rgba)
 
 
-def test_cmyk_jpeg_becomes_colour(encode):
+def test_cmyk_jpeg_becomes_color(encode):
     data = encode(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)
-    assert open_picture(data).mode == "CMYK"
+    assert open_image(data).mode == "CMYK"
     red, green, blue = one(data, 3)
     assert red > 240 and green < 15 and blue < 15
     assert abs(one(data, 1)[0] - 76) <= 6 and one(data, 4)[3] == 255
@@ -86,7 +86,7 @@ def test_16_bit_gray_keeps_the_upper_byte(encode, kind):
         assert (pixels == (values >> 8).astype(np.uint8)).all()
 
 
-def test_transparent_colour_of_a_png_counts_as_alpha(encode):
+def test_transparent_color_of_a_png_counts_as_alpha(encode):
     data = encode(plain("RGB", (10, 20, 30)), transparency=(10, 20, 30))
     assert one(data, 3) == [255] * 3 and one(data, 4)[3] == 0
     palette = plain("P", 0)
@@ -109,7 +109,7 @@ def test_exif_orientation_is_applied_once(encode, noise, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    assert np.array_equal(np.asarray(open_picture(data)), upright)
+    assert np.array_equal(np.asarray(open_image(data)), upright)
 
 
 def test_orientation_follows_the_exif_table(encode):
@@ -118,13 +118,13 @@ def test_orientation_follows_the_exif_table(encode):
     stored[0] = 255
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = np.asarray(open_picture(encode(stored, exif=exif)))
+    upright = np.asarray(open_image(encode(stored, exif=exif)))
     assert upright.shape == (3, 2, 3) and (upright[:, 1] == 255).all() and (upright[:, 0] == 0).all()
 
 
-def test_damaged_exif_does_not_cost_the_picture(encode):
+def test_damaged_exif_does_not_cost_the_image(encode):
     data = encode(plain("RGB", (180, 0, 0)), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0")
-    assert one(data, 3) == COLOURS[3]
+    assert one(data, 3) == COLORS[3]
 
 
 def test_first_frame_of_an_animation(encode):
@@ -132,7 +132,7 @@ def test_first_frame_of_an_animation(encode):
     for kind in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
         assert (
-            one(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options), 3) == COLOURS[3]
+            one(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options), 3) == COLORS[3]
         )
 
 
@@ -144,7 +144,7 @@ def halves(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_fit_crop_takes_the_centre(noise):
+def test_fit_crop_takes_the_center(noise):
     pixels = noise(8, 14, 3)
     got = np.asarray(fit_to_size(Image.fromarray(pixels), (8, 8), "crop"))
     assert np.array_equal(got, pixels[:, 3:11])
@@ -173,7 +173,7 @@ def test_fit_stretch_uses_everything():
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [5, 48, 300])
-def test_resizing_keeps_colour_and_orientation(fit, size):
+def test_resizing_keeps_color_and_orientation(fit, size):
     got = np.asarray(fit_to_size(halves(size, size), (16, 16), fit)).astype(int)
     assert got.shape == (16, 16, 3)
     ringing = 0.06 * 255  # what Lanczos overshoots beside an edge
@@ -188,7 +188,7 @@ def test_shrinking_does_not_alias():
     assert (abs(got - 127.5) < 3).all()
 
 
-def test_hidden_colour_does_not_bleed_when_resized():
+def test_hidden_color_does_not_bleed_when_resized():
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[:, :16] = [0, 255, 0, 0]  # green, but clear
     pixels[:, 16:] = [255, 0, 0, 255]
@@ -210,11 +210,11 @@ def test_equal_size_is_untouched_whatever_the_fit(noise):
 
 def refusal(data: bytes) -> Unusable:
     with pytest.raises(Unusable) as caught:
-        open_picture(data)
+        open_image(data)
     return caught.value
 
 
-def test_what_is_no_picture_is_named():
+def test_what_is_no_image_is_named():
     assert refusal(b"").detail == "is empty"
     assert "LFS" in refusal(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n").detail
     assert "web page" in refusal(b"\n<!DOCTYPE html><p>404").detail
@@ -252,17 +252,17 @@ def test_what_is_damaged_but_whole_is_not_called_cut_short(encode, noise):
 )
 def test_what_is_unusual_about_a_mode(encode, mode, what):
     data = encode(Image.new(mode, (4, 4)))
-    assert unusual(open_picture(data)) == what and num_frames(data) == 1
+    assert unusual(open_image(data)) == what and num_frames(data) == 1
 
 
 def test_what_else_is_unusual(encode):
     def seen(data):
-        return unusual(open_picture(data))
+        return unusual(open_image(data))
 
     assert seen(encode(Image.new("CMYK", (4, 4)), "JPEG")) == "CMYK"
     assert seen(encode(np.zeros((4, 4), np.uint16))) == "16 bits a channel"
     assert seen(encode(Image.new("P", (4, 4)), transparency=0)) == "palette, transparency"
-    # 16-bit colour, which Pillow gives as 8-bit RGB: a 1×1 PNG by hand.
+    # 16-bit color, which Pillow gives as 8-bit RGB: a 1×1 PNG by hand.
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(7))), (b"IEND", b""))
     parts = [len(d).to_bytes(4, "big") + t + d + zlib.crc32(t + d).to_bytes(4, "big") for t, d in chunks]
@@ -293,7 +293,7 @@ def test_flipped_bytes_never_raise_anything_else(encode, noise):
 def test_too_many_pixels_are_refused(encode, monkeypatch):
     data = encode(plain("L", 0, (20, 30)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    assert open_picture(data).size == (20, 30)
+    assert open_image(data).size == (20, 30)
     for allowed in (599, 100):  # Pillow warns up to twice the limit and raises above
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", allowed)
         problem = refusal(data)

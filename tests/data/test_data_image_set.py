@@ -1,4 +1,4 @@
-"""The pictures as a torch data set."""
+"""The images as a torch data set."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_limit_is_a_seeded_choice(eight):
         names(limit=0)
 
 
-def test_labels_stay_with_their_pictures_under_a_limit(eight):
+def test_labels_stay_with_their_images_under_a_limit(eight):
     everything = ImageSet(eight(), resolution=8, channels=3, use_labels=True)
     some = ImageSet(eight(), resolution=8, channels=3, use_labels=True, num_classes=3, limit=4, seed=2)
     for i, name in enumerate(some.names):
@@ -105,7 +105,7 @@ def test_pickles(eight, kind):
     assert again.content_hash() == images.content_hash()
 
 
-def test_preload_reads_each_picture_once(eight, monkeypatch):
+def test_preload_reads_each_image_once(eight, monkeypatch):
     path = eight()
     images = ImageSet(path, resolution=8, channels=3, mirror=True)
     before = [images[i][0] for i in range(16)]
@@ -137,9 +137,9 @@ def test_content_hash_follows_everything_that_matters(eight, encode):
         digest(use_labels=True, num_classes=4),
     ]
     path = eight()
-    picture = Image.open(path / "b/5.png").copy()
-    picture.putpixel((0, 0), (1, 2, 3))
-    (path / "b/5.png").write_bytes(encode(picture))
+    image = Image.open(path / "b/5.png").copy()
+    image.putpixel((0, 0), (1, 2, 3))
+    (path / "b/5.png").write_bytes(encode(image))
     others.append(digest(path))
     (path / "b/5.png").rename(path / "b/9.png")
     others.append(digest(path))

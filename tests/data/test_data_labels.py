@@ -15,11 +15,11 @@ NAMES = ["a/0.png", "a/1.png", "b/2.png"]
 
 
 @pytest.fixture
-def labelled(write_set, encode, noise):
-    """Call with the content of dataset.json to get a set of three pictures."""
+def labeled(write_set, encode, noise):
+    """Call with the content of dataset.json to get a set of three images."""
 
     def write(content, name: str = "set"):
-        files = {picture: encode(noise(4, 4, 3)) for picture in NAMES}
+        files = {image: encode(noise(4, 4, 3)) for image in NAMES}
         return write_set({**files, "dataset.json": content} if content is not None else files, name)
 
     return write
@@ -35,28 +35,28 @@ def pairs(*values):
 
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_classes_become_one_hot(labelled, name):
-    labels, problems = read(labelled(pairs(2, 0, 2), name))
+def test_classes_become_one_hot(labeled, name):
+    labels, problems = read(labeled(pairs(2, 0, 2), name))
     assert problems == [] and labels.num_classes == 3
     assert np.array_equal([labels.one_hot(i) for i in range(3)], [[0, 0, 1], [1, 0, 0], [0, 0, 1]])
     assert labels.one_hot(0).dtype == np.float32
 
 
-def test_vectors_are_kept(labelled):
-    labels, problems = read(labelled(pairs([0.5, -1], [1, 2], [0, 1e-3])))
+def test_vectors_are_kept(labeled):
+    labels, problems = read(labeled(pairs([0.5, -1], [1, 2], [0, 1e-3])))
     assert problems == [] and labels.num_classes == 2
     assert np.array_equal(labels.one_hot(2), np.float32([0, 1e-3]))
 
 
-def test_the_network_decides_the_number_of_classes(labelled):
-    path = labelled(pairs(0, 1, 1))
+def test_the_network_decides_the_number_of_classes(labeled):
+    path = labeled(pairs(0, 1, 1))
     labels, _ = read(path, num_classes=5)
     assert labels.one_hot(1).tolist() == [0, 1, 0, 0, 0]
     _, problems = read(path, num_classes=1)
     assert [(p.name, p.detail) for p in problems] == [
         (name, "class 1, but the classes are 0 to 0") for name in NAMES[1:]
     ]
-    _, problems = read(labelled(pairs([1, 2], [1, 2], [1, 2]), "other"), num_classes=3)
+    _, problems = read(labeled(pairs([1, 2], [1, 2], [1, 2]), "other"), num_classes=3)
     assert [p.detail for p in problems] == ["a vector of 2 numbers instead of 3"] * 3
 
 
@@ -74,31 +74,31 @@ def test_the_network_decides_the_number_of_classes(labelled):
         ),
     ],
 )
-def test_every_wrong_label_is_listed(labelled, values, details):
-    labels, problems = read(labelled(pairs(*values)))
+def test_every_wrong_label_is_listed(labeled, values, details):
+    labels, problems = read(labeled(pairs(*values)))
     assert labels is None and [p.name for p in problems] == [NAMES[i] for i in details]
     for problem, detail in zip(problems, details.values()):
         assert detail in problem.detail
 
 
-def test_missing_labels_are_listed_with_unreadable_pictures(labelled):
-    path = labelled({"labels": [["a/0.png", 0], ["elsewhere.png", 7]]})
+def test_missing_labels_are_listed_with_unreadable_images(labeled):
+    path = labeled({"labels": [["a/0.png", 0], ["elsewhere.png", 7]]})
     (path / "b/2.png").write_bytes(b"")
     found = scan(path, use_labels=True)
     with pytest.raises(DataError) as caught:
         found.raise_for_problems()
     text = str(caught.value)
-    assert "2 of 3 pictures" in text and "cannot be read: 1" in text and "has no usable label: 2" in text
+    assert "2 of 3 images" in text and "cannot be read: 1" in text and "has no usable label: 2" in text
     assert "a/1.png: not in dataset.json" in text and "b/2.png: is empty" in text and "a/0.png" not in text
     with pytest.raises(DataError, match=r"b/2\.png: not in dataset\.json"):
         ImageSet(path, resolution=4, channels=3, use_labels=True)
 
 
-def test_doing_without_labels_is_advised_only_where_the_network_can(labelled):
-    path = labelled(None)
+def test_doing_without_labels_is_advised_only_where_the_network_can(labeled):
+    path = labeled(None)
     with pytest.raises(DataError, match="or train without labels"):
         scan(path, use_labels=True)
-    with pytest.raises(DataError, match="the network has 5 classes, so every picture needs one") as caught:
+    with pytest.raises(DataError, match="the network has 5 classes, so every image needs one") as caught:
         scan(path, use_labels=True, num_classes=5)
     assert "without labels" not in str(caught.value)
 
@@ -119,21 +119,21 @@ def test_doing_without_labels_is_advised_only_where_the_network_can(labelled):
         ({"labels": [["a/0.png", 1], ["a\\0.png", 2]]}, "two labels, 1 and 2"),
     ],
 )
-def test_unusable_label_files(labelled, content, word):
-    path = labelled(content)
+def test_unusable_label_files(labeled, content, word):
+    path = labeled(content)
     with pytest.raises(DataError, match=word):
         read(path)
     # A set used without labels does not care.
     assert ImageSet(path, resolution=4, channels=3).num_classes == 0
 
 
-def test_names_with_backslashes_match(labelled):
-    labels, _ = read(labelled({"labels": [[name.replace("/", "\\"), i] for i, name in enumerate(NAMES)]}))
+def test_names_with_backslashes_match(labeled):
+    labels, _ = read(labeled({"labels": [[name.replace("/", "\\"), i] for i, name in enumerate(NAMES)]}))
     assert labels.values.tolist() == [0, 1, 2]
 
 
-def test_labels_of_a_set(labelled):
-    path = labelled(pairs(2, 0, 2))
+def test_labels_of_a_set(labeled):
+    path = labeled(pairs(2, 0, 2))
     images = ImageSet(path, resolution=4, channels=3, use_labels=True, num_classes=4, mirror=True)
     assert images.has_labels and images.num_classes == 4
     assert [images.label(i).argmax() for i in range(6)] == [2, 0, 2, 2, 0, 2]
@@ -146,14 +146,14 @@ def test_labels_of_a_set(labelled):
     assert images.random_labels(0).shape == (0, 4)
 
 
-def test_no_labels_are_labels_of_length_0(labelled):
-    images = ImageSet(labelled(None), resolution=4, channels=3)
+def test_no_labels_are_labels_of_length_0(labeled):
+    images = ImageSet(labeled(None), resolution=4, channels=3)
     assert not images.has_labels and images[0][1].shape == (0,) and images.label(0).dtype == np.float32
     assert images.random_labels(5).shape == (5, 0)
 
 
-def test_scan_counts_classes(labelled):
-    found = scan(labelled(pairs(2, 0, 2)), use_labels=True)
+def test_scan_counts_classes(labeled):
+    found = scan(labeled(pairs(2, 0, 2)), use_labels=True)
     found.raise_for_problems()
     assert found.num_classes == 3 and found.class_counts == [1, 0, 2]
-    assert found.notes[-1:] == ["1 of 3 classes have no picture: 1."]
+    assert found.notes[-1:] == ["1 of 3 classes have no image: 1."]

@@ -119,11 +119,11 @@ def test_loader_goes_on_after_what_was_handed_out(eight, two_cores, cache_bytes,
         assert torch.equal(next(second)[0], expected)
 
 
-def test_replicas_get_different_pictures(eight):
+def test_replicas_get_different_images(eight):
     images = ImageSet(eight(), resolution=8, channels=3)
     parts = [build(images, batch_size=4, rank=rank, num_replicas=2) for rank in (0, 1)]
     seen = torch.cat([next(part)[0] for part in parts])
-    assert len({bytes(picture.numpy()) for picture in seen}) == 8
+    assert len({bytes(image.numpy()) for image in seen}) == 8
     assert parts[0].state_dict()["position"] == parts[1].state_dict()["position"] == 8
 
 
@@ -173,7 +173,7 @@ def test_large_sets_are_preloaded_in_parallel_and_the_same(eight, two_cores, mon
 
 @pytest.fixture
 def forty(write_set, encode, noise):
-    """A folder, or a zip, of forty 8×8 pictures; picture i is gray i everywhere."""
+    """A folder, or a zip, of forty 8×8 images; image i is gray i everywhere."""
 
     def write(kind=""):
         files = {f"{i:02}.png": encode(np.full((8, 8), i, np.uint8)) for i in range(40)}
@@ -183,7 +183,7 @@ def forty(write_set, encode, noise):
 
 
 def lose(path, number, how):
-    """Make one picture of a folder unreadable."""
+    """Make one image of a folder unreadable."""
     file = path / f"{number:02}.png"
     if how == "deleted":
         file.unlink()
@@ -199,7 +199,7 @@ def lose(path, number, how):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("how", ["deleted", "cut short", "a folder", "a loop"])
-def test_a_picture_that_is_lost_is_replaced_and_counted(forty, two_cores, caplog, num_workers, how):
+def test_an_image_that_is_lost_is_replaced_and_counted(forty, two_cores, caplog, num_workers, how):
     path = forty()
     images = ImageSet(path, resolution=8, channels=1)
     batches = build(images, num_workers, cache_bytes=0, batch_size=4)

@@ -86,7 +86,7 @@ def test_entries_that_are_damaged_are_not_whole():
         data = bytearray(whole)
         data[place] ^= 0x55
         for each in whole_entries(io.BytesIO(bytes(data))):
-            if each.name in FILES:  # a name that is damaged is that of no picture
+            if each.name in FILES:  # a name that is damaged is that of no image
                 assert FILES[each.name] == data[each.end - each.size : each.end]
 
 
@@ -122,7 +122,7 @@ def test_classes_are_folders():
 
 @pytest.fixture
 def mixed(write_set, encode, noise):
-    """Pictures of several kinds and sizes in two folders, with labels."""
+    """Images of several kinds and sizes in two folders, with labels."""
     files = {
         "cat/a.png": encode(noise(8, 8, 3, seed=1)),
         "cat/b.jpg": encode(noise(12, 8, 3, seed=2), "JPEG"),
@@ -137,9 +137,7 @@ def mixed(write_set, encode, noise):
 @pytest.mark.parametrize("encoding", ["tiff", "png"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_training_reads_from_the_zip_what_it_reads_from_the_pictures(
-    mixed, tmp_path, encoding, channels, fit
-):
+def test_training_reads_from_the_zip_what_it_reads_from_the_images(mixed, tmp_path, encoding, channels, fit):
     made = prepare(
         mixed, tmp_path / "out.zip", resolution=8, fit=fit, channels=channels, encoding=encoding, workers=0
     )
@@ -175,7 +173,7 @@ def test_labels(mixed, tmp_path):
     assert labels_in(tmp_path / "3.zip") == {"labels": None}
     with pytest.raises(DataError, match=r"no dataset\.json"):
         prepare(mixed, tmp_path / "4.zip", resolution=8, fit="crop", labels="keep")
-    with pytest.raises(DataError, match="no picture is in a folder"):
+    with pytest.raises(DataError, match="no image is in a folder"):
         prepare(mixed / "cat", tmp_path / "4.zip", resolution=8, fit="crop", labels="folders")
     vectors = {"labels": [["a.png", [0.5, 1.0]], ["b.jpg", [0.25, 0.0]]]}
     (mixed / "cat/dataset.json").write_text(json.dumps(vectors))
@@ -183,7 +181,7 @@ def test_labels(mixed, tmp_path):
     assert labels_in(tmp_path / "5.zip") == {"labels": [["a.tif", [0.5, 1.0]], ["b.tif", [0.25, 0.0]]]}
 
 
-def test_the_first_picture_says_the_resolution(eight, mixed, tmp_path):
+def test_the_first_image_says_the_resolution(eight, mixed, tmp_path):
     assert prepare(eight(".zip"), tmp_path / "out.zip").settings.resolution == 8
     with pytest.raises(
         DataError, match=r"(?s)another size: 3\n.*8×12 instead of 8×8: 1 \(cat/b.jpg\).*--fit crop"
@@ -191,19 +189,19 @@ def test_the_first_picture_says_the_resolution(eight, mixed, tmp_path):
         prepare(mixed, tmp_path / "mixed.zip")
     with pytest.raises(ConfigError, match="--fit crop needs --resolution"):
         prepare(mixed, tmp_path / "mixed.zip", fit="crop")
-    with pytest.raises(ConfigError, match=r"first picture is 8×12, not square"):
+    with pytest.raises(ConfigError, match=r"first image is 8×12, not square"):
         (mixed / "cat/a.png").unlink()
         prepare(mixed, tmp_path / "mixed.zip", labels="none")
 
 
-def test_bad_pictures_are_all_told_or_left_out(mixed, tmp_path):
+def test_bad_images_are_all_told_or_left_out(mixed, tmp_path):
     (mixed / "cat/a.png").write_bytes(b"")
     (mixed / "dog/e.png").write_bytes((mixed / "dog/c.png").read_bytes())  # has no label
     out = tmp_path / "out.zip"
     with pytest.raises(DataError) as caught:
         prepare(mixed, out, resolution=8, fit="pad")
     text = str(caught.value)
-    assert "2 of 5 pictures cannot be used" in text and "cat/a.png: is empty" in text
+    assert "2 of 5 images cannot be used" in text and "cat/a.png: is empty" in text
     assert "dog/e.png: not in dataset.json" in text and "--skip-bad" in text and ".out.zip.partial" in text
     assert not out.exists()
     made = prepare(mixed, out, resolution=8, fit="pad", skip_bad=True)
@@ -212,7 +210,7 @@ def test_bad_pictures_are_all_told_or_left_out(mixed, tmp_path):
     assert [name for name, _ in labels_in(out)["labels"]] == ["cat/b.tif", "dog/c.tif", "dog/d.tif"]
     for path in mixed.rglob("*.*g"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="5 of 5 pictures cannot be used"):
+    with pytest.raises(DataError, match="5 of 5 images cannot be used"):
         prepare(mixed, tmp_path / "none.zip", resolution=8, skip_bad=True, labels="none")
 
 
@@ -263,7 +261,7 @@ class Stopped(Exception):
 
 
 def stopped_after(count, source, path, **options):
-    """Prepare, and be interrupted after so many pictures."""
+    """Prepare, and be interrupted after so many images."""
 
     def stop(done, total):
         if done == count:
@@ -281,7 +279,7 @@ def test_an_interrupted_call_is_gone_on_with(eight, tmp_path, monkeypatch, num_w
     (source / "a/2.png").write_bytes(b"junk")
     options = {"resolution": 4, "fit": "stretch", "skip_bad": True, "workers": num_workers}
     decoded: list[int] = []  # in this process
-    monkeypatch.setattr(preparing, "open_picture", lambda data: decoded.append(1) or open_picture(data))
+    monkeypatch.setattr(preparing, "open_image", lambda data: decoded.append(1) or open_image(data))
     undisturbed = tmp_path / "undisturbed.zip"
     prepare(source, undisturbed, **options)
     for count in (1, 3, 8):
@@ -293,7 +291,7 @@ def test_an_interrupted_call_is_gone_on_with(eight, tmp_path, monkeypatch, num_w
         assert out.read_bytes() == undisturbed.read_bytes()
 
 
-open_picture = preparing.open_picture
+open_image = preparing.open_image
 
 
 def test_what_has_changed_is_done_again(eight, tmp_path, encode, noise):

@@ -13,7 +13,7 @@ from finetune.data.problems import (
     BAD_LABEL,
     DUPLICATE,
     FRAMES,
-    NO_PICTURE,
+    NO_IMAGE,
     NOT_SQUARE,
     SAME_NAME,
     SHOWN_PER_KIND,
@@ -49,10 +49,10 @@ def test_a_good_set_is_described(write_set, encode, noise, name):
     assert found.sizes == {(8, 8): 2, (6, 8): 1} and found.modes == {"RGB": 2, "L": 1}
     cropped = scan(path, resolution=16, fit="crop")
     cropped.raise_for_problems()
-    others = "3 pictures of other sizes are"
+    others = "3 images of other sizes are"
     assert cropped.notes == [
         f"{others} center-cropped and resized to 16×16; otherwise: --fit pad, --fit stretch.",
-        "1 pictures are enlarged more than 2×, and will look blurred.",
+        "1 images are enlarged more than 2×, and will look blurred.",
     ]
     assert scan(path, resolution=16, fit="pad").notes == [
         f"{others} resized, with white margins, to 16×16; otherwise: --fit crop, --fit stretch."
@@ -76,7 +76,7 @@ def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
         }
     )
     text = message(scan(path, resolution=8))
-    assert text.splitlines()[0] == f"{path}: 8 of 9 pictures cannot be used."
+    assert text.splitlines()[0] == f"{path}: 8 of 9 images cannot be used."
     for expected in (
         "  cannot be read: 2\n",
         "  is cut short: 1\n",
@@ -97,7 +97,7 @@ def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
 
     assert scan(path, resolution=8).remarks == [], "only of a thorough scan"
     fitted = message(scan(path, resolution=8, fit="pad"))
-    assert "5 of 9 pictures" in fitted and "size" not in fitted and "--fit" not in fitted
+    assert "5 of 9 images" in fitted and "size" not in fitted and "--fit" not in fitted
 
 
 def test_only_sizes_differ(write_set, encode, noise):
@@ -127,7 +127,7 @@ def test_names_that_no_terminal_prints(tmp_path):
     message(scan(tmp_path / "set")).encode("utf-8")
 
 
-def test_limit_looks_at_the_pictures_that_are_used(eight):
+def test_limit_looks_at_the_images_that_are_used(eight):
     from finetune.data import ImageSet
 
     path = eight()
@@ -194,7 +194,7 @@ def test_a_thorough_scan_tells_what_is_worth_knowing(odd_set):
     assert found.problems == [] and found.class_counts == [10]
     assert kinds_of(found) == {
         SAME_NAME: ["a/good.png"],
-        NO_PICTURE: ["a/gone.png"],
+        NO_IMAGE: ["a/gone.png"],
         NOT_SQUARE: ["a/wide.png"],
         TOO_SMALL: ["a/tiny.png"],
         UNUSUAL: ["b/clear.png", "b/cmyk.jpg", "b/deep.png", "b/moving.gif", "b/palette.png"],
@@ -207,7 +207,7 @@ def test_a_thorough_scan_tells_what_is_worth_knowing(odd_set):
     assert details["b/deep.png", UNUSUAL] == "16 bits a channel"
     refused = kinds_of(scan(odd_set, resolution=8, thorough=True))
     assert refused[WRONG_SIZE] == ["a/tiny.png", "a/wide.png"] and NOT_SQUARE not in refused
-    assert TOO_SMALL not in refused and NO_PICTURE not in refused
+    assert TOO_SMALL not in refused and NO_IMAGE not in refused
 
 
 def test_labels_that_cannot_be_had_do_not_hide_the_rest(write_set, encode, noise):
@@ -235,13 +235,13 @@ def test_twice_in_a_zip(tmp_path, encode, noise):
     "modes, channels, said",
     [
         ({"RGB": 3}, 3, []),
-        ({"RGBA": 2, "RGB": 1}, 3, ["2 pictures are transparent", "--channels 4"]),
+        ({"RGBA": 2, "RGB": 1}, 3, ["2 images are transparent", "--channels 4"]),
         ({"RGBA": 2, "RGB": 1}, 4, []),
         ({"L": 2, "RGB": 1}, 3, []),
-        ({"L": 2, "1": 1}, 3, ["All pictures are gray", "--channels 1"]),
-        ({"L": 2, "RGB": 1}, 1, ["1 pictures have colours", "--channels 3"]),
+        ({"L": 2, "1": 1}, 3, ["All images are gray", "--channels 1"]),
+        ({"L": 2, "RGB": 1}, 1, ["1 images have colors", "--channels 3"]),
     ],
 )
-def test_what_a_network_of_other_channels_does_to_pictures(modes, channels, said):
+def test_what_a_network_of_other_channels_does_to_images(modes, channels, said):
     notes = "\n".join(Scan(Path("set.zip"), 3, modes=modes).against(channels))
     assert all(words in notes for words in said) and bool(notes) == bool(said)

@@ -1,4 +1,4 @@
-"""Folders and zips: what counts as a picture, what is passed over, what is said when there is none."""
+"""Folders and zips: what counts as an image, what is passed over, what is said when there is none."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_pictures_are_found_in_order_and_litter_is_not(write_set, name):
+def test_images_are_found_in_order_and_litter_is_not(write_set, name):
     source = open_source(write_set(FILES, name))
     assert source.names == ["a/d.webp", "a/deep/er/c.jpeg", "b.PNG"]
-    assert [source.read(picture) for picture in source.names] == [b"3", b"2", b"1"]
+    assert [source.read(image) for image in source.names] == [b"3", b"2", b"1"]
     assert source.num_ignored == 2 and source.labels_name is None
 
 
@@ -41,7 +41,7 @@ def test_folder_and_zip_agree_on_checksums(write_set):
 
 
 def test_a_hidden_folder_may_be_the_set_itself(write_set):
-    assert open_source(write_set({"a.png": b""}, ".pictures")).names == ["a.png"]
+    assert open_source(write_set({"a.png": b""}, ".images")).names == ["a.png"]
 
 
 def test_links_are_followed_and_circles_end(write_set, tmp_path):
@@ -57,12 +57,12 @@ def test_links_are_followed_and_circles_end(write_set, tmp_path):
     [
         ({}, "empty"),
         ({"a.txt": b"", "b.txt": b""}, "2 × .txt"),
-        ({"pictures.zip": b""}, "zip file itself"),
+        ({"images.zip": b""}, "zip file itself"),
         ({"ffhq-r08.tfrecords": b""}, "TFRecords"),
         ({"data.mdb": b""}, "LMDB"),
     ],
 )
-def test_no_picture_says_what_is_there(write_set, files, word):
+def test_no_image_says_what_is_there(write_set, files, word):
     with pytest.raises(DataError, match=word):
         open_source(write_set(files))
 
@@ -153,12 +153,12 @@ def test_twice_the_same_name_in_a_zip_counts_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
 @pytest.mark.parametrize("top", ["", "faces/", "faces/small/"])
-def test_labels_are_found_around_all_pictures(write_set, name, top):
+def test_labels_are_found_around_all_images(write_set, name, top):
     source = open_source(
         write_set({f"{top}0/a.png": b"", f"{top}1/b.png": b"", f"{top}dataset.json": {}}, name)
     )
     assert source.labels_name == f"{top}dataset.json"
-    assert [source.label_key(picture) for picture in source.names] == ["0/a.png", "1/b.png"]
+    assert [source.label_key(image) for image in source.names] == ["0/a.png", "1/b.png"]
 
 
 def test_labels_of_a_part_are_not_labels_of_the_whole(write_set):

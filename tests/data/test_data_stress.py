@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def three(folder: Path) -> Path:
-    """Three gray pictures in a new folder."""
+    """Three gray images in a new folder."""
     try:
         folder.mkdir(parents=True)
     except (OSError, UnicodeError):
@@ -133,7 +133,7 @@ PROGRAM = (
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     rng = np.random.RandomState(0)
@@ -142,8 +142,8 @@ def pictures(tmp_path):
     return folder
 
 
-def train(pictures, outdir, kimg, **options):
-    words = [sys.executable, "-c", PROGRAM, "train", "--data", str(pictures), "--outdir", str(outdir)]
+def train(images, outdir, kimg, **options):
+    words = [sys.executable, "-c", PROGRAM, "train", "--data", str(images), "--outdir", str(outdir)]
     return subprocess.Popen(
         [*words, *TRAIN, "--kimg", str(kimg)],
         stdout=subprocess.PIPE,
@@ -183,17 +183,17 @@ def wait_for_a_tick(process, outdir, nimg=0):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-def test_a_run_outlives_its_data_workers(pictures, tmp_path):
+def test_a_run_outlives_its_data_workers(images, tmp_path):
     import torch
 
-    process = train(pictures, tmp_path / "killed", 0.4)
+    process = train(images, tmp_path / "killed", 0.4)
     for nimg in (0, 100):
         wait_for_a_tick(process, tmp_path / "killed", nimg)
         os.kill(children(process.pid)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert said.count("A process that decodes pictures died") == 2 and "Traceback" not in said
-    whole = train(pictures, tmp_path / "whole", 0.4)
+    assert said.count("A process that decodes images died") == 2 and "Traceback" not in said
+    whole = train(images, tmp_path / "whole", 0.4)
     assert whole.communicate(timeout=120) and whole.returncode == 0
     a, b = (last_state(tmp_path / name)["networks"]["G"]["tensors"] for name in ("killed", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -201,32 +201,32 @@ def test_a_run_outlives_its_data_workers(pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-def test_a_run_outlives_pictures_that_vanish(pictures, tmp_path):
-    process = train(pictures, tmp_path / "runs", 0.4)
+def test_a_run_outlives_images_that_vanish(images, tmp_path):
+    process = train(images, tmp_path / "runs", 0.4)
     wait_for_a_tick(process, tmp_path / "runs")
-    (pictures / "07.png").unlink()
-    (pictures / "08.png").write_bytes(b"")
+    (images / "07.png").unlink()
+    (images / "08.png").write_bytes(b"")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert said.count("Another picture takes its place") == 1
+    assert said.count("Another image takes its place") == 1
     assert log_of(tmp_path / "runs")[-1]["unreadable"] > 2
 
 
 @pytest.mark.slow
-def test_a_run_stops_when_the_pictures_are_gone(pictures, tmp_path):
-    process = train(pictures, tmp_path / "runs", 40)
+def test_a_run_stops_when_the_images_are_gone(images, tmp_path):
+    process = train(images, tmp_path / "runs", 40)
     wait_for_a_tick(process, tmp_path / "runs")
-    pictures.rename(tmp_path / "elsewhere")
+    images.rename(tmp_path / "elsewhere")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 2, said
-    assert "The pictures seem to be gone" in said and "--resume the run folder" in said
+    assert "The images seem to be gone" in said and "--resume the run folder" in said
     assert last_state(tmp_path / "runs")["nimg"] > 0
 
 
 @pytest.mark.slow
-def test_a_run_needs_no_standard_input(pictures, tmp_path):
+def test_a_run_needs_no_standard_input(images, tmp_path):
     outdir = tmp_path / "runs"
-    words = [sys.executable, "-c", PROGRAM, "train", "--data", str(pictures), "--outdir", str(outdir), *TRAIN]
+    words = [sys.executable, "-c", PROGRAM, "train", "--data", str(images), "--outdir", str(outdir), *TRAIN]
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" <&-', "sh", *words, "--kimg", "0.08"],
         capture_output=True,

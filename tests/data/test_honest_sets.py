@@ -19,7 +19,7 @@ from finetune.data.problems import (
     BLACK,
     DUPLICATE,
     LOW_RANGE,
-    NO_PICTURE,
+    NO_IMAGE,
     NO_RULE,
     TOO_LONG,
     UNIFORM,
@@ -150,7 +150,7 @@ def test_ordinary_photographs_are_cropped_by_default(write_set, encode, noise):
         }
     )
     result = run("dataset", "check", path, "--resolution", 16)
-    assert result.exit_code == 0 and "3 pictures of other sizes are center-cropped" in result.stdout
+    assert result.exit_code == 0 and "3 images of other sizes are center-cropped" in result.stdout
     found = scan(path, resolution=16, fit="crop", thorough=True)
     assert kinds(found.remarks)[TOO_LONG] == ["c.png"]
 
@@ -159,10 +159,10 @@ def test_ordinary_photographs_are_cropped_by_default(write_set, encode, noise):
 @pytest.mark.parametrize("size", [(32, 16), (16, 32), (8, 24)])
 def test_images_for_networks_that_are_not_square(write_set, encode, fit, size):
     height, width = size
-    picture = np.zeros((2 * height, 2 * width, 3), np.uint8)
-    picture[:height] = 255
+    image = np.zeros((2 * height, 2 * width, 3), np.uint8)
+    image[:height] = 255
     exact = np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)
-    files = {"double.png": encode(picture), "exact.png": encode(exact), "square.png": encode(exact[:8, :8])}
+    files = {"double.png": encode(image), "exact.png": encode(exact), "square.png": encode(exact[:8, :8])}
     images = ImageSet(write_set(files), resolution=size, channels=3, fit=fit)
     double, same, square = (images[i][0] for i in range(3))
     assert double.shape == (3, height, width) and square.shape == (3, height, width)
@@ -197,7 +197,7 @@ def test_other_spellings_of_names(write_set, encode, noise, on_disk, in_json, ki
     entries = [[prefix + unicodedata.normalize(in_json, name), i % 2] for i, name in enumerate(NAMES)]
     path = write_set({**files, "dataset.json": {"labels": entries}}, kind)
     found = scan(path, use_labels=True, thorough=True)
-    assert found.problems == [] and NO_PICTURE not in kinds(found.remarks)
+    assert found.problems == [] and NO_IMAGE not in kinds(found.remarks)
     images = ImageSet(path, resolution=8, channels=3, use_labels=True)
     expected = {unicodedata.normalize("NFC", name): i % 2 for i, name in enumerate(NAMES)}
     labels = {

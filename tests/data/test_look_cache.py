@@ -27,8 +27,8 @@ def cache(tmp_path, monkeypatch):
 def decoded(monkeypatch):
     """Counts what is decoded in this process."""
     count: list[int] = []
-    original = looking.open_picture
-    monkeypatch.setattr(looking, "open_picture", lambda data: count.append(1) or original(data))
+    original = looking.open_image
+    monkeypatch.setattr(looking, "open_image", lambda data: count.append(1) or original(data))
 
     def since_last_time() -> int:
         number = len(count)

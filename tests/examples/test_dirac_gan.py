@@ -147,7 +147,7 @@ def test_the_period_is_seen_in_the_cosine_of_successive_steps(dirac):
     assert 2 * math.pi * tick / math.acos(cosine) == pytest.approx(period, rel=1e-4)
 
 
-def test_pictures(dirac, tmp_path, monkeypatch):
+def test_images(dirac, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(dirac, "METHODS", {name: dirac.METHODS[name] for name in ("plain", "both")})
     monkeypatch.setattr(dirac, "UPDATES", {"one": {"rate": 0.2}, "other": {"alternating": False}})

@@ -198,9 +198,9 @@ def test_entry_tells_where_the_weights_come_from(exported, golden_checkpoint):
 
 
 def test_what_a_snapshot_tells_survives_an_export(golden_checkpoint, tmp_path):
-    """Exporting a run's snapshot keeps the run's source, licence, options and images seen."""
+    """Exporting a run's snapshot keeps the run's source, license, options and images seen."""
     source = {**golden_checkpoint(NAME).provenance.to_dict(), "licence": "CC0-1.0"}
-    run = {"source": source, "training": {"kimg": 1.5, "data": "pictures"}, "nimg": 1500}
+    run = {"source": source, "training": {"kimg": 1.5, "data": "images"}, "nimg": 1500}
     snapshot = finetune.load(save(tmp_path / "snapshot.pkl", golden_checkpoint(NAME), provenance=run))
     again = finetune.load(save(tmp_path / "export.pkl", snapshot))
     for found in (snapshot.provenance, again.provenance):

@@ -1,4 +1,4 @@
-"""Distances of a generator to a set of pictures: right, seeded, in chunks; errors name what exists."""
+"""Distances of a generator to a set of images: right, seeded, in chunks; errors name what exists."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ from finetune.metrics.random_fid import random_fid
 
 
 class Painter(torch.nn.Module):
-    """A generator in miniature: paints a whole picture in the colour that z says."""
+    """A generator in miniature: paints a whole image in the color that z says."""
 
     z_dim, c_dim = 3, 0
 
@@ -46,17 +46,17 @@ class Mapped(Painter):
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("colours")
+def colors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colors")
     rng = np.random.RandomState(0)
     for i in range(20):
-        colour = (np.tanh(rng.randn(3)) * 127.5 + 127.5).round().astype(np.uint8)
-        Image.fromarray(np.broadcast_to(colour, (16, 16, 3)).copy()).save(folder / f"{i:02}.png")
+        color = (np.tanh(rng.randn(3)) * 127.5 + 127.5).round().astype(np.uint8)
+        Image.fromarray(np.broadcast_to(color, (16, 16, 3)).copy()).save(folder / f"{i:02}.png")
     return ImageSet(folder, resolution=16, channels=3)
 
 
-def test_a_generator_nearer_to_the_pictures_scores_lower_in_both_spaces(colours):
-    evaluation = Evaluation(colours)
+def test_a_generator_nearer_to_the_images_scores_lower_in_both_spaces(colors):
+    evaluation = Evaluation(colors)
     near, far = (evaluation.distances(Painter(scale), 20) for scale in (1.0, 0.1))
     for metric in evaluate.OFFLINE:
         assert 0 < near[metric].value < far[metric].value / 2
@@ -64,37 +64,37 @@ def test_a_generator_nearer_to_the_pictures_scores_lower_in_both_spaces(colours)
     assert near["fd-effnet"].spread == 0
 
 
-def test_the_number_is_the_one_of_random_fid_on_the_same_pictures(colours, monkeypatch):
+def test_the_number_is_the_one_of_random_fid_on_the_same_images(colors, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 7)
-    found = distances(Painter(), colours, 12, seed=5, which=["random-fid"])
+    found = distances(Painter(), colors, 12, seed=5, which=["random-fid"])
     z = torch.randn([12, 3], generator=torch.Generator().manual_seed(5))
     fake = Painter()(z, z[:, :0], noise_mode="const").mul(127.5).add(127.5).round() / 127.5 - 1
-    real = torch.stack([torch.from_numpy(colours[i][0]) for i in range(20)]) / 127.5 - 1
+    real = torch.stack([torch.from_numpy(colors[i][0]) for i in range(20)]) / 127.5 - 1
     mean, spread = random_fid(fake.detach(), real)
     assert found == {"random-fid": Distance(pytest.approx(mean, rel=1e-4), pytest.approx(spread, rel=1e-3))}
 
 
-def test_a_seed_gives_the_same_number_again_and_another_another(colours):
-    evaluation = Evaluation(colours, ["random-fid"])
+def test_a_seed_gives_the_same_number_again_and_another_another(colors):
+    evaluation = Evaluation(colors, ["random-fid"])
     first, again, other = (evaluation.distances(Painter(), 8, seed) for seed in (1, 1, 2))
     assert first == again
     assert first["random-fid"].value != other["random-fid"].value
 
 
-def test_progress_counts_pictures_to_the_end(colours):
+def test_progress_counts_images_to_the_end(colors):
     seen = []
-    evaluation = Evaluation(colours, ["random-fid"], progress=lambda done, total: seen.append((done, total)))
+    evaluation = Evaluation(colors, ["random-fid"], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(16, 20), (20, 20)]
     seen.clear()
     evaluation.distances(Painter(), 17, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(16, 17), (17, 17)]
 
 
-def test_wrong_requests_say_what_is_possible(colours):
+def test_wrong_requests_say_what_is_possible(colors):
     with pytest.raises(ConfigError, match="no metric is called fd; there are random-fid, fd-effnet"):
-        Evaluation(colours, ["fd"])
-    with pytest.raises(ConfigError, match="at least 2 generated pictures, not 1"):
-        Evaluation(colours, ["random-fid"]).distances(Painter(), 1)
+        Evaluation(colors, ["fd"])
+    with pytest.raises(ConfigError, match="at least 2 generated images, not 1"):
+        Evaluation(colors, ["random-fid"]).distances(Painter(), 1)
 
 
 class TestTheOtherMetrics:
@@ -102,12 +102,12 @@ class TestTheOtherMetrics:
 
     WHICH = ("fd-effnet", "kid-effnet", "prc-effnet", "random-fid")
 
-    def test_a_set_against_itself(self, colours):
+    def test_a_set_against_itself(self, colors):
         features = torch.randn(40, 8)
         assert evaluate.precision_recall(features, features) == (1.0, 1.0)
         assert abs(evaluate.kid(features, features).value) < 0.5 * evaluate.kid(features, features + 1).value
-        side = Evaluation(colours, ["fd-effnet", "random-fid"])
-        again = Evaluation(colours, ["fd-effnet", "random-fid"], batch=4)
+        side = Evaluation(colors, ["fd-effnet", "random-fid"])
+        again = Evaluation(colors, ["fd-effnet", "random-fid"], batch=4)
         for name, features in again._real.items():
             assert side._real[name].statistics.distance(features.statistics) < 1e-3
 
@@ -130,56 +130,56 @@ class TestTheOtherMetrics:
         assert evaluate.precision_recall(fake, real) == pytest.approx(expected)
         assert expected[0] > expected[1]
 
-    def test_no_number_depends_on_batches_or_workers(self, colours):
-        first = Evaluation(colours, self.WHICH, batch=16).distances(Painter(), 18)
-        other = Evaluation(colours, self.WHICH, batch=5, workers=2).distances(Painter(), 18)
+    def test_no_number_depends_on_batches_or_workers(self, colors):
+        first = Evaluation(colors, self.WHICH, batch=16).distances(Painter(), 18)
+        other = Evaluation(colors, self.WHICH, batch=5, workers=2).distances(Painter(), 18)
         assert {"precision-effnet", "recall-effnet", "kid-effnet"} <= first.keys()
         for name, each in first.items():
             assert other[name].value == pytest.approx(each.value, rel=1e-3, abs=1e-5), name
 
-    def test_the_path_length_grows_with_the_step_from_picture_to_picture(self, colours):
-        evaluation = Evaluation(colours, ["ppl-effnet"])
+    def test_the_path_length_grows_with_the_step_from_image_to_image(self, colors):
+        evaluation = Evaluation(colors, ["ppl-effnet"])
         slow, fast = (evaluation.distances(Mapped(scale), 12)["ppl-effnet"] for scale in (0.05, 0.2))
         assert 0 < slow.value < fast.value / 2 and fast.spread > 0
         assert evaluation.distances(Mapped(0.2), 12)["ppl-effnet"] == fast
 
-    def test_what_is_found_out_about_the_pictures_is_kept(self, colours, tmp_path, monkeypatch):
+    def test_what_is_found_out_about_the_images_is_kept(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
-        first = Evaluation(colours, self.WHICH, cache=True).distances(Painter(), 18)
+        first = Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18)
         files = sorted((tmp_path / "metrics").iterdir())
         assert len(files) == 4
 
         def unread(*args):
-            raise AssertionError("the pictures are read again")
+            raise AssertionError("the images are read again")
 
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, "_real", unread)
-            assert Evaluation(colours, self.WHICH, cache=True).distances(Painter(), 18) == first
+            assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18) == first
         files[0].write_bytes(files[0].read_bytes()[:50])
-        assert Evaluation(colours, self.WHICH, cache=True).distances(Painter(), 18) == first
-        other = ImageSet(colours.path, resolution=16, channels=3, mirror=True)
+        assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18) == first
+        other = ImageSet(colors.path, resolution=16, channels=3, mirror=True)
         Evaluation(other, ["random-fid"], cache=True)
         assert len(list((tmp_path / "metrics").iterdir())) == 7
 
-    def test_inception_weights_are_those_or_none(self, colours, tmp_path, monkeypatch):
+    def test_inception_weights_are_those_or_none(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
-            Evaluation(colours, ["fid"])
+            Evaluation(colors, ["fid"])
         (tmp_path / "w.pth").write_bytes(b"x")
         with pytest.raises(ConfigError, match=r"w\.pth: its sha256 is .*numbers are comparable only"):
-            Evaluation(colours, ["kid"], inception=tmp_path / "w.pth")
+            Evaluation(colors, ["kid"], inception=tmp_path / "w.pth")
         with pytest.raises(ConfigError, match="there is no such file"):
-            Evaluation(colours, ["prc"], inception=tmp_path / "absent.pth")
+            Evaluation(colors, ["prc"], inception=tmp_path / "absent.pth")
 
-    def test_inception_of_torch_fidelity(self, colours, tmp_path, monkeypatch):
+    def test_inception_of_torch_fidelity(self, colors, tmp_path, monkeypatch):
         """With weights of its own shape, random: the real ones are not in any package."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
         monkeypatch.setattr(Network, "load_state_dict", lambda self, state: None)
         torch.save({}, tmp_path / "w.pth")
         monkeypatch.setattr(evaluate, "inception_weights", lambda given, tell: tmp_path / "w.pth")
-        gray = ImageSet(colours.path, resolution=16, channels=1)
+        gray = ImageSet(colors.path, resolution=16, channels=1)
         found = Evaluation(gray, ["fid"], batch=10)._real["inception"].statistics
         assert found.mean.shape == (2048,) and bool(torch.isfinite(found.covariance).all())
 
@@ -214,14 +214,14 @@ class TestSeveralProcesses:
 
         return run
 
-    def test_the_numbers_are_those_of_one(self, colours, run, tmp_path, monkeypatch):
+    def test_the_numbers_are_those_of_one(self, colors, run, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
-        alone = Evaluation(colours, self.WHICH, batch=4).distances(Painter(), 18)
+        alone = Evaluation(colors, self.WHICH, batch=4).distances(Painter(), 18)
         seen = []
 
         def together(group):
             counted = []
-            evaluation = Evaluation(colours, self.WHICH, batch=4, group=group, cache=True)
+            evaluation = Evaluation(colors, self.WHICH, batch=4, group=group, cache=True)
             found = evaluation.distances(Painter(), 18, progress=lambda *numbers: counted.append(numbers))
             seen.append(counted)
             return found
@@ -231,38 +231,38 @@ class TestSeveralProcesses:
         assert seen[0] == [(8, 18), (16, 18), (18, 18)] and seen[-1] == [(12, 18), (18, 18)]
         assert len(list((tmp_path / "metrics").iterdir())) == 4
 
-    def test_only_the_first_keeps_anything(self, colours, run):
-        sides = run(2, lambda group: Evaluation(colours, ["fd-effnet"], batch=4, group=group)._real)
+    def test_only_the_first_keeps_anything(self, colors, run):
+        sides = run(2, lambda group: Evaluation(colors, ["fd-effnet"], batch=4, group=group)._real)
         assert [side["effnet"].statistics.count for side in sides] == [20, 0]
 
-    def test_path_lengths_are_shared(self, colours, run):
-        alone = Evaluation(colours, ["ppl-effnet"], batch=4).distances(Mapped(0.2), 10)
+    def test_path_lengths_are_shared(self, colors, run):
+        alone = Evaluation(colors, ["ppl-effnet"], batch=4).distances(Mapped(0.2), 10)
 
         def call(group):
-            side = Evaluation(colours, ["ppl-effnet"], batch=4, group=group)
+            side = Evaluation(colors, ["ppl-effnet"], batch=4, group=group)
             return side.distances(Mapped(0.2), 10)
 
         assert run(2, call) == [alone] * 2
 
-    def test_all_learn_of_a_failure_in_one(self, colours, run):
+    def test_all_learn_of_a_failure_in_one(self, colors, run):
         class Broken(Painter):
             def forward(self, z, c, noise_mode="random"):
                 raise RuntimeError("out of memory")
 
         def call(group):
             G = Broken() if group.rank == 1 else Painter()
-            return Evaluation(colours, ["random-fid"], batch=4, group=group).distances(G, 10)
+            return Evaluation(colors, ["random-fid"], batch=4, group=group).distances(G, 10)
 
         for error in run(2, call):
-            assert str(error) == "a batch of pictures failed on rank 1: out of memory"
-        few = run(2, lambda group: Evaluation(colours, ["prc-effnet"], group=group).distances(Painter(), 2))
+            assert str(error) == "a batch of images failed on rank 1: out of memory"
+        few = run(2, lambda group: Evaluation(colors, ["prc-effnet"], group=group).distances(Painter(), 2))
         assert {str(error) for error in few} == {
-            "precision and recall need more than 3 pictures on both sides."
+            "precision and recall need more than 3 images on both sides."
         }
 
 
 class TestWhatNetworksThereAre:
-    """Gray, colour, alpha; with labels and without."""
+    """Gray, color, alpha; with labels and without."""
 
     @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("num_classes", [0, 2])
@@ -294,19 +294,19 @@ class TestWhatNetworksThereAre:
         found = distances(G(), images, 8, which=["fd-effnet", "prc-effnet", "ppl-effnet"])
         assert found.keys() == {"fd-effnet", "precision-effnet", "recall-effnet", "ppl-effnet"}
         assert found["fd-effnet"].value > 0 and found["ppl-effnet"].value > 0
-        pictures, ends = G.seen[0], G.seen[1:]
+        labels, ends = G.seen[0], G.seen[1:]
         assert len(ends) == 2 and torch.equal(*ends)  # a path begins and ends in one class
-        assert pictures.shape == (8, num_classes) and pictures.sum() == (8 if num_classes else 0)
+        assert labels.shape == (8, num_classes) and labels.sum() == (8 if num_classes else 0)
 
-    def test_one_picture_has_no_spread(self, tmp_path):
+    def test_one_image_has_no_spread(self, tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / "only.png")
-        with pytest.raises(ConfigError, match=r"at least 2 real pictures, .* has one"):
+        with pytest.raises(ConfigError, match=r"at least 2 real images, .* has one"):
             Evaluation(ImageSet(tmp_path, resolution=16, channels=3), ["random-fid"])
 
-    def test_missing_weights_of_a_metric_name_the_metric(self, colours, tmp_path, monkeypatch):
+    def test_missing_weights_of_a_metric_name_the_metric(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         with pytest.raises(
             WeightsMissing, match=r"^ppl: no weights for it: .*\n.*ppl-effnet needs no download"
         ):
-            Evaluation(colours, ["ppl"])
+            Evaluation(colors, ["ppl"])

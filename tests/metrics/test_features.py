@@ -17,7 +17,7 @@ def network():
     return EfficientNetLite0()
 
 
-def pictures(n=2, channels=3, size=64, seed=0):
+def images(n=2, channels=3, size=64, seed=0):
     """Smooth random images in [-1, 1]."""
     coarse = torch.rand([n, channels, 4, 4], generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
@@ -29,7 +29,7 @@ def test_agrees_with_the_package_that_defines_the_network(network, size):
     theirs = package.EfficientNet.from_name("efficientnet-lite0")
     theirs.load_state_dict(features._read_weights())
     theirs.eval()
-    img = pictures(size=size)
+    img = images(size=size)
     with torch.no_grad():
         expected = theirs.extract_features((img * 127.5 + 127.5 - 127) / 128)
         found = torch.relu(network.head(network._run(img)[1])).clamp(max=6)
@@ -39,13 +39,13 @@ def test_agrees_with_the_package_that_defines_the_network(network, size):
 
 @pytest.mark.parametrize("size", [32, 64, 50])
 def test_stages_have_the_documented_shapes(network, size):
-    maps = network.stages(pictures(size=size))
+    maps = network.stages(images(size=size))
     expected = [(2, c, -(-size // s), -(-size // s)) for c, s in [(24, 4), (40, 8), (112, 16), (320, 32)]]
     assert [tuple(x.shape) for x in maps] == expected
 
 
 def test_gradients_reach_the_image_and_not_the_weights(network):
-    img = pictures().requires_grad_()
+    img = images().requires_grad_()
     sum(x.square().mean() for x in network.stages(img)).backward()
     assert img.grad.abs().max() > 0
     assert all(p.grad is None and not p.requires_grad for p in network.parameters())
@@ -53,12 +53,12 @@ def test_gradients_reach_the_image_and_not_the_weights(network):
 
 
 def test_pooled_takes_any_size_and_gray_as_repeated_channels(network):
-    gray = pictures(channels=1, size=40)
+    gray = images(channels=1, size=40)
     with torch.no_grad():
         found = network.pooled(gray)
         assert found.shape == (2, 1280)
         torch.testing.assert_close(found, network.pooled(gray.repeat(1, 3, 1, 1)))
-        four = torch.cat([pictures(size=40), torch.rand(2, 1, 40, 40)], dim=1)
+        four = torch.cat([images(size=40), torch.rand(2, 1, 40, 40)], dim=1)
         torch.testing.assert_close(network.pooled(four), network.pooled(four[:, :3]))
 
 
@@ -82,7 +82,7 @@ def test_another_file_in_the_package_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_random_features_depend_on_the_seed_alone(device):
-    img = pictures(4).to(device)
+    img = images(4).to(device)
     first = RandomFeatures(0, device)(img)
     torch.manual_seed(123)
     assert first.shape == (4, 64)

@@ -22,7 +22,7 @@ def distances():
         return {name: perceptual.build_distance(name, 3, CPU, random_trunk=True) for name in names}
 
 
-def pictures(count=2, channels=3, resolution=32):
+def images(count=2, channels=3, resolution=32):
     return torch.rand(count, channels, resolution, resolution) * 2 - 1
 
 
@@ -30,7 +30,7 @@ def pictures(count=2, channels=3, resolution=32):
 @pytest.mark.parametrize("channels, resolution", [(3, 32), (1, 16), (4, 48)])
 def test_zero_for_equal_images_and_a_gradient_for_others(distances, backbone, channels, resolution):
     distance = distances[backbone]
-    a, b = pictures(2, channels, resolution), pictures(2, channels, resolution).requires_grad_()
+    a, b = images(2, channels, resolution), images(2, channels, resolution).requires_grad_()
     assert torch.equal(distance(a, a.clone()), torch.zeros(2))
     values = distance(b, a)
     assert values.shape == (2,) and (values > 0).all()
@@ -48,7 +48,7 @@ def test_lpips_vgg_is_the_packages_number():
         package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     torch.manual_seed(5)
     ours = perceptual.build_distance("lpips-vgg", 3, CPU, random_trunk=True)
-    a, b = pictures(), pictures()
+    a, b = images(), images()
     with torch.no_grad():
         assert_close(ours(a, b), package(a, b).flatten(), 1e-4)
 
@@ -62,7 +62,7 @@ def test_a_position_without_any_feature_has_a_finite_gradient():
 
 def test_feature_distance_is_the_formula():
     distance = perceptual.FeatureDistance(lambda img: [img[:, :2]], [torch.tensor([2.0, 3.0])])
-    a, b = pictures(), pictures()
+    a, b = images(), images()
     unit_a, unit_b = (x[:, :2] / x[:, :2].norm(dim=1, keepdim=True) for x in (a, b))
     expected = ((unit_a - unit_b) ** 2 * torch.tensor([2.0, 3.0]).reshape(1, 2, 1, 1)).sum(1).mean([1, 2])
     assert_close(distance(a, b), expected, 1e-5)
@@ -70,13 +70,13 @@ def test_feature_distance_is_the_formula():
 
 def test_the_fourth_channel_is_compared_by_its_absolute_difference():
     distance = perceptual.FeatureDistance(lambda img: [img * 0])
-    a, b = pictures(channels=4), pictures(channels=4)
+    a, b = images(channels=4), images(channels=4)
     assert_close(distance(a, b), (a[:, 3] - b[:, 3]).abs().mean([1, 2]), 1e-6)
 
 
 def test_gray_images_are_repeated_to_three_channels(distances):
     distance = distances["lpips-squeeze"]
-    a, b = pictures(channels=1), pictures(channels=1)
+    a, b = images(channels=1), images(channels=1)
     assert torch.equal(distance(a, b), distance(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
 
 
@@ -91,12 +91,12 @@ def test_gray_images_are_repeated_to_three_channels(distances):
 def test_images_in_another_range_are_refused(img, message):
     distance = perceptual.build_distance("l2", 3, CPU)
     with pytest.raises(ConfigError, match=message):
-        distance(pictures(resolution=8), img)
+        distance(images(resolution=8), img)
 
 
 def test_overshooting_images_are_taken_as_they_are():
     distance = perceptual.build_distance("l2", 3, CPU)
-    a, b = pictures(resolution=8) * 1.7, pictures(resolution=8)
+    a, b = images(resolution=8) * 1.7, images(resolution=8)
     assert_close(distance(a, b), (a - b).square().mean([1, 2, 3]), 1e-6)
 
 

@@ -8,21 +8,21 @@ from finetune.metrics.frechet import FeatureStatistics
 from finetune.metrics.random_fid import mean_and_spread, random_fid
 
 
-def pictures(shift, n=24):
+def images(shift, n=24):
     coarse = torch.rand([n, 3, 3, 3], generator=torch.Generator().manual_seed(0)) * 2 - 1
     img = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)
     return (img * (1 - shift)).clamp(-1, 1)
 
 
 def test_equal_sets_have_no_distance_and_it_grows_with_the_difference():
-    real = pictures(0)
-    same, near, far = (random_fid(real, pictures(shift), seeds=(0, 1))[0] for shift in (0, 0.2, 0.6))
+    real = images(0)
+    same, near, far = (random_fid(real, images(shift), seeds=(0, 1))[0] for shift in (0, 0.2, 0.6))
     assert same == pytest.approx(0, abs=1e-6)
     assert 1e-3 < near < far / 4
 
 
 def test_mean_and_spread_are_those_of_the_seeds():
-    real, fake = pictures(0), pictures(0.5)
+    real, fake = images(0), images(0.5)
     values = []
     for seed in (0, 1, 2):
         sides = FeatureStatistics(), FeatureStatistics()

@@ -96,7 +96,7 @@ def r1(D, arrays: dict, create_graph: bool):
 
 
 def check_r1_gradients(G, D, arrays: dict) -> None:
-    """The gradient that R1 penalises and its squared length."""
+    """The gradient that R1 penalizes and its squared length."""
     _, grads, penalty = r1(D, arrays, create_graph=False)
     assert_close(grads, arrays["r1_grads"], GRADIENT_F32, "r1_grads")
     assert_close(penalty, arrays["r1_penalty"], GRADIENT_F32, "r1_penalty")

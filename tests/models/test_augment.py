@@ -166,7 +166,7 @@ def test_noise_has_the_strength_drawn():
 
 
 def test_strengths_are_those_of_the_constructor():
-    """A constant gray picture shows brightness and contrast directly."""
+    """A constant gray image shows brightness and contrast directly."""
     images = torch.full([4000, 1, 1, 1], 0.5)
     brighter = pipe("brightness", brightness_std=0.3)(images) - 0.5
     assert abs(brighter.std() - 0.3) < 0.015 and abs(brighter.mean()) < 0.025
@@ -287,7 +287,7 @@ def test_alpha_keeps_its_values():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_everything_but_colour_takes_any_channels(channels):
+def test_everything_but_color_takes_any_channels(channels):
     module = pipe(*GEOMETRY, "imgfilter", "cutout")
     images = torch.randn(2, 3, 8, 8).repeat(1, 2, 1, 1)[:, :channels]
     both = module(torch.cat([images, images[:, :1]], dim=1), debug_percentile=0.6)

@@ -1,4 +1,4 @@
-"""Networks on native kernels are the networks on plain torch: pictures, logits, first and second derivatives.
+"""Networks on native kernels are the networks on plain torch: images, logits, first and second derivatives.
 
 Leaky ReLUs make derivatives jump. Where a pre-activation is zero up to rounding, two right implementations
 take two slopes, so derivatives are compared latent by latent, and one latent in four may meet such a place.
@@ -55,7 +55,7 @@ def latent(G, seed: int):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_and_logits(name, device):
+def test_images_and_logits(name, device):
     checkpoint = load(name, device)
     z, c = latent(checkpoint.G_ema, 0)
 

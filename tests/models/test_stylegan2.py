@@ -161,7 +161,7 @@ def test_skip_discriminator_reads_the_image_at_every_scale():
 
 
 def test_torgb_shares_its_row_with_the_next_block():
-    """Changing a row of ws changes the blocks that read it, and no earlier picture."""
+    """Changing a row of ws changes the blocks that read it, and no earlier image."""
     G = generator().eval()
     ws = torch.randn(1, 6, 8)
 
@@ -218,7 +218,7 @@ def test_truncation():
     assert torch.equal(img, G.synthesis(half, noise_mode="none"))
 
 
-def test_labels_choose_the_picture_and_the_logit():
+def test_labels_choose_the_image_and_the_logit():
     G, D = generator(c_dim=3), discriminator(c_dim=3, cmap_dim=5)
     assert list(D.b4.out.weight.shape) == [5, 8]
     classes = torch.eye(3)
@@ -232,7 +232,7 @@ def test_labels_choose_the_picture_and_the_logit():
 # Modes
 
 
-def test_train_and_eval_mode_give_the_same_pictures():
+def test_train_and_eval_mode_give_the_same_images():
     """A student in train mode and a teacher in eval mode, with one random state and one `fused_modconv`."""
     student = generator(fused_modconv_default="inference_only").train()
     with torch.no_grad():
@@ -242,13 +242,13 @@ def test_train_and_eval_mode_give_the_same_pictures():
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     z = torch.randn(4, 8)
     for fused in (True, False):
-        pictures = []
+        images = []
         for G in (student, teacher):
             torch.manual_seed(1)
-            pictures.append(G(z, None, fused_modconv=fused))
-        assert torch.equal(*pictures)
+            images.append(G(z, None, fused_modconv=fused))
+        assert torch.equal(*images)
         torch.manual_seed(2)
-        assert not torch.equal(pictures[1], teacher(z, None, fused_modconv=fused))
+        assert not torch.equal(images[1], teacher(z, None, fused_modconv=fused))
 
 
 @pytest.mark.parametrize("default, train, evaluate", [(True, True, True), ("inference_only", False, True)])
@@ -311,7 +311,7 @@ def test_frozen_layers_of_the_skip_architecture():
     assert [name for name in order if name not in trained] == order[:4]
 
 
-# Minibatch standard deviation
+# Batch standard deviation
 
 
 def test_minibatch_std_compares_within_groups():
@@ -339,7 +339,7 @@ def test_minibatch_std_of_small_and_uneven_batches():
 # State
 
 
-def test_pickles_keep_weights_arguments_and_pictures():
+def test_pickles_keep_weights_arguments_and_images():
     G = stylegan2.Generator(
         8, 0, 8, img_resolution=16, img_channels=3, mapping_kwargs={"num_layers": 2}, **SMALL
     )

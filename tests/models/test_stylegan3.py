@@ -33,7 +33,7 @@ def layers(G):
 
 @pytest.mark.parametrize("name", ["stylegan3-t-32", "stylegan3-r-32"])
 def test_filters_are_those_of_the_checkpoint(name, golden_dir, golden_network):
-    """A network made afresh has, bit for bit, the filters that the file holds."""
+    """A network created again has, bit for bit, the filters that the file holds."""
     stored = dict(finetune.load(golden_dir / f"{name}.pkl").G_ema.named_buffers())
     fresh = dict(stylegan3.Generator(**golden_network(name)[0]["generator"]).named_buffers())
     filters = [key for key in stored if key.endswith("_filter")]
@@ -170,7 +170,7 @@ def test_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_modulated_convolution_follows_its_equations(fused):
-    """One sample at a time, with the weights written out; demodulation cancels the normalisation."""
+    """One sample at a time, with the weights written out; demodulation cancels the normalization."""
     x, weight, styles = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
     actual = stylegan3.modulated_conv2d(x, weight, styles, torch.tensor(2.0), padding=2, fused=fused)
     for sample in range(2):
@@ -234,7 +234,7 @@ def place(G, matrix):
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_moving_the_input_moves_the_picture(options):
+def test_moving_the_input_moves_the_image(options):
     """Shifts by whole pixels of every layer commute with the network; a wide margin keeps the borders out."""
     G = generator(32, margin_size=20, **options).requires_grad_(False)
     ws = torch.randn(2, 8, 8)
@@ -245,7 +245,7 @@ def test_moving_the_input_moves_the_picture(options):
     assert_close(moved[:, :, inner, inner], img[:, :, 6:22, 10:26], NETWORK_F32)
 
 
-def test_turning_the_input_of_r_turns_the_picture():
+def test_turning_the_input_of_r_turns_the_image():
     """With 1x1 convolutions every part of the network is symmetric under quarter turns."""
     G = generator(32, **ROTATION).requires_grad_(False)
     ws = torch.randn(2, 8, 8)
@@ -258,7 +258,7 @@ def test_turning_the_input_of_r_turns_the_picture():
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_train_and_eval_mode_give_the_same_pictures(options):
+def test_train_and_eval_mode_give_the_same_images(options):
     """A student in train mode and a teacher in eval mode; noise does not exist here."""
     student = generator(**options).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
@@ -267,9 +267,9 @@ def test_train_and_eval_mode_give_the_same_pictures(options):
     for noise_mode in ("random", "const", "none"):
         assert torch.equal(teacher(z, None, noise_mode=noise_mode), expected)
     for fused in (True, False):
-        pictures = [G(z, None, fused_modconv=fused) for G in (student, teacher)]
-        assert torch.equal(*pictures)
-        assert_close(pictures[0], expected, NETWORK_F32)
+        images = [G(z, None, fused_modconv=fused) for G in (student, teacher)]
+        assert torch.equal(*images)
+        assert_close(images[0], expected, NETWORK_F32)
 
 
 def test_averages_move_only_when_asked():
@@ -360,7 +360,7 @@ def test_truncation():
     assert torch.equal(G(z, None, truncation_psi=0.5, truncation_cutoff=2), G.synthesis(half))
 
 
-def test_labels_choose_the_picture():
+def test_labels_choose_the_image():
     G = generator(c_dim=3)
     ws = G.mapping(torch.randn(1, 8).repeat(3, 1), torch.eye(3))
     assert not torch.equal(ws[0], ws[1]) and not torch.equal(ws[1], ws[2])
@@ -374,7 +374,7 @@ def test_output_scale():
 
 
 def test_every_layer_is_clamped():
-    """Between the filters; ToRGB has none, so its clamp is that of the picture."""
+    """Between the filters; ToRGB has none, so its clamp is that of the image."""
     free, clamped = generator(conv_clamp=None), generator(conv_clamp=0.05)
     clamped.load_state_dict(free.state_dict())
     z = torch.randn(2, 8)

@@ -280,7 +280,7 @@ KERNEL = 'extern "C" __global__ void sg_k(float* x) { x[threadIdx.x] *= FACTOR; 
 PLAN = LaunchPlan("k", "k.cu", "sg_k", (("FACTOR", 3),), (1, 1, 1), (32, 1, 1))
 
 
-def test_both_makers_give_a_cubin_for_the_same_specialisation(tmp_path):
+def test_both_makers_give_a_cubin_for_the_same_specialization(tmp_path):
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "k.cu").write_text(KERNEL)

@@ -1,6 +1,6 @@
 """The CUDA kernels, run on the CPU by an emulator: the very sources, plans and gradients that a GPU gets.
 
-Every specialisation is a program to compile, so most of the case list is marked slow.
+Every specialization is a program to compile, so most of the case list is marked slow.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def test_an_op_whose_trial_fails_falls_back_alone(monkeypatch):
 
 
 def test_what_is_built_ahead_is_what_the_networks_ask_for(on_cuda):
-    """Forward and backward of a layer of each kind: no specialisation that `prebuild` does not list."""
+    """Forward and backward of a layer of each kind: no specialization that `prebuild` does not list."""
     listed = prebuild.specializations((9, 0), [torch.float32])
     taps = upfirdn2d.setup_filter([1, 3, 3, 1])
     features = torch.randn(1, 2, 16, 16, requires_grad=True)

@@ -141,7 +141,7 @@ def test_the_identity_returns_memory_of_its_own():
     assert y.data_ptr() != x.data_ptr()
 
 
-def test_centred_helpers():
+def test_centered_helpers():
     constant = torch.ones(1, 1, 16, 16)
     for f in (setup_filter([1, 3, 3, 1]), setup_filter([1.0] * 12), None):
         assert filter2d(constant, f).shape == (1, 1, 16, 16)

@@ -1,4 +1,4 @@
-"""Small pictures and small runs for the tests of training."""
+"""Small images and small runs for the tests of training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from PIL import Image
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """Call with (resolution, num_classes): a zip of 12 coloured discs, with labels if there are classes."""
+def images(tmp_path_factory):
+    """Call with (resolution, num_classes): a zip of 12 colored discs, with labels if there are classes."""
     made = {}
 
     def make(resolution: int, num_classes: int = 0):
         if (resolution, num_classes) not in made:
-            path = tmp_path_factory.mktemp("pictures") / f"discs{resolution}-{num_classes}.zip"
+            path = tmp_path_factory.mktemp("images") / f"discs{resolution}-{num_classes}.zip"
             rng = np.random.default_rng(1)
             axis = np.linspace(-1, 1, resolution)
             with zipfile.ZipFile(path, "w") as archive:
                 for i in range(12):
-                    centre, colour = rng.uniform(-0.4, 0.4, size=2), rng.integers(0, 256, size=3)
-                    inside = np.hypot(axis[:, None] - centre[0], axis[None] - centre[1]) < 0.5
-                    pixels = np.where(inside[..., None], colour, 255).astype(np.uint8)
+                    center, color = rng.uniform(-0.4, 0.4, size=2), rng.integers(0, 256, size=3)
+                    inside = np.hypot(axis[:, None] - center[0], axis[None] - center[1]) < 0.5
+                    pixels = np.where(inside[..., None], color, 255).astype(np.uint8)
                     stream = io.BytesIO()
                     Image.fromarray(pixels).save(stream, "PNG")
                     archive.writestr(f"{i:03d}.png", stream.getvalue())

@@ -39,7 +39,7 @@ def test_large_tensors_reuse_their_pages(untuned):
         [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
     )
     told, faults = done.stdout.split()
-    # 32 MiB twenty times is far more than this where each is mapped anew, even in pages of 2 MiB.
+    # 32 MiB twenty times is far more than this where each is mapped again, even in pages of 2 MiB.
     assert told == "True" and int(faults) < 20
 
 

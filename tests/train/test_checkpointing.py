@@ -69,9 +69,9 @@ def future(content):
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_stopped_runs_end_as_if_they_had_not_been(family, pictures, tmp_path, monkeypatch):
+def test_stopped_runs_end_as_if_they_had_not_been(family, images, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.data.image_set.ImageSet.preload", lambda self, *args, **kwargs: False)
-    config = options(pictures, tmp_path, family, **ALL, workers=2)
+    config = options(images, tmp_path, family, **ALL, workers=2)
     whole = run(config, console=quiet()).run_dir
     assert state_of(whole)["ada"]["p"] > 0 and float(state_of(whole)["sd_norms"][1]) > 0
 
@@ -94,8 +94,8 @@ def test_stopped_runs_end_as_if_they_had_not_been(family, pictures, tmp_path, mo
     assert all(a["sec"] < b["sec"] for a, b in itertools.pairwise(second))
 
 
-def test_a_teacher_of_its_own_and_rates_that_are_changed(pictures, tmp_path, monkeypatch):
-    config = options(pictures, tmp_path, kimg=0.032, sd_teacher_kimg=0.1)
+def test_a_teacher_of_its_own_and_rates_that_are_changed(images, tmp_path, monkeypatch):
+    config = options(images, tmp_path, kimg=0.032, sd_teacher_kimg=0.1)
     run_dir = run_until(config, 8, monkeypatch)
     content = state_of(run_dir)
     assert "teacher" in content["networks"]
@@ -112,23 +112,23 @@ def test_a_teacher_of_its_own_and_rates_that_are_changed(pictures, tmp_path, mon
 
 
 class TestRefused:
-    def test_options_that_make_another_run(self, pictures, tmp_path, monkeypatch):
-        run_dir = run_until(options(pictures, tmp_path), 8, monkeypatch)
+    def test_options_that_make_another_run(self, images, tmp_path, monkeypatch):
+        run_dir = run_until(options(images, tmp_path), 8, monkeypatch)
         asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), batch=8, seed=5)
         with pytest.raises(ConfigError, match=r"(?s)--batch 8: the run has 4.*--seed 5: the run has 0"):
             prepare(asked)
 
-    def test_a_run_that_is_over(self, pictures, tmp_path):
-        result = run(options(pictures, tmp_path), console=quiet())
+    def test_a_run_that_is_over(self, images, tmp_path):
+        result = run(options(images, tmp_path), console=quiet())
         with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to continue, give a larger --kimg"):
             prepare(dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir)))
         more = dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir), kimg=0.036)
         assert run(more, console=quiet()).nimg == 36
 
-    def test_other_pictures(self, pictures, tmp_path, monkeypatch):
-        run_dir = run_until(options(pictures, tmp_path), 8, monkeypatch)
+    def test_other_images(self, images, tmp_path, monkeypatch):
+        run_dir = run_until(options(images, tmp_path), 8, monkeypatch)
         other = tmp_path / "other.zip"
-        with zipfile.ZipFile(pictures(16)) as archive, zipfile.ZipFile(other, "w") as copy:
+        with zipfile.ZipFile(images(16)) as archive, zipfile.ZipFile(other, "w") as copy:
             for name in archive.namelist()[1:]:
                 copy.writestr(name, archive.read(name))
         asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), data=str(other))
@@ -137,8 +137,8 @@ class TestRefused:
 
 
 class TestDamage:
-    def test_the_newest_whole_state_is_found_and_the_damaged_one_named(self, pictures, tmp_path):
-        result = run(options(pictures, tmp_path), console=quiet())
+    def test_the_newest_whole_state_is_found_and_the_damaged_one_named(self, images, tmp_path):
+        result = run(options(images, tmp_path), console=quiet())
         newest, before = checkpointing.states_of(result.run_dir)
         newest.write_bytes(newest.read_bytes()[:-2000])
         found = checkpointing.find_state(result.run_dir)
@@ -147,8 +147,8 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="holds no valid training state"):
             checkpointing.find_state(result.run_dir)
 
-    def test_every_truncation_and_any_flipped_bit_of_a_tensor_is_noticed(self, pictures, tmp_path):
-        result = run(options(pictures, tmp_path), console=quiet())
+    def test_every_truncation_and_any_flipped_bit_of_a_tensor_is_noticed(self, images, tmp_path):
+        result = run(options(images, tmp_path), console=quiet())
         path = checkpointing.states_of(result.run_dir)[0]
         content = path.read_bytes()
         for size in range(0, len(content), 1000):
@@ -176,7 +176,7 @@ class TestDamage:
 
 class TestSaving:
     def test_there_is_a_state_before_the_first_step_and_never_more_than_two(
-        self, pictures, tmp_path, monkeypatch
+        self, images, tmp_path, monkeypatch
     ):
         seen = []
 
@@ -185,12 +185,12 @@ class TestSaving:
             seen.append([path.name for path in checkpointing.states_of(run_dir)])
 
         after_each_step(monkeypatch, look)
-        run(options(pictures, tmp_path, kimg=0.064), console=quiet())
+        run(options(images, tmp_path, kimg=0.064), console=quiet())
         assert seen[0] == ["training-state-000000.000.pt"]
         assert seen[4] == ["training-state-000000.016.pt", "training-state-000000.000.pt"]
         assert all(len(names) == 2 for names in seen[4:])
 
-    def test_a_full_disk_is_a_warning_and_training_goes_on(self, pictures, tmp_path, monkeypatch):
+    def test_a_full_disk_is_a_warning_and_training_goes_on(self, images, tmp_path, monkeypatch):
         write = checkpointing.write_state
 
         def full(path, content):
@@ -200,7 +200,7 @@ class TestSaving:
 
         monkeypatch.setattr(checkpointing, "write_state", full)
         console = Console(file=io.StringIO(), width=200)
-        result = run(options(pictures, tmp_path), console=console)
+        result = run(options(images, tmp_path), console=console)
         assert "0.016 kimg: not saved, and training continues: No space left" in console.file.getvalue()
         assert [path.name for path in checkpointing.states_of(result.run_dir)][
             -1
@@ -208,8 +208,8 @@ class TestSaving:
         events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
         assert [event["event"] for event in events] == ["not-saved"]
 
-    def test_too_little_space_is_known_before_anything_is_written(self, pictures, tmp_path, monkeypatch):
-        prepared = prepare(options(pictures, tmp_path))
+    def test_too_little_space_is_known_before_anything_is_written(self, images, tmp_path, monkeypatch):
+        prepared = prepare(options(images, tmp_path))
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(TrainingError, match=r"(?s)cannot be saved: No space left.*0 MiB are free"):
@@ -217,7 +217,7 @@ class TestSaving:
         assert not list((tmp_path / "runs").glob("*/network-snapshot-*"))
         assert len(list((tmp_path / "runs").glob("*/training-state-*"))) == 1
 
-    def test_by_the_clock(self, pictures, tmp_path, monkeypatch):
+    def test_by_the_clock(self, images, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
         monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
         saves = []
@@ -226,23 +226,23 @@ class TestSaving:
             "save_state",
             lambda self, is_last=False: saves.append(self.state.nimg),
         )
-        run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
+        run(options(images, tmp_path, save_every_min=1, snap=100), console=quiet())
         assert saves[0] == 0 and {4, 8, 12} <= set(saves)
 
-    def test_by_the_clock_nothing_that_is_not_finite(self, pictures, tmp_path, monkeypatch):
+    def test_by_the_clock_nothing_that_is_not_finite(self, images, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
         monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
         monkeypatch.setattr(Stats, "is_finite", lambda self: False)
-        result = run(options(pictures, tmp_path, save_every_min=1, snap=100), console=quiet())
+        result = run(options(images, tmp_path, save_every_min=1, snap=100), console=quiet())
         assert [path.name for path in checkpointing.states_of(result.run_dir)] == [
             "training-state-000000.032.pt",
             "training-state-000000.000.pt",
         ]
 
-    def test_snapshots_that_are_kept_and_the_best(self, pictures, tmp_path, monkeypatch):
+    def test_snapshots_that_are_kept_and_the_best(self, images, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
         metrics = dict(metrics="random-fid", metrics_num=4, metrics_kimg=0.016)
-        result = run(options(pictures, tmp_path, kimg=0.064, keep=2, **metrics), console=quiet())
+        result = run(options(images, tmp_path, kimg=0.064, keep=2, **metrics), console=quiet())
         names = sorted(path.name for path in result.run_dir.glob("*.pkl"))
         assert names == ["network-best.pkl"] + [f"network-snapshot-000000.0{n}.pkl" for n in (48, 64)]
         best = state_of(result.run_dir)["counters"]["best"]
@@ -267,17 +267,17 @@ class TestDivergence:
         (path,) = (tmp_path / "runs").glob("*/events.jsonl")
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def test_stop_names_the_phase_and_leaves_the_last_state(self, pictures, tmp_path, monkeypatch):
+    def test_stop_names_the_phase_and_leaves_the_last_state(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
         with pytest.raises(TrainingError, match=r"became nan in G?D?main at 0\.024 kimg"):
-            run(options(pictures, tmp_path), console=quiet())
+            run(options(images, tmp_path), console=quiet())
         (run_dir,) = (tmp_path / "runs").iterdir()
         assert state_of(run_dir)["nimg"] == 16
         assert self.events(tmp_path)[0]["event"] == "not-finite"
 
-    def test_rollback_goes_on_from_the_last_state_with_half_the_rates(self, pictures, tmp_path, monkeypatch):
+    def test_rollback_goes_on_from_the_last_state_with_half_the_rates(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
-        result = run(options(pictures, tmp_path, on_divergence="rollback"), console=quiet())
+        result = run(options(images, tmp_path, on_divergence="rollback"), console=quiet())
         assert result.nimg == 32
         rollback = self.events(tmp_path)[1]
         assert (rollback["event"], rollback["nimg"], rollback["lr_D"]) == (
@@ -289,16 +289,16 @@ class TestDivergence:
         assert content["counters"]["rollbacks"] == 1
         assert content["opt_D"]["param_groups"][0]["lr"] == pytest.approx(0.001 * 16 / 17)
 
-    def test_rollbacks_end(self, pictures, tmp_path, monkeypatch):
+    def test_rollbacks_end(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch, times=99)
         with pytest.raises(TrainingError, match="3 rollbacks did not help"):
-            run(options(pictures, tmp_path, on_divergence="rollback"), console=quiet())
+            run(options(images, tmp_path, on_divergence="rollback"), console=quiet())
         assert self.events(tmp_path)[-2]["lr_D"] == pytest.approx(0.002 / 8 * 16 / 17)
 
-    def test_ignore_says_so_and_never_saves_what_is_not_finite(self, pictures, tmp_path, monkeypatch):
+    def test_ignore_says_so_and_never_saves_what_is_not_finite(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
         with pytest.raises(TrainingError, match="has weights that are not finite"):
-            run(options(pictures, tmp_path, on_divergence="ignore"), console=quiet())
+            run(options(images, tmp_path, on_divergence="ignore"), console=quiet())
         assert {event["event"] for event in self.events(tmp_path)} == {"not-finite"}
 
 

@@ -41,9 +41,9 @@ def test_an_error_restores_the_switches():
     assert switches() == before
 
 
-def test_a_run_computes_in_float32(pictures, tmp_path, monkeypatch):
+def test_a_run_computes_in_float32(images, tmp_path, monkeypatch):
     before, seen = switches(), []
     after_each_step(monkeypatch, lambda state: seen.append(switches()))
-    run(options(pictures, tmp_path), console=quiet())
+    run(options(images, tmp_path), console=quiet())
     assert seen and all(each[:2] == (False, False) for each in seen)
     assert switches() == before

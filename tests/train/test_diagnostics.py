@@ -74,8 +74,8 @@ class TestGradients:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_logs_them_and_is_not_changed_by_them(family, pictures, tmp_path, monkeypatch):
-    result = run(options(pictures, tmp_path, family), console=quiet())
+def test_a_run_logs_them_and_is_not_changed_by_them(family, images, tmp_path, monkeypatch):
+    result = run(options(images, tmp_path, family), console=quiet())
     for index, line in enumerate(lines_of(result)):
         assert -1 <= line["sd_cosine"] <= 1 and line["sd_ratio"] > 0
         blocks = {"mapping", "b4", "b8", "b16"} if family == "stylegan2" else {"mapping", "input"}
@@ -86,17 +86,17 @@ def test_a_run_logs_them_and_is_not_changed_by_them(family, pictures, tmp_path, 
             assert (f"update_cosine_{name}" in line) == (index > 0)
 
     monkeypatch.setattr(Stats, "due_diagnostics", lambda self, nimg: None)
-    again = run(options(pictures, tmp_path, family), console=quiet())
+    again = run(options(images, tmp_path, family), console=quiet())
     assert "sd_cosine" not in lines_of(again)[0]
     other = weights(finetune.load(again.snapshot).G_ema)
     for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
         assert torch.equal(tensor, other[name]), name
 
 
-def test_tensorboard_gets_the_same_numbers(pictures, tmp_path):
+def test_tensorboard_gets_the_same_numbers(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run(options(pictures, tmp_path), console=quiet())
+    result = run(options(images, tmp_path), console=quiet())
     board = EventAccumulator(str(result.run_dir)).Reload()
     for line, event in zip(lines_of(result), board.Scalars("loss_G"), strict=True):
         assert event.step == line["nimg"] and event.value == pytest.approx(line["loss_G"], rel=1e-4)
@@ -104,27 +104,27 @@ def test_tensorboard_gets_the_same_numbers(pictures, tmp_path):
 
 
 class TestWeightByRatio:
-    def test_the_gradient_gets_the_share_that_was_asked_for(self, pictures, tmp_path):
-        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.25", sd_interval=1, ema_kimg=0.1))
+    def test_the_gradient_gets_the_share_that_was_asked_for(self, images, tmp_path):
+        prepared = prepare(options(images, tmp_path, sd_weight="auto:0.25", sd_interval=1, ema_kimg=0.1))
         train_steps(prepared, 30)
         norms, distillation = prepared.state.sd_norms, prepared.plan.distillation
         weight = float(distillation.auto_weight(norms))
         assert weight > 0
         assert weight * float(norms[1]) == pytest.approx(0.25 * float(norms[0]), rel=1e-5)
 
-    def test_equal_networks_do_not_run_away(self, pictures, tmp_path):
-        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1"))
+    def test_equal_networks_do_not_run_away(self, images, tmp_path):
+        prepared = prepare(options(images, tmp_path, sd_weight="auto:0.1"))
         distillation = prepared.plan.distillation
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 0
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.5]))) == pytest.approx(0.2)
 
     @pytest.mark.parametrize("scale, interval", [(1e-6, 1), (1.0, 4), (1e6, 1)])
     def test_the_scale_of_the_distance_does_not_matter_and_no_step_is_far_too_strong(
-        self, scale, interval, pictures, tmp_path
+        self, scale, interval, images, tmp_path
     ):
         """Backbones differ by orders of magnitude; averages lag where the distance suddenly grows."""
         settings = dict(sd_weight="auto:0.1", sd_interval=interval)
-        prepared = prepare(options(pictures, tmp_path, **settings))
+        prepared = prepare(options(images, tmp_path, **settings))
         state, plan = prepared.state, prepared.plan
         distillation = dataclasses.replace(
             plan.distillation, distance=lambda a, b: scale * (a - b).square().sum(dim=[1, 2, 3])
@@ -151,9 +151,9 @@ class TestWeightByRatio:
         assert usual == pytest.approx(wanted, rel=1e-3)
         assert pull(1.0) == pytest.approx(4 * wanted, rel=0.01)
 
-    def test_rounding_makes_no_pull(self, pictures, tmp_path):
+    def test_rounding_makes_no_pull(self, images, tmp_path):
         """Student and teacher that differ by a thousandth of a gray level: the ratio is not made of that."""
-        prepared = prepare(options(pictures, tmp_path, sd_weight="auto:0.1", sd_interval=1))
+        prepared = prepare(options(images, tmp_path, sd_weight="auto:0.1", sd_interval=1))
         state, plan = prepared.state, prepared.plan
         draw, replay = draw_latents(state.G, plan.labels(4), 0.0), NoiseReplay()
         with torch.no_grad(), replay.recording():
@@ -166,9 +166,9 @@ class TestWeightByRatio:
         assert 0 < float(gradient.norm()) < 0.0011 * float(adversarial.norm())
 
     @pytest.mark.parametrize("value", ["auto", "auto:", "auto:0", "auto:x", "much", "auto:-1"])
-    def test_mistakes(self, value, pictures, tmp_path):
+    def test_mistakes(self, value, images, tmp_path):
         with pytest.raises(ConfigError, match=f"--sd-weight {value}: must be a number, or auto:RATIO"):
-            prepare(options(pictures, tmp_path, sd_weight=value))
+            prepare(options(images, tmp_path, sd_weight=value))
 
 
 class TestMeasurements:
@@ -178,49 +178,49 @@ class TestMeasurements:
     def own_cache(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
 
-    def test_they_are_logged_with_their_number_and_change_nothing(self, pictures, tmp_path):
+    def test_they_are_logged_with_their_number_and_change_nothing(self, images, tmp_path):
         console = Console(file=io.StringIO(), width=200)
-        result = run(options(pictures, tmp_path, **self.SETTINGS), console=console)
+        result = run(options(images, tmp_path, **self.SETTINGS), console=console)
         lines = lines_of(result)
         assert [line["metrics"]["num"] for line in lines] == [4, 4]
         assert all(line["metrics"]["random-fid"] > 0 for line in lines)
         assert "random-fid@4 " in console.file.getvalue()
-        plain = run(options(pictures, tmp_path), console=quiet())
+        plain = run(options(images, tmp_path), console=quiet())
         other = weights(finetune.load(plain.snapshot).G_ema)
         for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
             assert torch.equal(tensor, other[name]), name
 
-    def test_their_interval_and_the_end(self, pictures, tmp_path):
-        config = options(pictures, tmp_path, kimg=0.064, **(self.SETTINGS | {"metrics_kimg": 0.048}))
+    def test_their_interval_and_the_end(self, images, tmp_path):
+        config = options(images, tmp_path, kimg=0.064, **(self.SETTINGS | {"metrics_kimg": 0.048}))
         lines = lines_of(run(config, console=quiet()))
         assert [line["nimg"] for line in lines if "metrics" in line] == [48, 64]
 
     @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-    def test_a_failure_is_a_warning(self, error, pictures, tmp_path, monkeypatch):
+    def test_a_failure_is_a_warning(self, error, images, tmp_path, monkeypatch):
         def fail(*args, **kwargs):
             raise error("out of memory")
 
         monkeypatch.setattr(validation, "Evaluation", fail)
         console = Console(file=io.StringIO(), width=200)
-        result = run(options(pictures, tmp_path, **self.SETTINGS), console=console)
+        result = run(options(images, tmp_path, **self.SETTINGS), console=console)
         assert result.nimg == 32 and "metrics" not in lines_of(result)[-1]
         assert "Metrics at 0.016 kimg failed, and training goes on: out of memory" in console.file.getvalue()
 
-    def test_unknown_ones_are_refused_before_anything(self, pictures, tmp_path):
+    def test_unknown_ones_are_refused_before_anything(self, images, tmp_path):
         with pytest.raises(ConfigError, match="no metric is called fiid"):
-            prepare(options(pictures, tmp_path, metrics="fiid"))
+            prepare(options(images, tmp_path, metrics="fiid"))
         with pytest.raises(ConfigError, match="--metrics-num 5: has no effect without --metrics"):
-            prepare(options(pictures, tmp_path, metrics_num=5))
-        config = dataclasses.replace(options(pictures, tmp_path), metrics="none")
+            prepare(options(images, tmp_path, metrics_num=5))
+        config = dataclasses.replace(options(images, tmp_path), metrics="none")
         assert validation.names_of(config) == ()
 
-    def test_what_they_need_is_there_before_a_run_starts(self, pictures, tmp_path, monkeypatch):
+    def test_what_they_need_is_there_before_a_run_starts(self, images, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         for metric in ("fd-effnet", "random-fid", "ppl-effnet"):
-            validation.ensure_weights(options(pictures, tmp_path, metrics=metric), print)
+            validation.ensure_weights(options(images, tmp_path, metrics=metric), print)
         with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
-            validation.ensure_weights(options(pictures, tmp_path, metrics="random-fid,kid"), print)
-        mine = options(pictures, tmp_path, metrics="fid", metrics_inception="nowhere.pth")
+            validation.ensure_weights(options(images, tmp_path, metrics="random-fid,kid"), print)
+        mine = options(images, tmp_path, metrics="fid", metrics_inception="nowhere.pth")
         with pytest.raises(ConfigError, match=r"--inception nowhere\.pth: there is no such file"):
             validation.ensure_weights(mine, print)
 

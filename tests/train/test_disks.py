@@ -51,7 +51,7 @@ def whole_states(place):
     return [checkpointing.read_state(path)["nimg"] for path in checkpointing.states_of(run_dir)]
 
 
-def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk, monkeypatch):
+def test_a_full_disk_costs_saves_and_nothing_that_was_saved(images, disk, monkeypatch):
     place = disk(2000)
     filled = place / "of somebody else"
 
@@ -67,7 +67,7 @@ def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk, monk
 
     with monkeypatch.context() as patch:
         after_each_step(patch, fill)
-        said = said_by(options(pictures, place, kimg=0.064))
+        said = said_by(options(images, place, kimg=0.064))
     assert "0.032 kimg: not saved, and training continues: No space left" in said
     assert whole_states(place) == [16, 0]
     filled.unlink()
@@ -75,7 +75,7 @@ def test_a_full_disk_costs_saves_and_nothing_that_was_saved(pictures, disk, monk
     assert run(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir)), console=quiet()).nimg == 64
 
 
-def test_a_disk_that_turns_read_only(pictures, disk, monkeypatch):
+def test_a_disk_that_turns_read_only(images, disk, monkeypatch):
     place = disk(20_000)
 
     def freeze(state):
@@ -84,7 +84,7 @@ def test_a_disk_that_turns_read_only(pictures, disk, monkeypatch):
 
     with monkeypatch.context() as patch:
         after_each_step(patch, freeze)
-        said = said_by(options(pictures, place, kimg=0.064))
+        said = said_by(options(images, place, kimg=0.064))
     assert "0.032 kimg: not saved, and training continues" in said and "Read-only" in said
     assert whole_states(place) == [16, 0]
     (run_dir,) = (place / "runs").iterdir()

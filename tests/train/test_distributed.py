@@ -91,8 +91,8 @@ def assert_alike(a, b):
     assert torch.equal(a["random"]["torch"], b["random"]["torch"])
 
 
-def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(pictures, tmp_path):
-    alone = options(pictures, tmp_path, **SHARED, outdir=str(tmp_path / "one"))
+def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(images, tmp_path):
+    alone = options(images, tmp_path, **SHARED, outdir=str(tmp_path / "one"))
     run(alone, console=quiet())
     together = dataclasses.replace(alone, outdir=str(tmp_path / "two"))
     code, said = done(*words(together), "--gpus", 2)
@@ -112,7 +112,7 @@ def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(p
 
 @dataclasses.dataclass(frozen=True)
 class OneOfTwo(ProcessGroup):
-    """A first process whose other one has replaced five pictures."""
+    """A first process whose other one has replaced five images."""
 
     def all_reduce_total(self, value, what):
         return value + 5
@@ -126,8 +126,8 @@ class ReadOnly(ProcessGroup):
         return value
 
 
-def test_pictures_that_other_processes_replaced_count_and_are_counted_once(pictures, tmp_path):
-    prepared = prepare(options(pictures, tmp_path))
+def test_images_that_other_processes_replaced_count_and_are_counted_once(images, tmp_path):
+    prepared = prepare(options(images, tmp_path))
     plan = dataclasses.replace(prepared.plan, group=OneOfTwo())
     run_dir = start(dataclasses.replace(prepared, plan=plan), console=quiet()).run_dir
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
@@ -145,9 +145,9 @@ def test_pictures_that_other_processes_replaced_count_and_are_counted_once(pictu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_the_state_of_one_goes_on_in_two(family, pictures, tmp_path):
+def test_the_state_of_one_goes_on_in_two(family, images, tmp_path):
     for name in ("one", "two"):
-        run(options(pictures, tmp_path, family, **SHARED, outdir=str(tmp_path / name)), console=quiet())
+        run(options(images, tmp_path, family, **SHARED, outdir=str(tmp_path / name)), console=quiet())
     (first,), (second,) = (tmp_path / "one").iterdir(), (tmp_path / "two").iterdir()
     run(dataclasses.replace(TrainConfig(data=""), resume=str(first), kimg=0.024), console=quiet())
     code, said = done("--resume", second, "--kimg", 0.024, "--gpus", 2)
@@ -156,11 +156,11 @@ def test_the_state_of_one_goes_on_in_two(family, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_that_are_stopped_end_as_if_they_had_not_been(pictures, tmp_path):
+def test_two_that_are_stopped_end_as_if_they_had_not_been(images, tmp_path):
     """Bit for bit: two numbers have one sum in either order. Between two ticks, in all lazy intervals."""
     for name, kimg in (("whole", 0.048), ("stopped", 0.024)):
         changes = {"kimg": kimg, "tick": 0.016, "lr_warmup_kimg": 0.04, "outdir": str(tmp_path / name)}
-        config = options(pictures, tmp_path, **SHARED | changes)
+        config = options(images, tmp_path, **SHARED | changes)
         code, said = done(*words(config), "--gpus", 2)
         assert code == 0, said
     (run_dir,) = (tmp_path / "stopped").iterdir()
@@ -173,9 +173,9 @@ def test_two_that_are_stopped_end_as_if_they_had_not_been(pictures, tmp_path):
         assert {distance for distance, _ in distances(whole[part], stopped[part])} <= {0.0}, part
 
 
-def long_run(pictures, tmp_path, **environment):
+def long_run(images, tmp_path, **environment):
     """Two processes that have passed their first tick."""
-    config = options(pictures, tmp_path, **{**SHARED, "kimg": 100.0, "tick": 0.04})
+    config = options(images, tmp_path, **{**SHARED, "kimg": 100.0, "tick": 0.04})
     process = started(*words(config), "--gpus", 2, **environment)
     lines = []
     while not any("0.04 kimg" in line for line in lines):
@@ -200,8 +200,8 @@ def rank(number, launcher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 0)])
-def test_a_signal_reaches_all_and_everything_is_saved(name, code, pictures, tmp_path):
-    process = long_run(pictures, tmp_path)
+def test_a_signal_reaches_all_and_everything_is_saved(name, code, images, tmp_path):
+    process = long_run(images, tmp_path)
     process.send_signal(getattr(signal, name))
     said, _ = process.communicate(timeout=60)
     assert process.returncode == code and said.count("To resume: finetune train --resume") == 1
@@ -210,8 +210,8 @@ def test_a_signal_reaches_all_and_everything_is_saved(name, code, pictures, tmp_
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_takes_the_run_down_with_its_name(pictures, tmp_path):
-    process = long_run(pictures, tmp_path)
+def test_a_process_that_is_killed_takes_the_run_down_with_its_name(images, tmp_path):
+    process = long_run(images, tmp_path)
     os.kill(rank(1, process), signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in said
@@ -220,8 +220,8 @@ def test_a_process_that_is_killed_takes_the_run_down_with_its_name(pictures, tmp
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_waited_for_no_longer_than_said(pictures, tmp_path):
-    process = long_run(pictures, tmp_path, FINETUNE_TIMEOUT_MIN="0.1")
+def test_a_process_that_hangs_is_waited_for_no_longer_than_said(images, tmp_path):
+    process = long_run(images, tmp_path, FINETUNE_TIMEOUT_MIN="0.1")
     os.kill(rank(1, process), signal.SIGSTOP)
     since = time.monotonic()
     said, _ = process.communicate(timeout=90)
@@ -317,11 +317,11 @@ def test_a_batch_that_all_processes_can_share(world, batch, part):
 
 
 @pytest.mark.slow
-def test_metrics_are_those_of_one_process(pictures, tmp_path):
+def test_metrics_are_those_of_one_process(images, tmp_path):
     metrics = dict(metrics="random-fid", metrics_num=16, metrics_kimg=0.008)
     lines = {}
     for name, more in (("one", ()), ("two", ("--gpus", 2))):
-        config = options(pictures, tmp_path, **SHARED, **metrics, outdir=str(tmp_path / name))
+        config = options(images, tmp_path, **SHARED, **metrics, outdir=str(tmp_path / name))
         code, said = done(*words(config), *more, FINETUNE_CACHE=str(tmp_path / "cache"))
         assert code == 0, said
         (log,) = (tmp_path / name).glob("*/log.jsonl")

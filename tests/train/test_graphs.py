@@ -87,11 +87,11 @@ class Replays(Graphs):
     ],
     ids=["stylegan2", "stylegan3-t"],
 )
-def test_steps_made_for_graphs_compute_the_same(pictures, tmp_path, changes):
+def test_steps_made_for_graphs_compute_the_same(images, tmp_path, changes):
     """Static inputs, kept gradients and averages on the device change no bit."""
     states = []
     for graphs in (Graphs(), replays := Replays()):
-        prepared = prepare(options(pictures, tmp_path, **changes))
+        prepared = prepare(options(images, tmp_path, **changes))
         states.append(train_steps(prepared, 9, dataclasses.replace(prepared.plan, graphs=graphs)))
     assert replays.num_replays > 30
     for name in ("G", "D", "G_ema", "teacher"):
@@ -102,13 +102,13 @@ def test_steps_made_for_graphs_compute_the_same(pictures, tmp_path, changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
-def test_graphs_lose_as_plain_steps_do(pictures, tmp_path, family):
+def test_graphs_lose_as_plain_steps_do(images, tmp_path, family):
     """Rounding grows step by step, so that the losses of a few steps are compared."""
     changes = dict(family=family, device="cuda", aug="fixed", p=0.3, sd_weight="auto:1", kimg=0.08)
-    changes |= dict(resolution=32, data=str(pictures(32)))
+    changes |= dict(resolution=32, data=str(images(32)))
     logs = []
     for graphs in ("off", "auto"):
-        result = run(options(pictures, tmp_path, graphs=graphs, **changes), console=quiet())
+        result = run(options(images, tmp_path, graphs=graphs, **changes), console=quiet())
         lines = (result.run_dir / "log.jsonl").read_text().splitlines()
         logs.append([json.loads(line) for line in lines])
     for plain, graphed in zip(*logs, strict=True):

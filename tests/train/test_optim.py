@@ -9,28 +9,28 @@ from finetune.train import prepare, run
 from finetune.train.optim import LearningRate, load_adam, set_learning_rate
 
 
-def test_the_share_of_the_rate_is_a_straight_line_up_to_one(pictures, tmp_path):
-    plan = prepare(options(pictures, tmp_path, lr_warmup_kimg=0.016)).plan  # batch 4: over 4 steps
+def test_the_share_of_the_rate_is_a_straight_line_up_to_one(images, tmp_path):
+    plan = prepare(options(images, tmp_path, lr_warmup_kimg=0.016)).plan  # batch 4: over 4 steps
     assert [plan.rate_D.warmup(nimg) for nimg in (0, 4, 8, 12, 16, 400)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    none = prepare(options(pictures, tmp_path, lr_warmup_kimg=0)).plan
+    none = prepare(options(images, tmp_path, lr_warmup_kimg=0)).plan
     assert none.rate_G.warmup(0) == none.rate_D.warmup(0) == 1
 
 
-def test_a_generator_that_waits_for_a_new_discriminator_begins_when_it_begins(pictures, tmp_path):
-    parent = run(options(pictures, tmp_path), console=quiet())
+def test_a_generator_that_waits_for_a_new_discriminator_begins_when_it_begins(images, tmp_path):
+    parent = run(options(images, tmp_path), console=quiet())
     changes = dict(resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, lr_warmup_kimg=0.016)
-    plan = prepare(options(pictures, tmp_path, **changes)).plan
+    plan = prepare(options(images, tmp_path, **changes)).plan
     assert [plan.rate_D.warmup(nimg) for nimg in (0, 8, 12)] == [0.25, 0.75, 1]
     assert [plan.rate_G.warmup(nimg) for nimg in (8, 16, 20)] == [0.25, 0.75, 1]
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_the_first_step_is_that_share_of_a_whole_one(family, pictures, tmp_path):
+def test_the_first_step_is_that_share_of_a_whole_one(family, images, tmp_path):
     """Adam's first step is the rate times the sign of the gradient, so that it shows the rate."""
     largest = {}
     for kimg in (0.0, 0.016):
         # Plain, no path length and no R1: one step of Adam each.
-        prepared = prepare(options(pictures, tmp_path, family, lr_warmup_kimg=kimg, sd_weight=0, aug="noaug"))
+        prepared = prepare(options(images, tmp_path, family, lr_warmup_kimg=kimg, sd_weight=0, aug="noaug"))
         state = prepared.state
         before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("G", "D")}
         plan = prepared.plan
@@ -76,17 +76,17 @@ def test_the_rate_is_a_function_of_images_and_rollbacks():
         ({"recipe": "adapt", "lr_warmup_kimg": 0.2}, 0.2),
     ],
 )
-def test_its_default_follows_the_batch_and_the_length(changes, value, pictures, tmp_path):
+def test_its_default_follows_the_batch_and_the_length(changes, value, images, tmp_path):
     assert WARMUP_STEPS == 100
-    parent = run(options(pictures, tmp_path), console=quiet())
+    parent = run(options(images, tmp_path), console=quiet())
     settings = {"resume": str(parent.snapshot), "kimg": 10.0, "batch": 4, **changes}
-    prepared = prepare(options(pictures, tmp_path, **settings))
+    prepared = prepare(options(images, tmp_path, **settings))
     assert prepared.config.lr_warmup_kimg == value == prepared.plan.rate_G.warmup_nimg / 1000
     assert any(reason.name == "lr_warmup_kimg" for reason in prepared.reasons)
 
 
-def test_from_scratch_there_is_none(pictures, tmp_path):
-    assert prepare(options(pictures, tmp_path)).config.lr_warmup_kimg == 0
+def test_from_scratch_there_is_none(images, tmp_path):
+    assert prepare(options(images, tmp_path)).config.lr_warmup_kimg == 0
 
 
 def test_load_adam_takes_moments_from_another_device():

@@ -14,8 +14,8 @@ from finetune.train import prepare
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_gradient_that_overflows_moves_no_weight(pictures, tmp_path, bad):
-    prepared = prepare(options(pictures, tmp_path))
+def test_a_gradient_that_overflows_moves_no_weight(images, tmp_path, bad):
+    prepared = prepare(options(images, tmp_path))
     state, before, is_spoilt = prepared.state, {}, [False]
     img = torch.randint(0, 256, [4, 3, 16, 16], dtype=torch.uint8)
     weight = state.D.b4.out.weight.requires_grad_(True)  # which the loop switches on and off
@@ -38,12 +38,12 @@ def test_a_gradient_that_overflows_moves_no_weight(pictures, tmp_path, bad):
     assert numbers["overflow_D"] == pytest.approx(1 / 5) and numbers["overflow_G"] == 0
 
 
-def test_float16_layers_alone_may_overflow(pictures, tmp_path):
-    assert not prepare(options(pictures, tmp_path)).plan.skip_overflow
+def test_float16_layers_alone_may_overflow(images, tmp_path):
+    assert not prepare(options(images, tmp_path)).plan.skip_overflow
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_float16_layers_may_overflow_on_cuda(precision, pictures, tmp_path):
-    prepared = prepare(options(pictures, tmp_path, device="cuda", precision=precision))
+def test_float16_layers_may_overflow_on_cuda(precision, images, tmp_path):
+    prepared = prepare(options(images, tmp_path, device="cuda", precision=precision))
     assert prepared.plan.skip_overflow == (precision == "auto")

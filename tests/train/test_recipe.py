@@ -28,7 +28,7 @@ def no_labels(count):
 
 
 def parts_of_run(family, checkpoint=None, **changes):
-    """State and plan of a small run, from scratch or from a checkpoint, without any pictures."""
+    """State and plan of a small run, from scratch or from a checkpoint, without any images."""
     start = {"resume": "a.pkl"} if checkpoint else {"scratch": family, **SIZE}
     config = TrainConfig(data="x", **({"batch": 8, "sd_weight": 0.0, **start} | changes))
     facts = Facts(family, 32 if checkpoint else 16, 3, 0, 100, "cpu", 2, from_scratch=checkpoint is None)

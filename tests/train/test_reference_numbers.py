@@ -101,9 +101,9 @@ def numbers(run_dir):
 
 
 @pytest.mark.parametrize("family", ["stylegan2-ada", "stylegan3-t", "stylegan3-r"])
-def test_training_gives_the_recorded_numbers(family, golden_dir, pictures, tmp_path):
+def test_training_gives_the_recorded_numbers(family, golden_dir, images, tmp_path):
     resume = str(golden_dir / f"{family}-32.pkl")
-    config = options(pictures, tmp_path, **SETTINGS, resume=resume, data=str(pictures(32, 3)))
+    config = options(images, tmp_path, **SETTINGS, resume=resume, data=str(images(32, 3)))
     found = numbers(run(config, console=quiet()).run_dir)
     assert found.keys() == RECORDED[family].keys()
     for name, value in RECORDED[family].items():

@@ -30,12 +30,12 @@ def resume(golden_dir, name, **changes):
         ("stylegan2-64-cond", {"classes": "keep"}, 3, "classes 5 → 3"),
         ("stylegan2-64-cond", {"classes": "fresh"}, 5, "fresh classes"),
         ("stylegan2-ada-32", {"channels": 4}, 0, "channels 3 → 4"),
-        ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made anew"),
+        ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made"),
     ],
 )
-def test_it_trains_and_says_what_was_done(name, changes, num_labels, words, golden_dir, pictures, tmp_path):
-    data = str(pictures(16, num_labels)) if num_labels else str(pictures(16))
-    config = options(pictures, tmp_path, kimg=0.008, **{"data": data, **resume(golden_dir, name, **changes)})
+def test_it_trains_and_says_what_was_done(name, changes, num_labels, words, golden_dir, images, tmp_path):
+    data = str(images(16, num_labels)) if num_labels else str(images(16))
+    config = options(images, tmp_path, kimg=0.008, **{"data": data, **resume(golden_dir, name, **changes)})
     console = quiet()
     prepared = prepare(config)
     show(prepared, console)
@@ -51,10 +51,10 @@ def test_it_trains_and_says_what_was_done(name, changes, num_labels, words, gold
     assert img.shape == (2, G.img_channels, G.img_resolution, G.img_resolution) and img.isfinite().all()
 
 
-def test_a_new_discriminator_learns_alone_first(pictures, tmp_path):
-    parent = run(options(pictures, tmp_path), console=quiet())
+def test_a_new_discriminator_learns_alone_first(images, tmp_path):
+    parent = run(options(images, tmp_path), console=quiet())
     prepared = prepare(
-        options(pictures, tmp_path, resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, aug="noaug")
+        options(images, tmp_path, resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, aug="noaug")
     )
     assert {reason.name for reason in prepared.reasons} >= {"new_d", "d_warmup_kimg"}
     before = {key: weights(getattr(prepared.state, key)) for key in ("G", "D", "G_ema")}
@@ -67,19 +67,19 @@ def test_a_new_discriminator_learns_alone_first(pictures, tmp_path):
     assert moved(before["G"], state.G) - buffers and moved(before["G_ema"], state.G_ema)
 
 
-def test_a_generator_alone_needs_new_d(golden_dir, pictures, tmp_path):
+def test_a_generator_alone_needs_new_d(golden_dir, images, tmp_path):
     checkpoint = finetune.load(golden_dir / "stylegan2-32.pkl")
     alone = tmp_path / "alone.pkl"
     save_stylegan_pickle(alone, G=None, D=None, G_ema=checkpoint.G_ema)
-    config = options(pictures, tmp_path, resume=str(alone), fit="stretch")
+    config = options(images, tmp_path, resume=str(alone), fit="stretch")
     with pytest.raises(ConfigError, match=r"(?s)no discriminator D.*--new-d"):
         prepare(config)
     assert prepare(dataclasses.replace(config, new_d=True)).state.D.img_resolution == 32
 
 
-def test_a_run_after_surgery_is_a_checkpoint_like_any_other(golden_dir, pictures, tmp_path):
+def test_a_run_after_surgery_is_a_checkpoint_like_any_other(golden_dir, images, tmp_path):
     changes = resume(golden_dir, "stylegan2-64-cond", cond=False, resolution=32, channels=1)
-    result = run(options(pictures, tmp_path, kimg=0.008, **changes), console=quiet())
+    result = run(options(images, tmp_path, kimg=0.008, **changes), console=quiet())
     G = finetune.load(result.snapshot).G_ema
     assert (G.c_dim, G.img_resolution, G.img_channels) == (0, 32, 1)
 
@@ -92,9 +92,9 @@ def test_a_run_after_surgery_is_a_checkpoint_like_any_other(golden_dir, pictures
         ({"new_d": True, "freezed": 2}, "--freezed 2: would freeze random layers with --new-d"),
     ],
 )
-def test_contradictions_are_refused(changes, words, golden_dir, pictures, tmp_path):
+def test_contradictions_are_refused(changes, words, golden_dir, images, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        prepare(options(pictures, tmp_path, **resume(golden_dir, "stylegan2-32", **changes)))
+        prepare(options(images, tmp_path, **resume(golden_dir, "stylegan2-32", **changes)))
 
 
 def test_surgery_shares_what_it_draws_between_g_and_its_average(golden_dir):

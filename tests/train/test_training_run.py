@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_leaves_everything_behind(family, pictures, tmp_path):
-    config = options(pictures, tmp_path, family, aug="fixed", p=0.5, desc="first try")
+def test_a_run_leaves_everything_behind(family, images, tmp_path):
+    config = options(images, tmp_path, family, aug="fixed", p=0.5, desc="first try")
     result = run(config, console=quiet())
 
     names = {path.name for path in result.run_dir.iterdir()}
@@ -68,8 +68,8 @@ def test_a_run_leaves_everything_behind(family, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_networks_move_and_the_average_follows(family, pictures, tmp_path):
-    prepared = prepare(options(pictures, tmp_path, family, ema_kimg=0.004))
+def test_networks_move_and_the_average_follows(family, images, tmp_path):
+    prepared = prepare(options(images, tmp_path, family, ema_kimg=0.004))
     state = prepared.state
     before = {name: weights(getattr(state, name)) for name in ("G", "D", "G_ema")}
     train_steps(prepared, 5)
@@ -88,11 +88,11 @@ def test_networks_move_and_the_average_follows(family, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("family, weight", [("stylegan2", 0.0), ("stylegan2", 1e-35), ("stylegan3-t", 1e-35)])
-def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, pictures, tmp_path):
+def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, images, tmp_path):
     """A distillation that pulls with no (or vanishing) force changes no weight: it draws no random number."""
-    plain = prepare(options(pictures, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
+    plain = prepare(options(images, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
     assert plain.plan.distillation is None
-    distilled = prepare(options(pictures, tmp_path, family, aug="fixed", p=0.3))
+    distilled = prepare(options(images, tmp_path, family, aug="fixed", p=0.3))
     config = dataclasses.replace(distilled.config, sd_weight=weight)
     arguments = config, distilled.facts, mean_squared, distilled.plan.labels, CPU
     plan = build_plan(*arguments)
@@ -104,26 +104,26 @@ def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, pictures, t
         assert moved(expected, getattr(distilled.state, name)) == set()
 
 
-def test_distillation_changes_the_outcome(pictures, tmp_path):
-    plain = train_steps(prepare(options(pictures, tmp_path, sd_weight=0.0)), 3)
-    distilled = train_steps(prepare(options(pictures, tmp_path, sd_weight=10.0)), 3)
+def test_distillation_changes_the_outcome(images, tmp_path):
+    plain = train_steps(prepare(options(images, tmp_path, sd_weight=0.0)), 3)
+    distilled = train_steps(prepare(options(images, tmp_path, sd_weight=10.0)), 3)
     assert moved(weights(plain.G), distilled.G)
 
 
-def test_a_run_repeats_itself(pictures, tmp_path):
-    first, second = (run(options(pictures, tmp_path, seed=7), console=quiet()) for _ in range(2))
+def test_a_run_repeats_itself(images, tmp_path):
+    first, second = (run(options(images, tmp_path, seed=7), console=quiet()) for _ in range(2))
     assert (first.run_dir.name[:5], second.run_dir.name[:5]) == ("00000", "00001")
     a, b = finetune.load(first.snapshot), finetune.load(second.snapshot)
     for name in ("G", "D", "G_ema"):
         assert moved(weights(getattr(a, name)), getattr(b, name)) == set()
 
 
-def test_resuming_starts_from_the_weights_and_says_so(pictures, tmp_path):
-    parent = run(options(pictures, tmp_path), console=quiet())
+def test_resuming_starts_from_the_weights_and_says_so(images, tmp_path):
+    parent = run(options(images, tmp_path), console=quiet())
     checkpoint = finetune.load(parent.snapshot)
     console = quiet()
     config = options(
-        pictures,
+        images,
         tmp_path,
         resume=str(parent.snapshot),
         freezed=2,
@@ -136,7 +136,7 @@ def test_resuming_starts_from_the_weights_and_says_so(pictures, tmp_path):
         assert moved(weights(getattr(checkpoint, name)), getattr(prepared.state, name)) == set()
     result = run(config, console=console)
     text = console.file.getvalue()
-    assert "Loaded weights only" in text and "24 pictures" not in text and "12 pictures" in text
+    assert "Loaded weights only" in text and "24 images" not in text and "12 images" in text
     assert "--gamma" in text and "set by hand" in text
     child = finetune.load(result.snapshot)
     changed = moved(weights(checkpoint.D), child.D)
@@ -146,44 +146,39 @@ def test_resuming_starts_from_the_weights_and_says_so(pictures, tmp_path):
     assert child.augment_pipe is None
 
 
-def test_what_pictures_and_checkpoint_do_not_share_is_said_with_the_option_that_changes_it(
-    pictures, tmp_path
-):
-    snapshot = str(run(options(pictures, tmp_path), console=quiet()).snapshot)
-    assert prepare(options(pictures, tmp_path, resume=snapshot)).notes == []
-    labelled = options(pictures, tmp_path, resume=snapshot, data=str(pictures(16, 3)))
-    (note,) = prepare(labelled).notes
+def test_what_images_and_checkpoint_do_not_share_is_said_with_the_option_that_changes_it(images, tmp_path):
+    snapshot = str(run(options(images, tmp_path), console=quiet()).snapshot)
+    assert prepare(options(images, tmp_path, resume=snapshot)).notes == []
+    labeled = options(images, tmp_path, resume=snapshot, data=str(images(16, 3)))
+    (note,) = prepare(labeled).notes
     assert "have labels and the checkpoint has no classes" in note and "--cond" in note
-    assert prepare(dataclasses.replace(labelled, cond=False)).notes == []
-    gray = str(run(options(pictures, tmp_path, channels=1), console=quiet()).snapshot)
-    assert (
-        "12 pictures have colours and become gray"
-        in prepare(options(pictures, tmp_path, resume=gray)).notes[0]
-    )
+    assert prepare(dataclasses.replace(labeled, cond=False)).notes == []
+    gray = str(run(options(images, tmp_path, channels=1), console=quiet()).snapshot)
+    assert "12 images have colors and become gray" in prepare(options(images, tmp_path, resume=gray)).notes[0]
 
 
-def test_a_frozen_discriminator_thaws(pictures, tmp_path):
-    frozen = run(options(pictures, tmp_path, sd_weight=0.0), console=quiet())
-    frozen = run(options(pictures, tmp_path, resume=str(frozen.snapshot), freezed=3), console=quiet())
-    prepared = prepare(options(pictures, tmp_path, resume=str(frozen.snapshot), freezed=0))
+def test_a_frozen_discriminator_thaws(images, tmp_path):
+    frozen = run(options(images, tmp_path, sd_weight=0.0), console=quiet())
+    frozen = run(options(images, tmp_path, resume=str(frozen.snapshot), freezed=3), console=quiet())
+    prepared = prepare(options(images, tmp_path, resume=str(frozen.snapshot), freezed=0))
     before = weights(prepared.state.D)
     train_steps(prepared, 2)
     assert "b16.fromrgb.weight" in moved(before, prepared.state.D)
 
 
-def test_the_initial_teacher_stays_as_it_was(pictures, tmp_path):
-    parent = run(options(pictures, tmp_path), console=quiet())
-    prepared = prepare(options(pictures, tmp_path, resume=str(parent.snapshot), sd_teacher="initial"))
+def test_the_initial_teacher_stays_as_it_was(images, tmp_path):
+    parent = run(options(images, tmp_path), console=quiet())
+    prepared = prepare(options(images, tmp_path, resume=str(parent.snapshot), sd_teacher="initial"))
     teacher = prepared.state.teacher
     before = weights(teacher)
     train_steps(prepared, 3)
     assert moved(before, teacher) == set() and moved(before, prepared.state.G_ema)
 
 
-def test_a_teacher_of_its_own_follows_at_its_own_pace(pictures, tmp_path):
-    state = prepare(options(pictures, tmp_path)).state
+def test_a_teacher_of_its_own_follows_at_its_own_pace(images, tmp_path):
+    state = prepare(options(images, tmp_path)).state
     assert state.teacher is state.G_ema
-    prepared = prepare(options(pictures, tmp_path, ema_kimg=0.01, sd_teacher_kimg=1.0))
+    prepared = prepare(options(images, tmp_path, ema_kimg=0.01, sd_teacher_kimg=1.0))
     state = train_steps(prepared, 3, dataclasses.replace(prepared.plan, ema_rampup=None))
     gaps = [
         sum(float((p - q).norm()) for p, q in zip(average.parameters(), state.G.parameters()))
@@ -193,33 +188,33 @@ def test_a_teacher_of_its_own_follows_at_its_own_pace(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["stylegan2-ada-32", "stylegan2-tf-32", "stylegan3-t-32", "stylegan3-r-32"])
-def test_public_checkpoints_train(name, golden_dir, pictures, tmp_path):
-    changes = {"data": str(pictures(32)), "resume": str(golden_dir / f"{name}.pkl"), "fit": "stretch"}
+def test_public_checkpoints_train(name, golden_dir, images, tmp_path):
+    changes = {"data": str(images(32)), "resume": str(golden_dir / f"{name}.pkl"), "fit": "stretch"}
     c_dim = finetune.load(golden_dir / f"{name}.pkl").best.c_dim
     if c_dim:
-        changes["data"] = str(pictures(32, c_dim))
-    prepared = prepare(options(pictures, tmp_path, kimg=0.004, batch=2, **changes))
+        changes["data"] = str(images(32, c_dim))
+    prepared = prepare(options(images, tmp_path, kimg=0.004, batch=2, **changes))
     before = {key: weights(getattr(prepared.state, key)) for key in ("G", "D", "G_ema")}
     train_steps(prepared, 2)
     for key, values in before.items():
         assert moved(values, getattr(prepared.state, key)), key
 
 
-def test_conditional_training(pictures, tmp_path):
-    config = options(pictures, tmp_path, data=str(pictures(16, 3)), cond=True)
+def test_conditional_training(images, tmp_path):
+    config = options(images, tmp_path, data=str(images(16, 3)), cond=True)
     result = run(config, console=quiet())
     G = finetune.load(result.snapshot).G_ema
     assert G.c_dim == 3
     ways_out = "(?s)3 classes.*--classes.*--no-cond"
     with pytest.raises(DataError, match=ways_out):
-        prepare(options(pictures, tmp_path, resume=str(result.snapshot)))  # pictures without labels
+        prepare(options(images, tmp_path, resume=str(result.snapshot)))  # images without labels
     with pytest.raises(DataError, match=ways_out):
-        prepare(options(pictures, tmp_path, resume=str(result.snapshot), data=str(pictures(16, 4))))
+        prepare(options(images, tmp_path, resume=str(result.snapshot), data=str(images(16, 4))))
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_accumulated_parts_make_the_gradient_of_the_batch(parts, pictures, tmp_path):
-    prepared = prepare(options(pictures, tmp_path, sd_weight=0.0, aug="noaug"))
+def test_accumulated_parts_make_the_gradient_of_the_batch(parts, images, tmp_path):
+    prepared = prepare(options(images, tmp_path, sd_weight=0.0, aug="noaug"))
     plan = dataclasses.replace(prepared.plan, batch_gpu=4 // parts, gamma=2.0)
     critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 1), torch.nn.Softplus())
     critic = critic.requires_grad_(False)
@@ -251,23 +246,23 @@ class _Critic(torch.nn.Module):
         return self.layers(img)
 
 
-def test_a_terminal_shows_a_bar_with_rate_time_left_and_losses(pictures, tmp_path):
+def test_a_terminal_shows_a_bar_with_rate_time_left_and_losses(images, tmp_path):
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
-    run(options(pictures, tmp_path), console=console)
+    run(options(images, tmp_path), console=console)
     last = [line for line in console.file.getvalue().splitlines() if "0.03/0.032 kimg" in line][-1]
     assert all(words in last for words in ("img/s", "0:00 left", "G ", "D ", "SD ", "p 0.0"))
 
 
-def test_ctrl_c_finishes_the_step_and_saves(pictures, tmp_path, monkeypatch):
+def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path, monkeypatch):
     after_each_line(monkeypatch, lambda state, numbers: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        run(options(pictures, tmp_path, kimg=10, snap=100), console=quiet())
+        run(options(images, tmp_path, kimg=10, snap=100), console=quiet())
     (snapshot,) = (tmp_path / "runs").glob("*/network-snapshot-*.pkl")
     assert finetune.load(snapshot).provenance.nimg == 16
 
 
-def test_divergence_ends_the_run_and_spares_the_snapshot(pictures, tmp_path, monkeypatch):
-    config = options(pictures, tmp_path, kimg=1, tick=0.008, snap=1, glr=1e-4, dlr=1e-4)
+def test_divergence_ends_the_run_and_spares_the_snapshot(images, tmp_path, monkeypatch):
+    config = options(images, tmp_path, kimg=1, tick=0.008, snap=1, glr=1e-4, dlr=1e-4)
 
     def poison(state):
         if state.nimg >= 20:
@@ -283,44 +278,44 @@ def test_divergence_ends_the_run_and_spares_the_snapshot(pictures, tmp_path, mon
         assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
 
 
-def test_a_snapshot_of_broken_weights_is_not_written(pictures, tmp_path, monkeypatch):
+def test_a_snapshot_of_broken_weights_is_not_written(images, tmp_path, monkeypatch):
     def poison(state, numbers):
         state.G_ema.mapping.fc0.weight.fill_(float("inf"))
 
     after_each_line(monkeypatch, poison)
 
-    config = options(pictures, tmp_path, kimg=0.016, tick=0.016, sd_weight=0.0)
+    config = options(images, tmp_path, kimg=0.016, tick=0.016, sd_weight=0.0)
     with pytest.raises(TrainingError, match="G_ema has weights that are not finite"):
         run(config, console=quiet())
     assert not list((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
 
 
-def test_a_run_folder_without_a_state_is_not_continued_and_its_snapshot_is_named(pictures, tmp_path):
-    result = run(options(pictures, tmp_path), console=quiet())
+def test_a_run_folder_without_a_state_is_not_continued_and_its_snapshot_is_named(images, tmp_path):
+    result = run(options(images, tmp_path), console=quiet())
     for path in result.run_dir.glob("training-state-*"):
         path.unlink()
     with pytest.raises(ConfigError, match=result.snapshot.name):
-        prepare(options(pictures, tmp_path, resume=str(result.run_dir)))
+        prepare(options(images, tmp_path, resume=str(result.run_dir)))
 
 
-def test_a_checkpoint_without_discriminator_is_refused(pictures, tmp_path):
+def test_a_checkpoint_without_discriminator_is_refused(images, tmp_path):
     from finetune.export.stylegan_pickle import save_stylegan_pickle
 
-    prepared = prepare(options(pictures, tmp_path))
+    prepared = prepare(options(images, tmp_path))
     path = tmp_path / "generator.pkl"
     save_stylegan_pickle(path, G=None, D=None, G_ema=prepared.state.G_ema, provenance={})
     with pytest.raises(ConfigError, match="holds G_ema but no discriminator"):
-        prepare(options(pictures, tmp_path, resume=str(path)))
+        prepare(options(images, tmp_path, resume=str(path)))
 
 
-def test_a_missing_generator_is_the_other_one(pictures, tmp_path):
+def test_a_missing_generator_is_the_other_one(images, tmp_path):
     from finetune.export.stylegan_pickle import save_stylegan_pickle
 
-    state = prepare(options(pictures, tmp_path)).state
+    state = prepare(options(images, tmp_path)).state
     path = tmp_path / "pair.pkl"
     save_stylegan_pickle(path, G=None, D=state.D, G_ema=state.G_ema, provenance={})
     console = quiet()
-    config = options(pictures, tmp_path, resume=str(path), kimg=0.004)
+    config = options(images, tmp_path, resume=str(path), kimg=0.004)
     assert moved(weights(state.G_ema), prepare(config).state.G) == set()
     run(config, console=console)
     assert "has no G" in console.file.getvalue()
@@ -333,51 +328,51 @@ def test_a_missing_generator_is_the_other_one(pictures, tmp_path):
         ({"precision": "tf32"}, ConfigError, "--precision tf32: this needs CUDA"),
         ({"sd_backbone": "lpips-vgg"}, WeightsMissing, "vgg16-397923af.pth"),
         ({"data": "nowhere"}, DataError, "nowhere"),
-        ({"labels": "folders"}, DataError, "no picture is in a folder"),
+        ({"labels": "folders"}, DataError, "no image is in a folder"),
         ({"kimg": -1.0}, ConfigError, "--kimg"),
         ({"device": "tpu"}, ConfigError, "--device"),
         ({"batch": 6, "batch_gpu": 6}, ConfigError, "--batch-gpu 6: .* groups of 4; use a multiple of 4"),
     ],
 )
-def test_nothing_is_written_before_everything_fits(changes, error, words, pictures, tmp_path, monkeypatch):
+def test_nothing_is_written_before_everything_fits(changes, error, words, images, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(error, match=words):
-        run(options(pictures, tmp_path, **changes), console=quiet())
+        run(options(images, tmp_path, **changes), console=quiet())
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_many_frozen_layers(pictures, tmp_path):
-    parent = run(options(pictures, tmp_path, kimg=0.004), console=quiet())
+def test_too_many_frozen_layers(images, tmp_path):
+    parent = run(options(images, tmp_path, kimg=0.004), console=quiet())
     with pytest.raises(ConfigError, match="--freezed 99: this discriminator has 7 layers"):
-        prepare(options(pictures, tmp_path, resume=str(parent.snapshot), freezed=99))
+        prepare(options(images, tmp_path, resume=str(parent.snapshot), freezed=99))
 
 
-def test_a_batch_that_groups_do_not_fill_trains_in_smaller_parts(pictures, tmp_path):
-    prepared = prepare(options(pictures, tmp_path, batch=6))
+def test_a_batch_that_groups_do_not_fill_trains_in_smaller_parts(images, tmp_path):
+    prepared = prepare(options(images, tmp_path, batch=6))
     assert prepared.plan.batch_gpu == 3
     train_steps(prepared, 1)
 
 
-def test_the_groups_of_a_checkpoint_count(golden_dir, pictures, tmp_path):
+def test_the_groups_of_a_checkpoint_count(golden_dir, images, tmp_path):
     resume = str(golden_dir / "stylegan2-32.pkl")
     D = finetune.load(resume).D
-    config = options(pictures, tmp_path, resume=resume, data=str(pictures(32, D.c_dim)))
+    config = options(images, tmp_path, resume=resume, data=str(images(32, D.c_dim)))
     assert prepare(config).facts.group_size == D.b4.mbstd.group_size
 
 
-def test_an_outdir_that_cannot_be_used_is_found_before_training(pictures, tmp_path, monkeypatch):
+def test_an_outdir_that_cannot_be_used_is_found_before_training(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     for outdir in ("file", "file/runs"):
         with pytest.raises(ConfigError, match="file is a file, not a folder"):
-            prepare(options(pictures, tmp_path, outdir=str(tmp_path / outdir)))
+            prepare(options(images, tmp_path, outdir=str(tmp_path / outdir)))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ConfigError, match=f"nothing can be written to {tmp_path}"):
-        prepare(options(pictures, tmp_path))
+        prepare(options(images, tmp_path))
 
 
-def test_snapshots_that_do_not_fit_are_found_before_training(pictures, tmp_path, monkeypatch):
-    config = options(pictures, tmp_path)
+def test_snapshots_that_do_not_fit_are_found_before_training(images, tmp_path, monkeypatch):
+    config = options(images, tmp_path)
     state = prepare(config).state
     tensors = [t for net in (state.G, state.D, state.G_ema) for t in net.state_dict().values()]
     needed = 2 * sum(tensor.nbytes for tensor in tensors)  # at 16 and 32 images
@@ -391,29 +386,29 @@ def test_snapshots_that_do_not_fit_are_found_before_training(pictures, tmp_path,
             prepare(config)
 
 
-def test_images_that_are_fitted_are_mentioned(pictures, tmp_path):
+def test_images_that_are_fitted_are_mentioned(images, tmp_path):
     console = quiet()
-    run(options(pictures, tmp_path, resolution=32, kimg=0.004), console=console)
-    assert "12 pictures of other sizes are center-cropped and resized to 32×32;" in console.file.getvalue()
-    prepared = prepare(options(pictures, tmp_path, resolution=64, fit="stretch"))
-    assert prepared.notes[1] == "12 pictures are enlarged more than 2×, and will look blurred."
+    run(options(images, tmp_path, resolution=32, kimg=0.004), console=console)
+    assert "12 images of other sizes are center-cropped and resized to 32×32;" in console.file.getvalue()
+    prepared = prepare(options(images, tmp_path, resolution=64, fit="stretch"))
+    assert prepared.notes[1] == "12 images are enlarged more than 2×, and will look blurred."
 
 
-def test_a_folder_without_snapshots_is_no_run(pictures, tmp_path):
+def test_a_folder_without_snapshots_is_no_run(images, tmp_path):
     with pytest.raises(ConfigError, match="a folder without snapshots"):
-        prepare(options(pictures, tmp_path, resume=str(tmp_path)))
+        prepare(options(images, tmp_path, resume=str(tmp_path)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_on_cuda(family, precision, pictures, tmp_path):
-    result = run(options(pictures, tmp_path, family, device="cuda", precision=precision), console=quiet())
+def test_a_run_on_cuda(family, precision, images, tmp_path):
+    result = run(options(images, tmp_path, family, device="cuda", precision=precision), console=quiet())
     assert finetune.load(result.snapshot).missing == []
 
 
-def test_a_snapshot_of_other_weights_is_never_written_over(pictures, tmp_path):
-    prepared = prepare(options(pictures, tmp_path, kimg=100, tick=1, snap=1))
+def test_a_snapshot_of_other_weights_is_never_written_over(images, tmp_path):
+    prepared = prepare(options(images, tmp_path, kimg=100, tick=1, snap=1))
     folder = RunDir(
         tmp_path, prepared.config, prepared.image_set, source=None, chunk=4, device=torch.device("cpu")
     )

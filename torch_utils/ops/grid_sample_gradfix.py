@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Sample images bilinearly at normalised positions; zero outside, pixel edges at -1 and 1.
+    """Sample images bilinearly at normalized positions; zero outside, pixel edges at -1 and 1.
 
     input: `[N, C, H, W]`. grid: `[N, H', W', 2]` in the dtype of `input`, (x, y) in [-1, 1] where the image
     is. Equals `torch.nn.functional.grid_sample(..., mode='bilinear', padding_mode='zeros',

@@ -1,4 +1,4 @@
-"""CUDA binaries, one for each specialisation, by NVRTC or by nvcc from the same sources and macros."""
+"""CUDA binaries, one for each specialization, by NVRTC or by nvcc from the same sources and macros."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def find(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES)
 
 
 def key(plan: LaunchPlan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
-    """The key of a specialisation: everything the compiler reads."""
+    """The key of a specialization: everything the compiler reads."""
     said = _own_texts() if sources == SOURCES else _texts(sources)
     return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, said])
 
 
 def nvrtc(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
-    """Compile one specialisation with NVRTC, which needs no toolkit and no compiler on the machine.
+    """Compile one specialization with NVRTC, which needs no toolkit and no compiler on the machine.
 
     Raises NativeUnavailable: cuda-core or NVRTC is missing, or what the compiler says.
     """

@@ -11,7 +11,7 @@
 #define ROW_PITCH UP_TO(QUAD, TILE_W)
 #define TILE_ACCS (STAGED_H * PITCH)
 #define ROW_ACCS (SG_SEPARABLE ? STAGED_H * ROW_PITCH : 0)
-#define REGROUPS (SG_STORE == 1 && SG_COLUMNS > 1)  // neighboring lanes write neighbors, for which rows are dealt anew
+#define REGROUPS (SG_STORE == 1 && SG_COLUMNS > 1)  // neighboring lanes write neighbors, for which rows are redistributed
 static_assert(
     (TILE_ACCS + ROW_ACCS + TAPS) * sizeof(acc) + (REGROUPS ? 2 * SG_THREADS * SG_COLUMNS * sizeof(scalar) : 0) ==
         SG_SHARED_BYTES, "the plan counts shared memory otherwise");

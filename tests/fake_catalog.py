@@ -1,4 +1,4 @@
-"""A catalogue of a few checkpoints whose files a server on this machine serves."""
+"""A catalog of a few checkpoints whose files a server on this machine serves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hub.faulty_server import serving
 from finetune.hub import catalog, download
 from finetune.hub.catalog import Entry, Licence
 
-LICENCE = Licence("Some Licence 1.0", "https://example.org/licence")
+LICENSE = Licence("Some License 1.0", "https://example.org/license")
 
 
 @contextlib.contextmanager
 def served(folder: Path, files: dict[str, bytes], monkeypatch):
-    """Serve `files` (name -> bytes) and write a catalogue with an entry for each; its names win over others.
+    """Serve `files` (name -> bytes) and write a catalog with an entry for each; its names win over others.
 
-    Gives the server; `server.state(name, **changes)` changes what the catalogue says of a file.
+    Gives the server; `server.state(name, **changes)` changes what the catalog says of a file.
     """
     monkeypatch.setenv("FINETUNE_CACHE", str(folder / "cache"))
     monkeypatch.setenv("FINETUNE_CATALOGUE", str(folder / "mine.json"))
@@ -30,7 +30,7 @@ def served(folder: Path, files: dict[str, bytes], monkeypatch):
     with serving(files) as server:
         entries = {
             name: Entry(
-                name, (f"{server.url}/{name}.pkl",), "stylegan2", licence=LICENCE, sources=("a test",)
+                name, (f"{server.url}/{name}.pkl",), "stylegan2", licence=LICENSE, sources=("a test",)
             )
             for name in files
         }
