@@ -7,10 +7,10 @@
     python benchmarks/ab_distillation.py --arm plain:sd_weight=0 --arm half:sd_weight=0.5 --jobs improve
     python benchmarks/ab_distillation.py --preset cpu --pretrain stylegan3-t:kimg=30,cbase=512,cmax=32
 
-Jobs: `improve` goes on with the checkpoint's own images, `adapt` goes to others. Every arm is a set of
+Jobs: `improve` continues on the checkpoint's own images, `adapt` trains on others. Every arm is a set of
 option overrides (`NAME:option=value,option=value`); the first one is what the others are compared with. Runs
-are told apart by their options: what is finished in --work is not run again, so more arms or seeds can be
-added later, and an interrupted call goes on. `--pretrain` makes the checkpoint first, from random weights on
+are identified by their options: what is finished in --work is not run again, so more arms or seeds can be
+added later, and an interrupted call resumes. `--pretrain` makes the checkpoint first, from random weights on
 the images of `improve` (seed 0, no self-distillation), and keeps it in --work.
 
 The table holds, for each metric, the value at the start, at the end and at its best (mean ± deviation over
@@ -79,7 +79,7 @@ PRETRAINED: dict[str, Any] = dict(
     aug="ada",
     **SMALL,
 )
-# Where a record was made does not decide what it says.
+# Fields that depend on the machine, not on the result.
 NOT_COMPARED = ("outdir", "data", "resume", "device", "workers")
 
 
@@ -92,7 +92,7 @@ class Arm:
 
 
 def parse_arm(text: str, flag: str = "--arm") -> Arm:
-    """`NAME:option=value,…`; values are JSON where they can be, else text. Exits for an unknown option."""
+    """Parse `NAME:option=value,…`; values are JSON if possible, else text. Exit for an unknown option."""
     name, _, rest = text.partition(":")
     options = {}
     for pair in filter(None, rest.split(",")):
@@ -108,7 +108,7 @@ def parse_arm(text: str, flag: str = "--arm") -> Arm:
 
 
 def config_of(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> TrainConfig:
-    """All options of one run."""
+    """Return all options of one run."""
     preset = PRESETS[options.preset]
     settings = {
         "data": str(options.improve if job == "improve" else options.adapt),
@@ -128,16 +128,16 @@ def config_of(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> Tra
 
 
 def is_like_the_demo(options: argparse.Namespace) -> bool:
-    """Whether the checkpoint was trained with the settings of the demo's."""
+    """Return whether the checkpoint was trained with the settings of the demo's."""
     made_small = options.pretrain is not None and options.preset != "gpu"
     return made_small or options.checkpoint.name == "faces-3d-64.pkl"
 
 
 def pretrained(options: argparse.Namespace) -> Path:
-    """The checkpoint that --pretrain asks for, from --work or trained there from random weights."""
+    """Return the checkpoint of --pretrain, from --work or trained there from random weights."""
     family, changes = options.pretrain.name, options.pretrain.options
     if "kimg" not in changes:
-        sys.exit(f"--pretrain {family}: say for how long, such as {family}:kimg=30.")
+        sys.exit(f"--pretrain {family}: duration missing. Give it as in {family}:kimg=30.")
     source = open_source(options.improve)
     config = TrainConfig(
         **{
@@ -166,14 +166,14 @@ def pretrained(options: argparse.Namespace) -> Path:
 
 
 def check_whole(result: RunResult, config: TrainConfig, folder: Path) -> None:
-    """Exit where a run was ended early, by a signal."""
+    """Exit if a run was ended early, by a signal."""
     assert config.kimg is not None
     if result.nimg < round(config.kimg * 1000):
         sys.exit(f"{folder} ended after {result.nimg / 1000:g} of {config.kimg:g} kimg; it is not kept.")
 
 
 def check_same(folder: Path, then: dict[str, Any], config: TrainConfig) -> None:
-    """Exit where a kept record was made with other defaults than today's."""
+    """Exit if a kept record was made with defaults other than today's."""
     now = dataclasses.asdict(prepare(config).config)
     is_plain = now["sd_weight"] == 0  # then the other options of self-distillation decide nothing
     changed = [
@@ -187,7 +187,7 @@ def check_same(folder: Path, then: dict[str, Any], config: TrainConfig) -> None:
 
 
 def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[str, Any]:
-    """The record of one run, from --work where it is there; its snapshot is deleted."""
+    """Return the record of one run, from --work if it is there; its snapshot is deleted."""
     config = config_of(options, job, seed, arm)
     key = hashlib.sha256(config.to_json().encode()).hexdigest()[:10]
     folder = options.work / f"{job}-{arm.name}-seed{seed}-{key}"
@@ -230,7 +230,7 @@ def run_one(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> dict[
 
 
 def start_of(options: argparse.Namespace, job: str) -> dict[str, float]:
-    """The metrics of the checkpoint itself."""
+    """Return the metrics of the checkpoint itself."""
     config = config_of(options, job, 0, Arm("", {}))
     place = options.work / f"start-{job}-{hashlib.sha256(config.to_json().encode()).hexdigest()[:10]}.json"
     if place.is_file():
@@ -254,7 +254,7 @@ def start_of(options: argparse.Namespace, job: str) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with what the preset says where nothing else is said."""
+    """Parse the command line; the preset fills in what is not given."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--preset", default="cpu-quick", choices=PRESETS)
@@ -336,7 +336,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def public(options: argparse.Namespace) -> dict[str, Any]:
-    """The command line without folders."""
+    """Return the command line without folders."""
     settings = {
         name: str(value)
         for name, value in vars(options).items()

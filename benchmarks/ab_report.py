@@ -26,35 +26,35 @@ COSTS = ["arm", "seconds per kimg", "against the first", "Gdistill, of all", "Gd
 
 
 def is_higher_better(name: str) -> bool:
-    """Whether a metric is one of those that should grow."""
+    """Return whether a metric is one of those that should grow."""
     return name.startswith(HIGHER_IS_BETTER)
 
 
 def names_of(records: Records) -> list[str]:
-    """The metrics that were measured."""
+    """Return the metrics that were measured."""
     first = next(iter(records.values()))["points"][-1]
     return [name for name in first if name not in ("kimg", "num", "sec") and not name.endswith("_spread")]
 
 
 def last_of(record: dict[str, Any], name: str) -> float:
-    """A metric at the end of a run."""
+    """Return a metric at the end of a run."""
     return record["points"][-1][name]
 
 
 def best_of(record: dict[str, Any], name: str) -> float:
-    """A metric at its best in a run."""
+    """Return a metric at its best in a run."""
     values = [point[name] for point in record["points"]]
     return max(values) if is_higher_better(name) else min(values)
 
 
 def shown(values: list[float]) -> str:
-    """Mean ± deviation."""
+    """Return mean ± deviation."""
     spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4g}{spread}"
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:
-    """Where the mean of paired differences lies, at 95 %; None for a single one."""
+    """Return the 95 % interval of the mean of paired differences; None for a single one."""
     count = len(differences)
     if count < 2:
         return None
@@ -64,7 +64,7 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
 
 
 def verdict(differences: list[float], name: str) -> str:
-    """`better` or `worse` where the interval leaves 0 out, else `within the spread`."""
+    """Return `better` or `worse` if the interval excludes 0, else `within the spread`."""
     found = interval(differences)
     if found is None:
         return "one seed"
@@ -74,12 +74,12 @@ def verdict(differences: list[float], name: str) -> str:
 
 
 def as_text(found: tuple[float, float] | None) -> str:
-    """`low … high`."""
+    """Return `low … high`."""
     return "–" if found is None else f"{found[0]:.3g} … {found[1]:.3g}"
 
 
 def rows_of(records: Records, arms: list[str], seeds: list[int], start: dict[str, float]) -> list[list[str]]:
-    """One row for each metric and arm, under HEADER."""
+    """Return one row for each metric and arm, under HEADER."""
     rows = []
     for name in names_of(records):
         for arm in arms:
@@ -115,12 +115,12 @@ def seeds_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[s
 
 
 def distillation_share(record: dict[str, Any]) -> float:
-    """Seconds of the phase Gdistill in parts of all phases."""
+    """Return seconds of the phase Gdistill in parts of all phases."""
     return record["sec_per_phase"].get("Gdistill", 0.0) / sum(record["sec_per_phase"].values())
 
 
 def costs_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
-    """Seconds per kimg of each arm, without measurements, and the share of distillation, under COSTS.
+    """Return seconds per kimg of each arm, without measurements, and the share of distillation, under COSTS.
 
     Shares are taken inside one run, so that what else the machine does hits both sides of them alike; totals
     of runs that did not run side by side compare only on a machine that does nothing else.

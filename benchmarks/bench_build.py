@@ -44,7 +44,7 @@ SOME_ADDRESS = 4096  # aligned, and never looked at
 
 @contextlib.contextmanager
 def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[LaunchPlan]]:
-    """Inside the block, the ops on meta tensors say which kernels a GPU would need, and run none."""
+    """Record the kernels that the ops on meta tensors would need on a GPU; run none."""
     plans: set[LaunchPlan] = set()
 
     def record(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
@@ -67,7 +67,7 @@ def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[La
 
 
 def step(family: str, resolution: int, batch: int = 4) -> None:
-    """Every kernel of a training step: G with its second gradient, D with R1's, G without gradients."""
+    """Run every kernel of a training step: G with its second gradient, D with R1's, G without gradients."""
     options = {"fused_modconv": "pointwise"}  # as training calls it
     with torch.device("meta"):
         if family == "stylegan2":
@@ -92,14 +92,14 @@ def step(family: str, resolution: int, batch: int = 4) -> None:
 def asked_for(
     family: str, resolution: int, capability: tuple[int, int] = (9, 0), dtype: torch.dtype = torch.float16
 ) -> list[LaunchPlan]:
-    """The CUDA specializations of a training step of a network of the published sizes."""
+    """Return the CUDA specializations of a training step of a network of the published sizes."""
     with recorded(capability, dtype) as plans:
         step(family, resolution)
     return sorted(plans)
 
 
 def cold(build: Callable[[], Any]) -> dict[str, float] | str:
-    """Seconds of a build with an empty cache, or why there is none."""
+    """Return the seconds of a build with an empty cache, or why there is none."""
     kept = os.environ.get("FINETUNE_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FINETUNE_CACHE"] = folder
@@ -116,7 +116,7 @@ def cold(build: Callable[[], Any]) -> dict[str, float] | str:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children that have ended."""
+    """Return the CPU seconds of this process and its children that have ended."""
     return sum(
         used.ru_utime + used.ru_stime
         for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -140,7 +140,7 @@ print(library, time.perf_counter() - started)
 
 
 def warm(plans: list[LaunchPlan], capability: tuple[int, int], repeats: int) -> tuple[float, float]:
-    """Seconds, the least of some processes, to find and load the CPU library, and every binary of `plans`."""
+    """Return the least seconds to find and load the CPU library, and every binary of `plans`."""
     with tempfile.TemporaryDirectory() as folder:
         variables = {**os.environ, "FINETUNE_CACHE": folder, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", WARM, *map(str, capability)]
@@ -154,7 +154,7 @@ def warm(plans: list[LaunchPlan], capability: tuple[int, int], repeats: int) -> 
 
 
 def ways(plans: list[LaunchPlan], capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
-    """How CUDA kernels can be built."""
+    """Return how CUDA kernels can be built."""
     return {
         "NVRTC one by one": lambda: [cuda_build.nvrtc(plan, capability) for plan in plans],
         "NVRTC side by side": lambda: cuda_build.nvrtc_many(plans, capability),
@@ -163,7 +163,7 @@ def ways(plans: list[LaunchPlan], capability: tuple[int, int]) -> dict[str, Call
 
 
 def cells(found: dict[str, float] | str) -> list[str]:
-    """Seconds and CPU seconds of a row, or why there are none."""
+    """Return seconds and CPU seconds of a row, or why there are none."""
     if isinstance(found, str):
         return [found, "–"]
     return [f"{found[key]:.3g}" if key in found else "–" for key in ("wall", "cpu")]

@@ -32,7 +32,7 @@ START_SEC = 300  # for everything before the first tick
 
 
 def speed(environment: dict[str, str], seconds: float) -> float:
-    """Images a second of training, from the first line of its log on, for `seconds` or until it ends."""
+    """Return images per second of training, from the first log line on, for `seconds` or until it ends."""
     with tempfile.TemporaryDirectory() as folder:
         data = ["--resume", str(DEMO / "faces-3d-64.pkl"), "--data", str(DEMO / "faces-3d.zip")]
         options = [

@@ -49,7 +49,7 @@ class Run:
         self.seconds: dict[str, list[float]] = {}
 
     def take_all(self) -> None:
-        """Every phase once."""
+        """Run every phase once."""
         state, plan, stats = self.state, self.plan, self.stats
         diagnostics: Any = stats.diagnostics
         state.step = 0  # distillation is due
@@ -75,7 +75,7 @@ class Run:
             self.seconds.setdefault(name, []).append(value)
 
     def summary(self, ticks: dict[float, float]) -> dict[str, Any]:
-        """Medians in ms, and the share of the diagnostics in ticks (of runs of some kimg)."""
+        """Return medians in ms, and the share of the diagnostics in ticks (of runs of some kimg)."""
         plan = self.plan
         median = {
             name: statistics.median(values[1:]) for name, values in self.seconds.items()

@@ -33,7 +33,7 @@ FORMS = (
 
 
 def image(side: int, rng: np.random.RandomState) -> Image.Image:
-    """Color noise with the spectrum 1/f^1.2 and a grain of 1.5 of 255."""
+    """Return color noise with the spectrum 1/f^1.2 and a grain of 1.5 of 255."""
     frequency = np.fft.fftfreq(side)
     distance = np.hypot(*np.meshgrid(frequency, frequency))
     distance[0, 0] = np.inf
@@ -45,7 +45,7 @@ def image(side: int, rng: np.random.RandomState) -> Image.Image:
 
 
 def write_forms(folder: Path, side: int, count: int) -> dict[str, Path]:
-    """The same images in every form; name of the form -> path."""
+    """Write the same images in every form; return name of the form -> path."""
     paths = [folder / f"{number}-{side}" for number in range(2)]
     paths += [folder / f"{number}-{side}.zip" for number in range(2, 5)]
     rng = np.random.RandomState(0)
@@ -64,7 +64,7 @@ def write_forms(folder: Path, side: int, count: int) -> dict[str, Path]:
 
 
 def size_mib(path: Path) -> float:
-    """What a folder or a file takes on the disk."""
+    """Return the size of a folder or a file on disk."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files) / 2**20
 

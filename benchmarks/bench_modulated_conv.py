@@ -39,7 +39,7 @@ SHAPES = (
 
 
 def weights_of(weight, styles, demodulation):
-    """[N, O, I, k, k]"""
+    """Return the modulated weights `[N, O, I, k, k]`."""
     return weight * styles[:, None, :, None, None] * demodulation[:, :, None, None, None]
 
 
@@ -69,7 +69,7 @@ WAYS = {"grouped": grouped, "scaled": scaled, "loop": loop, "products": products
 
 
 def measure(shape, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds of every way."""
+    """Return milliseconds of every way."""
     batch, channels_in, channels_out, size, kernel = shape
     generator = torch.Generator().manual_seed(options.seed)
     inputs = [

@@ -113,7 +113,7 @@ GPU_CASES = (
 
 
 def tensors(case: Case, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
-    """Random pixels and taps of one case."""
+    """Return random pixels and taps of one case."""
     memory = torch.channels_last if options.channels_last else torch.contiguous_format
     x = torch.randn(case.shape, generator=generator).to(options.device, options.dtype)
     made: dict[str, Any] = {"x": x.contiguous(memory_format=memory)}
@@ -127,7 +127,7 @@ def tensors(case: Case, options: argparse.Namespace, generator: torch.Generator)
 
 
 def call_of(op: Callable, case: Case, made: dict[str, Any], backward: bool, **more: Any) -> Callable[[], Any]:
-    """A call without arguments: forward without gradients, or forward and backward to image and bias."""
+    """Return a call without arguments: forward only, or forward and backward to image and bias."""
     inputs = {name: value for name, value in made.items() if value is not None}
     if not backward:
 
@@ -149,7 +149,7 @@ def call_of(op: Callable, case: Case, made: dict[str, Any], backward: bool, **mo
 
 
 def work(case: Case, out: torch.Size, itemsize: int) -> tuple[float, float]:
-    """(bytes, flops) of a forward pass that reads and writes everything once and multiplies with no zero."""
+    """Return (bytes, flops) of a forward pass that touches everything once and multiplies no zero."""
     batch, channels, height, width = case.shape
     pixels_out = math.prod(out)
     moved = (math.prod(case.shape) + pixels_out) * itemsize
@@ -166,7 +166,7 @@ def work(case: Case, out: torch.Size, itemsize: int) -> tuple[float, float]:
 
 
 def filter_cost(taps, up, down, in_h, out_h, out_w, in_w) -> float:
-    """Multiplications of one plane: 2-D at once, or along the axis first that leaves less to do."""
+    """Return multiplications per plane: 2-D at once, or along the cheaper axis first."""
     if not isinstance(taps, int):
         return out_h * out_w * taps[0] * taps[1] / up**2
     per_tap = taps / up

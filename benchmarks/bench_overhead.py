@@ -1,4 +1,4 @@
-"""Microseconds that a call of each op costs Python, whatever the kernel does: images of 4 by 4 pixels.
+"""Microseconds that a call of each op costs in Python, independent of the kernel: images of 4 by 4 pixels.
 
     python benchmarks/bench_overhead.py --out benchmarks/results/overhead_<machine>_<yyyymm>.md
 
@@ -26,7 +26,7 @@ from torch_utils.ops.upfirdn2d import upfirdn2d
 
 
 def ops(x: torch.Tensor, b: torch.Tensor) -> dict[str, Callable[[str], torch.Tensor]]:
-    """A call of each op as the networks make them; takes `impl`."""
+    """Return a call of each op as the networks make them; each takes `impl`."""
     f = torch.tensor([1.0, 3, 3, 1], device=x.device) / 8
     square = torch.outer(f, f)
     return {
@@ -37,7 +37,7 @@ def ops(x: torch.Tensor, b: torch.Tensor) -> dict[str, Callable[[str], torch.Ten
 
 
 def micros(call: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
-    """Of one call among many."""
+    """Return the microseconds of one call among many."""
     started = clock()
     for _ in range(count):
         call()

@@ -28,7 +28,7 @@ DEMO = ROOT / "finetune" / "demo" / "faces-3d-64.pkl"
 
 
 def cost(words: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
-    """CPU seconds, wall seconds and peak MiB of a subprocess and its workers."""
+    """Return CPU seconds, wall seconds and peak MiB of a subprocess and its workers."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -57,7 +57,7 @@ RANDOM_VGG = "lpips-vgg-random"
 
 
 def build(family: str, options: argparse.Namespace) -> Prepared:
-    """A run of one family at the sizes asked for, ready to step."""
+    """Build a run of one family at the requested sizes, ready to step."""
     random_vgg = options.sd_backbone == RANDOM_VGG
     settings: dict[str, Any] = {
         "data": str(_checkout.ROOT / "finetune" / "demo" / "faces-3d.zip"),
@@ -126,10 +126,10 @@ class Cycles:
         seconds = time.perf_counter() - self.started
         self.count += 1
         if self.count == self.warmup and self.device.type == "cuda":
-            # cuDNN tries algorithms in the first cycle, some with a workspace that is never wanted again.
+            # cuDNN tries algorithms in the first cycle, some with a workspace that is never used again.
             self.first_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
-        # Seen as it comes, for whoever is cut off before the table.
+        # Printed at once, in case the run is cut off before the table.
         parts = {name: round(value, 3) for name, value in numbers["sec_per_phase"].items()}
         kimg = CYCLE * self.batch / 1000
         print(f"cycle {self.count}: {seconds / kimg:.3f} s/kimg, {parts}", file=sys.stderr, flush=True)
@@ -204,7 +204,7 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
 
 
 def kernels_of(profiler: Any) -> tuple[dict[str, tuple[int, float]], float]:
-    """(name -> (calls, seconds), seconds covered by at least one kernel)."""
+    """Return (name -> (calls, seconds), seconds covered by at least one kernel)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -212,7 +212,7 @@ def kernels_of(profiler: Any) -> tuple[dict[str, tuple[int, float]], float]:
 
 
 def kernels_in(events: list[dict[str, Any]]) -> tuple[dict[str, tuple[int, float]], float]:
-    """The kernels, copies and fills in a trace of torch.profiler, which counts microseconds."""
+    """Return the kernels, copies and fills in a trace of torch.profiler, which counts microseconds."""
     ran = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     calls: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -227,7 +227,7 @@ def kernels_in(events: list[dict[str, Any]]) -> tuple[dict[str, tuple[int, float
 
 
 def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
-    """Measure all families and arms in turn; what is known after each."""
+    """Measure all families and arms in turn; yield the results after each."""
     results: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(options.rounds):
         for family in options.families:
@@ -243,7 +243,7 @@ def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], di
 
 
 def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Namespace) -> list[str]:
-    """s/kimg of each family and arm, the phases beside it, and the kernels of those that were profiled."""
+    """Return s/kimg of each family and arm, its phases, and the kernels of the profiled ones."""
     kimg = CYCLE * options.batch / 1000
     phases = sorted({name for result in results.values() for name in result["phases"]})
     header = ["family", "arm", "s/kimg", "images/s", "cycles (s)", "first (s)", "busy", "peak (GiB)"]
@@ -269,7 +269,7 @@ def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Nam
 def kernel_table(
     name: str, kernels: dict[str, tuple[int, float]], covered: float, result: dict[str, Any], median: float
 ) -> str:
-    """The heaviest kernels of a cycle."""
+    """Return the heaviest kernels of a cycle."""
     total = sum(seconds for _, seconds in kernels.values())
     heaviest = sorted(kernels.items(), key=lambda item: -item[1][1])[:HEAVIEST]
     rows = [
@@ -290,12 +290,12 @@ def kernel_table(
 
 
 def weight(text: str) -> float | str:
-    """What `--sd-weight` takes."""
+    """Parse a value of `--sd-weight`."""
     return text if text.startswith("auto:") else float(text)
 
 
 def parser_of_steps() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)

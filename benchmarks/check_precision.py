@@ -30,7 +30,7 @@ R_OPTIONS = dict(conv_kernel=1, use_radial_filters=True)
 
 
 def networks(family: str, options: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """G and D of a family with float16 in the layers that published checkpoints have it in."""
+    """Return G and D of a family with float16 in the layers that published checkpoints have it in."""
     torch.manual_seed(options.seed)
     sizes = dict(channel_base=options.cbase, channel_max=options.cmax)
     if family == "stylegan2":
@@ -43,7 +43,7 @@ def networks(family: str, options: argparse.Namespace) -> tuple[torch.nn.Module,
 
 
 def step(G, D, z: torch.Tensor, force_fp32: bool) -> dict[str, torch.Tensor]:
-    """Images, logits, and all gradients of the logits in one row."""
+    """Return images, logits, and all gradients of the logits in one row."""
     noise = {} if isinstance(G, stylegan3.Generator) else {"noise_mode": "const"}
     img = G(z, None, force_fp32=force_fp32, **noise)
     logits = D(img, None, force_fp32=force_fp32)
@@ -54,7 +54,7 @@ def step(G, D, z: torch.Tensor, force_fp32: bool) -> dict[str, torch.Tensor]:
 
 
 def compare(half: dict[str, torch.Tensor], single: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Errors of what a lower precision gives, and whether they are small enough."""
+    """Return the errors of a lower precision, and whether they are small enough."""
     errors = {
         name: float((half[name] - single[name]).abs().max() / single[name].abs().max())
         for name in ("images", "logits")

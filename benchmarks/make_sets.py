@@ -25,7 +25,7 @@ MARGIN = 1 / 16  # Fluent leaves that much free on each side, Noto hardly anythi
 
 
 def on_white(path: Path, size: int, margin: float = 0.0) -> Image.Image:
-    """The image on a white square of `size` pixels, with a margin in parts of the size."""
+    """Return the image on a white square of `size` pixels, with a margin in parts of the size."""
     inner = round(size * (1 - 2 * margin))
     with Image.open(path) as image:
         rgba = image.convert("RGBA")
@@ -54,14 +54,14 @@ def write_zip(path: Path, images: dict[str, Image.Image], labels: dict[str, int]
 
 
 def fluent(folder: Path, size: int) -> dict[str, Image.Image]:
-    """Every image of the package but variants in skin tones."""
+    """Return every image of the package except skin tone variants."""
     files = sorted((folder / "assets").glob("*.webp"))
     chosen = [path for path in files if not any(tone in path.stem.split("-") for tone in SKIN_TONES)]
     return {f"{path.stem}.png": on_white(path, size) for path in chosen}
 
 
 def google(folder: Path, size: int) -> tuple[dict[str, Image.Image], dict[str, int]]:
-    """Every entry of `emoji.json` with an image, but flags and the swatches of skin tones; its category."""
+    """Return every entry of `emoji.json` with an image, except flags and skin tone swatches; its category."""
     entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     chosen = [
         entry

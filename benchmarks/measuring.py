@@ -27,7 +27,7 @@ def count_cpu_time() -> None:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call by `clock`, on a GPU until its work is done."""
+    """Return seconds of one call by `clock`, on a GPU until its work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = clock()
@@ -40,7 +40,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int, budget: float = 60.0
 ) -> dict[str, float]:
-    """Median seconds of every call: one of each in turn, so that what else the machine does hits all alike.
+    """Return the median seconds of every call, called in turn so that other load affects all alike.
 
     The first round is not counted. `repeats` rounds, fewer (but three) once `budget` seconds are spent. A GPU
     gets short calls in runs of up to twenty, or the launches would be measured.
@@ -63,7 +63,7 @@ def interleaved(
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """What the machine can do at best: bytes a second of a large copy, flops a second of a large product."""
+    """Return the limits of the machine: bytes/s of a large copy, flops/s of a large product."""
     on_gpu = device.type == "cuda"
     count = (1 << 30 if on_gpu else 1 << 26) // dtype.itemsize
     source, target = (torch.ones(count, dtype=dtype, device=device) for _ in range(2))
@@ -79,7 +79,7 @@ def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where this was measured, and with what."""
+    """Return where this was measured, and with which versions."""
     cpu = platform.processor()
     if (info := Path("/proc/cpuinfo")).is_file():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
@@ -96,7 +96,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def short_name(device: torch.device) -> str:
-    """The processor as a part of a file's name."""
+    """Return the processor as a part of a file's name."""
     name = machine(device)["device"].replace("NVIDIA", "").replace("Processor", "")
     words = re.sub(r"\([^)]*\)", "", name).replace(" cores", "core").replace(" core", "core")
     return "-".join(re.findall(r"[a-z0-9]+", words.lower()))
@@ -111,7 +111,7 @@ def write_report(path: Path, title: str, command: str, tables: list[str], record
 
 
 def report(title: str, device: torch.device, seed: int, tables: list[str]) -> str:
-    """What a benchmark prints and keeps: how it was called, on what, and its tables."""
+    """Print and keep the report of a benchmark: command, machine, tables."""
     facts = machine(device)
     versions = f"torch {facts['torch']}, Python {facts['python']}, finetune {facts['finetune']}"
     if device.type == "cuda":
@@ -126,7 +126,7 @@ def report(title: str, device: torch.device, seed: int, tables: list[str]) -> st
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 

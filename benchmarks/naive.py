@@ -23,7 +23,7 @@ SQRT_2 = 2**0.5
 
 
 def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="auto"):
-    """As `torch_utils.ops.upfirdn2d.upfirdn2d`, with every zero multiplied."""
+    """Compute `torch_utils.ops.upfirdn2d.upfirdn2d` with every zero multiplied."""
     (ux, uy), (dx, dy) = (
         upfirdn2d_module.parse_scaling(up, "up"),
         upfirdn2d_module.parse_scaling(down, "down"),
@@ -48,7 +48,7 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="au
 
 
 def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, impl="auto"):
-    """As `torch_utils.ops.bias_act.bias_act`, one operation after the other."""
+    """Compute `torch_utils.ops.bias_act.bias_act`, one operation after the other."""
     spec = bias_act_module.activation_funcs[act]
     alpha = float(spec.def_alpha if alpha is None else alpha)
     gain = float(spec.def_gain if gain is None else gain)
@@ -74,7 +74,7 @@ def filtered_lrelu(
     flip_filter=False,
     impl="auto",
 ):
-    """As `torch_utils.ops.filtered_lrelu.filtered_lrelu`, the upsampled image in memory."""
+    """Compute `torch_utils.ops.filtered_lrelu.filtered_lrelu` with the upsampled image in memory."""
     x = bias_act(x, b)
     x = upfirdn2d(x, fu, up=up, padding=padding, gain=up**2, flip_filter=flip_filter)
     x = bias_act(x, act="lrelu", alpha=slope, gain=gain, clamp=clamp)
@@ -83,7 +83,7 @@ def filtered_lrelu(
 
 @contextlib.contextmanager
 def instead_of_ours() -> Iterator[None]:
-    """Inside the block, everything that calls the three ops gets the ones above."""
+    """Replace the three ops by the ones above inside the block."""
     places = [
         # Grouped convolutions have the styles inside their weights: the path length needs their gradients.
         (conv2d_gradfix, "no_weight_gradients", contextlib.nullcontext),

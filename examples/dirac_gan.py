@@ -3,7 +3,7 @@
     python examples/dirac_gan.py --out dirac-gan
 
 The generator is a point θ, the data are the point 0, the critic is D(x) = ψx. Gradient descent on this game
-circles around its solution for ever; the gradient penalty R1 and self-distillation (a pull of strength k
+circles around its solution forever; the gradient penalty R1 and self-distillation (a pull of strength k
 towards m, an average of θ that follows at rate τ) both damp it. The script draws trajectories, vector fields
 and the rate at which the game comes to rest, and prints the same in numbers. docs/theory.md derives what it
 shows.
@@ -34,7 +34,7 @@ class Game:
     gamma: float = 0.0
 
     def losses(self, theta, psi, m) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the generator and the critic minimize: non-saturating logistic losses, as in training.
+        """Return the losses of generator and critic: non-saturating logistic, as in training.
 
         The real data at 0 enter as the point 0 itself, so that R1 is γ/2 · |D'(0)|² = γ/2 · ψ².
         """
@@ -45,7 +45,7 @@ class Game:
         return generator, critic
 
     def velocity(self, state: np.ndarray) -> np.ndarray:
-        """Gradient flow (θ', ψ', m') at `state` `[..., 3]`: the losses' negative gradients, written out."""
+        """Return the gradient flow (θ', ψ', m') at `state` `[..., 3]`: negative gradients, written out."""
         theta, psi, m = np.moveaxis(np.asarray(state, dtype=float), -1, 0)
         push = _sigmoid(psi * theta)
         pull = _sigmoid(-psi * theta)
@@ -55,16 +55,16 @@ class Game:
         )
 
     def jacobian(self) -> np.ndarray:
-        """Of the flow at the solution, `[3, 3]`, in closed form."""
+        """Return the Jacobian `[3, 3]` of the flow at the solution, in closed form."""
         return np.array([[-self.k, -A, self.k], [A, -self.gamma, 0.0], [self.tau, 0.0, -self.tau]])
 
     def polynomial(self) -> np.ndarray:
-        """Coefficients of the Jacobian's characteristic polynomial, highest power first."""
+        """Return coefficients of the Jacobian's characteristic polynomial, highest power first."""
         k, tau, gamma = self.k, self.tau, self.gamma
         return np.array([1.0, k + tau + gamma, A**2 + gamma * (k + tau), A**2 * tau])
 
     def decay(self) -> float:
-        """Largest real part of the eigenvalues: negative means that the game comes to rest, at this rate.
+        """Return the largest real part of the eigenvalues: negative means convergence, at this rate.
 
         Without self-distillation nothing depends on the average, and its own eigenvalue -τ is left out.
         """
@@ -92,7 +92,7 @@ UPDATES = {
 
 
 def best_pair(gamma: float = 0.0) -> tuple[float, float, float]:
-    """(k, τ, rate): the pair for which the game comes to rest fastest, where all three eigenvalues meet.
+    """Return (k, τ, rate) of fastest convergence, where all three eigenvalues meet.
 
     gamma: of R1, at least 0 and at most 2a, from where on R1 alone damps enough. ValueError outside of that.
     """
@@ -104,7 +104,7 @@ def best_pair(gamma: float = 0.0) -> tuple[float, float, float]:
 
 
 def best_tau(k: float) -> tuple[float, float]:
-    """(τ, rate): the average's best rate for a pull of strength `k` > 0, and the game's rate with it."""
+    """Return (τ, rate): the best EMA rate for a pull of strength `k` > 0, and the resulting rate."""
     if k <= 0:
         raise ValueError(f"without a pull no average helps: k must be above 0, got {k}")
     if k <= best_pair()[0]:
@@ -121,7 +121,7 @@ def _pull_of_double_root(s: float) -> float:
 
 
 def _root(function, low: float, high: float) -> float:
-    """Bisect a function that is below 0 at `low` and above it at `high`."""
+    """Find the root of a function that is below 0 at `low` and above it at `high`, by bisection."""
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < 0 else (low, middle)
@@ -132,7 +132,7 @@ def _root(function, low: float, high: float) -> float:
 
 
 def flow(game: Game, start: np.ndarray, seconds: float, step: float = 0.01) -> np.ndarray:
-    """Integrate the gradient flow (Runge-Kutta of fourth order); returns states `[steps + 1, 3]`."""
+    """Integrate the gradient flow (Runge-Kutta of fourth order); return states `[steps + 1, 3]`."""
     states = [np.asarray(start, dtype=float)]
     for _ in range(round(seconds / step)):
         state = states[-1]
@@ -156,7 +156,7 @@ def train(
     clock: float | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Play the game as training does, with autograd and an optimizer of torch; returns `[steps + 1, 3]`.
+    """Train as the real loop does, with autograd and an optimizer of torch; return `[steps + 1, 3]`.
 
     alternating: the critic answers the generator's new point (as training runs do), else both move at once.
     The average moves by τ·clock a step, after the generator. clock: time that passes in a step, by default
@@ -193,7 +193,7 @@ def train(
 
 
 def step_matrix(game: Game, rate: float, alternating: bool) -> np.ndarray:
-    """One step of gradient descent near the solution as a matrix `[3, 3]` on (θ, ψ, m)."""
+    """Return one step of gradient descent near the solution as a matrix `[3, 3]` on (θ, ψ, m)."""
     full = game.jacobian()
     rows = [np.eye(3) for _ in range(3)]
     for index in range(3):
@@ -206,7 +206,7 @@ def step_matrix(game: Game, rate: float, alternating: bool) -> np.ndarray:
 
 
 def spectral_radius(matrix: np.ndarray) -> float:
-    """Factor by which a step stretches the distance to the solution in the long run."""
+    """Return factor by which a step stretches the distance to the solution in the long run."""
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
@@ -253,7 +253,7 @@ def _draw_fields(pyplot):
     figure, axes = pyplot.subplots(1, len(METHODS), figsize=(4 * len(METHODS), 4), sharey=True)
     theta, psi = np.meshgrid(np.linspace(-1.5, 1.5, 17), np.linspace(-1.5, 1.5, 17))
     for axis, (name, game) in zip(axes, METHODS.items()):
-        # The average is shown at 0: where it comes to rest, and what the pull then points to.
+        # The average is shown at 0, its limit, to which the pull then points.
         velocity = game.velocity(np.stack([theta, psi, np.zeros_like(theta)], axis=-1))[..., :2]
         speed = np.linalg.norm(velocity, axis=-1)
         along = np.moveaxis(velocity, -1, 0) / np.maximum(speed, 1e-9)
@@ -306,13 +306,13 @@ def _draw_updates(pyplot):
 
 
 def table() -> str:
-    """What comes to rest and how fast, as text."""
+    """Return what converges and how fast, as text."""
     lines = [
         f"{'':20} {'flow':>9} {'simultaneous':>13} {'alternating':>12}   (SGD at rate 0.2: factor a step)"
     ]
     for name, game in METHODS.items():
         factors = [spectral_radius(step_matrix(game, 0.2, alternating)) for alternating in (False, True)]
-        if not game.k:  # the idle average's own factor says nothing about the game
+        if not game.k:  # the factor of the idle average is not one of the game
             factors = [spectral_radius(step_matrix(game, 0.2, order)[:2, :2]) for order in (False, True)]
         lines.append(f"{name:20} {game.decay():9.4f} {factors[0]:13.4f} {factors[1]:12.4f}")
     lines.append("")

@@ -1,4 +1,4 @@
-"""Which device a command runs on, and how exactly it multiplies float32 numbers."""
+"""Choice of the device, and precision of float32 products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_utils.ops import conv2d_gradfix
 def resolve_device(name: str = "auto") -> torch.device:
     """Turn `--device` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) into a torch device that is really there.
 
-    `auto` prefers CUDA, then MPS, then the CPU. Raises ConfigError where the named device does not exist.
+    `auto` prefers CUDA, then MPS, then the CPU. Raises ConfigError if the named device does not exist.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -43,11 +43,12 @@ def resolve_device(name: str = "auto") -> torch.device:
 def float32_math(*, tf32: bool = False, split: bool = False, benchmark: bool | None = None) -> Iterator[None]:
     """Set how CUDA computes float32 convolutions and products inside the block, and restore it afterwards.
 
-    In float32 by default, as the original networks were trained and as their golden numbers ask; torch itself
-    leaves cuDNN's convolutions in TF32, which keeps 10 bits of mantissa. `tf32` allows it for convolutions
-    and matrix products. `split` computes convolutions as `conv2d_gradfix.split_float32` does. Products of
-    float16 matrices are summed in float32, as their convolutions are: in float16, torch's default, partial
-    sums can overflow. `benchmark` sets `torch.backends.cudnn.benchmark`; None leaves it as it is.
+    In float32 by default, as the original networks were trained and their golden numbers require; torch
+    itself leaves cuDNN's convolutions in TF32, which keeps 10 bits of mantissa. `tf32` allows it for
+    convolutions and matrix products. `split` computes convolutions as `conv2d_gradfix.split_float32`
+    does. Products of float16 matrices are summed in float32, as their convolutions are: in float16,
+    torch's default, partial sums can overflow. `benchmark` sets `torch.backends.cudnn.benchmark`; None
+    leaves it as it is.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with _old_switches():
@@ -67,7 +68,7 @@ def float32_math(*, tf32: bool = False, split: bool = False, benchmark: bool | N
 
 
 def training_math(precision: str, *, benchmark: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Compute float32 as `--precision` says, with cuDNN tuned for the fixed shapes of a run."""
+    """Compute float32 as set by `--precision`, with cuDNN tuned for the fixed shapes of a run."""
     split = precision in ("auto", "fp16")
     return float32_math(tf32=precision == "tf32", split=split, benchmark=benchmark)
 

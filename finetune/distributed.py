@@ -2,7 +2,7 @@
 
 Started by torchrun or by `--gpus N` (`launch`). Random numbers are drawn from the seed, the step and the
 number of the micro-batch, so that N ranks with one micro-batch each draw what one rank draws with N of them.
-Every decision about how a run continues is the same on all ranks, so that none waits for another in vain.
+Every decision about how a run continues is the same on all ranks: otherwise a collective would hang.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ProcessGroup:
             mine = (call(), None)
         except FinetuneError as error:
             mine = (None, FinetuneError(error.what, hint=error.hint))
-        except Exception as error:  # the others would wait for this rank in vain
+        except Exception as error:  # the others would wait for this rank until the time-out
             mine = (None, FinetuneError(f"{what} failed on rank {self.rank}: {error}"))
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, mine, group=self.control)

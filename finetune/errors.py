@@ -6,7 +6,7 @@ FinetuneError
 ├── ConfigError          an option, or a combination of options, that cannot work
 ├── DataError            images or labels that cannot be used
 ├── CheckpointError      a network file that cannot be used
-│   ├── PickleRefused        it is damaged, or asks for something that is never executed
+│   ├── PickleRefused        it is damaged, or refers to something that is never executed
 │   └── CheckpointMismatch   its tensors are not exactly those of the network that it describes
 ├── WeightsMissing       a perceptual or metric network whose weights are not on this machine
 ├── TrainingError        training cannot go on (non-finite loss, no space left)
@@ -49,7 +49,7 @@ class CheckpointError(FinetuneError):
 class PickleRefused(CheckpointError):
     """A pickle is damaged, too large for its size on disk, or names a global that is not on the allow-list.
 
-    `blocked` is the refused global as `module.name` (None where the file is damaged rather than hostile) and
+    `blocked` is the refused global as `module.name` (None if the file is damaged rather than hostile) and
     `offset` the position in the file, in bytes, at which reading stopped.
     """
 

@@ -82,7 +82,7 @@ def generate(
     """Yield `(seed, image)` for each seed, the image uint8 `[H, W, C]`.
 
     `progress(done, total)` is called after each. ConfigError for options that do not fit the network,
-    CheckpointError where its output is not finite.
+    CheckpointError if its output is not finite.
     """
     if noise_mode not in NOISE_MODES:
         raise ConfigError(f"--noise-mode {noise_mode} is not one of {', '.join(NOISE_MODES)}.")
@@ -100,7 +100,7 @@ def generate(
             )
         if not bool(torch.isfinite(img).all()):
             raise CheckpointError(
-                f"The network gives values that are not numbers for seed {seed}.",
+                f"The output of the network for seed {seed} is not finite.",
                 hint="Its weights are damaged, or training had diverged before: use an older file.",
             )
         yield seed, to_uint8(img)[0]
@@ -122,7 +122,7 @@ def run_network_chunked(
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """Return where a module's first parameter or buffer lives (the CPU if it has neither)."""
+    """Return the device of a module's first parameter or buffer (the CPU if it has neither)."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -130,8 +130,8 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def _random_state_of(seed: int, device: torch.device) -> Iterator[None]:
-    """Let torch draw as if freshly seeded, and give its own random state back afterwards."""
-    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know it
+    """Seed torch inside the block, and restore its random state afterwards."""
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not support it
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -151,7 +151,7 @@ def to_image(image: np.ndarray) -> Image.Image:
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int) -> Image.Image:
-    """Lay uint8 images `[H, W, C]` of one size out in rows of `columns`, or of all where they are fewer.
+    """Lay uint8 images `[H, W, C]` of one size out in rows of `columns`, or of all if there are fewer.
 
     Places that are left in the last row stay black.
     """

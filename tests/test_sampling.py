@@ -142,7 +142,7 @@ def test_a_diverged_network_is_named(G):
     broken = copy.deepcopy(G)
     with torch.no_grad():
         broken.synthesis.b32.torgb.bias.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="not numbers for seed 8"):
+    with pytest.raises(CheckpointError, match="for seed 8 is not finite"):
         next(generate(broken, [8]))
 
 

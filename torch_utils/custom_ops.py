@@ -1,4 +1,4 @@
-"""The face of the native kernels: get the CPU library, get a CUDA binary, ask what is there and why not."""
+"""Access to the native kernels: load the CPU library or a CUDA binary, and report what is available."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_for_next_start() -> bool:
     """Do without the CPU library in this process, and build it in a detached one; return whether that is so.
 
     Not if it is built or loaded already, and not if it could not be kept or there is no compiler: then
-    `cpu_library` says why.
+    `cpu_library` raises the reason.
     """
     from torch_utils.ops.native.building import cache, cpu_build
 
@@ -94,7 +94,7 @@ CLEAN = "Empty the cache with: finetune doctor --clean"
 
 
 def cpu_library_info() -> str:
-    """Compiler and instruction set of the CPU library. Raises NativeUnavailable."""
+    """Return compiler and instruction set of the CPU library. Raises NativeUnavailable."""
     return cpu_library().sg_build_info().decode()
 
 
@@ -116,7 +116,7 @@ def _cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes | NativeUnava
 def cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
     """Return the CUDA binary of one specialization for devices of `capability`, from the cache or made now.
 
-    NVRTC makes it, or nvcc where there is no NVRTC. Raises NativeUnavailable with the compilers' own words.
+    NVRTC makes it, or nvcc if there is no NVRTC. Raises NativeUnavailable with the compilers' messages.
     """
     found = _cubin(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0), capability)
     if isinstance(found, NativeUnavailable):
@@ -127,7 +127,7 @@ def cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
 def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int], maker: str = "auto") -> str:
     """Build many specializations ahead of time; `maker`: auto, nvcc, nvrtc. Returns who made them.
 
-    Raises NativeUnavailable. 'auto' takes nvcc, which builds them side by side, where it works.
+    Raises NativeUnavailable. 'auto' takes nvcc, which builds them in parallel, if it works.
     """
     from torch_utils.ops.native.building import cuda_build
 
@@ -143,7 +143,7 @@ def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int], maker: 
 
 
 def have_cuda_kernels() -> None:
-    """Say nothing, or raise NativeUnavailable: the ops have no CUDA kernels that could be built here."""
+    """Raise NativeUnavailable if the ops have no CUDA kernels that could be built here."""
     from torch_utils.ops.native.building import compilers, cpu_build, cuda_build
 
     missing = [
@@ -163,7 +163,7 @@ def have_cuda_kernels() -> None:
 
 
 def explain() -> dict[str, Any]:
-    """What a person wants to know when the ops do not run as hoped, in plain values."""
+    """Return, in plain values, what is needed to find out why the ops do not run as expected."""
     from torch_utils.ops.native.building import compilers, cpu_build, cuda_build
 
     def said(find: Any) -> dict[str, Any]:

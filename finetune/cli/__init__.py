@@ -1,10 +1,10 @@
-"""The program `finetune`: finds a command by name, runs it, and turns errors into messages and exit codes.
+"""The program `finetune`: find a command by name, run it, and turn errors into messages and exit codes.
 
 Each command is a module of this folder with a `click.Command` called `command`. Modules import torch, numpy
-and the rest inside the function that needs them, so that `--help` answers at once.
+and the rest inside the function that needs them, so that `--help` is fast.
 
-Exit codes: 0 done · 1 a defect of this program, or a command that says its own result is bad · 2 something
-the user can put right · 130 interrupted.
+Exit codes: 0 done · 1 an internal error, or a command whose own result is bad · 2 an error that
+the user can fix · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune.errors import FinetuneError
 from finetune.version import __version__
 from torch_utils.files import WriteError
 
-# In the order in which a person meets them; `finetune --help` keeps it.
+# In the order of use; `finetune --help` keeps it.
 COMMANDS = ("demo", "checkpoints", "inspect", "dataset", "train", "generate", "evaluate", "export", "doctor")
 
 
@@ -38,7 +38,7 @@ class CommandFailed(click.ClickException):
 
 
 class CommandTable(click.Group):
-    """A click group that imports a command only when it is named, and knows what to do when one fails."""
+    """A click group that imports commands lazily and handles their errors."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -75,7 +75,7 @@ def is_one_of_several() -> bool:
 
 
 def explain(error: Exception) -> CommandFailed:
-    """The message and exit code that an exception deserves."""
+    """Return the message and exit code for an exception."""
     if isinstance(error, FinetuneError):
         return CommandFailed(str(error), error.exit_code)
     if isinstance(error, WriteError):
@@ -84,9 +84,9 @@ def explain(error: Exception) -> CommandFailed:
         where = f"{error.filename}: " if error.filename else ""
         return CommandFailed(f"{where}{error.strerror}.", 2)
     if type(error).__name__ in ("ImplementationUnavailable", "UnknownImplementation"):  # of torch_utils.ops
-        return CommandFailed(f"{error}\n`finetune doctor` says what this machine can run.", 2)
+        return CommandFailed(f"{error}\nRun `finetune doctor` to see what this machine supports.", 2)
     if isinstance(error, MemoryError):
-        return CommandFailed("This machine has not enough memory for that; ask for less at a time.", 2)
+        return CommandFailed("Out of memory. Use a smaller batch or resolution.", 2)
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     if type(error).__name__ == "OutOfMemoryError":  # torch's; named, so that this file needs no torch
         first_line = what.splitlines()[0]
@@ -94,8 +94,8 @@ def explain(error: Exception) -> CommandFailed:
             f"{first_line}\nThe device is out of memory: lower --batch-gpu, or use --device cpu.", 2
         )
     return CommandFailed(
-        f"{what}\nThis is a defect of finetune {__version__}, not of your input. Run the same command again "
-        "as `finetune --debug …` and report what it prints.",
+        f"{what}\nInternal error (finetune {__version__}). Re-run as `finetune --debug …` and report the "
+        "traceback.",
         1,
     )
 
@@ -110,21 +110,20 @@ def explain(error: Exception) -> CommandFailed:
     "--debug", is_flag=True, envvar="FINETUNE_DEBUG", help="Show the traceback when a command fails."
 )
 def cli(debug: bool) -> None:
-    """Make pretrained StyleGAN2 and StyleGAN3 checkpoints better: a pickle and a folder of images in, a
-    better pickle out."""
+    """Fine-tune StyleGAN2 and StyleGAN3 checkpoints on your own images."""
 
 
-class Told(logging.Handler):
-    """Log records as lines on standard error, wherever that goes at the time."""
+class EchoHandler(logging.Handler):
+    """Print log records on the current standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(record.getMessage(), err=True)
 
 
-def say_how_ops_run() -> None:
-    """Let the ops say, once each, which implementation runs and why; warnings come without a line of code."""
+def log_chosen_ops() -> None:
+    """Log once per op which implementation runs and why; show warnings without source lines."""
     log = logging.getLogger("torch_utils.ops")
-    log.addHandler(Told())
+    log.addHandler(EchoHandler())
     log.setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *args, **kwargs: f"Warning: {message}\n"
 
@@ -141,5 +140,5 @@ def let_threads_sleep() -> None:
 def main() -> None:
     """Run the program with the arguments of the process; never returns."""
     let_threads_sleep()
-    say_how_ops_run()
+    log_chosen_ops()
     cli(prog_name="finetune")

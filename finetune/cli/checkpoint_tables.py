@@ -13,7 +13,7 @@ WIDTH = 180  # of a table that goes to a file
 
 
 def as_values(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON, with where its file is (None: not on this machine)."""
+    """Return an entry as JSON, with the path of its file (None: not on this machine)."""
     from finetune.hub import store
 
     place = store.place_of(entry)
@@ -21,7 +21,7 @@ def as_values(entry: Entry) -> dict[str, Any]:
 
 
 def print_table(entries: Iterable[Entry]) -> None:
-    """One line for each entry."""
+    """Print one line for each entry."""
     from rich.console import Console
     from rich.table import Table
 
@@ -52,19 +52,19 @@ def print_table(entries: Iterable[Entry]) -> None:
 
 
 def short_name(entry: Entry) -> str:
-    """The name to type: the first of the short ones."""
+    """Return the shortest name of an entry."""
     return min((entry.id, *entry.aliases[:1]), key=len)
 
 
 def size_text(entry: Entry) -> str:
-    """The size for people."""
+    """Return the size in human-readable form."""
     if entry.size is not None:
         return f"{entry.size / 1e6:,.0f} MB"
     return f"~{entry.size_about}" if entry.size_about else ""
 
 
 def as_text(entry: Entry) -> str:
-    """All about one entry as lines of `name  value`."""
+    """Return everything known about one entry as lines of `name  value`."""
     from finetune.hub import store
 
     place = store.place_of(entry)
@@ -99,13 +99,13 @@ def as_text(entry: Entry) -> str:
 
 
 def published_lines(entry: Entry) -> list[tuple[str, Mapping[str, Any]]]:
-    """The published settings, with a word for what they are of."""
+    """Return the published settings, each with its origin."""
     words = {"trained": "trained with", "finetune": "to fine-tune", "one_gpu": "on one GPU"}
     return [(words[name], values) for name, values in entry.published.items()]
 
 
 def settings_text(values: Mapping[str, Any]) -> str:
-    """Settings in one line."""
+    """Return settings in one line."""
     return ", ".join(
         f"{name} {'yes' if value is True else 'no' if value is False else value}"
         for name, value in values.items()

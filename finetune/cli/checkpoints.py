@@ -21,9 +21,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 def command() -> None:
     """Find, fetch and verify public checkpoints by name.
 
-    Wherever a command takes a network, these names are taken, and URLs. The catalog holds what is publicly
-    stated about each checkpoint; $FINETUNE_CATALOGUE may name a further one of yours. Files are kept in the
-    cache folder, which $FINETUNE_CACHE moves. Each checkpoint has a license of its own.
+    Every command that takes a network accepts these names and URLs. The catalog lists published facts about
+    each checkpoint; $FINETUNE_CATALOGUE adds a catalog of your own. Files are kept in the cache folder, which
+    $FINETUNE_CACHE sets. Each checkpoint has its own license.
     """
 
 
@@ -57,7 +57,7 @@ def list_command(everything: bool, here: bool, as_json: bool) -> None:
         click.echo(f"\n{len(entries)} in the list, {kept} of them here, in {store.folder()}")
 
 
-@command.command("search", short_help="List what all the words given are said about.")
+@command.command("search", short_help="Search the catalog by words.")
 @click.argument("words", nargs=-1, required=True)
 @json_option
 def search_command(words: tuple[str, ...], as_json: bool) -> None:
@@ -68,14 +68,14 @@ def search_command(words: tuple[str, ...], as_json: bool) -> None:
     entries = catalog.search(words)
     show_entries(entries, as_json)
     if not entries and not as_json:
-        click.echo(f"Nothing is said to be {' and '.join(words)}. {catalog.suggestion('-'.join(words))}")
+        click.echo(f"No entry matches {' and '.join(words)}. {catalog.suggestion('-'.join(words))}")
 
 
-@command.command("show", short_help="Say all that is known about one checkpoint.")
+@command.command("show", short_help="Show everything known about one checkpoint.")
 @click.argument("name")
 @json_option
 def show_command(name: str, as_json: bool) -> None:
-    """Say all that is publicly stated about a checkpoint, and by whom."""
+    """Show everything that is published about a checkpoint, with sources."""
     from finetune.cli import checkpoint_tables as tables
     from finetune.hub import catalog
 
@@ -90,10 +90,10 @@ def show_command(name: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
 @offline_option()
 def fetch_command(names: tuple[str, ...]) -> None:
-    """Download what is not here yet, and print where it is.
+    """Download what is not here yet, and print the paths.
 
-    A download that breaks off is gone on with, also by the next call. Size and hash are compared with the
-    catalog; where it knows none, the hash of the first download is recorded, and must stay the same.
+    An interrupted download is resumed, also by the next call. Size and hash are compared with the
+    catalog; if it has none, the hash of the first download is recorded and must stay the same.
     """
     from finetune.hub import catalog
     from finetune.resolve import as_url
@@ -104,7 +104,7 @@ def fetch_command(names: tuple[str, ...]) -> None:
 
 
 def fetched(name: str) -> Path:
-    """The file of a name or URL, of networks for metrics as well."""
+    """Return the file of a name or URL, of networks for metrics as well."""
     from finetune.cli.progress import download_bar
     from finetune.hub import catalog, store
     from finetune.resolve import as_url
@@ -142,7 +142,7 @@ def verify_command(names: tuple[str, ...], as_json: bool) -> None:
 
 
 def place(name: str) -> Path:
-    """Where the file of a name or URL is, or would be."""
+    """Return the path of a name or URL, whether the file exists or not."""
     from finetune.hub import catalog, store
     from finetune.resolve import as_url
 
@@ -169,14 +169,14 @@ def where_command(name: str | None) -> None:
     click.echo(path)
 
 
-@command.command("add-file", short_help="Take in a file that came by other means.")
+@command.command("add-file", short_help="Add a file obtained by other means.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="Which checkpoint it is, where neither hash nor name tell.")
+@click.option("--name", metavar="NAME", help="Its name, if neither hash nor file name identify it.")
 @license_option(help="Its license, if the catalog states none.")
 def add_file_command(file: Path, name: str | None, license: str | None) -> None:
-    """Copy FILE, a checkpoint of the catalog that you got by other means, to where it is looked for.
+    """Copy FILE, a catalog checkpoint obtained by other means, into the cache folder.
 
-    Its size, hash, architecture, resolution and classes must be those of the catalog, where it knows them.
+    Its size, hash, architecture, resolution and classes must match the catalog, if it states them.
     """
     from finetune.hub import catalog, contribute, download, identify, store
     from finetune.resolve import facts_of
@@ -222,13 +222,13 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
 @click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight that it was trained with.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch that it was trained with.")
 @click.option("--kimg", type=click.FloatRange(min=0), help="Thousands of images that it was trained for.")
-@click.option("--notes", metavar="TEXT", help="What else is worth knowing.")
+@click.option("--notes", metavar="TEXT", help="Notes.")
 @offline_option()
 def add_command(url: str, into: Path | None, **said: Any) -> None:
     """Fetch the checkpoint at URL, open it safely, and print its entry for checkpoints.json.
 
-    Architecture, resolution, classes, size and hash come from the file; what it does not say comes from the
-    options, and is left empty otherwise. For a URL of the catalog, its entry is completed.
+    Architecture, resolution, classes, size and hash come from the file, the rest from the options; what
+    neither states is left empty. For a URL of the catalog, its entry is completed.
     """
     from finetune.hub import catalog, contribute
     from finetune.resolve import as_url, facts_of

@@ -31,7 +31,7 @@ def command() -> None:
     """
 
 
-@command.command("check", short_help="Decode every image and tell everything that is wrong.")
+@command.command("check", short_help="Decode every image and list all problems.")
 @click.argument("path", type=click.Path(path_type=Path), metavar="DIR|ZIP")
 @click.option(
     "--network",
@@ -83,7 +83,7 @@ def check_command(
     channels, num_classes = None, None
     if network is not None:
         if resolution is not None:
-            raise ConfigError("--resolution: --network says it already; give one of the two.")
+            raise ConfigError("--resolution: already given by --network. Give one of the two.")
         resolution, channels, c_dim = shape_of(network)
         cond = c_dim > 0 if cond is None else cond
         num_classes = c_dim or None
@@ -122,7 +122,7 @@ def check_command(
 
 
 def shape_of(network: str) -> tuple[int, int, int]:
-    """Resolution, channels and number of classes of the generator of a checkpoint."""
+    """Return resolution, channels and number of classes of the generator of a checkpoint."""
     from finetune.resolve import load
 
     G: Any = load(network_file(network)).best
@@ -178,7 +178,7 @@ def shape_of(network: str) -> tuple[int, int, int]:
 def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> None:
     """Bring the images of SRC, a folder or zip, to size and write them to the uncompressed zip DEST.
 
-    Folders in SRC stay folders in the zip. A call that was interrupted is gone on with by the same call, and
+    Folders in SRC stay folders in the zip. An interrupted call is resumed by the same call, and
     the zip comes out the same to the byte; DEST appears when it is whole.
     """
     from finetune.data.preparing import prepare
@@ -188,7 +188,7 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
         with progress_bar("preparing the images", 0) as progress:
             made = prepare(src, dest, channels=int(channels), progress=progress, **options)
     except KeyboardInterrupt:
-        click.echo("\nWhat is done is kept: the same command goes on with it.", err=True)
+        click.echo("\nFinished images are kept: run the same command to resume.", err=True)
         raise
     for problem in made.left_out:
         click.echo(f"left out: {printable(problem.name)} {problem.kind}: {problem.detail}")

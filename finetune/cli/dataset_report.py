@@ -16,9 +16,9 @@ VERBS = {"crop": "cropped", "pad": "padded", "stretch": "stretched", None: "refu
 def what_training_does(
     found: Scan, resolution: int | None, channels: int | None, fit: str | None
 ) -> dict[str, Any]:
-    """How many images training at a resolution takes as they are and how many it changes, by what it does.
+    """Return how many images training at a resolution uses unchanged and how many it changes, by change.
 
-    Empty without a resolution. Counts of images, and MiB decoded (of 3 channels where these are not known).
+    Empty without a resolution. Counts of images, and MiB decoded (of 3 channels if unknown).
     """
     if resolution is None:
         return {}
@@ -44,7 +44,7 @@ def what_training_does(
 def as_values(
     found: Scan, resolution: int | None, fit: str | None, use_labels: bool, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that was found, for programs."""
+    """Return all findings as plain values."""
     return {
         "path": str(found.path),
         "ok": not found.problems,
@@ -66,7 +66,7 @@ def as_values(
 
 
 def as_text(found: Scan, training: dict[str, Any]) -> str:
-    """The same as a page: a summary, then every offender by kind, then what else is worth knowing."""
+    """Return all findings as text: a summary, then problems by kind, then notes."""
     passed_over = f", {found.num_ignored} other files passed over" if found.num_ignored else ""
     lines = [f"{printable(str(found.path))}: {found.num_images} images{passed_over}"]
     if found.num_known:
@@ -80,7 +80,7 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
     if found.problems:
         lines += ["", "Training refuses:", *listed(found.problems, shown=None)]
     if found.remarks:
-        lines += ["", "Training takes, but worth knowing:", *listed(found.remarks, shown=None)]
+        lines += ["", "Accepted by training, with remarks:", *listed(found.remarks, shown=None)]
     if not found.problems:
         lines += ["", "Nothing here that training would refuse."]
     return "\n".join(lines)
@@ -89,8 +89,8 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
 def _training(found: Scan, training: dict[str, Any]) -> str:
     if not training:
         if len(found.sizes) == 1 and (size := next(iter(found.sizes)))[0] == size[1]:
-            return f"as they are, with a checkpoint of {size[0]} pixels; with any other, --fit says how"
-        return "--resolution or --network says what it would do with these sizes"
+            return f"as they are, with a checkpoint of {size[0]} pixels; with any other, --fit decides how"
+        return "give --resolution or --network to see what it would do with these sizes"
     resolution, others = training["resolution"], training["other_sizes"]
     parts = [f"at {resolution}×{resolution}: {training['as_they_are']} as they are"]
     if others:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 
-@click.command("doctor", short_help="Say how the ops run on this machine, and why.")
+@click.command("doctor", short_help="Show how the ops run on this machine, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option("--clean", is_flag=True, help="Empty the cache of built kernels first.")
 @click.option(
@@ -26,10 +26,10 @@ import click
     help="With --build: for GPUs of this compute capability, here or not.",
 )
 def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> None:
-    """Say what is installed, which compilers really work, how each op runs on each device, and why.
+    """Show installed versions, working compilers, and how each op runs on each device, and why.
 
-    Compilers are tried on three lines of code. None is needed for the program to work: where kernels cannot
-    be built, the ops run in plain torch, which is right but slow.
+    Compilers are tried on three lines of code. None is required: if kernels cannot be
+    built, the ops run in plain torch, which is correct but slower.
     """
     from finetune.errors import ConfigError
 
@@ -53,7 +53,7 @@ def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> N
 
 
 def capabilities(arch: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Those that were named, else those of the GPUs that are here. Raises ConfigError for other text."""
+    """Return the given capabilities, else those of the GPUs here. Raises ConfigError for other text."""
     import torch
 
     from finetune.errors import ConfigError
@@ -94,12 +94,12 @@ def build_everything(wanted: list[tuple[int, int]]) -> tuple[list[str], bool]:
             done.append(f"CUDA kernels for {name} cannot be built: {error}")
             built = False
     if not wanted:
-        done.append("CUDA kernels: no GPU is here; --arch 9.0, say, builds them for others")
+        done.append("CUDA kernels: no GPU here. To build for another one, give e.g. --arch 9.0")
     return done, built
 
 
 def describe() -> dict[str, Any]:
-    """The facts as plain values; the keys are a contract with scripts."""
+    """Return the facts as plain values; the keys are a contract with scripts."""
     import torch
 
     import dnnlib
@@ -137,12 +137,12 @@ def describe() -> dict[str, Any]:
 
 
 def folder_of(package: Any) -> str:
-    """Where a package was found: another copy of `dnnlib` or `torch_utils` may come first on the path."""
+    """Return the folder of a package: another copy of `dnnlib` or `torch_utils` may come first."""
     return str(next(iter(package.__path__)))
 
 
 def caches() -> dict[str, dict[str, Any]]:
-    """Every folder in which something is kept, what is in it, and whether more may be."""
+    """Return every cache folder, its content, and whether it is writable."""
     from torch_utils.files import cache_folder
     from torch_utils.ops.native.building import cache
 
@@ -155,7 +155,7 @@ def caches() -> dict[str, dict[str, Any]]:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, or the folder itself; found out by making one."""
+    """Return whether files can be created in a folder (or the folder itself), by creating one."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -166,7 +166,7 @@ def is_writable(folder: Path) -> bool:
 
 
 def nvrtc_architectures() -> list[str]:
-    """What NVRTC can compile for; empty without one."""
+    """Return the architectures that NVRTC can compile for; empty without NVRTC."""
     try:
         from cuda.bindings import nvrtc
 
@@ -176,7 +176,7 @@ def nvrtc_architectures() -> list[str]:
 
 
 def driver_version() -> str | None:
-    """The newest CUDA that the driver of this machine can run, None without one."""
+    """Return the newest CUDA version that the driver supports, None without one."""
     import ctypes
 
     try:
@@ -190,7 +190,7 @@ def driver_version() -> str | None:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The same facts as lines of `name  value`."""
+    """Return the same facts as lines of `name  value`."""
     lines = [(name, facts[name]) for name in ("finetune", "python", "platform", "torch")]
     lines.append(
         ("CUDA", f"torch for CUDA {facts['cuda_of_torch']}" if facts["cuda_of_torch"] else "torch for CPUs")
@@ -224,7 +224,7 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def tool(found: dict[str, Any]) -> str:
-    """One compiler in words."""
+    """Describe one compiler."""
     if not found["works"]:
         return f"{found['cause']}. {found['remedy']}".strip()
     return " ".join(filter(None, (found.get("version"), f"({found['path']})" if "path" in found else "")))

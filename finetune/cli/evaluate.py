@@ -1,4 +1,4 @@
-"""`finetune evaluate`: how near a generator is to a set of images."""
+"""`finetune evaluate`: compare a generator with a set of images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.errors import CheckpointError, ConfigError
 DEFAULT = "fd-effnet,random-fid"
 
 
-@click.command("evaluate", short_help="Measure how near a generator is to a set of images.")
+@click.command("evaluate", short_help="Compare a generator with a set of images.")
 @network_option()
 @click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="The real images.")
 @click.option(
@@ -68,9 +68,12 @@ DEFAULT = "fd-effnet,random-fid"
     "machines: torchrun.",
 )
 @click.option(
-    "--inception", type=click.Path(path_type=Path), metavar="FILE", help="Its weights, where you have them."
+    "--inception",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File of the Inception weights.  [default: downloaded]",
 )
-@click.option("--no-cache", is_flag=True, help="Do not keep, and do not use, what is known about the images.")
+@click.option("--no-cache", is_flag=True, help="Do not cache statistics of the real images.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @offline_option()
 @device_option()
@@ -93,10 +96,10 @@ def command(
     as_json: bool,
     device: str,
 ) -> None:
-    """Measure how near the generator of a checkpoint is to a set of images.
+    """Compare the generator of a checkpoint with a set of images.
 
-    G_ema where there is one, no truncation. Numbers depend on how many images there are on both sides, on
-    the features and on how images are resized: compare only what was measured alike.
+    G_ema if there is one, no truncation. Results depend on the numbers of images, the features and the
+    resizing: compare only results measured with the same settings.
     """
     from finetune.cli.train import report_errors_on_rank0
     from finetune.distributed import env_rank, launch
@@ -123,7 +126,7 @@ def measure(
     labels_from: str, cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool,
     inception: Path | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """The metrics, and what they were measured on; in several processes where torchrun has started them."""
+    """Return the metrics and what they were measured on; on several ranks if torchrun started them."""
     from finetune.data import ImageSet
     from finetune.device import float32_math, resolve_device
     from finetune.distributed import init, shutdown
@@ -182,12 +185,12 @@ def measure(
 
 @contextlib.contextmanager
 def no_bar(what: str, total: int) -> Iterator[None]:
-    """In the place of a bar that another process shows."""
+    """Replace the progress bar on ranks other than 0."""
     yield None
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts as a small table."""
+    """Return the facts as a small table."""
     lines = [f"{facts['generated']:,} generated against {facts['real']:,} real images, seed {facts['seed']}"]
     for name, each in facts["metrics"].items():
         spread = f" ± {each['spread']:.2g}" if each["spread"] else ""

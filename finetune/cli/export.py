@@ -32,13 +32,13 @@ _ENDINGS = {
     help="stylegan-pkl opens in the StyleGAN2-ADA and StyleGAN3 code bases; safetensors is tensors and JSON.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
-@click.option("--force", is_flag=True, help="Replace FILE where it exists.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @license_option(help="License of the checkpoint, if it does not state one.")
 @offline_option()
 def command(network: str, file_format: str, out: Path, force: bool, license: str | None) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
-    FILE takes its name only when all agree. The source of the weights and their license are written to it, too.
+    FILE is created only if all agree. The source of the weights and their license are written to it, too.
     """
     from finetune.export.verify import export_checkpoint
     from finetune.resolve import load
@@ -102,5 +102,5 @@ def provenance_lines(provenance: dict[str, Any]) -> list[str]:
         seen = f", trained for {step['nimg'] / 1000:g} kimg" if step["nimg"] is not None else ""
         lines.append(f"{word}{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'}){seen}")
         step, word = step["parent"], "  from: "
-    lines.append(f"License: {provenance['licence'] or 'not known; see where the source came from'}")
+    lines.append(f"License: {provenance['licence'] or 'not known; see the origin of the source'}")
     return lines

@@ -79,7 +79,7 @@ def command(
 ) -> None:
     """Make one image for each seed: OUTDIR/seed0000.png and so on.
 
-    A seed always gives the same image, whatever other seeds are asked for.
+    A seed always gives the same image, independent of the other seeds.
     """
     if math.isnan(trunc):
         raise ConfigError("--trunc nan is not a number.")
@@ -99,7 +99,7 @@ def command(
         raise CheckpointError(f"{network} holds no generator, only D.")
     if G.img_resolution**2 * len(seeds) <= QUICK_PIXELS.get(checkpoint.family, 0):
         start_without_build(next(G.parameters()).device.type)
-    label_from_class(G, class_index)  # says what is wrong before the folder is made
+    label_from_class(G, class_index)  # raises before the folder is created
     if checkpoint.G_ema is None:
         click.echo("The checkpoint has no G_ema; the images come from G.", err=True)
     outdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Progress bars, for a number of things and for downloads; silent where stderr is no terminal."""
+"""Progress bars, for a number of things and for downloads; silent if stderr is not a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the bytes of an image to `uint8 [C, H, W]`: what is read, how channels and sizes change."""
+"""Decode images to `uint8 [C, H, W]`: formats, conversion of channels and sizes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ MARGIN: dict[str, str | tuple[int, ...]] = {"L": "white", "RGB": "white", "RGBA"
 
 
 def images_to_float(images: torch.Tensor) -> torch.Tensor:
-    """`uint8` images as float32 in [-1, 1], the range of the networks."""
+    """Convert `uint8` images to float32 in [-1, 1], the range of the networks."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def height_and_width(resolution: int | tuple[int, int]) -> tuple[int, int]:
-    """The size of images: `resolution` is the side of a square, or (height, width)."""
+    """Return (height, width) of `resolution`, which may be the side of a square."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
@@ -61,7 +61,7 @@ def decode(
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode the first frame, upright by its EXIF, in a mode that `to_channels` knows. Raises Unusable."""
+    """Decode the first frame, upright by its EXIF, in a mode that `to_channels` supports. Raises Unusable."""
     Image.init()
     with warnings.catch_warnings():
         # Pillow warns about harmless oddities of metadata; what matters here either fails or is a bomb.
@@ -137,17 +137,17 @@ def fit_to_size(image: Image.Image, size: tuple[int, int], fit: str | None) -> I
 
 
 def _opened(data: bytes) -> Image.Image:
-    """An image whose pixels are not decoded yet. Raises whatever Pillow does."""
+    """Open an image without decoding its pixels. Raises whatever Pillow does."""
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """Lanczos; an image much too large is first averaged down by a whole factor, for speed."""
+    """Resize with Lanczos; an image much too large is first averaged down by a whole factor, for speed."""
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def _upper_byte(image: Image.Image, bits: int = 16) -> Image.Image:
-    """A 16-bit gray image as L: the upper 8 of its `bits`, as Pillow itself does for 16-bit color."""
+    """Convert a 16-bit gray image to L: the upper 8 of its `bits`, as Pillow itself does for 16-bit color."""
     values = _gray_values(image)
     scaled = values >> (bits - 8) if bits >= 8 else values << (8 - bits)
     gray = Image.fromarray(scaled.astype(np.uint8))
@@ -162,7 +162,7 @@ def _gray_values(image: Image.Image) -> np.ndarray:
 
 
 def highest_deep_value(image: Image.Image) -> int | None:
-    """The highest value in an image of 16 bits a channel, None for others.
+    """Return the highest value in an image of 16 bits a channel, None for others.
 
     Of 16-bit color Pillow decodes the upper 8 bits only; the lower ones are taken as 255.
     """
@@ -175,7 +175,7 @@ def highest_deep_value(image: Image.Image) -> int | None:
 
 
 def is_deep_color(image: Image.Image) -> bool:
-    """Whether an image that `open_image` gave had 16 bits a channel, of which the upper 8 are left."""
+    """Return whether an image that `open_image` gave had 16 bits a channel, of which the upper 8 are left."""
     return bool(image.info.get(DEEP_COLOR))
 
 
@@ -190,16 +190,16 @@ def _check_bits(image: Image.Image, bits: int) -> None:
 
 
 def _check_mode(image: Image.Image) -> None:
-    """Raise Unusable where no rule says how the values of this image become 8 bits."""
+    """Raise Unusable if there is no rule to convert the values of this image to 8 bits."""
     if image.mode == "F" or (image.mode == "I" and image.format not in FORMATS_16_BIT_AS_I):
         kind = "floating-point numbers" if image.mode == "F" else "integers"
-        raise Unusable(NO_RULE, f"32-bit {kind}, and nothing says which of them are black and white")
+        raise Unusable(NO_RULE, f"32-bit {kind}, without a defined black and white")
     if image.mode not in MODES and not image.mode.startswith("I;16"):
         raise Unusable(NO_RULE, f"color mode {image.mode}")
 
 
 def _bits_per_channel(image: Image.Image, data: bytes) -> int:
-    """Bits a channel in the file, of the formats that may have more than 8 in color."""
+    """Return bits per channel in the file, for formats that may have more than 8 in color."""
     if data.startswith(b"\x89PNG"):
         return data[24]
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE_TAG, 8)
@@ -214,7 +214,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def unusual(image: Image.Image) -> str | None:
-    """What `to_channels` has to change by a rule that a person may not expect; None for plain L and RGB."""
+    """Describe what `to_channels` changes by a rule users may not expect; None for plain L and RGB."""
     found = []
     if image.mode.startswith("I") or is_deep_color(image):
         found.append("16 bits a channel")
@@ -228,7 +228,7 @@ def unusual(image: Image.Image) -> str | None:
 
 
 def num_frames(data: bytes) -> int:
-    """How many frames or pages an image has that `open_image` could open; 1 for what is no sequence."""
+    """Return how many frames or pages an image has that `open_image` can open; 1 if it is no sequence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -240,7 +240,7 @@ def num_frames(data: bytes) -> int:
 
 
 def _is_cut_short(data: bytes) -> bool:
-    """Whether the end of a damaged file is missing, by what its format says of its end."""
+    """Return whether the end of a damaged file is missing, by the end marker of its format."""
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-64:]
     if data.startswith(b"\xff\xd8"):
@@ -253,7 +253,7 @@ def _is_cut_short(data: bytes) -> bool:
 
 
 def _what_else(data: bytes) -> str:
-    """What a file that is no image seems to be: the cases that people meet."""
+    """Describe a file that is no image: the frequent cases."""
     start = data[:512].lstrip().lower()
     if not data:
         return "is empty"

@@ -25,9 +25,9 @@ class ImageSet(Dataset):
     """Items `(uint8 [channels, height, width], float32 [num_classes])` in the order of sorted names.
 
     `resolution` is the side of square images, or (height, width). `labels_from`: `file` or `folders`.
-    `num_classes` is 0 where labels are not used, else what the network expects (given) or the labels say.
+    `num_classes` is 0 if labels are not used, else that of the network (given) or of the labels.
     With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. `limit` keeps that many images,
-    chosen by `seed`. Raises DataError: on opening where images or labels are missing, on reading where an
+    chosen by `seed`. Raises DataError: on opening if images or labels are missing, on reading if an
     image is unusable (`scan` finds all of those beforehand).
     """
 
@@ -87,18 +87,18 @@ class ImageSet(Dataset):
         return {**self.__dict__, "_pixels": None}  # a copy in another process reads the files itself
 
     def label(self, index: int) -> np.ndarray:
-        """The label of an item, float32 `[num_classes]`: one-hot for a class, of length 0 without labels."""
+        """Return the label of an item, float32 `[num_classes]`: one-hot for a class, empty without labels."""
         return self._label_of(self._locate(index)[0])
 
     def random_labels(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Labels of `n` images drawn with replacement, float32 `[n, num_classes]`."""
+        """Draw labels of `n` images with replacement, float32 `[n, num_classes]`."""
         if self._labels is None:
             return torch.zeros(n, 0)
         picked = torch.randint(len(self.names), (n,), generator=generator)
         return torch.from_numpy(self._labels.one_hot(picked.numpy()))
 
     def preload(self, max_bytes: int = CACHE_BYTES, *, workers: int = 0) -> bool:
-        """Decode everything into memory once if that takes at most `max_bytes`; say whether it is there."""
+        """Decode everything into memory once if that takes at most `max_bytes`; return whether it did."""
         num_bytes = len(self.names) * self.channels * math.prod(self.size)
         if self._pixels is None and num_bytes <= max_bytes:
             pixels = np.empty((len(self.names), self.channels, *self.size), np.uint8)
@@ -110,7 +110,7 @@ class ImageSet(Dataset):
         return self._pixels is not None
 
     def content_hash(self) -> str:
-        """SHA-256 of all that decides the items: files, their names, labels, channels, fit and so on.
+        """Return SHA-256 of all that decides the items: files, their names, labels, channels, fit and so on.
 
         Equal for a folder and a zip of it. Reads a folder's files completely, a zip's directory only
         (CRC-32).
@@ -127,7 +127,7 @@ class ImageSet(Dataset):
         return digest.hexdigest()
 
     def _locate(self, index: int) -> tuple[int, bool]:
-        """Item number -> (image number, whether it is flipped)."""
+        """Return (image number, whether it is flipped) of an item."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         flip, image = divmod(index % len(self), len(self.names))
@@ -149,7 +149,7 @@ class ImageSet(Dataset):
 
 
 def choose(source: Source, limit: int | None, seed: int) -> list[str]:
-    """All names, or `limit` of them chosen by `seed`, sorted."""
+    """Return all names, or `limit` of them chosen by `seed`, sorted."""
     if limit is None or limit >= len(source.names):
         return source.names
     if limit < 1:

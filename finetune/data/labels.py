@@ -28,7 +28,7 @@ class Labels:
     num_classes: int
 
     def one_hot(self, picked: np.ndarray | int) -> np.ndarray:
-        """The labels as float32, `[num_classes]` for one, `[n, num_classes]` for n; vectors as they are."""
+        """Return labels as float32, `[num_classes]` for one, `[n, num_classes]` for n; vectors unchanged."""
         if self.values.ndim == 2:
             return self.values[picked].copy()
         return (self.values[picked, np.newaxis] == np.arange(self.num_classes)).astype(np.float32)
@@ -37,10 +37,10 @@ class Labels:
 def read_labels(
     source: Source, names: list[str], num_classes: int | None = None, origin: str = "file"
 ) -> tuple[Labels | None, list[Problem]]:
-    """The labels of `names`, in that order; where a single one is wrong, None and every problem there is.
+    """Return the labels of `names`, in that order; if one is wrong, None and every problem.
 
     `num_classes` is what the network expects; None takes it from the labels (largest class + 1, the length of
-    the vectors, or the number of folders). `origin`: one of LABEL_ORIGINS. Raises DataError where there is no
+    the vectors, or the number of folders). `origin`: one of LABEL_ORIGINS. Raises DataError if there is no
     usable `dataset.json` at all, or no folders.
     """
     if origin == "folders":
@@ -66,7 +66,7 @@ def read_labels(
 def _labels_of_folders(
     source: Source, names: list[str], num_classes: int | None
 ) -> tuple[Labels | None, list[Problem]]:
-    """As `read_labels`; classes are those of all images, also where `names` are a part of them."""
+    """Read labels like `read_labels`; classes are those of all images, even if `names` are a part of them."""
     classes, folders = folder_classes(source)
     found = [(name, classes.get(name, MISSING)) for name in names]
     checked = [
@@ -93,7 +93,7 @@ def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
 
 
 def has_class_folders(source: Source) -> bool:
-    """Whether the images are in several folders, so that these could be classes."""
+    """Return whether the images are in several folders, so that these could be classes."""
     try:
         return len(folder_classes(source)[1]) > 1
     except DataError:
@@ -119,7 +119,7 @@ def _entries_of_images(source: Source, table: dict[str, Any]) -> dict[str, str]:
 
 
 def _by_meaning(spellings: dict[str, str]) -> dict[str, list[str]]:
-    """Normalized spelling -> the keys of `spellings` that have it."""
+    """Return normalized spelling -> the keys of `spellings` that have it."""
     found: dict[str, list[str]] = {}
     for name, spelling in spellings.items():
         meaning = unicodedata.normalize("NFC", posixpath.normpath(spelling).lstrip("/"))
@@ -128,24 +128,24 @@ def _by_meaning(spellings: dict[str, str]) -> dict[str, list[str]]:
 
 
 def has_labels(source: Source) -> bool:
-    """Whether `dataset.json` is there and is not one that says that there are no labels."""
+    """Return whether `dataset.json` is there and does not state that there are no labels."""
     if source.labels_name is None:
         return False
     try:
         content = json.loads(source.read(source.labels_name))
     except (Unusable, ValueError, RecursionError):
-        return True  # there are some, and reading them says what is wrong
+        return True  # reading them raises the error
     return not (isinstance(content, dict) and content.get("labels") is None)
 
 
 def labels_without_image(source: Source) -> list[str]:
-    """Names in `dataset.json` that belong to no image, sorted. Raises DataError as `read_labels` does."""
+    """Return names in `dataset.json` that belong to no image, sorted. Raises DataError like `read_labels`."""
     table = _read_table(source, None)
     return sorted(table.keys() - set(_entries_of_images(source, table).values()))
 
 
 def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
-    """Image name -> label as the file has it; names with forward slashes."""
+    """Return image name -> label as the file has it; names with forward slashes."""
     advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}'
     if num_classes is None:
         advice += ", or train without labels."
@@ -182,7 +182,7 @@ def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
 
 
 def _wrong_class(value: Any, num_classes: int | None) -> str | None:
-    """What is wrong with one class index, or None."""
+    """Return what is wrong with one class index, or None."""
     if value is MISSING:
         return f"not in {LABELS_NAME}"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -195,7 +195,7 @@ def _wrong_class(value: Any, num_classes: int | None) -> str | None:
 
 
 def _wrong_vector(value: Any, length: int) -> str | None:
-    """What is wrong with one label vector, or None."""
+    """Return what is wrong with one label vector, or None."""
     if value is MISSING:
         return f"not in {LABELS_NAME}"
     if not isinstance(value, list):

@@ -16,10 +16,10 @@ from finetune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-NUM_STAND_INS = 8  # images tried in the place of one that cannot be read any more
-MAX_UNREADABLE = 0.1  # of the items of an epoch; with more, training would be on other images than was said
+NUM_STAND_INS = 8  # images tried in place of one that cannot be read any more
+MAX_UNREADABLE = 0.1  # of the items of an epoch; above that, the set is no longer the given one
 GONE = (
-    "The images seem to be gone: a disk or a network share that went away? What was saved is whole; once "
+    "Cannot read the images: is a disk or a network drive gone? Saved files are intact; once "
     "they are back, --resume the run folder."
 )
 
@@ -27,10 +27,10 @@ log = logging.getLogger("finetune.data")
 
 
 class InfiniteLoader(Iterator[Batch]):
-    """Yields `(uint8 [N, C, H, W], float32 [N, num_classes])` for ever, on the CPU (pinned for CUDA).
+    """Yields `(uint8 [N, C, H, W], float32 [N, num_classes])` without end, on the CPU (pinned for CUDA).
 
     An image that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
-    files); the first one is told. Raises DataError where none of the stand-ins can be read either, or where
+    files); the first one is logged. Raises DataError if none of the replacements can be read either, or if
     more than `MAX_UNREADABLE` of an epoch were replaced. Where a worker dies, others go on in its place.
     `state_dict` counts what was handed out, not what workers have read ahead; load it before the first batch.
     """
@@ -60,7 +60,7 @@ class InfiniteLoader(Iterator[Batch]):
         return started(self._loader)
 
     def _count(self, lost: list[str]) -> None:
-        """Count the images of a batch that had to be replaced. Raises DataError where they are too many."""
+        """Count the images of a batch that had to be replaced. Raises DataError if they are too many."""
         if lost and not self.unreadable:
             log.warning("%s Another image takes its place; the log counts these as `unreadable`.", lost[0])
         self.unreadable += len(lost)
@@ -76,11 +76,11 @@ class InfiniteLoader(Iterator[Batch]):
             )
 
     def state_dict(self) -> dict:
-        """The position in the order of items, as `InfiniteSampler.state_dict`, and what was counted."""
+        """Return the position in the order of items, as `InfiniteSampler.state_dict`, and the counts."""
         return {**self._sampler.state_dict(), "position": self._position, "unreadable": self.unreadable}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken. Raises ValueError where it belongs to another order."""
+        """Continue from `state`. Raises ValueError if it belongs to another order."""
         self._batches = None
         self._sampler.load_state_dict(state)
         self._position = self._sampler.position
@@ -104,7 +104,7 @@ def build_loader(
     num_replicas: int = 1,
     cache_bytes: int = CACHE_BYTES,
 ) -> InfiniteLoader:
-    """Endless shuffled batches of `batch_size` items for replica `rank`.
+    """Build an endless loader of shuffled batches of `batch_size` items for replica `rank`.
 
     A set that takes no more than `cache_bytes` decoded is read once, here, and served from memory without
     workers. Otherwise `workers` processes decode, at most one a core; with 0 the calling process does.
@@ -131,7 +131,7 @@ def build_loader(
 
 
 class _Items(Dataset):
-    """Items `(image, label, why)` of a set; `why` says what is wrong with the image it stands in for.
+    """Items `(image, label, why)` of a set; `why`: what is wrong with the image it replaces.
 
     Which one stands in depends on the number of the item and on what can be read, so that a run that is
     continued meets the same. A problem that remains is handed over as an item, because torch rewords what

@@ -74,7 +74,7 @@ class LookCache:
             self._open()
 
     def stamps(self) -> dict[bytes, Stamp]:
-        """The stamps of all looks, by key."""
+        """Return the stamps of all looks, by key."""
         with self._off_if_it_fails():
             if self._connection is not None:
                 rows = self._connection.execute("SELECT name, size, time FROM looks")
@@ -82,7 +82,7 @@ class LookCache:
         return {}
 
     def get(self, name: str, stamp: Stamp) -> Look | None:
-        """The look at an image that has not changed since."""
+        """Return the cached look at an image that has not changed since."""
         with self._off_if_it_fails():
             if self._connection is not None:
                 query = f"SELECT {COLUMNS} FROM looks WHERE name = ? AND size = ? AND time = ?"
@@ -144,7 +144,7 @@ class LookCache:
 
 
 def path_of(source: Source) -> Path:
-    """The file for a set; sets are told apart by where they are."""
+    """Return the cache file of a data set, keyed by its path."""
     place = str(source.path.resolve())
     digest = hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     name = re.sub(r"[^\w.-]", "_", source.path.resolve().name)[:40]

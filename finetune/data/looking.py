@@ -54,7 +54,7 @@ def look_at(data: bytes) -> Look:
 
 
 def tone_of(image: Image.Image) -> str | None:
-    """BLACK or UNIFORM if almost all pixels are; a few stray pixels or a date stamp change nothing."""
+    """Return BLACK or UNIFORM if almost all pixels are; stray pixels or a date stamp do not matter."""
     histogram = np.reshape(to_channels(image, 3).histogram(), (3, 256))
     reached = np.cumsum(histogram, axis=1) / histogram[0].sum()
     low = (reached < 1 - ALMOST_ALL).sum(axis=1)

@@ -1,4 +1,4 @@
-"""What images are called in a prepared zip, and which classes their folders stand for."""
+"""Names of images in a prepared zip, and classes by folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def target_names(names: list[str], suffix: str) -> dict[str, str]:
         number = 1
         target = stem + suffix
         while _folded(target) in taken:
-            # a.png beside a.jpg becomes a.jpg.tif; where that is taken too, a.jpg-2.tif.
+            # a.png beside a.jpg becomes a.jpg.tif; if that is taken too, a.jpg-2.tif.
             target = safe + (f"-{number}" if number > 1 else "") + suffix
             number += 1
         taken.add(_folded(target))
@@ -32,9 +32,9 @@ def target_names(names: list[str], suffix: str) -> dict[str, str]:
 
 
 def classes_of_folders(names: list[str]) -> tuple[dict[str, int], list[str]]:
-    """Classes by folder: name -> class for images that are in one, and the folders in the order of classes.
+    """Return classes by folder: name -> class for images in one, and the folders in the order of classes.
 
-    A single folder around everything does not count. Folders are sorted as people do: 2 before 10. Raises
+    A single folder around everything does not count. Folders are sorted naturally: 2 before 10. Raises
     DataError if the same classes recur in every folder, as in train/cat and test/cat.
     """
     parts = {name: name.replace("\\", "/").split("/")[:-1] for name in names}
@@ -51,7 +51,7 @@ def classes_of_folders(names: list[str]) -> tuple[dict[str, int], list[str]]:
 
 
 def _natural(folder: str) -> tuple:
-    """A key that sorts the numbers in a name by value; equal ones by spelling."""
+    """Return a key that sorts the numbers in a name by value; equal ones by spelling."""
     pieces = re.split(r"(\d+)", folder)
     return ([int(piece) if index % 2 else piece for index, piece in enumerate(pieces)], folder)
 
@@ -72,7 +72,7 @@ def _check_splits(folders: list[str], paths: list[list[str]]) -> None:
 
 
 def _safe(name: str) -> str:
-    """A name that can be unpacked anywhere: no way out of the folder, no bytes that are no text."""
+    """Return a name that can be unpacked anywhere: inside the folder, and valid text."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     text = "/".join(parts)
     try:

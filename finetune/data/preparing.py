@@ -1,4 +1,4 @@
-"""Bring a set of images to size, in an uncompressed zip from which training reads fastest."""
+"""Resize a set of images into an uncompressed zip, the fastest form for training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROOM_FOR_HEADERS = 1024  # bytes an image, in the file and twice in the zip
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of every image."""
+    """Everything that determines the bytes of an image."""
 
     resolution: int
     channels: int
@@ -53,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """What was written: where, how many images, how many of them by an earlier call; what was left out."""
+    """The result of `prepare`: path, counts (also of earlier calls), and the images left out."""
 
     path: Path
     settings: Settings
@@ -125,7 +125,7 @@ def prepare(
 
 
 class Draft:
-    """The zip while it grows, and beside it a journal: a line for each image that was dealt with.
+    """The unfinished zip, and a journal with a line for each processed image.
 
     A line is `[name, stamp, target]`, followed by the highest value of a 16-bit image (null for others), or
     by kind and detail if the image cannot be used and is not in the zip. A line is written after its image,
@@ -153,7 +153,7 @@ class Draft:
         self.journal.close()
 
     def go_on(self, source: Source, names: list[str], targets: dict[str, str]) -> int:
-        """Keep what an earlier call has done of these images, drop the rest; how many they are."""
+        """Keep the finished images of an earlier call, drop the rest, and return their number."""
         head = _line(asdict(self.settings))
         kept, entries, done = 0, [], 0  # kept: bytes of the journal
         if self.journal.readline() == head:
@@ -182,7 +182,7 @@ class Draft:
         return done
 
     def _same(self, line: bytes, start: list, found: Iterator[Entry]) -> Entry | Problem | None:
-        """What a line of the journal says, if it is about this image as it is now and the zip agrees."""
+        """Return the entry or problem of a journal line, if image and zip have not changed since."""
         try:
             values = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
@@ -212,7 +212,7 @@ class Draft:
         self.journal.flush()
 
     def kept(self) -> str:
-        """What is there for the next call, in words; files that hold nothing are deleted."""
+        """Describe what is kept for the next call; empty files are deleted."""
         if self.zip.entries:
             return f"The {len(self.zip.entries)} others are kept for the next call, in {self.zip_path}."
         for place in (self.zip_path, self.journal_path):
@@ -242,7 +242,7 @@ class Draft:
 
 
 def _line(values: Any) -> bytes:
-    """A line of the journal; names that are no text stay what they are, as escapes."""
+    """Return a line of the journal; names that are not valid text are kept as escapes."""
     return json.dumps(values).encode("ascii") + b"\n"
 
 
@@ -285,13 +285,13 @@ def _check_destination(source: Source, path: Path, force: bool) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, not a file to write.")
     if path.exists() and path.samefile(source.path):
-        raise ConfigError(f"{path} is what is read; give the prepared set another name.")
+        raise ConfigError(f"{path} is the input itself. Give the prepared set another name.")
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; --force replaces it.")
 
 
 def _first_resolution(source: Source, fit: str | None) -> int:
-    """The side of the first image that can be read, where no size was asked for."""
+    """Return the side of the first readable image, used if no size was given."""
     if fit is not None:
         raise ConfigError(f"--fit {fit} needs --resolution: the size that images are brought to.")
     for name in source.names:
@@ -309,7 +309,7 @@ def _first_resolution(source: Source, fit: str | None) -> int:
 def _plan_labels(
     source: Source, labels: str | None
 ) -> tuple[list[str], dict[str, Any] | None, list[str], list[Problem]]:
-    """The images that have a label or need none, their labels, names of classes, and the other images."""
+    """Return the images to write, their labels, the names of classes, and the images without a label."""
     names: list[str] = list(source.names)
     if labels is None:
         labels = "keep" if has_labels(source) else "none"
@@ -343,13 +343,13 @@ def _check_space(path: Path, num_images: int, settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """An OSError of writing, in words."""
+    """Turn an OSError of writing into a DataError."""
     try:
         yield
     except OSError as error:
         raise DataError(
             f"{path} could not be written: {error.strerror or error}.",
-            hint="What is done is kept; the same command goes on with it.",
+            hint="Finished images are kept; run the same command to resume.",
         ) from error
 
 

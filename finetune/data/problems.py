@@ -1,4 +1,4 @@
-"""What can be wrong with an image or a label, and how all of it is told at once."""
+"""Problems of images and labels, and one message that lists them all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_RULE = "has pixel values without a rule"
 WRONG_SIZE = "has another size"
 BAD_LABEL = "has no usable label"
 LOW_RANGE = "has 16 bits a channel of which the upper ones are never used"
-# What training refuses, and the names that programs know these kinds by.
+# What training refuses, with the name of the kind in JSON.
 REFUSED = {
     UNREADABLE: "unreadable",
     CUT_SHORT: "truncated",
@@ -28,15 +28,15 @@ REFUSED = {
 }
 NOT_SQUARE = "is not square"
 TOO_LONG = "is more than twice as long as wide"
-TOO_SMALL = "is smaller, and gets enlarged"
+TOO_SMALL = "is smaller, and is enlarged"
 BLACK = "is nearly black"
 UNIFORM = "has nearly one color everywhere"
 UNUSUAL = "is stored in an unusual way"
 FRAMES = "has several frames, of which the first counts"
 DUPLICATE = "shows the same as another one"
 NO_IMAGE = "has a label, but is not there"
-SAME_NAME = "has a name that some systems take for another one's"
-# What training takes, but a person may want to know.
+SAME_NAME = "file name collides on case-insensitive file systems"
+# What training accepts, with a remark.
 REMARKS = {
     NOT_SQUARE: "not-square",
     TOO_LONG: "too-long",
@@ -76,7 +76,7 @@ class Problem:
 
 
 class Unusable(Exception):  # a finding, not a failure
-    """An image cannot be used; the caller knows its name. `kind` is one of KINDS."""
+    """An image cannot be used; the caller adds its name. `kind` is one of KINDS."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
@@ -85,7 +85,7 @@ class Unusable(Exception):  # a finding, not a failure
 
 
 def low_range(peaks: dict[str, int]) -> list[Problem]:
-    """A problem for each 16-bit image if the values of all take 12 bits or fewer.
+    """Return a problem for each 16-bit image if the values of all take 12 bits or fewer.
 
     peaks: name -> highest value.
     """
@@ -97,7 +97,7 @@ def low_range(peaks: dict[str, int]) -> list[Problem]:
 
 
 def describe(path: Path, num_images: int, problems: Iterable[Problem]) -> str:
-    """All problems as text: a count for each kind, then the names; wrong sizes are counted by size."""
+    """Return all problems as text: a count for each kind, then the names; wrong sizes are counted by size."""
     problems = list(problems)
     num_bad = len({problem.name for problem in problems})
     first = f"{path}: {num_bad} of {num_images} images cannot be used."
@@ -105,7 +105,7 @@ def describe(path: Path, num_images: int, problems: Iterable[Problem]) -> str:
 
 
 def listed(problems: Iterable[Problem], shown: int | None = SHOWN_PER_KIND) -> list[str]:
-    """Lines with a count for each kind and, below, `shown` names (None: all)."""
+    """Return lines with a count for each kind and, below, `shown` names (None: all)."""
     problems, lines = list(problems), []
     for kind in KINDS:
         found = [problem for problem in problems if problem.kind == kind]
@@ -122,18 +122,18 @@ def listed(problems: Iterable[Problem], shown: int | None = SHOWN_PER_KIND) -> l
 
 
 def hint(problems: Iterable[Problem]) -> str:
-    """What to do about these problems, one line for each kind that occurs."""
+    """Return what to do about these problems, one line for each kind that occurs."""
     present = {problem.kind for problem in problems}
     return "\n".join(text for kind, text in HINTS.items() if kind in present)
 
 
 def printable(name: str) -> str:
-    """The name with whatever no terminal can print written as escapes."""
+    """Return the name with unprintable characters written as escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _by_detail(found: list[Problem], shown: int | None) -> list[str]:
-    """A line for each value seen, with its count, and three names (all of them with `shown` None)."""
+    """Return a line for each value seen, with its count, and three names (all of them with `shown` None)."""
     by_detail: dict[str, list[str]] = {}
     for problem in found:
         by_detail.setdefault(problem.detail, []).append(printable(problem.name))

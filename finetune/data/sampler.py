@@ -48,7 +48,7 @@ class InfiniteSampler(Sampler[int]):
                 yield int(order[turn % self.num_items])
 
     def state_dict(self) -> dict:
-        """Plain numbers from which another sampler goes on exactly."""
+        """Return plain numbers from which another sampler continues exactly."""
         return {
             "position": self.position,
             "num_items": self.num_items,
@@ -57,7 +57,7 @@ class InfiniteSampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken. Raises ValueError where it belongs to another order."""
+        """Continue from `state`. Raises ValueError if it belongs to another order."""
         for name in ("num_items", "seed", "shuffle"):
             if state[name] != getattr(self, name):
                 raise ValueError(

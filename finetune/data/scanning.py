@@ -1,4 +1,4 @@
-"""Look at every image before training and tell everything that is wrong at once."""
+"""Scan every image before training and report all problems at once."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ GRAY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class Scan:
-    """What a look at every image found.
+    """The result of a scan.
 
     `sizes` counts images by (width, height) upright, `modes` by Pillow's mode, both without the unreadable
     ones; `class_counts` is the number of images of each class (empty without labels, and for vectors);
     `num_ignored` counts files that are no images. `problems` is what training refuses, `remarks` (of a
-    thorough scan) what it takes, but a person may want to know, image by image. `has_labels` says whether
-    there are any, used or not; `num_known` counts images that had not changed since the last scan.
+    thorough scan) what it accepts with a remark, image by image. `has_labels`: whether there are labels,
+    used or not; `num_known` counts images that had not changed since the last scan.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Scan:
     num_known: int = field(default=0, compare=False)
 
     def against(self, channels: int) -> list[str]:
-        """What images and the `channels` of a network do not share, and the option that changes it."""
+        """Describe mismatches between images and the `channels` of a network, with the option to use."""
         alpha = sum(count for mode, count in self.modes.items() if mode in ALPHA)
         gray = sum(count for mode, count in self.modes.items() if mode in GRAY)
         colors = self.num_images - gray
@@ -96,7 +96,7 @@ class Scan:
         return notes
 
     def raise_for_problems(self) -> None:
-        """Raise one DataError that names every image that cannot be used, and says what to do."""
+        """Raise one DataError that lists every image that cannot be used, with a hint."""
         if self.problems:
             raise DataError(describe(self.path, self.num_images, self.problems), hint=hint(self.problems))
 
@@ -165,7 +165,7 @@ def scan(
 
 
 class Findings:
-    """What the looks at all images add up to."""
+    """Collects the looks at all images."""
 
     def __init__(self, size: tuple[int, int] | None, fit: str | None, problems: list[Problem]) -> None:
         self.wanted = None if size is None else (size[1], size[0])  # width and height, as Pillow has them
@@ -194,7 +194,7 @@ class Findings:
         self.remarks += self._remarks(name, look, wanted)
 
     def _remarks(self, name: str, look: Look, wanted: tuple[int, int] | None) -> list[Problem]:
-        """What is allowed of one image, but worth knowing."""
+        """Return remarks on one image: accepted, but worth a look."""
         size, remarks = (look.width, look.height), []
         if wanted is not None and not _has_shape(size, wanted):
             remarks.append(Problem(name, TOO_LONG if _is_long(size, wanted) else NOT_SQUARE, _times(size)))
@@ -221,7 +221,7 @@ class Findings:
         self.problems += low_range(self.peaks)
 
     def notes(self, *, listed: bool) -> list[str]:
-        """What is allowed, but worth knowing, one line each; `listed`: remarks are listed by name anyway."""
+        """Return notes on the set, one line each; `listed`: remarks are listed by name anyway."""
         counts = Counter(remark.kind for remark in self.remarks)
         notes = []
         if self.wanted is not None and self.fit is not None:
@@ -245,7 +245,7 @@ class Findings:
 def _labels(
     source: Source, names: list[str], num_classes: int | None, labels_from: str, thorough: bool
 ) -> tuple[Labels | None, list[Problem]]:
-    """The labels; a thorough scan goes on where there are none to be had, for what else there is to tell."""
+    """Return the labels; a thorough scan continues without them, to report everything else."""
     try:
         return read_labels(source, names, num_classes, labels_from)
     except DataError as error:
@@ -265,13 +265,13 @@ def _has_shape(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
 
 
 def _is_long(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
-    """Whether cropping to the wanted shape leaves less than half of an image."""
+    """Return whether cropping to the target shape leaves less than half of an image."""
     ratio = (size[0] * wanted[1]) / (size[1] * wanted[0])
     return max(ratio, 1 / ratio) > 2
 
 
 def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
-    """Names that collide on some systems or in the zip, and labels of files that are not there."""
+    """Return names that collide on some systems or in the zip, and labels of files that do not exist."""
     remarks = [Problem(name, SAME_NAME, "is in the zip more than once") for name in source.repeated]
     first_of: dict[str, str] = {}
     for name in source.names:
@@ -282,7 +282,7 @@ def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
     if use_labels:
         try:
             absent = labels_without_image(source)
-        except DataError:  # told as a problem
+        except DataError:  # reported as a problem
             absent = []
         remarks += [Problem(name, NO_IMAGE, "passed over") for name in absent]
     return remarks

@@ -1,4 +1,4 @@
-"""Where images lie: a folder with subfolders, or a zip. A source lists names and reads bytes."""
+"""Sources of images: a folder with subfolders, or a zip. A source lists names and reads bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Source:
     """The images under one path.
 
     `names` are those of the images, with forward slashes, sorted by code point; `num_ignored` counts other
-    files; `repeated` are names that a zip has more than once (the last one counts). Raises DataError where
+    files; `repeated` are names that a zip has more than once (the last one counts). Raises DataError if
     the path holds no image.
     """
 
@@ -52,24 +52,24 @@ class Source:
         raise NotImplementedError
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises Unusable where they cannot be had."""
+        """Return the bytes of one file. Raises Unusable if it cannot be read."""
         raise NotImplementedError
 
     def checksum(self, name: str) -> tuple[int, int]:
-        """Size in bytes and CRC-32 of one file: equal for a folder and for a zip made of it."""
+        """Return size in bytes and CRC-32 of one file: equal for a folder and for a zip made of it."""
         raise NotImplementedError
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Two numbers that change when a file does, had without reading it; (-1, -1) where it is gone."""
+        """Return two numbers that change with the file, without reading it; (-1, -1) if it is gone."""
         raise NotImplementedError
 
     def label_key(self, name: str) -> str:
-        """The name of an image as `dataset.json` says it: relative to the folder that holds that file."""
+        """Return the name of an image in `dataset.json`: relative to the folder that holds that file."""
         assert self.labels_name is not None
         return name.replace("\\", "/")[len(self.labels_name) - len(LABELS_NAME) :]
 
     def _find_labels(self, files: set[str]) -> str | None:
-        """`dataset.json` at the top, or in the one folder around all images (zips often have one)."""
+        """Return `dataset.json` at the top, or in the one folder around all images (zips often have one)."""
         by_path = {name.replace("\\", "/"): name for name in files}
         # Names are sorted: a folder that holds the first and the last of them holds them all.
         first, last = (name.replace("\\", "/").split("/")[:-1] for name in (self.names[0], self.names[-1]))
@@ -101,7 +101,7 @@ class FolderSource(Source):
         path = self.path / name
         try:
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
                 raise Unusable(UNREADABLE, "is no regular file")
             if status.st_size > MAX_FILE_BYTES:
                 raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
@@ -174,7 +174,7 @@ class ZipSource(Source):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a folder or a zip. Raises DataError where it is neither, or holds no image."""
+    """Open a folder or a zip. Raises DataError if it is neither, or holds no image."""
     path = Path(path)
     if path.is_dir():
         return FolderSource(path)
@@ -194,7 +194,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is of the kind that systems leave behind: `.name`, or anything in `__MACOSX`."""
+    """Return whether a file is a leftover of the operating system: `.name`, or anything in `__MACOSX`."""
     path = "/" + name.replace("\\", "/")
     return "/." in path or "/__MACOSX/" in f"{path}/"
 

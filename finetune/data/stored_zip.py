@@ -1,6 +1,6 @@
-"""An uncompressed zip that only ever grows, so that one that was interrupted can be gone on with.
+"""An append-only uncompressed zip, so that an interrupted one can be resumed.
 
-Python's zipfile writes the same, but cannot go on with a file that has no directory yet. No dates and no
+Python's zipfile writes the same, but cannot continue a file that has no directory yet. No dates and no
 permissions of files go in: equal content gives equal bytes. Source: APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
 """
 
@@ -68,8 +68,7 @@ class StoredZip:
 
 
 def whole_entries(stream: BinaryIO) -> Iterator[Entry]:
-    """The entries of a file that StoredZip wrote, compared with their checksums, up to the first that is not
-    whole."""
+    """Yield the entries of a file that StoredZip wrote, up to the first that is cut or fails its checksum."""
     offset = 0
     while True:
         stream.seek(offset)

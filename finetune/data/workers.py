@@ -1,4 +1,4 @@
-"""How worker processes of a DataLoader are counted and started, and what happens when one dies."""
+"""Start DataLoader workers, and restart them when one dies."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ log = logging.getLogger("finetune.data")
 
 
 def available_cores() -> int:
-    """How many processor cores this process may use."""
+    """Return how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def started(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, without Python 3.12's warning about fork beside threads: the workers use none.
+    """Return `iter(loader)` without Python 3.12's warning about fork beside threads: the workers use none.
 
-    Torch's handler of SIGCHLD is not left in place: it raises wherever the main program happens to be, in the
-    middle of a training step or of a save. A dead worker is noticed all the same, where its batch is missing.
+    Torch's handler of SIGCHLD is removed: it raises at any point of the main program, in the middle of a
+    training step or of a save. A dead worker is still detected, when its batch is missing.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
@@ -43,14 +43,14 @@ def started(loader: DataLoader) -> Iterator:
 
 
 def leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one finishes its step, and needs its workers."""
+    """Ignore Ctrl-C in a worker: the main process finishes its step and needs its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def surviving(start: Callable[[], Iterator]) -> Iterator:
-    """The items of `start()`; where one of its workers dies, `start()` again, to go on with the next item.
+    """Yield the items of `start()`; if a worker dies, call `start()` again and continue with the next item.
 
-    Raises DataError where workers die again and again and nothing comes in between.
+    Raises DataError if workers die again and again and nothing comes in between.
     """
     deaths, items = 0, start()
     while True:
@@ -70,16 +70,16 @@ def surviving(start: Callable[[], Iterator]) -> Iterator:
         if deaths > MAX_DEATHS:
             raise DataError(
                 f"Processes that decode images died {deaths} times in a row ({why}).",
-                hint="Mostly the system ends them for want of memory, or of shared memory (/dev/shm): use "
-                "fewer --workers, or --workers 0.",
+                hint="The usual cause is a lack of memory, or of shared memory (/dev/shm): use fewer "
+                "--workers, or --workers 0.",
             )
-        log.warning("A process that decodes images died (%s); new ones go on where it was.", why)
+        log.warning("A process that decodes images died (%s) and was restarted.", why)
         items = iter(())  # ends the others before there are new ones
         items = start()
 
 
 def in_order(items: Dataset, num_items: int, workers: int, parallel_from: int | None = None) -> Iterator:
-    """The items of a data set one by one, made by `workers` processes (at most one a core) where it pays."""
+    """Yield the items of a data set in order, from `workers` processes (at most one per core) if it pays."""
     pays = num_items >= (PARALLEL_FROM if parallel_from is None else parallel_from)
     num_workers = min(workers, available_cores()) if pays else 0
     done = 0
@@ -107,9 +107,9 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether an error of a DataLoader says that a worker is gone, and not what went wrong inside one."""
+    """Return whether an error of a DataLoader means a dead worker, not an error inside one."""
     text = str(error)
-    if "in DataLoader worker process" in text:  # an exception that a worker has handed over
+    if "in DataLoader worker process" in text:  # an exception raised inside a worker
         return False
     # What receiving an item meets when its sender dies in that moment.
     cut_off = isinstance(error, ConnectionError | FileNotFoundError | EOFError)

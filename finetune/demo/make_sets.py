@@ -44,7 +44,7 @@ LEFT_OUT = {"face_in_clouds", "dotted_line_face", "skull_and_crossbones", "shaki
 
 
 def chosen(emoji: list[dict]) -> list[dict]:
-    """The entries of `emoji.json` whose image is a face seen from the front, in Unicode's order."""
+    """Return the entries of `emoji.json` that show a face from the front, in Unicode's order."""
     picked = [
         entry
         for entry in emoji
@@ -55,7 +55,7 @@ def chosen(emoji: list[dict]) -> list[dict]:
 
 
 def fluent_file(folder: Path, entry: dict) -> Path | None:
-    """The Fluent image of an entry: named by its code points, with or without the variation selector."""
+    """Return the Fluent image of an entry: named by its code points, with or without variation selector."""
     for codes in (entry["unified"], entry["non_qualified"]):
         if codes and (path := folder / "assets" / f"{codes.lower()}.webp").is_file():
             return path
@@ -63,7 +63,7 @@ def fluent_file(folder: Path, entry: dict) -> Path | None:
 
 
 def on_white(path: Path, size: int) -> Image.Image:
-    """The image composited on white, `size` pixels wide and high, centered on a white square of SIZE."""
+    """Return the image on white, `size` pixels wide and high, centered on a white square of SIZE."""
     with Image.open(path) as image:
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")

@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "faces-3d-64.pkl"
 IMAGES = FOLDER / "faces-flat.zip"
 GRID = (8, 4)
-NUM_IMAGES = 256  # compared with the images before and after; more would cost more time than it tells
+NUM_IMAGES = 256  # compared with the images before and after; more would take longer and change little
 NAMES = {"random-fid": "random network", "fd-effnet": "EfficientNet-Lite0"}
 
 
@@ -48,7 +48,7 @@ class DemoResult:
 
 
 def recipe(outdir: Path, checkpoint: Path, images: Path, kimg: float, seed: int) -> TrainConfig:
-    """The training run of the demo: short, so with small batches, large steps and an average that follows."""
+    """Return the options of the demo: a short run, so small batches, large steps and a fast EMA."""
     return TrainConfig(
         data=str(images),
         outdir=str(outdir / "runs"),
@@ -84,7 +84,7 @@ def run_demo(
     """Fine-tune, with images and distances before and after, and export; everything goes into `outdir`.
 
     Without the package of EfficientNet-Lite0 the student is held to its teacher by `l2` and only random-FID
-    is measured; it says so. Raises FinetuneError where a bundled file is missing.
+    is measured; it says so. Raises FinetuneError if a bundled file is missing.
     """
     started = time.perf_counter()
     console = console if console is not None else Console()
@@ -128,7 +128,7 @@ def speaker(console: Console) -> Callable[[str], None]:
 
 
 def what_is_possible(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, tuple[str, ...]]:
-    """The run and the metrics for the packages that are installed."""
+    """Return the run and the metrics for the packages that are installed."""
     try:
         EfficientNetLite0()
     except WeightsMissing as missing:
@@ -138,7 +138,7 @@ def what_is_possible(config: TrainConfig, say: Callable[[str], None]) -> tuple[T
 
 
 def save_images(G: Network, path: Path) -> None:
-    """A sheet of the first seeds, the same for every generator; classes, if any, take turns."""
+    """Save a sheet of the first seeds, the same for every generator; classes, if any, take turns."""
     columns, rows = GRID
     images = []
     for seed in range(columns * rows):
@@ -150,7 +150,7 @@ def save_images(G: Network, path: Path) -> None:
 def report(
     done: DemoResult, config: TrainConfig, outdir: Path, num_compared: int, say: Callable[[str], None]
 ) -> None:
-    """Say what was done, what it did to the distances, and where everything is."""
+    """Print what was done, the distances before and after, and where the files are."""
     say(
         f"\nFine-tuned for {config.kimg:g} kimg with self-distillation: weight {config.sd_weight}, "
         f"backbone {config.sd_backbone}, every {config.sd_interval} steps.\n"
@@ -174,5 +174,5 @@ def report(
 
 
 def shown(distance: Distance) -> str:
-    """A distance for people, with its spread where there is one."""
+    """Return a distance as text, with its spread if there is one."""
     return f"{distance.value:.4g}" + (f" ± {distance.spread:.2g}" if distance.spread else "")

@@ -1,4 +1,4 @@
-"""What a written file says about where its weights come from."""
+"""Provenance entries of written files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ FORMAT = 1
 
 
 def complete_entry(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry "finetune" of a file, with every key that readers look for."""
+    """Return the entry "finetune" of a file, with every key that readers look for."""
     entry = {"format": FORMAT, "version": __version__, "source": None, "training": None, "nimg": None}
     return {**entry, **given}
 
 
 def entry_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The entry for an export of `checkpoint`, which is not a training step.
+    """Return the entry for an export of `checkpoint`, which is not a training step.
 
-    The export of a run's snapshot tells of the same source, options and images seen as the snapshot; the
-    export of a file from elsewhere names that file as its source. Either way it says which file was exported.
+    The export of a run's snapshot has the same source, options and images seen as the snapshot; the export of
+    any other file names that file as its source. Both record which file was exported.
     """
     origin = checkpoint.provenance
     exported = {"source": origin.source, "sha256": origin.sha256, "size": origin.size}

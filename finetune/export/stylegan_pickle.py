@@ -137,7 +137,7 @@ def _describe(module: Network, shared: dict, where: str) -> _Record:
 
 
 def _constructor_arguments(module: Network, where: str) -> dict[str, Any]:
-    """All constructor arguments by name, so that a reader without our classes knows what each one is."""
+    """Return all constructor arguments by name, so that readers without our classes can identify them."""
     by_name = inspect.signature(type(module)).bind_partial(*module.init_args).arguments
     return {
         "_init_args": (),

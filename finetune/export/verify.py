@@ -97,7 +97,7 @@ def verify_export(
     return Verification(names, num_tensors, num_images, max_difference)
 
 
-_REPORT = "Nothing was written under the name you gave. This is a defect of finetune: please report it."
+_REPORT = "No file was written. Internal error: please report it."
 
 
 def _compare_tensors(name: str, ours: torch.nn.Module | None, theirs: torch.nn.Module | None) -> int:
@@ -170,7 +170,7 @@ def _score(D: Network, img: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference; equal tensors, non-finite values included, differ by 0."""
+    """Return the largest difference; equal tensors, non-finite values included, differ by 0."""
     if torch.equal(_bits(ours), _bits(theirs)):
         return 0.0
     difference = float((ours - theirs).abs().max())

@@ -1,1 +1,1 @@
-"""How far generated images are from real ones, in feature spaces that need no download."""
+"""Distances between generated and real images, by default in feature spaces that need no download."""

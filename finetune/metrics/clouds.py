@@ -1,4 +1,4 @@
-"""What two clouds of features say of each other beside their Fréchet distance: KID, precision, recall."""
+"""Compare two sets of features: KID, precision, recall."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Distance:
 
 
 def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
-    """Kernel distance of features `[N, d]`, `[M, d]`: mean and deviation over 100 subsets of at most 1,000.
+    """Return the kernel distance of features `[N, d]`, `[M, d]` over 100 subsets: mean and deviation.
 
     Source: Bińkowski et al. 2018 (1801.01401), cubic kernel, unbiased.
     """
@@ -42,9 +42,9 @@ def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
 
 
 def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
-    """Share of generated features inside the real manifold, and of real ones inside the generated.
+    """Return the share of generated features in the real manifold, and of real ones in the generated.
 
-    Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbors. Raises ConfigError where there are fewer.
+    Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbors. Raises ConfigError if there are fewer.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
@@ -62,5 +62,5 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float
 
 
 def too_few() -> ConfigError:
-    """What to say where an image has not as many neighbors as are asked for."""
+    """Return the error for fewer images than neighbors."""
     return ConfigError(f"precision and recall need more than {NEIGHBORS} images on both sides.")

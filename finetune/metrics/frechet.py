@@ -71,22 +71,22 @@ class FeatureStatistics:
         return self._scatter / (self._summed - 1)
 
     def state_dict(self) -> dict:
-        """Tensors and numbers from which `load_state_dict` goes on exactly."""
+        """Return tensors and numbers from which `load_state_dict` continues exactly."""
         self._finish()
         return {"count": self._summed, "mean": self._mean, "scatter": self._scatter}
 
     def load_state_dict(self, state: dict) -> None:
-        """The reverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._summed, self._mean, self._scatter = int(state["count"]), state["mean"], state["scatter"]
         self._waiting = []
 
     def distance(self, other: FeatureStatistics) -> float:
-        """The Fréchet distance to the features that `other` has seen."""
+        """Return the Fréchet distance to the features of `other`."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
 def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor) -> float:
-    """Squared Fréchet distance between two normal distributions, means `[d]`, covariances `[d, d]`.
+    """Return the squared Fréchet distance of two normal distributions, means `[d]`, covariances `[d, d]`.
 
     |mu1 - mu2|² + tr(cov1 + cov2 - 2 (cov1^½ cov2 cov1^½)^½). Only symmetric matrices are decomposed, so
     singular covariances (fewer images than features) need no special case.

@@ -20,7 +20,7 @@ LAYER = "2048"
 
 
 def require_torch_fidelity(metric: str) -> None:
-    """Raise ConfigError, which says what to install, where a metric lacks the library that computes it."""
+    """Raise ConfigError, with what to install, if a metric lacks the library that computes it."""
     if importlib.util.find_spec("torch_fidelity") is None:  # imported when it is used: it takes a second
         raise ConfigError(
             f"{metric} is computed by torch-fidelity, which is not installed; "
@@ -29,7 +29,7 @@ def require_torch_fidelity(metric: str) -> None:
 
 
 def inception_weights(given: Path | None, tell: Callable[[str], None]) -> Path:
-    """The file of the weights: `given`, whose hash must be the known one, or fetched into the cache.
+    """Return the file of the weights: `given`, whose hash must match, or one fetched into the cache.
 
     Raises ConfigError for another file, and what `finetune.hub.download` raises.
     """
@@ -58,7 +58,7 @@ def _network(path: Path, device: torch.device) -> Any:
 
 
 def inception_features(path: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images `[N, C, H, W]` in [-1, 1] to features `[N, 2048]`; weights from `path`."""
+    """Return a function from images `[N, C, H, W]` in [-1, 1] to features `[N, 2048]`."""
     network = _network(path, device)
 
     def features(img: torch.Tensor) -> torch.Tensor:

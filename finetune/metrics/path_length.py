@@ -30,7 +30,7 @@ def perceptual_path_length(
     batch: int,
     group: ProcessGroup = SINGLE,
 ) -> tuple[float, float]:
-    """Mean and standard error of d(G(w), G(w + 1e-4·(w' - w))) / 1e-8 over `num` pairs, stored noise.
+    """Return mean and standard error of d(G(w), G(w + 1e-4·(w' - w))) / 1e-8 over `num` pairs, stored noise.
 
     Both ends of a path have one label. group: this process among others, each of which takes its batches.
     """
@@ -48,7 +48,7 @@ def perceptual_path_length(
 def path_lengths(
     G: Any, image_set: ImageSet, distance: Distance, num: int, seed: int, batch: int, group: ProcessGroup
 ) -> np.ndarray:
-    """The lengths of this process's pairs."""
+    """Return the lengths of this rank's pairs."""
     from torch_fidelity import registry
     from torch_fidelity.generative_model_base import GenerativeModelBase
     from torch_fidelity.metric_ppl import KEY_METRIC_PPL_RAW, calculate_ppl
@@ -62,14 +62,14 @@ def path_lengths(
 
     @torch.no_grad()
     def draw(rng: np.random.RandomState, shape: tuple[int, int]) -> torch.Tensor:
-        """Latents of W, with labels as frequent as in the images: once for each end of the paths."""
+        """Draw latents of W, with labels as frequent as in the images: once for each end of the paths."""
         z = torch.randn([num, G.z_dim], generator=torch.Generator().manual_seed(int(rng.randint(2**31))))
         c = labels if G.c_dim else z[:, :0]
         return torch.cat([G.mapping(z[part].to(device), c[part].to(device))[:, 0].cpu() for part in chosen])
 
     class Synthesis(GenerativeModelBase):
         z_size, num_classes = G.w_dim, 0
-        z_type = f"w-{uuid.uuid4().hex}"  # torch-fidelity keeps names for ever
+        z_type = f"w-{uuid.uuid4().hex}"  # torch-fidelity never removes names
 
         def forward(self, w: torch.Tensor) -> torch.Tensor:
             return G.synthesis(w.to(device)[:, None].expand(-1, G.num_ws, -1), noise_mode="const")
@@ -91,7 +91,7 @@ def path_lengths(
             input1=Synthesis(),
             input1_model_num_samples=sum(map(len, chosen)),
             batch_size=batch,
-            cuda=False,  # the functions above know where G is
+            cuda=False,  # the functions above move data to G
             verbose=False,
             rng_seed=seed,
             ppl_epsilon=EPSILON,

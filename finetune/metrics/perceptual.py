@@ -36,7 +36,7 @@ NEED_NONE = (
 
 
 class Distance(Protocol):
-    """Two batches of images `[N, C, H, W]` in [-1, 1] -> `[N]`, 0 where they are equal."""
+    """Two batches of images `[N, C, H, W]` in [-1, 1] -> `[N]`, 0 if they are equal."""
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: ...
 
@@ -44,10 +44,10 @@ class Distance(Protocol):
 def ensure_weights(
     backbone: str, tell: Callable[[str], None] = lambda text: None, *, wanted_by: str | None = None
 ) -> Path | None:
-    """Find or fetch the file that a backbone needs, and verify it; None where it needs none.
+    """Find or fetch the file that a backbone needs, and verify it; None if it needs none.
 
-    `tell` hears how far a download is; wanted_by: a metric, where it is not --sd-backbone that asks. Raises
-    WeightsMissing, which says which file goes into which folder and what needs no file.
+    `tell` receives the progress of a download; wanted_by: a metric, if not --sd-backbone. Raises
+    WeightsMissing, with file, folder, and the backbones that need no file.
     """
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
@@ -80,7 +80,7 @@ def ensure_weights(
 def build_distance(
     backbone: str, channels: int, device: torch.device, *, random_trunk: bool = False
 ) -> Distance:
-    """The distance named `backbone` for images of `channels` channels; `random_trunk` is for tests."""
+    """Build the distance `backbone` for images of `channels` channels; `random_trunk` is for tests."""
     if backbone == "l2":
         return Checked(mean_squared)
     if channels not in (1, 3, 4):
@@ -96,7 +96,7 @@ def build_distance(
 
 
 def mean_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference over channels and pixels."""
+    """Return the mean squared difference over channels and pixels."""
     return (a - b).square().mean(dim=[1, 2, 3])
 
 
@@ -117,20 +117,20 @@ class Checked:
 
 
 def check_range(img: torch.Tensor) -> None:
-    """Raise ConfigError where images cannot be in [-1, 1]: integers, 0…255, or all of them within [0, 1]."""
+    """Raise ConfigError if images cannot be in [-1, 1]: integers, 0…255, or all of them within [0, 1]."""
     if not img.is_floating_point():
         raise ConfigError(
-            f"images of type {img.dtype} where numbers from -1 to 1 belong; use images / 127.5 - 1."
+            f"images of type {img.dtype}, expected floats from -1 to 1. Use images / 127.5 - 1."
         )
     low, high = (float(value) for value in torch.aminmax(img.detach()))
     if max(abs(low), abs(high)) > LARGEST_VALUE:
         raise ConfigError(
-            f"images from {low:.4g} to {high:.4g} where numbers from -1 to 1 belong.",
+            f"images from {low:.4g} to {high:.4g}, expected -1 to 1.",
             hint="Images counted 0 to 255 need images / 127.5 - 1.",
         )
     if low >= 0 and 0 < high <= 1:
         raise ConfigError(
-            f"images from {low:.4g} to {high:.4g}: this looks like the range 0 to 1, where -1 to 1 belongs.",
+            f"images from {low:.4g} to {high:.4g}: this looks like the range 0 to 1, expected -1 to 1.",
             hint="Such images need images * 2 - 1.",
         )
 
@@ -182,7 +182,7 @@ def unit_length(x: torch.Tensor) -> torch.Tensor:
 
 
 def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = False) -> FeatureDistance:
-    """LPIPS with the trunk `vgg`, `alex` or `squeeze` and the package's linear heads (version 0.1)."""
+    """Return LPIPS with the trunk `vgg`, `alex` or `squeeze` and the package's linear heads (version 0.1)."""
     import lpips
 
     with _quiet_torchvision():
@@ -198,7 +198,7 @@ def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = Fal
 
 @contextlib.contextmanager
 def _quiet_torchvision() -> Iterator[None]:
-    """lpips 0.1.4 builds its trunk by an argument that torchvision deprecates."""
+    """Silence a deprecation warning: lpips 0.1.4 builds its trunk by an old argument."""
     with warnings.catch_warnings():
         for message in ("The parameter 'pretrained' is deprecated", "Arguments other than a weight enum"):
             warnings.filterwarnings("ignore", message=message, category=UserWarning)

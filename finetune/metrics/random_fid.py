@@ -1,6 +1,6 @@
 """random-FID: the Fréchet distance in the features of randomly initialized networks, over several of them.
 
-It needs no download and does not favor the classes of ImageNet. One random network is one opinion, so the
+It needs no download and does not favor the classes of ImageNet. A single random network is one sample, so the
 mean and the spread over at least three seeds are reported. `RandomFeatures` is the definition; keep seeds and
 number of images equal between everything that is compared.
 Source: Naeem et al. 2020 (2002.09797); Lee et al. 2022 (2208.09218).
@@ -27,7 +27,7 @@ def random_fid(
     device: torch.device | str = "cpu",
     batch: int = 32,
 ) -> tuple[float, float]:
-    """Mean and sample standard deviation over `seeds` for two sets `[N, C, H, W]` of images in [-1, 1]."""
+    """Return mean and sample deviation over `seeds` for two sets `[N, C, H, W]` of images in [-1, 1]."""
     networks = {str(seed): RandomFeatures(seed, device) for seed in seeds}
     sides = []
     for images in (images_a, images_b):
@@ -40,11 +40,11 @@ def random_fid(
 
 @torch.no_grad()
 def add_features(networks: dict, img: torch.Tensor, found: dict[str, FeatureStatistics]) -> None:
-    """Add what each network says of the images `img` to its statistics."""
+    """Add the features of `img` to the statistics of each network."""
     for name, network in networks.items():
         found[name].add(network(img))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is 0 for a single value."""
+    """Return mean and sample standard deviation; the latter is 0 for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

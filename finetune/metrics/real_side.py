@@ -1,4 +1,4 @@
-"""What a feature space says of a set of images, and the folder in which that is kept between runs."""
+"""Statistics of a set of images in a feature space, and their cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("finetune.metrics")
 
 
 class Features:
-    """Mean and covariance of features that arrive in batches, and the features themselves where asked for."""
+    """Mean and covariance of features that arrive in batches, and the features themselves on request."""
 
     def __init__(self, keep: bool) -> None:
         self.statistics = FeatureStatistics()
@@ -40,13 +40,13 @@ class Features:
         return self._kept[0]
 
     def state(self) -> dict:
-        """Tensors and numbers from which `from_state` makes an equal object."""
+        """Return tensors and numbers from which `from_state` makes an equal object."""
         kept = self.kept if self.keep else None
         return {"version": VERSION, "kept": kept, **self.statistics.state_dict()}
 
     @classmethod
     def from_state(cls, state: dict) -> Features:
-        """The reverse of `state`."""
+        """Build an object from what `state` returned."""
         found = cls(state["kept"] is not None)
         found.statistics.load_state_dict(state)
         if found.keep:
@@ -55,13 +55,13 @@ class Features:
 
 
 def place_of(content: str, space: str) -> Path:
-    """The file for a set of images (its content hash) in a feature space (its identity)."""
+    """Return the cache file for a set of images (its content hash) in a feature space (its identity)."""
     key = hashlib.sha256(f"{VERSION} {content} {space}".encode()).hexdigest()[:32]
     return cache_folder() / "metrics" / f"{key}.pt"
 
 
 def read(path: Path, keep: bool) -> Features | None:
-    """What is kept there; None where there is nothing, or nothing that helps."""
+    """Return the cached statistics; None if there are none, or none that are usable."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["version"] != VERSION or (keep and state["kept"] is None):

@@ -2,4 +2,4 @@
 
 from typing import Any
 
-Network = Any  # a torch.nn.Module of this package, whose attributes type checkers cannot know
+Network = Any  # a torch.nn.Module of this package, whose attributes type checkers cannot see

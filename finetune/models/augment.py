@@ -74,31 +74,31 @@ class _Draws:
         self.quantile = quantile
 
     def unit(self, columns=1):
-        """Uniform on [0, 1): `[N, columns]`."""
+        """Draw uniformly from [0, 1): `[N, columns]`."""
         if self.quantile is None:
             return torch.rand([self.num_images, columns], device=self.device)
         return torch.full([self.num_images, columns], float(self.quantile), device=self.device)
 
     def symmetric(self, limit, columns=1):
-        """Uniform on [-limit, limit): `[N, columns]`."""
+        """Draw uniformly from [-limit, limit): `[N, columns]`."""
         return (self.unit(columns) * 2 - 1) * limit
 
     def level(self, count):
-        """One of the integers 0 … count-1, as float: `[N, 1]`."""
+        """Draw one of the integers 0 … count-1, as float: `[N, 1]`."""
         return torch.floor(self.unit() * count)
 
     def normal(self, std, columns=1):
-        """Normal with mean 0: `[N, columns]`. The quantile erfinv(2q-1)·std leaves out a factor sqrt(2)."""
+        """Draw from a normal with mean 0: `[N, columns]`. Quantiles erfinv(2q-1)·std lack the factor √2."""
         if self.quantile is None:
             return torch.randn([self.num_images, columns], device=self.device) * std
         return torch.erfinv(self.unit(columns) * 2 - 1) * std
 
     def half_normal(self, std):
-        """Magnitude of a normal: `[N, 1]`."""
+        """Draw the magnitude of a normal: `[N, 1]`."""
         return self.normal(std).abs() if self.quantile is None else torch.erfinv(self.unit()) * std
 
     def gate(self, probability, drawn, neutral):
-        """Keep `drawn` for the images that chance selects and put `neutral` in the place of the others."""
+        """Keep `drawn` for randomly selected images and use `neutral` for the others."""
         chosen = torch.rand([self.num_images, 1], device=self.device) < probability
         return torch.where(chosen, drawn, torch.full_like(drawn, neutral))
 
@@ -166,7 +166,7 @@ class _ColorMap:
 
 
 def _reflect_pad(x, left, right, top, bottom):
-    """Continue an image by reflection, in several steps where one reflection is not wide enough."""
+    """Pad an image by reflection, in several steps if one reflection is not wide enough."""
     while left or right or top or bottom:
         most_x, most_y = x.shape[3] - 1, x.shape[2] - 1
         if min(most_x, most_y) < 1:
@@ -294,7 +294,7 @@ class AugmentPipe(torch.nn.Module):
         return self._resample(images, warp, full_padding)
 
     def _draw_blits(self, warp, draws, size):
-        """Mirror, quarter turns, shifts by whole pixels."""
+        """Draw mirroring, quarter turns, and shifts by whole pixels."""
         if self.xflip > 0:
             mirrored = draws.gate(self.xflip * self.p, draws.level(2), 0)
             warp.enlarge(torch.cat([1 - 2 * mirrored, torch.ones_like(mirrored)], dim=1))
@@ -378,7 +378,7 @@ class AugmentPipe(torch.nn.Module):
 
     @staticmethod
     def _padding(warp, height, width, support, most):
-        """How many pixels to add left, right, above and below: one number a side for the whole batch."""
+        """Return the pixels to add left, right, above and below: one number per side for the whole batch."""
         cx, cy = (width - 1) / 2, (height - 1) / 2
         device = warp.linear.device
         corners = _constant(((-cx, cx, cx, -cx), (-cy, -cy, cy, cy)), device)

@@ -33,22 +33,22 @@ def block_sizes(img_resolution):
 
 
 def num_channels(resolution, channel_base, channel_max):
-    """Feature channels of the block at `resolution`."""
+    """Return the feature channels of the block at `resolution`."""
     return min(channel_base // resolution, channel_max)
 
 
 def half_precision_from(img_resolution, num_fp16_res):
-    """Lowest block resolution that runs in float16; the 4x4 blocks never do."""
+    """Return the lowest block resolution that runs in float16; the 4x4 blocks never do."""
     return max(img_resolution * 2 // 2**num_fp16_res, 8)
 
 
 def working_dtype(use_fp16, force_fp32, device):
-    """Element type a block computes in: float16 only where it is asked for, allowed, and on CUDA."""
+    """Return the dtype a block computes in: float16 only if requested, allowed, and on CUDA."""
     return torch.float16 if use_fp16 and not force_fp32 and device.type == "cuda" else torch.float32
 
 
 def scaled_clamp(clamp, gain):
-    """The clamping limit after a change of gain; None stays None."""
+    """Return the clamping limit after a change of gain; None stays None."""
     return None if clamp is None else clamp * gain
 
 
@@ -66,7 +66,7 @@ def modulated_conv2d(x, weight, styles, noise=None, up=1, resample_filter=None, 
     x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; noise broadcastable to the result or None.
     Returns [N, O, H*up, W*up] in the dtype of x. `fused` builds the weights of every sample and runs one
     grouped convolution; otherwise the features are scaled before and after an ordinary one: equal up to
-    rounding. "pointwise" does the first where k is 1, as products of matrices.
+    rounding. "pointwise" does the first if k is 1, as products of matrices.
     Source: StyleGAN2 equations 1 (modulation) and 3 (demodulation).
     """
     batch, channels_in, height, width = x.shape
@@ -442,7 +442,7 @@ class SynthesisBlock(torch.nn.Module):
             )
 
     def choose_fused(self, fused_modconv, device):
-        """Settle how modulated convolutions run: the caller's explicit choice always wins.
+        """Choose how modulated convolutions run: an explicit choice of the caller has priority.
 
         On a CPU scale-convolve-scale trains faster, generates as fast, and holds no weights of each sample.
         """
@@ -598,7 +598,7 @@ class Generator(torch.nn.Module):
 class MinibatchStd(torch.nn.Module):
     """Append each group's mean standard deviation as `num_channels` channels: [N, C, H, W] -> [N, C+F, H, W].
 
-    Groups hold `group_size` samples (None: the whole batch), fewer where the batch is smaller; the batch must
+    Groups hold `group_size` samples (None: the whole batch), fewer if the batch is smaller; the batch must
     divide into them. Source: Progressive GAN (1710.10196), section 3.
     """
 

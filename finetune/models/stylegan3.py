@@ -30,7 +30,7 @@ def unit_rms(x, dim):
 
 
 def kaiser_beta(num_taps, width, sampling_rate):
-    """Shape of the Kaiser window whose low-pass of `num_taps` has a transition band `width` wide.
+    """Return beta of the Kaiser window whose low-pass of `num_taps` has a transition band of `width`.
 
     Source: Kaiser and Schafer, "On the use of the I0-sinh window for spectrum analysis" (1980).
     """
@@ -43,7 +43,7 @@ def kaiser_beta(num_taps, width, sampling_rate):
 
 
 def bessel_j1(x):
-    """Bessel function of the first kind and order 1, to double precision for |x| below a few hundred.
+    """Return the Bessel function of the first kind, order 1, to double precision for |x| below some hundred.
 
     Its integral over one period of a smooth function, which equidistant points give to rounding.
     """
@@ -52,7 +52,7 @@ def bessel_j1(x):
 
 
 def design_lowpass(num_taps, cutoff, width, sampling_rate, radial=False):
-    """Windowed low-pass filter summing to 1: taps [t], radially symmetric [t, t], or None for a single tap.
+    """Return a windowed low-pass that sums to 1: taps [t], radially symmetric [t, t], or None for one tap.
 
     cutoff, width (of the transition band): cycles per image width.
     Source: StyleGAN3, appendix B, "Kaiser low-pass filters" (sinc) and "rotation" (jinc).
@@ -88,7 +88,7 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
     x [N, I, H, W]; weight [O, I, k, k] and styles [N, I] float32; gain [] scales x.
     Returns [N, O, H + 2 padding - k + 1, likewise W] in the dtype of x. `fused` builds the weights of every
     sample and runs one grouped convolution; otherwise the features are scaled before and after an ordinary
-    one: equal up to rounding. "pointwise" does the first where k is 1, as products of matrices.
+    one: equal up to rounding. "pointwise" does the first if k is 1, as products of matrices.
     Source: StyleGAN2 (1912.04958), equations 1 and 3; StyleGAN3, section 3.2.
     """
     batch, channels_in, height, width = x.shape
@@ -223,7 +223,7 @@ class FourierInput(torch.nn.Module):
     """The infinite input signal, sampled: w [N, w_dim] -> x [N, channels, size, size].
 
     Each channel is a mixture of plane waves; w turns and shifts the plane, and `transform` [3, 3] maps the
-    coordinates of the image before that, for whoever wants to turn or shift the images themselves.
+    coordinates of the image before that, for callers that turn or shift the images themselves.
     bandwidth: highest frequency of the waves. Source: StyleGAN3, section 3.1 and appendix F.
     """
 
@@ -246,7 +246,7 @@ class FourierInput(torch.nn.Module):
         self.register_buffer("phases", torch.rand([channels]) - 0.5)
 
     def placement(self, w):
-        """Where w puts the plane: matrix [N, 2, 2] and shift [N, 2, 1] that its coordinates go through."""
+        """Return the transform of the coordinates that w sets: matrix [N, 2, 2] and shift [N, 2, 1]."""
         pose = self.affine(w)
         pose = pose / pose[:, :2].norm(dim=1, keepdim=True)
         cos, sin, right, down = pose.unbind(dim=1)
@@ -412,7 +412,7 @@ class FilteredConv(torch.nn.Module):
 
 
 def band_limits(img_resolution, num_layers, num_critical, first_cutoff, first_stopband, last_stopband_rel):
-    """Cutoff, stopband, sampling rate and half width of the transition band of each layer, ToRGB included.
+    """Return cutoff, stopband, sampling rate and half width of the transition band of each layer and ToRGB.
 
     Both frequencies grow geometrically up to the first critically sampled layer and stay. Source: StyleGAN3,
     section 3.2, "Flexible layer specifications".
@@ -499,7 +499,7 @@ class SynthesisNetwork(torch.nn.Module):
             self.layer_names.append(name)
 
     def forward(self, ws, update_emas=False, noise_mode=None, fused_modconv=None, force_fp32=False):
-        """Generate images; `noise_mode` is for callers that also hold StyleGAN2, this family has no noise."""
+        """Generate images; `noise_mode` is accepted for StyleGAN2's interface, this family has no noise."""
         del noise_mode
         misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
         rows = ws.to(torch.float32).unbind(dim=1)

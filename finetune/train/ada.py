@@ -1,4 +1,4 @@
-"""Adaptive discriminator augmentation: steer the probability by how sure D is of the real images.
+"""Adaptive discriminator augmentation: adjust the probability by the sign of D on real images.
 
 Source: Karras et al. 2020 (2006.06676), section 3.1: r_t = E[sign(D(real))] is held at a target.
 """
@@ -30,7 +30,7 @@ class AdaController:
             self.count += count
 
     def update(self, step: int, batch: int) -> float:
-        """The probability to use from now on, after step number `step` (from 1) of `batch` images."""
+        """Return the probability to use from now on, after step number `step` (from 1) of `batch` images."""
         if self.target is not None and step % INTERVAL == 0 and self.count:
             mean_sign = float(self.sign_sum) / self.count
             direction = (mean_sign > self.target) - (mean_sign < self.target)

@@ -1,4 +1,4 @@
-"""Keep freed memory inside the process while training on a CPU, where asking for it again costs much."""
+"""Keep freed memory inside the process while training on a CPU, because allocating it again is slow."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _keeps = False  # whether this process does
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to reuse the memory of freed tensors instead of returning it; say whether it was told so.
+    """Configure glibc to reuse the memory of freed tensors; return whether this succeeded.
 
     By default every large tensor is a mapping of its own, whose pages the kernel has to clear on first touch:
     a third of the time of a small network on a CPU. Best effort: False, and nothing changed, on other systems
-    and where the environment already tunes the allocator (`MALLOC_…`, `GLIBC_TUNABLES`).
+    and if the environment already tunes the allocator (`MALLOC_…`, `GLIBC_TUNABLES`).
     """
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     if tuned or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):

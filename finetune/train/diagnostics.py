@@ -21,7 +21,7 @@ LAYER = re.compile(r"(mapping|synthesis\.(?:b\d+|L\d+|input))")
 
 
 class Diagnostics:
-    """Collects numbers between ticks; `due` says whether gradients are still to be compared in this tick.
+    """Collects numbers between ticks; `due`: whether gradients are still to be compared in this tick.
 
     Weights are copied to the CPU once a tick: four copies of the generator are kept there.
     """
@@ -87,9 +87,11 @@ class Trajectory:
         self.length = 0.0
 
     def add(self, weights: torch.Tensor, kimg: float) -> dict[str, float]:
-        """path_per_kimg: in parts of the weights' norm. straightness: distance from the start over the path.
-        update_cosine: of this tick's step and the last one's, update_cosine_lag2, 4, 8 of earlier ones. Where
-        training goes round in circles they are below 0 at lags of a quarter to three quarters of a turn.
+        """Return the numbers of a tick.
+
+        path_per_kimg: in parts of the weights' norm. straightness: distance from the start over the path.
+        update_cosine: of this tick's step and the last one's, update_cosine_lag2, 4, 8 of earlier ones;
+        below 0 at lags of a quarter to three quarters of a period if training rotates.
         """
         step = weights - self.last
         moved = float(step.norm())
@@ -108,7 +110,7 @@ class Trajectory:
 
 
 def _weights(network: torch.nn.Module) -> torch.Tensor:
-    """All parameters as one vector, float32 on the CPU."""
+    """Return all parameters as one vector, float32 on the CPU."""
     return torch.cat([each.detach().flatten().float() for each in network.parameters()]).cpu()
 
 

@@ -1,4 +1,4 @@
-"""Self-distillation: hold the student to its own moving average, image by image.
+"""Self-distillation: regularize the generator toward its EMA, image by image.
 
     L_G = E[softplus(-D(G(z)))] + λ E[d(G(z), stopgrad(G_ema(z)))]
 
@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from finetune.device import float32_math
 from finetune.metrics.perceptual import Distance
 from finetune.models import Network
-from finetune.train.latents import Draw, NoiseReplay, map_latents
+from finetune.train.latents import Latents, NoiseReplay, map_latents
 
 NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
-MOST_PULL = 4.0  # times what `auto:` asks for, in one step
-VISIBLE = 1e-3  # root mean square of a difference (an eighth of a gray level) from which `auto:` counts
+MAX_GRAD_RATIO = 4.0  # bound of a single step, times the ratio of `auto:`
+MIN_RMS = 1e-3  # of student minus teacher (an eighth of a gray level); below, `auto:` is scaled down
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """When and how strongly the student is held to the teacher.
+    """Interval and weight of the distillation loss.
 
-    weight: λ; or, where ratio is given, a factor of the λ that makes the gradient of the distance, at the
+    weight: λ; or, if ratio is given, a factor of the λ that makes the gradient of the distance, at the
     image and averaged over steps, `ratio` times as long as the adversarial one. interval: computed every k-th
     step and counted k times. resolution: pixels at which images are compared, if fewer than they have. tf32:
     compute the distance in TF32 on CUDA, whose rounding is far below any distance that matters.
@@ -42,7 +42,7 @@ class Distillation:
     tf32: bool = False
 
     def due(self, step: int) -> bool:
-        """Whether step number `step` (from 0) has a distillation term."""
+        """Return whether step number `step` (from 0) has a distillation term."""
         return step % self.interval == 0
 
     @property
@@ -54,20 +54,19 @@ class Distillation:
         self,
         teacher: Network,
         img: torch.Tensor,
-        draw: Draw,
+        latents: Latents,
         replay: NoiseReplay,
         synthesis: dict,
         adversarial: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient of λ·d (averaged over the batch) with respect to the student's images, and the
-        distances.
+        """Return the gradient of λ·d (batch mean) with respect to the student's images, and the distances.
 
         img: `[N, C, H, W]`, detached. adversarial, norms: the other gradient, and `TrainState.sd_norms`,
-        which is moved on; needed if λ follows a ratio. Returns (`[N, C, H, W]`, `[N]`).
+        which is updated; required if λ follows a ratio. Returns (`[N, C, H, W]`, `[N]`).
         """
         with torch.no_grad():
-            ws = map_latents(teacher, draw)
+            ws = map_latents(teacher, latents)
             with replay.again():
                 target = teacher.synthesis(ws, **synthesis)
         img = img.detach().requires_grad_()
@@ -79,20 +78,19 @@ class Distillation:
             unit = gradient.norm() / self.scale
             norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
             gradient = gradient * self.auto_weight(norms)
-            # The averages lag where a distance of nothing begins to grow: its first steps would be far too
-            # strong.
-            most = MOST_PULL * self.ratio * adversarial.norm() * self.scale
-            # And what is not to be seen is rounding, of which no weight should make a pull.
-            visible = (img.detach() - target).square().mean().sqrt() / VISIBLE
-            bound = (most / gradient.norm().clamp_min(1e-30)).clamp(max=1) * visible.clamp(max=1)
+            # Bound the step: the running norms lag when the distance starts near 0.
+            most = MAX_GRAD_RATIO * self.ratio * adversarial.norm() * self.scale
+            # Fade out differences below MIN_RMS: they are rounding noise.
+            fade = (img.detach() - target).square().mean().sqrt() / MIN_RMS
+            bound = (most / gradient.norm().clamp_min(1e-30)).clamp(max=1) * fade.clamp(max=1)
             gradient = gradient * bound
         return gradient, distances.detach()
 
     def auto_weight(self, norms: torch.Tensor) -> torch.Tensor:
-        """λ (a scalar) for running averages `[adversarial, distillation]`; 0 while there is nothing to pull.
+        """Return λ (a scalar) for running norms `[adversarial, distillation]`; 0 while the distance is 0.
 
-        Both averages begin at 0 and move alike, so their ratio is right from the start. λ itself has no
-        bound: what is usual differs a thousandfold between backbones.
+        Both averages begin at 0 with equal decay, so their ratio is right from the start. λ itself is not
+        bounded: typical values differ a thousandfold between backbones.
         """
         assert self.ratio is not None, "a fixed weight follows no norms"
         weight = self.ratio * norms[0] / norms[1].clamp_min(1e-30)

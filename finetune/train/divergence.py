@@ -11,7 +11,7 @@ from finetune.train.state import TrainState
 MAX_SCORE = 500.0  # of D, averaged over a tick; healthy runs stay below 50
 MAX_SIGN = 0.98  # mean sign of D on real and fake images that means perfect separation
 PERFECT_TICKS = 3
-MAX_OVERFLOW = 0.1  # share of the steps of a tick whose gradients overflow that training can do without
+MAX_OVERFLOW = 0.1  # fraction of the steps of a tick whose gradients may overflow
 MAX_P = 0.99  # ADA's probability that counts as its limit
 FAR = 10.0  # times the largest recent distance between student and teacher
 SETTLED = 3  # half-lives of G_ema after which its distance from G is meaningful
@@ -31,7 +31,7 @@ class Diverged(TrainingError):
 
 @dataclass(frozen=True)
 class Alarm:
-    """An event of training: `kind` for programs, `what` for people, and the numbers behind it.
+    """An event of training: `kind` for programs, `what` for the user, and the numbers behind it.
 
     `is_divergence`: training does not recover from it by itself.
     """

@@ -6,10 +6,10 @@ import torch
 
 
 def ema_decay(batch: int, half_life_nimg: float, *, nimg: int = 0, rampup: float | None = None) -> float:
-    """How much of the average stays after a batch: halved after `half_life_nimg` images.
+    """Return the decay of the EMA for one batch: weights halve after `half_life_nimg` images.
 
-    With `rampup` (training from scratch) the half-life is at most that share of the images seen so far, so
-    that the first, worthless weights are forgotten soon.
+    With `rampup` (training from scratch) the half-life is at most that fraction of the images seen so far, so
+    that the initial random weights decay quickly.
     """
     if rampup is not None:
         half_life_nimg = min(half_life_nimg, nimg * rampup)

@@ -23,7 +23,7 @@ class Graphs:
     """Run functions of tensors, on CUDA by replaying a graph of each if `enabled`.
 
     A function must launch the same kernels whenever it is called with the same key, and must not wait for the
-    device. What it reads or writes besides its arguments has to stay where it is in memory. Random numbers
+    device. Whatever else it reads or writes must keep its address in memory. Random numbers
     come from torch's default generator, as it is seeded when the function is called.
     """
 
@@ -69,7 +69,7 @@ class Graphs:
         return None if output is None else output.clone()
 
     def _capture(self, key: Hashable, function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> bool:
-        """Capture a graph; without success turn graphs off and say so."""
+        """Capture a graph; on failure turn graphs off and warn."""
         generator = torch.cuda.default_generators[self._device.index or 0]
         before = generator.get_state()
         static, graph = {name: value.clone() for name, value in inputs.items()}, torch.cuda.CUDAGraph()

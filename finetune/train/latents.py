@@ -1,6 +1,6 @@
-"""What a generated batch depends on, drawn once so that student and teacher can be given exactly the same.
+"""Latents and noise of a batch, drawn once so that student and teacher get exactly the same.
 
-A `Draw` holds z, c, the style-mixing cut and the second latent; `NoiseReplay` lets a second network draw the
+`Latents` holds z, c, the style-mixing cut and the second latent; `NoiseReplay` lets a second network draw the
 same noise maps by starting from the same random state, and leaves that state as if it had never run.
 """
 
@@ -16,8 +16,8 @@ from finetune.models import Network
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Latents `z [N, z_dim]` and labels `c [N, c_dim]`; with mixing, styles from row `cut` on are z2's."""
+class Latents:
+    """`z [N, z_dim]` and labels `c [N, c_dim]`; with mixing, styles from layer `cut` on come from z2."""
 
     z: torch.Tensor
     c: torch.Tensor
@@ -25,36 +25,36 @@ class Draw:
     cut: int | torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The fields that are there."""
+        """Return the fields that are set."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def draw_latents(G: Network, c: torch.Tensor, mixing: float, *, as_tensors: bool = False) -> Draw:
-    """Draw latents for the labels `c`; with probability `mixing` a second latent takes over at a random row.
+def draw_latents(G: Network, c: torch.Tensor, mixing: float, *, as_tensors: bool = False) -> Latents:
+    """Draw latents for the labels `c`; with probability `mixing` styles from a random layer on come from z2.
 
     as_tensors: always the same fields, and `cut` a tensor (the number of rows for no mixing).
     Source: Karras et al. 2019 (1812.04948), section 3.1.
     """
     z = torch.randn([len(c), G.z_dim], device=c.device)
     if not mixing:
-        return Draw(z, c)
-    # On the CPU: a decision taken on the device would have to be waited for.
+        return Latents(z, c)
+    # On the CPU: a decision on the device would force a synchronization.
     cut = int(torch.randint(1, G.num_ws, []))
     mixed = bool(torch.rand([]) < mixing)
     if as_tensors:
-        row = torch.full([], cut if mixed else G.num_ws, device=c.device)
-        return Draw(z, c, torch.randn_like(z) if mixed else z, row)
-    return Draw(z, c, torch.randn_like(z), cut) if mixed else Draw(z, c)
+        cut = torch.full([], cut if mixed else G.num_ws, device=c.device)
+        return Latents(z, c, torch.randn_like(z) if mixed else z, cut)
+    return Latents(z, c, torch.randn_like(z), cut) if mixed else Latents(z, c)
 
 
-def map_latents(G: Network, draw: Draw, update_emas: bool = False) -> torch.Tensor:
-    """`ws [N, num_ws, w_dim]` of a draw through the mapping network of `G`."""
-    ws = G.mapping(draw.z, draw.c, update_emas=update_emas)
-    if isinstance(draw.cut, torch.Tensor):
-        from_z = torch.arange(G.num_ws, device=ws.device).unsqueeze(1) < draw.cut
-        ws = torch.where(from_z, ws, G.mapping(draw.z2, draw.c))
-    elif draw.cut is not None:
-        ws = torch.cat([ws[:, : draw.cut], G.mapping(draw.z2, draw.c)[:, draw.cut :]], dim=1)
+def map_latents(G: Network, latents: Latents, update_emas: bool = False) -> torch.Tensor:
+    """Return `ws [N, num_ws, w_dim]` of the latents through the mapping network of `G`."""
+    ws = G.mapping(latents.z, latents.c, update_emas=update_emas)
+    if isinstance(latents.cut, torch.Tensor):
+        from_z = torch.arange(G.num_ws, device=ws.device).unsqueeze(1) < latents.cut
+        ws = torch.where(from_z, ws, G.mapping(latents.z2, latents.c))
+    elif latents.cut is not None:
+        ws = torch.cat([ws[:, : latents.cut], G.mapping(latents.z2, latents.c)[:, latents.cut :]], dim=1)
     return ws
 
 

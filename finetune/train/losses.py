@@ -14,7 +14,7 @@ from torch_utils.ops import conv2d_gradfix, upfirdn2d
 
 
 def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """Non-saturating generator loss -log sigmoid(D(G(z))) of logits `[N, 1]`.
+    """Return the non-saturating generator loss -log sigmoid(D(G(z))) of logits `[N, 1]`.
 
     Source: Goodfellow et al. 2014 (1406.2661), section 3.
     """
@@ -22,17 +22,17 @@ def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 
 
 def fake_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """Discriminator loss on generated images, -log(1 - sigmoid(D(x))), logits `[N, 1]`."""
+    """Return the discriminator loss on generated images, -log(1 - sigmoid(D(x))), logits `[N, 1]`."""
     return F.softplus(fake_logits).squeeze(1)
 
 
 def real_loss(real_logits: torch.Tensor) -> torch.Tensor:
-    """Discriminator loss on real images, -log sigmoid(D(x)), logits `[N, 1]`."""
+    """Return the discriminator loss on real images, -log sigmoid(D(x)), logits `[N, 1]`."""
     return F.softplus(-real_logits).squeeze(1)
 
 
 def r1_penalty(real_logits: torch.Tensor, real_img: torch.Tensor) -> torch.Tensor:
-    """|∇D(x)|² at real images, differentiable once more; `real_img [N, C, H, W]` must have been D's input.
+    """Return |∇D(x)|² at real images, differentiable; `real_img [N, C, H, W]` must have been D's input.
 
     Source: Mescheder et al. 2018 (1801.04406), equation 9, without the factor gamma/2.
     """
@@ -42,7 +42,7 @@ def r1_penalty(real_logits: torch.Tensor, real_img: torch.Tensor) -> torch.Tenso
 
 
 def path_lengths(img: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
-    """Length of the Jacobian along a random image direction, |Jᵀy|, differentiable once more.
+    """Return the length of the Jacobian along a random image direction, |Jᵀy|, differentiable.
 
     `img [N, C, H, W]` made from `ws [N, num_ws, w_dim]`; the rows of ws are averaged, which makes lengths
     comparable between depths. Source: Karras et al. 2020 (1912.04958), equation 4.
@@ -56,13 +56,13 @@ def path_lengths(img: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
 def path_penalty(
     lengths: torch.Tensor, mean: torch.Tensor, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared deviation of path lengths `[N]` from their running mean, and that mean moved on by `decay`."""
+    """Return the squared deviation of path lengths `[N]` from their running mean, and the updated mean."""
     mean = mean.lerp(lengths.detach().mean(), decay)
     return (lengths - mean).square(), mean
 
 
 def blur(img: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur of `[N, C, H, W]` with standard deviation `sigma` in pixels, cut at 3 sigma."""
+    """Blur `[N, C, H, W]` with a Gaussian of standard deviation `sigma` in pixels, cut at 3 sigma."""
     radius = math.floor(sigma * 3)
     if radius < 1:
         return img

@@ -1,4 +1,4 @@
-"""What a run prints: a progress bar on a terminal, one plain line a tick elsewhere."""
+"""Console output of a run: a progress bar on a terminal, one plain line per tick elsewhere."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_reasons(console: Console, title: str, reasons: list[Reason]) -> None:
-    """The table "option · value · why"."""
+    """Print the table "option · value · why"."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("option", "value", "why"):
         table.add_column(column, overflow="fold")

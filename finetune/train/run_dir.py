@@ -80,7 +80,7 @@ def make_run_dir(outdir: str | Path, desc: str) -> Path:
 
 
 def grid_size(resolution: int, num_images: int) -> tuple[int, int]:
-    """Columns and rows of a sheet of about 1024×768 pixels with at most `num_images` images."""
+    """Return columns and rows of a sheet of about 1024×768 pixels with at most `num_images` images."""
     columns, rows = (min(12, max(2, side // resolution)) for side in (1024, 768))
     columns = min(columns, num_images)
     return columns, min(rows, max(1, num_images // columns))
@@ -130,13 +130,13 @@ class RunDir:
         return self.seconds_before + time.monotonic() - self.started
 
     def stem(self, nimg: int) -> str:
-        """kimg as it stands in file names: `000123`, or `000001.500` in runs too short for whole numbers."""
+        """Return kimg as in file names: `000123`, or `000001.500` in runs too short for whole numbers."""
         if self.decimals:
             return f"{nimg // 1000:06d}.{nimg % 1000:03d}"
         return f"{nimg // 1000:06d}"
 
     def write_reals(self) -> None:
-        """`reals.png`: images as D sees them before augmentation. Settles the labels of all sheets."""
+        """Write `reals.png`: images as D sees them before augmentation. Sets the labels of all sheets."""
         rng = np.random.default_rng(self.config.seed)
         columns, rows = self.grid = grid_size(self.image_set.resolution, len(self.image_set))
         chosen = rng.permutation(len(self.image_set))[: columns * rows]
@@ -147,14 +147,14 @@ class RunDir:
 
     @freed_at_once()
     def write_fakes(self, G_ema: Network, stem: str) -> None:
-        """`fakes{stem}.png`: images of the average generator."""
+        """Write `fakes{stem}.png`: images of G_ema."""
         z = z_from_seeds(range(len(self.labels)), G_ema.z_dim, self.device)
         labels = self.labels.to(self.device)[:, : G_ema.c_dim]
         images = run_network_chunked(G_ema, z, labels, chunk=self.chunk, noise_mode="const")
         save_grid(images, self.path / f"fakes{stem}.png", grid=self.grid)
 
     def write_snapshot(self, state: TrainState) -> Path:
-        """`network-snapshot-….pkl`, refused where a weight is not finite."""
+        """Write `network-snapshot-….pkl`. Raises TrainingError if a weight is not finite."""
         for name, network in (("G", state.G), ("D", state.D), ("G_ema", state.G_ema)):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
                 raise TrainingError(
@@ -169,7 +169,7 @@ class RunDir:
         return path
 
     def write_best(self, state: TrainState) -> Path:
-        """`network-best.pkl`, in the place of the one before."""
+        """Write `network-best.pkl`, replacing the previous one."""
         path = self.path / "network-best.pkl"
         self._write(path, state)
         return path
@@ -254,7 +254,7 @@ class NullRunDir(RunDir):
     def write_reals(self) -> None:
         pass
 
-    def write_fakes(self, G_ema: torch.nn.Module, stem: str) -> None:
+    def write_fakes(self, G_ema: Network, stem: str) -> None:
         pass
 
     def keep_newest(self, count: int | None) -> None:

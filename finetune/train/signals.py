@@ -32,7 +32,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def requested(self, group: ProcessGroup, step: int) -> bool:
-        """Return whether any rank has received a signal; every rank has to ask, and gets the same answer."""
+        """Return whether any rank has received a signal; to be called on every rank."""
         self.number = (
             group.all_reduce_max(self.received or 0, f"the exchange of signals (step {step})") or None
         )

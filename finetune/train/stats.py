@@ -177,7 +177,7 @@ class PhaseClock:
             self.inside.append((name, self.open[-1] if self.open else ""))
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
+        """Return seconds per phase since the last call."""
         if self.on_cuda:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
@@ -198,7 +198,7 @@ class PhaseClock:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the device on CUDA, else of this process (0 where unknown)."""
+    """Return the peak memory so far: of the device on CUDA, else of this process (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":

@@ -14,7 +14,7 @@ from finetune.train import losses
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.distill import Distillation
 from finetune.train.ema import ema_decay, update_average
-from finetune.train.latents import Draw, NoiseReplay, draw_latents, map_latents
+from finetune.train.latents import Latents, NoiseReplay, draw_latents, map_latents
 from finetune.train.state import Plan, TrainState
 from finetune.train.stats import Stats
 
@@ -47,7 +47,7 @@ def update_average_of(name: str, half_life_nimg: float, state: TrainState, plan:
 
 
 def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
-    """Gmain: the adversarial loss and, if due, distillation, in one backward pass through G."""
+    """Run Gmain: the adversarial loss and, if due, distillation, in one backward pass through G."""
     norms = []
     distillation = plan.distillation if plan.distillation and plan.distillation.due(state.step) else None
     augmented = set_augmentation(state)
@@ -69,16 +69,16 @@ def generator_micro_batch(
     stats: Stats,
     distillation: Distillation | None,
     diagnostics: Diagnostics | None,
-    **latents: torch.Tensor,
+    **inputs: torch.Tensor,
 ) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of G; return `sd_norms` as moved by it."""
-    draw, replay = Draw(**latents), NoiseReplay()
-    ws = map_latents(state.G, draw)
+    latents, replay = Latents(**inputs), NoiseReplay()
+    ws = map_latents(state.G, latents)
     with replay.recording():
         img = state.G.synthesis(ws, **plan.synthesis)
 
     leaf = img.detach().requires_grad_()
-    logits = score(state, plan, leaf, draw.c)
+    logits = score(state, plan, leaf, latents.c)
     loss = losses.generator_loss(logits)
     (gradient,) = torch.autograd.grad(loss.mean(), leaf)
     stats.record(loss_G=loss, score_fake=logits, sign_fake=logits.sign())
@@ -87,7 +87,7 @@ def generator_micro_batch(
     if distillation is not None:
         with stats.phase(GDISTILL):
             distillation_grad, distances = distillation.image_gradient(
-                state.teacher, leaf, draw, replay, plan.synthesis, gradient, norms
+                state.teacher, leaf, latents, replay, plan.synthesis, gradient, norms
             )
             stats.record(loss_sd=distances)
             if distillation.ratio is not None:
@@ -101,7 +101,7 @@ def generator_micro_batch(
 
 
 def path_length_step(state: TrainState, plan: Plan, stats: Stats) -> None:
-    """Greg: path length regularization (StyleGAN2) on half of the batch, counted `path_interval` times."""
+    """Run Greg: path length regularization (StyleGAN2) on half of the batch, weighted by `path_interval`."""
     means = []
     with stats.phase(GREG):
         with gradients_of("G", GREG, state, plan):
@@ -114,10 +114,10 @@ def path_length_step(state: TrainState, plan: Plan, stats: Stats) -> None:
 
 
 def path_length_micro_batch(
-    state: TrainState, plan: Plan, stats: Stats, size: int, **latents: torch.Tensor
+    state: TrainState, plan: Plan, stats: Stats, size: int, **inputs: torch.Tensor
 ) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of G; return `path_mean` as this micro-batch moves it."""
-    ws = map_latents(state.G, Draw(**latents))
+    ws = map_latents(state.G, Latents(**inputs))
     # Not fused: the gradient goes to the styles and leaves the weights out, which fused are one.
     img = state.G.synthesis(ws, **{**plan.synthesis, "fused_modconv": False})
     lengths = losses.path_lengths(img, ws)
@@ -130,7 +130,7 @@ def path_length_micro_batch(
 
 
 def discriminator_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
-    """Dmain: real against generated images. The running averages inside G move here, once a step."""
+    """Run Dmain: real against generated images. The running averages inside G move here, once a step."""
     moving, augmented = moving_buffers(state.G), set_augmentation(state)
     before = after = [buffer.clone() for buffer in moving]
     signs = torch.zeros([], device=plan.device)
@@ -159,15 +159,15 @@ def discriminator_micro_batch(
     update_emas: bool,
     real: torch.Tensor,
     real_c: torch.Tensor,
-    **latents: torch.Tensor,
+    **inputs: torch.Tensor,
 ) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of D; return the sum of the signs of D on real images."""
     scale = len(real) / plan.batch
-    draw = Draw(**latents)
+    latents = Latents(**inputs)
     with torch.no_grad():
-        ws = map_latents(state.G, draw, update_emas=update_emas)
+        ws = map_latents(state.G, latents, update_emas=update_emas)
         fake = state.G.synthesis(ws, update_emas=update_emas, **plan.synthesis)
-    fake_loss = losses.fake_loss(score(state, plan, fake, draw.c))
+    fake_loss = losses.fake_loss(score(state, plan, fake, latents.c))
     (fake_loss.mean() * scale).backward()
 
     real_logits = score(state, plan, real, real_c)
@@ -179,7 +179,7 @@ def discriminator_micro_batch(
 
 
 def r1_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
-    """Dreg: the R1 penalty gamma/2·|∇D|² on real images, counted `r1_interval` times."""
+    """Run Dreg: the R1 penalty gamma/2·|∇D|² on real images, weighted by `r1_interval`."""
     augmented = set_augmentation(state)
     with stats.phase(DREG):
         with gradients_of("D", DREG, state, plan):
@@ -201,7 +201,7 @@ def r1_micro_batch(
 
 
 def finish_step(state: TrainState, plan: Plan) -> None:
-    """Advance the counters, the averages and ADA; leave random states that are equal on all ranks."""
+    """Advance counters, averages and ADA, and leave random states that are equal on all ranks."""
     generator_trains = state.nimg >= plan.d_warmup_nimg
     state.step += 1
     state.nimg += plan.batch

@@ -1,4 +1,4 @@
-"""The log as TensorBoard shows it, where tensorboard is installed."""
+"""Write the log for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("finetune.train")
 
 
 class Board:
-    """Writes numbers for TensorBoard into a run folder; does nothing where the package is missing.
+    """Writes numbers for TensorBoard into a run folder; does nothing if the package is missing.
 
     Record by record and without the package's own writer, whose thread dies of a full disk. Here that costs
     the numbers of a tick.

@@ -58,7 +58,7 @@ class Run:
 
 
 def run(config: TrainConfig, *, console: Console | None = None) -> RunResult:
-    """Train as `config` says and return what was left behind.
+    """Train with the options of `config` and return the result.
 
     Raises FinetuneError before anything is written if something does not fit; KeyboardInterrupt, after the
     snapshot is safe, if the run was asked to stop.
@@ -70,7 +70,7 @@ def run(config: TrainConfig, *, console: Console | None = None) -> RunResult:
 
 
 def start(prepared: Prepared, *, console: Console) -> RunResult:
-    """Open the run folder, train, and say how it ended."""
+    """Open the run folder, train, and print the outcome."""
     group = prepared.plan.group
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()

@@ -61,7 +61,7 @@ class TestTables:
         found = json.loads(done("search", "--json", "ffhq", "stylegan3-r").stdout)
         assert len(found) > 1 and all("r-ffhq" in entry["id"] for entry in found)
         nothing = done("search", "stylegan3-r", "ponies").stdout
-        assert "Nothing is said to be stylegan3-r and ponies" in nothing
+        assert "No entry matches stylegan3-r and ponies" in nothing
 
     def test_show(self, server):
         text = done("show", "stylegan2-ffhq-config-f").stdout

@@ -107,7 +107,7 @@ def test_a_network_says_what_it_needs(folder, golden_dir):
     "options, words",
     [
         (("--fit", "crop"), "--fit crop needs --resolution or --network"),
-        (("--network", "nothing.pkl", "--resolution", 8), "--network says it already"),
+        (("--network", "nothing.pkl", "--resolution", 8), "already given by --network"),
         (("--network", "nothing.pkl"), "nothing.pkl"),
         (("--resolution", 2), "2 is not in the range"),
     ],
@@ -190,5 +190,5 @@ def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparing.Draft, "add", add)
         result = call("prepare", folder, tmp_path / "out.zip")
-    assert result.exit_code == 130 and "the same command goes on with it" in result.stderr
+    assert result.exit_code == 130 and "run the same command to resume" in result.stderr
     assert "1 of them by an earlier call" in call("prepare", folder, tmp_path / "out.zip").stdout

@@ -86,12 +86,12 @@ def test_out_of_memory_names_the_option_to_lower(monkeypatch):
     assert "long tail" not in result.stderr
 
 
-def test_no_memory_left_is_no_defect(monkeypatch):
+def test_explain_out_of_memory(monkeypatch):
     result = run_raising(monkeypatch, MemoryError("Unable to allocate 314. GiB"))
-    assert result.exit_code == 2 and "not enough memory" in result.stderr
+    assert result.exit_code == 2 and "Out of memory" in result.stderr
 
 
-def test_one_of_several_processes_shows_the_traceback_of_a_defect_unasked(monkeypatch):
+def test_internal_error_with_several_ranks_shows_traceback(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     failed = run_raising(monkeypatch, KeyError("missing key"))
     assert failed.exit_code == 1 and "Traceback" in failed.stderr and "raise error" in failed.stderr
@@ -99,10 +99,10 @@ def test_one_of_several_processes_shows_the_traceback_of_a_defect_unasked(monkey
     assert refused.exit_code == 2 and "Traceback" not in refused.stderr
 
 
-def test_a_defect_says_so_and_shows_its_traceback_only_on_request(monkeypatch):
+def test_internal_error_shows_traceback_only_with_debug(monkeypatch):
     quiet = run_raising(monkeypatch, KeyError("missing key"))
     assert quiet.exit_code == 1
-    assert "KeyError: 'missing key'\nThis is a defect of finetune" in quiet.stderr
+    assert "KeyError: 'missing key'\nInternal error (finetune" in quiet.stderr
     assert "finetune --debug" in quiet.stderr
     assert "Traceback" not in quiet.stderr
     assert "Traceback" in run_raising(monkeypatch, KeyError("missing key"), "--debug").stderr

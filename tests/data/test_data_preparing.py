@@ -222,7 +222,7 @@ def test_destinations_that_are_refused(mixed, tmp_path, eight, monkeypatch):
     with pytest.raises(ConfigError, match="is a folder"):
         prepare(mixed, tmp_path / "folder.zip", **options)
     source = eight(".zip")
-    with pytest.raises(ConfigError, match="is what is read"):
+    with pytest.raises(ConfigError, match="is the input itself"):
         prepare(source, source, force=True, **options)
     out = tmp_path / "out.zip"
     out.write_bytes(b"mine")
@@ -250,7 +250,7 @@ def test_a_full_disk_is_told_and_gone_on_from(mixed, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(StoredZip, "add", add)
-        with pytest.raises(DataError, match=r"No space left on device.\nWhat is done is kept"):
+        with pytest.raises(DataError, match=r"No space left on device.\nFinished images are kept"):
             prepare(mixed, out, **options)
     assert prepare(mixed, out, **options).num_found_done == 2
     assert out.read_bytes() == again.read_bytes()

@@ -9,7 +9,7 @@ from tolerances import assert_close
 
 from finetune.metrics.perceptual import mean_squared
 from finetune.train.distill import Distillation, area_resize
-from finetune.train.latents import Draw, NoiseReplay, draw_latents, map_latents
+from finetune.train.latents import Latents, NoiseReplay, draw_latents, map_latents
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SYNTHESIS = {"noise_mode": "random", "fused_modconv": False, "force_fp32": False}
@@ -53,7 +53,7 @@ def test_an_equal_teacher_gives_exactly_zero(family, device):
     teacher = copy.deepcopy(G).eval()
     c = F.one_hot(torch.tensor([0, 1, 1, 0]), 2).float().to(device)
     z = torch.randn(4, 8, device=device)
-    draw = Draw(z, c, torch.randn_like(z), cut=3)
+    draw = Latents(z, c, torch.randn_like(z), cut=3)
     img, replay = student_images(G, draw)
     distil = distillation()
     gradient, distances = distil.image_gradient(teacher, img, draw, replay, SYNTHESIS)
@@ -64,11 +64,11 @@ def test_an_equal_teacher_gives_exactly_zero(family, device):
 def test_the_zero_comes_from_shared_noise_and_a_shared_cut():
     G = generator("stylegan2")
     z, z2 = torch.randn(2, 2, 8)
-    draw = Draw(z, torch.zeros(2, 0), z2, cut=2)
+    draw = Latents(z, torch.zeros(2, 0), z2, cut=2)
     img, replay = student_images(G, draw)
     teacher = copy.deepcopy(G).eval()
     _, other_noise = student_images(G, draw)
-    other_cut = Draw(z, torch.zeros(2, 0), z2, cut=1)
+    other_cut = Latents(z, torch.zeros(2, 0), z2, cut=1)
     for changed in ((draw, other_noise), (other_cut, replay)):
         _, distances = distillation().image_gradient(teacher, img, *changed, SYNTHESIS)
         assert (distances > 1e-6).all()
@@ -112,7 +112,7 @@ def test_style_mixing_takes_the_second_latent_from_the_cut_on():
     G = generator("stylegan2")
     z, z2 = torch.randn(2, 3, 8)
     c = torch.zeros(3, 0)
-    ws = map_latents(G, Draw(z, c, z2, cut=2))
+    ws = map_latents(G, Latents(z, c, z2, cut=2))
     assert torch.equal(ws[:, :2], G.mapping(z, c)[:, :2])
     assert torch.equal(ws[:, 2:], G.mapping(z2, c)[:, 2:])
     cuts = [draw_latents(G, c, mixing=0.9).cut for _ in range(200)]

@@ -14,7 +14,7 @@ from finetune.recipes import Facts, resolve
 from finetune.train import steps
 from finetune.train.build import build_plan, build_state
 from finetune.train.distill import Distillation
-from finetune.train.latents import Draw
+from finetune.train.latents import Latents
 from finetune.train.stats import Stats
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_the_generator_step_is_the_gradient_of_both_losses(batch_gpu, monkeypatc
 
     z = torch.randn(8, 8)
     parts = iter(z.split(batch_gpu))
-    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing, **_: Draw(next(parts), c))
+    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing, **_: Latents(next(parts), c))
     parameters = dict(state.G.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -219,7 +219,7 @@ def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gp
     state = dataclasses.replace(state, D=critic, opt_D=torch.optim.SGD(critic.parameters(), lr=0.0))
     z, real = torch.randn(8, 8), torch.randn(8, 3, 16, 16)
     parts = iter(z.split(batch_gpu))
-    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing, **_: Draw(next(parts), c))
+    monkeypatch.setattr(steps, "draw_latents", lambda G, c, mixing, **_: Latents(next(parts), c))
     fake = state.G(z, no_labels(8), noise_mode="const")
     weight = critic.weight.detach().clone().requires_grad_()
     logits = [(img * weight).mean(dim=[1, 2, 3]) for img in (fake, real)]

@@ -42,7 +42,7 @@ def bias_act(
 
     x: any shape, floating point. b: `[x.shape[dim]]` or None. alpha: slope of lrelu below zero (default 0.2),
     unused by the others. gain: default sqrt(2) for relu, lrelu, swish, else 1. clamp: limit of the magnitude,
-    None for none; where it bites, the gradient is zero. First and second gradients exist for x and b.
+    None for none; where it is active, the gradient is zero. First and second gradients exist for x and b.
     Raises TypeError, ValueError for invalid arguments.
     """
     _check(x, b, dim, act, clamp)

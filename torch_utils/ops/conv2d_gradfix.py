@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# How many enclosing blocks ask for no gradients. A plain global, because backward runs in threads of its own.
+# Number of enclosing blocks without weight gradients. A global: backward runs in threads of its own.
 _blocks = 0
 
 
@@ -90,7 +90,7 @@ def conv_transpose2d(
 
 
 def _is_bilinear(input, weight) -> bool:
-    """Whether the operations below run: on CUDA, if there is a gradient to take or a factor to split."""
+    """Return whether the operations below run: on CUDA, with a gradient to take or a factor to split."""
     if not input.is_cuda:
         return False
     return _splits(input, weight, 1) or (
@@ -194,7 +194,7 @@ _MANY_TERMS = 32  # channels of both factors from which three products on tensor
 
 
 def _splits(a: torch.Tensor, b: torch.Tensor, groups: int) -> bool:
-    """Whether the factors of a convolution are split."""
+    """Return whether the factors of a convolution are split."""
     if not _splitting or a.dtype != torch.float32 or groups > 1:
         return False
     return min(*a.shape[:2], *b.shape[:2]) >= _MANY_TERMS and _has_tf32(a.device)

@@ -61,7 +61,7 @@ def conv2d_resample(
 
 
 def _convolve(x, w, pad, groups, flip_weight, stride=1):
-    """Convolve with zero padding, which torch does itself where both sides are equal."""
+    """Convolve with zero padding, which torch does itself if both sides are equal."""
     if not flip_weight and tuple(w.shape[2:]) != (1, 1):
         w = w.flip([2, 3])
     px0, px1, py0, py1 = pad

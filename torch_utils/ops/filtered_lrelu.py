@@ -96,7 +96,7 @@ def _reference(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter)
 
 
 def _activate(x, slope, clamp):
-    """Leaky ReLU and clamp on upsampled pixels that nobody else holds."""
+    """Apply leaky ReLU and clamp to upsampled pixels, in place."""
     if x.device.type != "cpu" and x.requires_grad and torch.is_grad_enabled():
         return _MaskedActivation.apply(x, slope, clamp)
     # CPUs work through arithmetic far faster than through masks, so there torch keeps the activated pixels

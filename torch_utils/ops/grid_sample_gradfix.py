@@ -75,7 +75,7 @@ def _sample(image, grid):
 
 
 def _gathered(image, grid):
-    """The same values from four gathers, differentiable in image and grid."""
+    """Compute the same values by four gathers, differentiable in image and grid."""
     batch, channels, height, width = image.shape
     x = ((grid[..., 0] + 1) * width - 1) / 2
     y = ((grid[..., 1] + 1) * height - 1) / 2

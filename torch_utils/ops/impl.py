@@ -48,7 +48,7 @@ _lock = threading.RLock()
 def register(
     op: str, trial: Callable[[torch.device], float], devices: tuple[str, ...] = ("cpu", "cuda")
 ) -> None:
-    """Make `op` known; `trial` returns how far its kernels on one of `devices` are from the reference."""
+    """Register `op`; `trial` returns how far its kernels on one of `devices` are from the reference."""
     _trials[op], _devices[op] = trial, devices
 
 
@@ -117,7 +117,7 @@ def _explain(op: str, device_type: str) -> dict[str, str]:
 
 
 def fall_back(op: str, impl: str, device_type: str, error: NativeUnavailable) -> str:
-    """Switch to 'ref' for good, with one warning, after chosen kernels failed to build or load.
+    """Switch to 'ref' permanently, with one warning, after kernels failed to build or load.
 
     Raises RuntimeError if an implementation was named, which never falls back.
     """
@@ -210,7 +210,7 @@ _warned: set[str] = set()
 
 
 def _warn(device_type: str, error: NativeUnavailable) -> None:
-    """One warning per kind of device, whatever the number of ops and calls."""
+    """Warn once per kind of device, whatever the number of ops and calls."""
     if device_type in _warned:
         return
     _warned.add(device_type)

@@ -212,7 +212,7 @@ class Axis(NamedTuple):
         return (size * self.up + self.pad0 + self.pad1 - self.taps) // self.down + 1
 
     def adjoint(self, size: int) -> Axis:
-        """The axis that takes gradients of the outputs back to an input of `size` pixels."""
+        """Return the spec that takes gradients back to images of that size."""
         pad0 = self.taps - 1 - self.pad0
         pad1 = (size - 1) * self.up - self.num_outputs(size) * self.down + 1 + self.pad0
         return Axis(self.taps, self.down, self.up, pad0, pad1)

@@ -204,7 +204,7 @@ def _functions() -> dict[str, Any]:
 
 
 def _torch_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP library that torch itself is linked with, if it has one.
+    """Return the address of GOMP_parallel in the OpenMP library of torch, if it has one.
 
     One pool of threads serves both then; two would wake each other up from their waiting loops. Asking
     torch's library for the name finds the right copy where a process has loaded several.

@@ -112,7 +112,7 @@ def bias_act_grad2(
 
 
 def _bias_act(input, in2, ref, b, spec, order, with_db=False):
-    """Return the result, and its sums by bias if they are wanted and cost nothing in the same pass."""
+    """Return the result, and its sums by bias if needed and free in the same pass."""
     input, in2, ref = specs.one_layout(input, in2, ref)
     out, b = torch.empty_like(input), _dense(b)
     if out.numel() == 0:
@@ -186,7 +186,7 @@ def _fma(x, other, b, c, layout, with_dc):
 
 
 def _empty_sums(images: Images, x: torch.Tensor) -> torch.Tensor:
-    """Memory for sums by channel, of each group and part (axis 1), in the type that a kernel computes in."""
+    """Allocate sums by channel, of each group and part (axis 1), in the type that a kernel computes in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty(images.sums_shape(params.DTYPES[x.dtype]), dtype=dtype, device=x.device)
 
@@ -207,7 +207,7 @@ _MAX_LAUNCHES = 4096  # shapes that never come back must not pile up
 def _run(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
     """Launch `op` on the device of `x`, on torch's current stream there."""
     device = x.get_device()
-    # Wide loads want aligned memory, and which arguments there are is part of a specialization.
+    # Wide loads need aligned memory, and which arguments there are is part of a specialization.
     alignment = tuple([(name, pointer & 15) for name, pointer in pointers.items()])
     key = (op, device, alignment, numbers)
     launch = _launches.get(key)

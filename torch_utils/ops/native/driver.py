@@ -68,7 +68,7 @@ def _refused(name: str, status: int) -> DriverError:
     return DriverError(f"{name}: {(text.value or b'error').decode()} ({status})")
 
 
-# A number where torch tells it (the way Triton's launcher asks), else through an object of torch.cuda.
+# A number if torch exposes it (as Triton's launcher does), else through an object of torch.cuda.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -78,7 +78,7 @@ def _stream(device: int) -> int:
 
 @functools.cache
 def primary_context(device: int) -> int:
-    """The context that torch uses on a device, kept for the life of the process."""
+    """Return the context that torch uses on a device, kept until the process ends."""
     number, context = _i(), _p()
     _call("cuDeviceGet", ctypes.byref(number), device)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
@@ -98,7 +98,7 @@ def _current(context: int) -> Iterator[None]:
 def load_function(context: int, binary: bytes, entry: str) -> int:
     """Load a binary, which stays loaded, and return the handle of one of its kernels.
 
-    Raises NativeUnavailable where the driver does not take it.
+    Raises NativeUnavailable if the driver does not take it.
     """
     module, function = _p(), _p()
     with _current(context):
@@ -115,7 +115,7 @@ def load_function(context: int, binary: bytes, entry: str) -> int:
 
 
 def allow_shared_bytes(context: int, function: int, shared_bytes: int) -> None:
-    """Let launches of a kernel ask for that much shared memory; asking for less afterwards lowers nothing."""
+    """Allow launches of a kernel to use that much shared memory; a smaller value later has no effect."""
     if shared_bytes <= max(_FREE_SHARED_BYTES, _allowed.get(function, 0)):
         return
     with _current(context):

@@ -23,7 +23,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether `x` is memory that a kernel may be called on, with no mode or transform watching."""
+    """Return whether `x` is memory that a kernel may be called on, with no mode or transform active."""
     return (
         type(x) in _PLAIN
         and not torch.compiler.is_compiling()
@@ -33,9 +33,9 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether a graph is being recorded for others (torch.jit.trace, torch.onnx, torch.export).
+    """Return whether a graph is being recorded (torch.jit.trace, torch.onnx, torch.export).
 
-    Readers of such a graph know torch's own operators only.
+    Readers of such a graph support torch's own operators only.
     """
     if not torch.compiler.is_compiling():
         return torch.jit.is_tracing()
@@ -100,7 +100,7 @@ class NativeOp:
 
 
 def kernels(x: torch.Tensor) -> Any:
-    """The module with the kernels for the device of `x`."""
+    """Return the module with the kernels for the device of `x`."""
     return cpu if x.is_cpu else cuda
 
 
@@ -187,7 +187,7 @@ def _filtered_lrelu_backward(ctx, dy, _):
 
 
 def _filtered_lrelu_zeroed(x, fu, fd, b, *numbers):
-    """The kernel on a mask of zeros: what no gradient reads stays unwritten, and torch compares results."""
+    """Run the kernel on a mask of zeros: unread bits stay unwritten, and torch compares results."""
     spec, record = specs.FilteredLreluSpec._make(numbers[:-1]), numbers[-1]
     if not record:
         return _filtered_lrelu(x, fu, fd, b, *numbers)
@@ -396,7 +396,7 @@ def _bias_act_grad_backward(ctx, ddx, ddb):
 
 
 def _leader(dy, x, y, spec):
-    """The tensor whose order of memory the result follows, as `specs.one_layout` has it."""
+    """Return the tensor whose memory order the result follows, as in `specs.one_layout`."""
     reference = x if spec.act == "swish" else y
     return dy if reference is None else reference
 

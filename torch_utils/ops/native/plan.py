@@ -27,22 +27,22 @@ ITEM_BYTES = (4, 8, 2, 2)  # by the numbers of params.DTYPES
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def is_wide(element_offsets: int) -> bool:
-    """Whether offsets up to so many elements need 64 bits; products on the way keep a margin."""
+    """Return whether offsets up to so many elements need 64 bits, with a margin for products."""
     return element_offsets >= 2**30
 
 
 def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last of a strided tensor."""
+    """Return the number of elements from the first to the last of a strided tensor."""
     return 1 + sum((size - 1) * abs(step) for size, step in zip(shape, stride))
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may ask for. Source: the capabilities in the CUDA guide."""
+    """Return the shared memory a block may use, in bytes. Source: the capabilities in the CUDA guide."""
     known = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99}
     known |= {(9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227, (12, 0): 99, (12, 1): 99}
     return 1024 * known.get(tuple(capability), 48)

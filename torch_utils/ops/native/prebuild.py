@@ -33,7 +33,7 @@ ALIGNED = 4096  # an address that stands for any that torch gives
 def specializations(
     capability: tuple[int, int], dtypes: Iterable[torch.dtype] = (torch.float16, torch.float32)
 ) -> list[LaunchPlan]:
-    """One plan for each specialization, of no particular launch."""
+    """Return one plan for each specialization, of no particular launch."""
     found = {}
     for dtype in dtypes:
         needed = (_bias_act(dtype), _fma(dtype), _upfirdn2d(dtype), _filtered_lrelu(dtype))
@@ -129,14 +129,14 @@ def _filtered_lrelu(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 
 
 def _spec_of(size: int, after: int, up: int) -> specs.FilteredLreluSpec:
-    """A layer with its padding. Source: StyleGAN3, appendix on layer specifications."""
+    """Return a layer with its padding. Source: StyleGAN3, appendix on layer specifications."""
     spare = (after - 1) * 2 + 1 - size * up + TAPS * (up + 2) - 2
     pad = (spare + up) // 2
     return specs.FilteredLreluSpec(up, 2, pad, pad, after, after, False, 1.0, 0.2, CLAMP)
 
 
 def _layer(dtype: torch.dtype, size: int, fu: Any, fd: Any, spec: Any, mode: int) -> Any:
-    """The struct of a layer whose input is so large; of the way back through it for GATE."""
+    """Return the struct of a layer with an input of that size; for GATE, of its backward pass."""
     height, _, row_bytes = spec.mask_size(fd)
     mask = None if mode == params.ACTIVATE else torch.Size((4, 64, height, row_bytes))
     out = spec.out_h

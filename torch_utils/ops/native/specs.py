@@ -49,7 +49,7 @@ class Upfirdn2dSpec(NamedTuple):
     gain: float
 
     def adjoint(self, f: torch.Tensor | None, height: int, width: int) -> Upfirdn2dSpec:
-        """The spec that takes gradients back to images of that size."""
+        """Return the spec that takes gradients back to images of that size."""
         taps_h, taps_w = taps(f)
         return Upfirdn2dSpec(
             self.down_x,
@@ -80,7 +80,7 @@ class FilteredLreluSpec(NamedTuple):
     clamp: float
 
     def mask_size(self, fd: torch.Tensor | None) -> tuple[int, int, int]:
-        """(height, width, bytes a row) of the bits that are kept of the upsampled image."""
+        """Return (height, width, bytes a row) of the bits that are kept of the upsampled image."""
         taps_h, taps_w = taps(fd)
         width = (self.out_w - 1) * self.down + taps_w
         height = (self.out_h - 1) * self.down + taps_h
@@ -90,7 +90,7 @@ class FilteredLreluSpec(NamedTuple):
         return height, width, (needed + ROW_BYTES - 1) // ROW_BYTES * ROW_BYTES
 
     def gate(self, fd: torch.Tensor | None) -> GateSpec:
-        """The same geometry, with the recorded bits in place of values: what is linear about the op."""
+        """Return the same geometry with the recorded bits in place of values: the linear part of the op."""
         mask_w = self.mask_size(fd)[1]
         return GateSpec(*self[:9], mask_w, 0, 0)
 
@@ -112,7 +112,7 @@ class GateSpec(NamedTuple):
     mask_off_y: int
 
     def adjoint(self, fu: torch.Tensor | None, fd: torch.Tensor | None, height: int, width: int) -> GateSpec:
-        """The spec, for exchanged filters, that takes gradients back to images of that size."""
+        """Return the spec that takes gradients back to images of that size."""
         (up_h, up_w), (down_h, down_w) = taps(fu), taps(fd)
         return GateSpec(
             self.down,
@@ -131,7 +131,7 @@ class GateSpec(NamedTuple):
 
 
 def taps(f: torch.Tensor | None) -> tuple[int, int]:
-    """(height, width) of a filter."""
+    """Return (height, width) of a filter."""
     return (1, 1) if f is None else (f.shape[0], f.shape[-1])
 
 
@@ -146,19 +146,19 @@ def image_layout(x: torch.Tensor) -> torch.memory_format:
 
 
 def empty_image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Memory for a result of another size, in the layout that `image_layout` says."""
+    """Allocate a result of another size, in the layout of `image_layout`."""
     layout = image_layout(x)
     size = (x.shape[0], x.shape[1], height, width)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def empty_activated(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Memory for a result of filtered_lrelu, which is contiguous: its kernels work plane by plane."""
+    """Allocate a result of filtered_lrelu, which is contiguous: its kernels work plane by plane."""
     return torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device)
 
 
 def empty_mask(x: torch.Tensor, fd: torch.Tensor | None, spec: FilteredLreluSpec) -> torch.Tensor:
-    """Memory for two bits of each element of the upsampled image."""
+    """Allocate two bits for each element of the upsampled image."""
     height, _, row_bytes = spec.mask_size(fd)
     return torch.empty((x.shape[0], x.shape[1], height, row_bytes), dtype=torch.uint8, device=x.device)
 
@@ -166,7 +166,7 @@ def empty_mask(x: torch.Tensor, fd: torch.Tensor | None, spec: FilteredLreluSpec
 def one_layout(
     first: torch.Tensor, second: torch.Tensor | None, reference: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The same values, dense and in one order of memory: that of the reference, without one of the first."""
+    """Return the values, dense and in one memory order: that of the reference, else of the first."""
     leader = first if reference is None else reference
     if leader.is_contiguous():
         strides = leader.stride()
@@ -184,7 +184,7 @@ def one_layout(
 
 
 def dense_taps(f: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Taps as kernels read them: float32, float64 for images of that type, dense."""
+    """Return taps as kernels read them: float32, float64 for images of that type, dense."""
     if f is None:
         return None
     kind = torch.float64 if dtype == torch.float64 else torch.float32
@@ -198,7 +198,7 @@ _MAX_TEMPLATES = 4096  # of some hundred bytes each; shapes that never come back
 
 
 def template(make: Callable[..., Any], *numbers: Any) -> Any:
-    """A copy of `make(*numbers)`, worked out when it is first asked for."""
+    """Return a copy of `make(*numbers)`, computed once."""
     key = (make, numbers)
     found = _templates.get(key)
     if found is None:
@@ -210,20 +210,20 @@ def template(make: Callable[..., Any], *numbers: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def rounded(value: float, dtype: torch.dtype) -> float:
-    """`value` as `dtype` holds it, so that a result equal to the clamp is seen to be."""
+    """Round `value` to `dtype`, so that a result equal to the clamp compares equal."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 def _filter_sizes(shape: torch.Size | None) -> tuple[int, int]:
-    """(height, width) as the structs count them: height 0 for taps that are used along both axes."""
+    """Return (height, width) as the structs count them: height 0 for taps used along both axes."""
     if shape is None:
         return 1, 1
     return (0, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
 
 
 def _strides(strides: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """torch leaves the stride of an axis of one pixel open; kernels ask for 1 along w."""
+    """Return the strides; torch leaves that of an axis of one pixel open, kernels require 1 along w."""
     return (*strides[:3], 1) if width == 1 else strides
 
 
@@ -235,7 +235,7 @@ def bias_act_params(
     spec: BiasActSpec,
     order: int,
 ) -> params.BiasAct:
-    """All of the struct but the pointers and the threads; the strides are those of dense memory."""
+    """Fill in the struct except pointers and threads; the strides are those of dense memory."""
     p = params.BiasAct()
     p.size = shape.numel()
     # Dense memory sorts its axes by stride, so one that is a stride of `s` away changes every `s` elements.
@@ -249,7 +249,7 @@ def bias_act_params(
 
 
 def fma_images(shape: torch.Size, planar: bool) -> Images:
-    """How the kernel of fma goes through memory."""
+    """Return how the kernel of fma goes through memory."""
     n, channels, height, width = shape
     return Images(planar, n * channels if planar else n, height * width, channels)
 
@@ -257,7 +257,7 @@ def fma_images(shape: torch.Size, planar: bool) -> Images:
 def fma_params(
     shape: torch.Size, planar: bool, dtype: torch.dtype, addend: int, per_image: bool
 ) -> params.Fma:
-    """All of the struct but the pointers; per_image: c is a map for each image."""
+    """Fill in the struct except pointers; per_image: c is a map for each image."""
     p = params.Fma()
     p.n, p.channels, p.size = shape[0], shape[1], shape[2] * shape[3]
     p.c_step = p.size if per_image else 0
@@ -273,7 +273,7 @@ def upfirdn2d_params(
     filter_shape: torch.Size | None,
     spec: Upfirdn2dSpec,
 ) -> params.Upfirdn2d:
-    """All of the struct but the pointers and the threads."""
+    """Fill in the struct except pointers and threads."""
     p = params.Upfirdn2d()
     p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, spec.out_w)
     p.n, p.c, p.in_h, p.in_w = shape
@@ -293,7 +293,7 @@ def filtered_lrelu_params(
     spec: FilteredLreluSpec | GateSpec,
     mode: int,
 ) -> params.FilteredLrelu:
-    """All of the struct but the pointers and the threads."""
+    """Fill in the struct except pointers and threads."""
     p = params.FilteredLrelu()
     p.x_stride[:], p.y_stride[:] = _strides(x_strides, shape[3]), _strides(y_strides, spec.out_w)
     p.n, p.c, p.in_h, p.in_w = shape

@@ -21,7 +21,7 @@ class Images(NamedTuple):
     channels: int
 
     def vector(self, dtype: int, addresses: list[int | None]) -> int:
-        """Elements that a thread can read at once: up to 16 bytes, whole vectors a plane or a pixel."""
+        """Return the elements a thread reads at once: up to 16 bytes, whole vectors a plane or a pixel."""
         item = ITEM_BYTES[dtype]
         vector = 16 // item
         length = self.size if self.planar else self.channels
@@ -30,12 +30,12 @@ class Images(NamedTuple):
         return vector
 
     def is_fast(self, dtype: int) -> bool:
-        """Whether threads read vectors of at least 8 bytes, and hold the channels of a pixel."""
+        """Return whether threads read vectors of at least 8 bytes, and hold the channels of a pixel."""
         wide = self.vector(dtype, []) * ITEM_BYTES[dtype] >= 8
         return wide and (self.planar or self.channels <= MAX_CHANNELS)
 
     def block(self, vector: int) -> tuple[int, int, int]:
-        """Threads along memory, and those that work on other planes or pixels."""
+        """Return threads along memory, and those that work on other planes or pixels."""
         if self.planar:
             most, steps = THREADS, max(ceil_div(self.size, vector * TURNS), 8)
         else:
@@ -44,39 +44,39 @@ class Images(NamedTuple):
         return along, THREADS // along, 1
 
     def blocks(self, vector: int) -> int:
-        """Blocks for one part of every group."""
+        """Return the number of blocks for one part of every group."""
         return ceil_div(self.groups, self.block(vector)[1]) if self.planar else self.groups
 
     def parts(self, dtype: int) -> int:
-        """Parts of a group, whatever the alignment: their sums have to be allocated before a plan is made."""
+        """Return the parts of a group, whatever the alignment: their sums are allocated before planning."""
         vector = 16 // ITEM_BYTES[dtype]
         along, others, _ = self.block(vector)
         turns = ceil_div(self.size, vector * along) if self.planar else ceil_div(self.size, others)
         return max(min(ceil_div(BLOCKS, self.blocks(vector)), turns // TURNS), 1)
 
     def grid(self, dtype: int, vector: int) -> tuple[int, int, int]:
-        """Blocks of a launch."""
+        """Return the blocks of a launch."""
         return self.blocks(vector) * self.parts(dtype), 1, 1
 
     def sums_shape(self, dtype: int) -> tuple[int, ...]:
-        """Shape of the sums that a kernel writes; those of the parts remain to be added."""
+        """Return the shape of the sums that a kernel writes; those of the parts remain to be added."""
         shape = (self.groups, self.parts(dtype))
         return shape if self.planar else (*shape, self.channels)
 
     def defines(self, vector: int) -> tuple[tuple[str, int], ...]:
-        """The macros of sums.cuh."""
+        """Return the macros of sums.cuh."""
         chunks = 1 if self.planar else ceil_div(self.channels, vector * self.block(vector)[0])
         return ("SG_VECTOR", vector), ("SG_PLANAR", int(self.planar)), ("SG_CHUNKS", chunks)
 
     def shared_bytes(self, dtype: int, vector: int) -> int:
-        """Shared memory of `write_sums`."""
+        """Return the shared memory of a block in bytes."""
         warps = THREADS // 32
         numbers = warps if self.planar else warps * self.block(vector)[0] * vector
         return numbers * max(ITEM_BYTES[dtype], 4)
 
 
 def biased_images(size: int, bias_size: int, bias_step: int) -> Images:
-    """The memory of bias_act, in which element i has the bias (i / bias_step) % bias_size."""
+    """Return the memory of bias_act, in which element i has the bias (i / bias_step) % bias_size."""
     if bias_size == 1:
         return Images(True, 1, size, 1)
     if bias_step == 1:

@@ -11,7 +11,7 @@ BLOCKS = 1 << 16  # more elements than these take at once are taken in turns
 
 
 def plan(p: BiasAct, capability: tuple[int, int]) -> LaunchPlan:
-    """The specialization and the launch for a struct with its pointers filled in."""
+    """Return specialization and launch for a struct with its pointers filled in."""
     item = ITEM_BYTES[p.dtype]
     vector = 16 // item
     addresses = [value or 0 for value in (p.input, p.in2, p.ref, p.out)]

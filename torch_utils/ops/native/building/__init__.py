@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class NativeUnavailable(RuntimeError):
-    """A kernel cannot be built or loaded here: `cause` says why, `remedy` what a person can do about it."""
+    """A kernel cannot be built or loaded here: `cause` is the reason, `remedy` what to do about it."""
 
     def __init__(self, cause: str, remedy: str = "") -> None:
         super().__init__(f"{cause}; {remedy}" if remedy else cause)

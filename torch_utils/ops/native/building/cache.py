@@ -1,6 +1,6 @@
 """Where binaries are kept: one folder for each key, complete or not there, checked whenever it is read.
 
-A key says everything that a binary depends on (sources, flags, compiler, architecture), so nothing in the
+A key covers everything that a binary depends on (sources, flags, compiler, architecture), so nothing in the
 cache is ever out of date, and processes, versions and machines can share one.
 """
 
@@ -25,7 +25,7 @@ log = logging.getLogger("torch_utils.ops")
 
 
 def ops_folder() -> Path:
-    """Where the binaries of the ops are."""
+    """Return the folder of the binaries of the ops."""
     return cache_folder() / "ops"
 
 
@@ -50,7 +50,7 @@ def build_lock(name: str, timeout_sec: float = TIME_OUT_SEC) -> Iterator[None]:
 
 
 def key_of(parts: Iterable[str | bytes]) -> str:
-    """The name of a folder for everything that a binary depends on."""
+    """Return the name of a folder for everything that a binary depends on."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -59,7 +59,7 @@ def key_of(parts: Iterable[str | bytes]) -> str:
 
 
 def find(key: str, name: str) -> Path | None:
-    """The file `name` of a key, or None; a file that is not what was written is removed, and said so."""
+    """Return the file `name` of a key, or None; a file that has changed is removed, with a warning."""
     for folder in (ops_folder(), *_private_folders()):
         path = folder / key / name
         try:
@@ -78,7 +78,7 @@ def find(key: str, name: str) -> Path | None:
 
 
 def publish(key: str, name: str, data: bytes) -> Path:
-    """Put a file where `find` finds it, all at once; in a folder of this process alone where the cache cannot
+    """Store a file for `find`, atomically; in a folder of this process alone if the cache cannot
     be written."""
     try:
         return _publish(ops_folder(), key, name, data)
@@ -119,7 +119,7 @@ def _publish(folder: Path, key: str, name: str, data: bytes) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Take a folder away in one step, so that nobody sees half of it."""
+    """Remove a folder atomically, so that no process sees half of it."""
     gone = folder.with_name(f".gone-{os.getpid()}-{folder.name}")
     with contextlib.suppress(OSError):
         folder.rename(gone)
@@ -142,14 +142,14 @@ def _private_folder() -> Path:
 
 
 def size(folder: Path | None = None) -> tuple[int, int]:
-    """Files and bytes in a folder, the binaries of the ops without one."""
+    """Return files and bytes in a folder, by default that of the binaries of the ops."""
     folder = folder or ops_folder()
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     return len(files), sum(path.stat().st_size for path in files)
 
 
 def clean() -> tuple[int, int]:
-    """Empty the cache; what was in it, as `size` counts. Raises OSError where that is not allowed."""
+    """Empty the cache; return its previous `size`. Raises OSError if that is not allowed."""
     found = size()
     if ops_folder().is_dir():
         shutil.rmtree(ops_folder())

@@ -31,9 +31,9 @@ class Compiler(NamedTuple):
 
 @functools.cache
 def cxx() -> Compiler:
-    """The first C++ compiler that works: $CXX, else c++, g++, clang++ of the PATH.
+    """Return the first C++ compiler that works: $CXX, else c++, g++, clang++ of the PATH.
 
-    Raises NativeUnavailable with what each said.
+    Raises NativeUnavailable with the error of each.
     """
     chosen = os.environ.get("CXX", "").strip()
     names = (chosen,) if chosen else CXX_NAMES
@@ -45,9 +45,9 @@ def cxx() -> Compiler:
 
 @functools.cache
 def nvcc() -> Compiler:
-    """The first nvcc that works: $CUDACXX, the one of $CUDA_HOME, of the PATH, of /usr/local/cuda.
+    """Return the first nvcc that works: $CUDACXX, that of $CUDA_HOME, of the PATH, of /usr/local/cuda.
 
-    Raises NativeUnavailable with what each said.
+    Raises NativeUnavailable with the error of each.
     """
     names = [os.environ.get("CUDACXX", "").strip()]
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -72,12 +72,12 @@ def _first(
             said = run([path, source, *options], folder)
             if said is None and (Path(folder) / made).is_file() and (Path(folder) / made).stat().st_size:
                 return Compiler(path, _version(path, folder))
-        failures.append(f"{path} cannot compile three lines: {said or 'it says nothing and writes nothing'}")
+        failures.append(f"{path} cannot compile three lines: {said or 'no message and no output file'}")
     raise NativeUnavailable(f"no {kind} that works ({'; '.join(failures)})", remedy)
 
 
 def run(command: list[str], folder: str | Path, time_out: float = TIME_OUT) -> str | None:
-    """Run a compiler; None, or the line that says best why it failed."""
+    """Run a compiler; return None, or the most informative line of the error."""
     try:
         done = subprocess.run(
             command,
@@ -94,7 +94,7 @@ def run(command: list[str], folder: str | Path, time_out: float = TIME_OUT) -> s
 
 
 def first_error(said: str, code: int) -> str:
-    """The first line that speaks of an error, else the last, else the exit code."""
+    """Return the first line that mentions an error, else the last, else the exit code."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line] or [
         line for line in lines if "error" in line.lower()

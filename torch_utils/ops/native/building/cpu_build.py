@@ -28,7 +28,7 @@ log = logging.getLogger("torch_utils.ops")
 
 
 def build(sources: Path = SOURCES) -> Path:
-    """The library, from the cache or built now. Raises NativeUnavailable with the compiler's own words."""
+    """Return the library, cached or built now. Raises NativeUnavailable with the compiler's output."""
     if found := find(sources):
         return found
     compiler = compilers.cxx()
@@ -36,7 +36,7 @@ def build(sources: Path = SOURCES) -> Path:
     if found := cache.find(key, NAME):
         return found
     with cache.build_lock(key):
-        if found := cache.find(key, NAME):  # by whoever held the lock
+        if found := cache.find(key, NAME):  # by the process that held the lock
             return found
         started = time.perf_counter()
         path = cache.publish(key, NAME, _compile(sources, compiler))
@@ -45,7 +45,7 @@ def build(sources: Path = SOURCES) -> Path:
 
 
 def find(sources: Path = SOURCES) -> Path | None:
-    """The library, if the compiler of this machine built it before."""
+    """Return the library, if the compiler of this machine built it before."""
     compiler = compiler_of_last_time()
     return None if compiler is None else cache.find(_key(_texts(sources), compiler), NAME)
 
@@ -66,9 +66,9 @@ def _key(texts: dict[str, bytes], compiler: compilers.Compiler) -> str:
 
 
 def compiler_of_last_time() -> compilers.Compiler | None:
-    """The compiler that $CXX or the PATH names, as it was when it last worked: a look is faster than a trial.
+    """Return the compiler of $CXX or the PATH as of its last success, which is faster than to try it.
 
-    A compiler is known by its path, its size and the time it was changed.
+    A compiler is identified by its path, its size and the time it was changed.
     """
     names = (os.environ.get("CXX", "").strip(),) if os.environ.get("CXX", "").strip() else compilers.CXX_NAMES
     path = next((found for name in names if (found := shutil.which(name))), None)
@@ -93,7 +93,7 @@ def _note_key(path: str) -> str:
 
 @functools.cache
 def machine() -> str:
-    """What -march=native depends on: the processor's name and instruction sets."""
+    """Return what -march=native depends on: the processor's name and instruction sets."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         lines = info.read_text(errors="replace").splitlines()
@@ -103,7 +103,7 @@ def machine() -> str:
 
 
 def _compile(sources: Path, compiler: compilers.Compiler) -> bytes:
-    """Build in a folder of its own; a compiler that does not know this machine's name gets no name."""
+    """Build in a folder of its own; a compiler that does not support -march=native is called without it."""
     failures = []
     for architecture in (["-march=native"], ["-mcpu=native"], []):
         with tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder:
@@ -111,7 +111,7 @@ def _compile(sources: Path, compiler: compilers.Compiler) -> bytes:
             said = _run(Path(folder), sources, compiler, [*FLAGS, *architecture])
             if said is None and made.is_file():
                 return made.read_bytes()
-            failures.append(said or "it says nothing and writes nothing")
+            failures.append(said or "no message and no output file")
             if architecture and not any(
                 word in failures[-1] for word in ("march", "mcpu", "native", "target")
             ):
@@ -134,7 +134,7 @@ def _run(folder: Path, sources: Path, compiler: compilers.Compiler, flags: list[
 
 
 def ninja_file(compiler: str, flags: list[str], files: list[Path]) -> str:
-    """The build in ninja's language: one object a file, one library."""
+    """Return the build file for ninja: one object per file, one library."""
     objects = [f"{number}_{path.stem}.o" for number, path in enumerate(files)]
     lines = [
         f"cxx = {_escaped(compiler)}",
@@ -155,6 +155,6 @@ def _escaped(path: str) -> str:
 
 
 def find_ninja() -> str | None:
-    """The ninja of the package of that name, or of the PATH."""
+    """Return the ninja of the package of that name, or of the PATH."""
     beside = Path(sysconfig.get_path("scripts")) / ("ninja.exe" if sys.platform == "win32" else "ninja")
     return str(beside) if beside.is_file() else shutil.which("ninja")

@@ -25,7 +25,7 @@ log = logging.getLogger("torch_utils.ops")
 
 
 def find(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes | None:
-    """The binary in the cache, made by whichever compiler."""
+    """Return the binary from the cache, by whichever compiler."""
     for maker in ("nvrtc", "nvcc"):
         if path := cache.find(key(plan, capability, maker, sources), NAME):
             return path.read_bytes()
@@ -33,7 +33,7 @@ def find(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES)
 
 
 def key(plan: LaunchPlan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
-    """The key of a specialization: everything the compiler reads."""
+    """Return the key of a specialization: everything the compiler reads."""
     said = _own_texts() if sources == SOURCES else _texts(sources)
     return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, said])
 
@@ -41,7 +41,7 @@ def key(plan: LaunchPlan, capability: tuple[int, int], maker: str, sources: Path
 def nvrtc(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
     """Compile one specialization with NVRTC, which needs no toolkit and no compiler on the machine.
 
-    Raises NativeUnavailable: cuda-core or NVRTC is missing, or what the compiler says.
+    Raises NativeUnavailable: cuda-core or NVRTC is missing, or the error of the compiler.
     """
     program, program_options = _cuda_core()
     options = program_options(
@@ -140,7 +140,7 @@ def _arch(capability: tuple[int, int]) -> str:
 
 
 def _texts(sources: Path) -> str:
-    """A hash of all that a kernel may include."""
+    """Return a hash of all that a kernel may include."""
     files = sorted(path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".h"))
     parts = ([path.relative_to(sources).as_posix(), path.read_bytes()] for path in files)
     return cache.key_of(part for pair in parts for part in pair)
@@ -148,13 +148,13 @@ def _texts(sources: Path) -> str:
 
 @functools.cache
 def _own_texts() -> str:
-    """The same of our own sources, read once: a network asks for dozens of kernels."""
+    """Return the hash of our own sources, read once: a network needs dozens of kernels."""
     return _texts(SOURCES)
 
 
 @functools.cache
 def _cuda_core() -> tuple[Any, Any]:
-    """The two classes of cuda-core that compile. Raises NativeUnavailable where they or NVRTC are missing."""
+    """Return the two classes of cuda-core that compile. Raises NativeUnavailable without them or NVRTC."""
     remedy = "Install it with the bindings for your CUDA, such as: pip install 'cuda-core[cu12]'"
     try:
         try:
@@ -168,7 +168,7 @@ def _cuda_core() -> tuple[Any, Any]:
 
 @functools.cache
 def nvrtc_version() -> str:
-    """Compile three lines with NVRTC and say its version. Raises NativeUnavailable where that fails."""
+    """Compile three lines with NVRTC and return its version. Raises NativeUnavailable if that fails."""
     program, options = _cuda_core()
     try:
         program(compilers.TRIAL_CUDA, "c++", options(arch="sm_80")).compile("cubin")
@@ -187,5 +187,5 @@ def nvrtc_version() -> str:
 
 
 def have_nvcc() -> bool:
-    """Whether an nvcc is to be found at all; whether it works is for `compilers.nvcc` to say."""
+    """Return whether there is an nvcc; whether it works is checked by `compilers.nvcc`."""
     return shutil.which("nvcc") is not None

@@ -22,7 +22,7 @@ WRITTEN_OUT = 4096  # multiplications that compile within a second or two; beyon
 
 
 def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
-    """The specialization and the launch for a struct with its pointers filled in, which gets its `tile_h`.
+    """Return specialization and launch for a struct with its pointers filled in; sets its `tile_h`.
 
     Raises ValueError for filters of which not even a small tile fits into shared memory.
     """
@@ -101,7 +101,7 @@ class Axes(NamedTuple):
         return self.early + self.blocks(rows) * self.period // self.up
 
     def pitches(self, width: int, load: int, shift: int) -> tuple[int, int]:
-        """(IN_P, WIDE_P)"""
+        """Return (IN_P, WIDE_P)."""
         run = self.up * self.quad
         wide = _up_to(run, self.threads(width))
         first = (run - 1 - self.phase_x + self.up - 1) // self.up
@@ -109,7 +109,7 @@ class Axes(NamedTuple):
         return _up_to(max(self.quad, load), (wide // run - 1) * self.quad + reads), wide
 
     def shared_bytes(self, p: FilteredLrelu, width: int, height: int) -> int:
-        """Of a block."""
+        """Return the shared memory of a block in bytes."""
         threads, blocks, inputs = self.threads(width), self.blocks(height), self.inputs(height)
         in_p, wide_p = self.pitches(width, *_load(p, width))
         padded_ux = ceil_div(self.ux, self.up) * self.up
@@ -129,7 +129,7 @@ class Axes(NamedTuple):
 
 
 def best_tile(p: FilteredLrelu, axes: Axes, limit: int) -> tuple[int, int, int]:
-    """(width, height, bytes of shared memory) of the tile with the least work."""
+    """Return (width, height, bytes of shared memory) of the tile with the least work."""
     best = None
     for width in _widths(p, axes):
         for height in _heights(p, axes):
@@ -149,7 +149,7 @@ def best_tile(p: FilteredLrelu, axes: Axes, limit: int) -> tuple[int, int, int]:
 
 
 def _widths(p: FilteredLrelu, axes: Axes) -> list[int]:
-    """For each number of warps the widest tile; each word of a mask has one writer."""
+    """Return the widest tile for each number of warps; each word of a mask has one writer."""
     step = math.lcm(8, axes.unit, WARP // math.gcd(WARP, p.down) if p.mode == RECORD else 1)
     found = [((warps * WARP - axes.dx) // p.down + 1) // step * step for warps in WARPS]
     widths = [width for width in found if width > 0]
@@ -157,7 +157,7 @@ def _widths(p: FilteredLrelu, axes: Axes) -> list[int]:
 
 
 def _heights(p: FilteredLrelu, axes: Axes) -> Iterator[int]:
-    """Even shares of the image."""
+    """Return tile heights that divide the image evenly."""
     unit = math.lcm(axes.unit, 1 if axes.separable_d else ROWS_2D)
     tried = set()
     for shares in range(1, p.out_h + 1):
@@ -168,7 +168,7 @@ def _heights(p: FilteredLrelu, axes: Axes) -> Iterator[int]:
 
 
 def work(p: FilteredLrelu, axes: Axes, width: int, height: int) -> float:
-    """About the instructions of the threads for one image plane, as counted in what is compiled for sm_90."""
+    """Estimate the instructions of the threads for one image plane, as counted in sm_90 code."""
     steps_x, steps_y = ceil_div(axes.ux, p.up), ceil_div(axes.uy, p.up)
     activation = (4, 9, 6)[p.mode] + 2 / p.up  # of an element of the grid; and of a block of rows
     total = 0.0
@@ -189,7 +189,7 @@ def work(p: FilteredLrelu, axes: Axes, width: int, height: int) -> float:
 
 
 def _shares(size: int, tile: int) -> list[tuple[int, int]]:
-    """(how many, of what size)"""
+    """Return (how many, of what size)."""
     return [share for share in ((size // tile, tile), (1, size % tile)) if all(share)]
 
 
@@ -197,7 +197,7 @@ def _shares(size: int, tile: int) -> list[tuple[int, int]]:
 
 
 def _load(p: FilteredLrelu, width: int) -> tuple[int, int]:
-    """(elements read at once, place of a tile's first input in them): up to 16 bytes, as rows allow."""
+    """Return (elements read at once, place of a tile's first input in them): at most 16 bytes."""
     item = ITEM_BYTES[p.dtype]
     load = 16 // item
     steps = [p.in_w, width * p.down // p.up, *p.x_stride[:3]]
@@ -207,7 +207,7 @@ def _load(p: FilteredLrelu, width: int) -> tuple[int, int]:
 
 
 def _store(p: FilteredLrelu, axes: Axes) -> int:
-    """Elements written at once: all of a thread's in a row, else 1."""
+    """Return elements written at once: all of a thread's in a row, else 1."""
     store, item = axes.columns if axes.separable_d else axes.columns_2d, ITEM_BYTES[p.dtype]
     while store * item > 16:
         store //= 2
@@ -221,7 +221,7 @@ def _store(p: FilteredLrelu, axes: Axes) -> int:
 
 
 def _written_out(p: FilteredLrelu, axes: Axes) -> int:
-    """Multiplications of a thread that the compiler sees one by one."""
+    """Return the multiplications of a thread that are unrolled."""
     steps_x = ceil_div(axes.ux, p.up)
     inputs = axes.early + axes.period // p.up
     found = inputs * axes.uy * (1 if axes.separable_u else steps_x)

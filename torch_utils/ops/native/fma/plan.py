@@ -8,7 +8,7 @@ from ..sums import Images
 
 
 def plan(p: Fma, capability: tuple[int, int]) -> LaunchPlan:
-    """The specialization and the launch for a struct with its pointers filled in."""
+    """Return specialization and launch for a struct with its pointers filled in."""
     memory = Images(bool(p.planar), p.n * p.channels if p.planar else p.n, p.size, p.channels)
     # Planes read a map c in vectors, pixels read b.
     small = p.b if not p.planar else p.c if p.addend == 2 else None

@@ -48,16 +48,16 @@ class Direction(NamedTuple):
         return ceil_div(self.taps, self.up)
 
     def needs(self, outputs: int) -> int:
-        """Inputs from the first to the last of so many outputs."""
+        """Return the number of inputs from the first to the last of so many outputs."""
         return max(self.taps - 1 - self.phase + (outputs - 1) * self.down, 0) // self.up + 1
 
     def advance(self, outputs: int) -> int:
-        """Inputs from the first of so many outputs to the first of the next."""
+        """Return the number of inputs from the first of so many outputs to the first of the next."""
         return outputs * self.down // self.up
 
 
 def plan(p: Upfirdn2d, capability: tuple[int, int]) -> LaunchPlan:
-    """The specialization and the launch for a struct with its pointers filled in.
+    """Return specialization and launch for a struct with its pointers filled in.
 
     Raises ValueError for filters of which not even a small tile fits into shared memory.
     """
@@ -90,7 +90,7 @@ _Chosen = tuple[tuple[tuple[str, int], ...], int, int, int]  # macros, blocks, t
 
 
 def _planar(p: Upfirdn2d, x: Direction, y: Direction, limit: int) -> _Chosen:
-    """The first tile that leaves room for others, or that fits at all."""
+    """Return the first tile that leaves room for others, or that fits at all."""
     for room in (COMFORTABLE, limit):
         for rows, columns, lanes, threads in _tiles(p, x, y):
             macros, shared = _layout(p, x, y, rows, columns, lanes, threads)
@@ -104,7 +104,7 @@ def _planar(p: Upfirdn2d, x: Direction, y: Direction, limit: int) -> _Chosen:
 
 
 def _tiles(p: Upfirdn2d, x: Direction, y: Direction) -> Iterator[tuple[int, int, int, int]]:
-    """(rows, columns) of a thread, (lanes along x, threads) of a block: large ones first, none mostly
+    """Return (rows, columns) of a thread, (lanes along x, threads) of a block: large ones first, none mostly
     empty."""
     quad = 16 // _acc_bytes(p)
     columns = x.unit
@@ -134,7 +134,7 @@ def _tiles(p: Upfirdn2d, x: Direction, y: Direction) -> Iterator[tuple[int, int,
 def _layout(
     p: Upfirdn2d, x: Direction, y: Direction, rows: int, columns: int, lanes: int, threads: int
 ) -> tuple[tuple[tuple[str, int], ...], int]:
-    """The macros of a tile and its bytes of shared memory: the arithmetic of planar.cuh."""
+    """Return the macros of a tile and its bytes of shared memory: the arithmetic of planar.cuh."""
     item, acc = ITEM_BYTES[p.dtype], _acc_bytes(p)
     quad = 16 // acc
     load, shift = _load(p, x, lanes * x.advance(columns), quad)
@@ -158,7 +158,7 @@ def _layout(
 
 
 def _load(p: Upfirdn2d, x: Direction, tile: int, quad: int) -> tuple[int, int]:
-    """(elements read at once, place of a tile's first input in them) for tiles so many inputs apart."""
+    """Return (elements read at once, place of a tile's first input in them) for tiles that far apart."""
     steps = [p.in_w, tile, *p.x_stride[:3]]
     if not _is_dense(p) or any(step % quad for step in steps) or (p.x or 0) % (quad * ITEM_BYTES[p.dtype]):
         return 1, 0
@@ -166,7 +166,7 @@ def _load(p: Upfirdn2d, x: Direction, tile: int, quad: int) -> tuple[int, int]:
 
 
 def _store(p: Upfirdn2d, columns: int, item: int) -> int:
-    """Elements written at once: all of a thread's row or 16 bytes of it; else 1."""
+    """Return elements written at once: all of a thread's row or 16 bytes of it; else 1."""
     store = math.gcd(columns, 16 // item)
     steps = [p.out_w, *p.y_stride[:3]]
     if not _is_dense(p) or any(step % store for step in steps) or (p.y or 0) % (store * item):
@@ -179,7 +179,7 @@ def _is_dense(p: Upfirdn2d) -> bool:
 
 
 def _written_out(p: Upfirdn2d, x: Direction, y: Direction, rows: int, columns: int) -> int:
-    """Multiplications of a thread."""
+    """Return the multiplications of a thread that are unrolled."""
     if p.f_h == 0:
         return columns * x.steps + rows * columns * y.steps
     return rows * columns * x.steps * y.steps
@@ -189,7 +189,7 @@ def _written_out(p: Upfirdn2d, x: Direction, y: Direction, rows: int, columns: i
 
 
 def _channels_last(p: Upfirdn2d, x: Direction, y: Direction) -> _Chosen | None:
-    """None for filters so long that what threads share is worth more than what they read together."""
+    """Return None for filters so long that sharing between threads is worth more than joint reads."""
     item, acc, columns = ITEM_BYTES[p.dtype], _acc_bytes(p), x.unit * max(1, COLUMNS // x.unit)
     vector = 16 // item
     steps = [p.c, *(p.x_stride[i] for i in (0, 2, 3)), *(p.y_stride[i] for i in (0, 2, 3))]
@@ -233,5 +233,5 @@ def _up_to(multiple: int, number: int) -> int:
 
 
 def _power(number: int) -> int:
-    """The smallest power of two that is at least so large."""
+    """Return the smallest power of two that is at least so large."""
     return 1 << max(number - 1, 0).bit_length()
