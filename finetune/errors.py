@@ -47,9 +47,9 @@ class CheckpointError(FinetuneError):
 
 
 class PickleRefused(CheckpointError):
-    """A pickle is damaged, too large for its size on disk, or names a global that is not on the allow-list.
+    """A pickle is damaged, too large for its size on disk, or names what is not opened here.
 
-    `blocked` is the refused global as `module.name` (None if the file is damaged rather than hostile) and
+    `blocked` is that name as `module.name` (None if the file is damaged) and
     `offset` the position in the file, in bytes, at which reading stopped.
     """
 

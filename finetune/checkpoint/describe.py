@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.checkpoint.unpickle.stubs import Array, PersistentObject, Tensor, damaged, printable
+from finetune.checkpoint.unpickle.names import is_harmless
+from finetune.checkpoint.unpickle.stubs import Array, PersistentObject, Tensor, TFNetwork, damaged, printable
+from finetune.checkpoint.unpickle.values import Record
 
 MAX_MODULES = 5_000  # the largest public network has about 200
 MAX_ENTRIES = 50_000  # attributes and tensors of all its modules; the largest has about 5,000
@@ -79,6 +81,29 @@ def _children(module: PersistentObject, group: str, expected: type) -> list[tupl
         if value is not None and type(value) is not expected:
             damaged(f"{printable(name)} in {group} is of another kind", module.offset)
     return [(name, value) for name, value in table.items() if value is not None]
+
+
+def find_foreign(value: Any) -> Record | None:
+    """The first name in the file, of those in `value`, that is unknown here and may matter; None without."""
+    seen: set[int] = set()
+    todo, found = [value], None
+    while todo:
+        value = todo.pop()
+        if type(value) in (str, int, float, bool, type(None)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if type(value) is Record:
+            if is_harmless(value.name):
+                todo += [value.args, value.keywords, value.state]
+            elif found is None or value.offset < found.offset:
+                found = value
+        elif type(value) in (PersistentObject, TFNetwork):
+            todo.append(value.state)
+        elif type(value) is dict:
+            todo += value.values()
+        elif type(value) in (list, tuple):
+            todo += value
+    return found
 
 
 def plain(value: Any, offset: int, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:

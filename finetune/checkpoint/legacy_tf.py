@@ -143,7 +143,7 @@ def _variables(network: TFNetwork, offset: int) -> dict[str, np.ndarray]:
         value = value.value if type(value) is Array else value
         if type(value) in (int, float):
             value = np.float32(value)
-        elif type(value) is not np.ndarray or value.dtype != np.float32:
+        elif type(value) is not np.ndarray or value.dtype.kind != "f":
             damaged(f"variable {printable(name)} is not a float32 array", offset)
         found[name] = np.asarray(value)
     return found
@@ -225,7 +225,7 @@ def _reshaped(net: Described, name: str, value: np.ndarray, shape: tuple[int, ..
 def _add(net: Described, name: str, value: np.ndarray) -> None:
     if name in net.tensors:
         _unknown(net, name)
-    net.tensors[name] = Tensor(value, "float32", net.offset, is_parameter=True)
+    net.tensors[name] = Tensor(value, value.dtype.name, net.offset, is_parameter=True)
 
 
 def _unknown(net: Described, name: str) -> NoReturn:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.checkpoint.describe import plain
+from finetune.checkpoint.describe import find_foreign, plain
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
 from finetune.checkpoint.tensor_file import NETWORKS, is_tensor_file, read_tensor_file
 from finetune.checkpoint.unpickle.globals import PickleFile, read_pickle
-from finetune.checkpoint.unpickle.stubs import PersistentObject, TFNetwork, damaged, printable
+from finetune.checkpoint.unpickle.stubs import (
+    NOT_OPENED,
+    SAVE_AGAIN,
+    PersistentObject,
+    TFNetwork,
+    damaged,
+    printable,
+)
+from finetune.checkpoint.unpickle.values import Record
 from finetune.errors import CheckpointMismatch, PickleRefused
 
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
@@ -28,7 +36,8 @@ Network = Any  # a torch.nn.Module of finetune.models, whose attributes type che
 class Checkpoint:
     """The networks of a file: modules of ours in eval mode without gradients, None where the file has none.
 
-    `notes` says what else was found in the file, one sentence each.
+    `foreign` has the class of each network in the file that is not of StyleGAN and was not opened; `notes`
+    says what else was found in the file, one sentence each.
     """
 
     G: Network | None
@@ -38,6 +47,7 @@ class Checkpoint:
     training_set_kwargs: dict[str, Any]
     provenance: Provenance
     notes: tuple[str, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def best(self) -> Network | None:
@@ -77,11 +87,15 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
     with _naming(path):
         file = read_pickle(path)
         networks, extras = _entries(file)
-        rebuilt = _rebuild_all(networks, file.size)
+        rebuilt, refused = _rebuild_all(networks, file.size)
         provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
+    foreign = {name: str(error.blocked) for name, error in refused.items()}
     notes = [note for item in rebuilt.values() for note in item.notes]
-    if unknown := sorted(printable(str(key)) for key in extras.keys() - set(ENTRIES)):
-        notes.append(f"entries without meaning here: {', '.join(unknown[:20])}")
+    notes += [
+        f"{name}: foreign class {blocked}, not opened (at byte {refused[name].offset})"
+        for name, blocked in foreign.items()
+    ]
+    notes += _entry_notes({key: value for key, value in extras.items() if key not in networks})
     options = plain(extras.get("training_set_kwargs"), 0)
     modules = {name: item.module.to(device) for name, item in rebuilt.items()}
     return Checkpoint(
@@ -92,6 +106,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
         training_set_kwargs=options if type(options) is dict else {},
         provenance=provenance,
         notes=tuple(notes),
+        foreign=foreign,
     )
 
 
@@ -136,17 +151,16 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
         return {"D" if root.class_name == "Discriminator" else "G_ema": root}, {}
     if type(root) is TFNetwork:
         return {"D" if "components" in root.state and not root.state["components"] else "G_ema": root}, {}
-    if (
-        type(root) in (tuple, list)
-        and len(root) == 3
-        and all(type(item) in (TFNetwork, type(None)) for item in root)
-    ):
+    if type(root) is Record:
+        raise _foreign("it", root)
+    tf = (TFNetwork, Record, type(None))
+    if type(root) in (tuple, list) and len(root) == 3 and all(type(item) in tf for item in root):
         return {name: item for name, item in zip(NETWORKS, root) if item is not None}, {}
     if type(root) is not dict:
         damaged("it holds neither a dict of networks nor three networks", 0)
     networks = {name: root[name] for name in (*NETWORKS, "augment_pipe") if root.get(name) is not None}
     for name, network in networks.items():
-        if type(network) not in (PersistentObject, TFNetwork):
+        if type(network) not in (PersistentObject, TFNetwork, Record):
             damaged(f"its entry {name} is no network", 0)
     if not networks.keys() & set(NETWORKS):
         found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "nothing"
@@ -154,12 +168,57 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
     return networks, root
 
 
-def _rebuild_all(networks: dict[str, Any], size: int) -> dict[str, Rebuilt]:
+def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused]]:
+    """The networks of ours by name, and the refusals of those of other classes.
+
+    Raises PickleRefused where no generator is left of those in the file.
+    """
     allowance = Allowance.for_file(size)
-    return {
-        name: (rebuild if type(network) is PersistentObject else rebuild_tf)(name, network, allowance)
-        for name, network in networks.items()
-    }
+    rebuilt: dict[str, Rebuilt] = {}
+    refused: dict[str, PickleRefused] = {}
+    for name, network in networks.items():
+        try:
+            if (record := find_foreign(network)) is not None:
+                raise _foreign(name, record)
+            build = rebuild if type(network) is PersistentObject else rebuild_tf
+            rebuilt[name] = build(name, network, allowance)
+        except PickleRefused as error:
+            if error.blocked is None:  # damaged
+                raise
+            refused[name] = error
+    needed = networks.keys() & {"G", "G_ema"} or {"D"}
+    if not needed & rebuilt.keys():
+        raise next(refused[name] for name in ("G_ema", "G", "D") if name in refused)
+    return rebuilt, refused
+
+
+def _foreign(name: str, record: Record) -> PickleRefused:
+    """The refusal of a network for a name in it that is unknown here."""
+    hint = f"The file may be honest. {NOT_OPENED} {SAVE_AGAIN}"
+    if record.name.startswith("dill."):
+        hint = f"The file was written by dill, with classes or functions of its own. {SAVE_AGAIN}"
+    return PickleRefused(
+        f"{name} in the pickle needs {record.name} (at byte {record.offset}), which is unknown here; "
+        "nothing was executed",
+        offset=record.offset,
+        blocked=record.name,
+        hint=hint,
+    )
+
+
+def _entry_notes(extras: dict[Any, Any]) -> list[str]:
+    """What is ignored of the entries that are no networks."""
+    unknown, notes = [], []
+    for key, value in extras.items():
+        shown = printable(str(key))
+        record = find_foreign(value)
+        if record is not None:
+            notes.append(f"entry `{shown}` ignored: foreign class {record.name} (at byte {record.offset})")
+        elif key not in ENTRIES:
+            unknown.append(shown)
+    if unknown:
+        notes.append(f"entries without meaning here: {', '.join(sorted(unknown)[:20])}")
+    return notes[-20:]
 
 
 def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: Any) -> Provenance:

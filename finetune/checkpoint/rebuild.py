@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from finetune.checkpoint import arguments
 from finetune.checkpoint.describe import MISSING, Described, describe
 from finetune.checkpoint.legacy_tf import add_filters, describe_tf
-from finetune.checkpoint.unpickle.stubs import PersistentObject, Tensor, TFNetwork, printable
+from finetune.checkpoint.unpickle.stubs import NOT_OPENED, PersistentObject, Tensor, TFNetwork, printable
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 
@@ -43,6 +44,14 @@ IGNORED = frozenset(
     tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias
     """.split()
 )
+
+
+# Types of weights that become float32, and how.
+CONVERTED = {
+    "float16": "stored as float16 were widened to float32 (exact)",
+    "bfloat16": "stored as bfloat16 were widened to float32 (exact)",
+    "float64": "stored as float64 were narrowed to float32 (rounded)",
+}
 
 
 @dataclass(slots=True)
@@ -78,8 +87,8 @@ def rebuild(name: str, network: PersistentObject, allowance: Allowance) -> Rebui
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
         differences = _differing_attributes(net, module)
-    _finish(name, net, module, differences, allowance)
-    return Rebuilt(module, _notes(name, net, module), _generation(net))
+    notes = _finish(name, net, module, differences, allowance)
+    return Rebuilt(module, notes + _notes(name, net, module), _generation(net))
 
 
 def rebuild_tf(name: str, network: TFNetwork, allowance: Allowance) -> Rebuilt:
@@ -88,13 +97,14 @@ def rebuild_tf(name: str, network: TFNetwork, allowance: Allowance) -> Rebuilt:
     module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
     options = kwargs if class_name == "Generator" else kwargs["block_kwargs"]
     add_filters(net, tensors_of(module), options["resample_filter"])
-    _finish(name, net, module, compare(net.tensors, module), allowance)
-    return Rebuilt(module, [], "tf")
+    notes = _finish(name, net, module, compare(net.tensors, module), allowance)
+    return Rebuilt(module, notes, "tf")
 
 
 def _finish(
     name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
-) -> None:
+) -> list[str]:
+    """Fill the module; what was converted, one sentence a type."""
     if differences:
         raise CheckpointMismatch(
             f"{name} describes a {type(module).__name__} that its tensors do not fit:",
@@ -102,6 +112,8 @@ def _finish(
             hint="The file was changed after it was written, or comes from a code base with other networks.",
         )
     fill(module, net.tensors, allowance, net.offset)
+    counts = Counter(tensor.dtype for tensor in net.tensors.values() if tensor.dtype in CONVERTED)
+    return [f"{name}: {count} tensors {CONVERTED[dtype]}" for dtype, count in sorted(counts.items())]
 
 
 def _recognise(name: str, net: Described) -> tuple[type, dict[str, Any]]:
@@ -124,7 +136,7 @@ def _recognise(name: str, net: Described) -> tuple[type, dict[str, Any]]:
         "StyleGAN2 or StyleGAN3 network; its code is inside the file and is never run",
         offset=net.offset,
         blocked=net.class_name,
-        hint="Only networks of stylegan2, stylegan2-ada(-pytorch) and stylegan3 can be opened.",
+        hint=NOT_OPENED,
     )
 
 
@@ -184,7 +196,7 @@ def compare(found: dict[str, Tensor], module: torch.nn.Module) -> list[str]:
             dtype = str(wanted[name].dtype).removeprefix("torch.")
             if list(seen.array.shape) != shape:
                 lines.append(f"{name} is {list(seen.array.shape)} in the file and {shape} in the network")
-            if seen.dtype != dtype:
+            if seen.dtype != dtype and not (dtype == "float32" and seen.dtype in CONVERTED):
                 lines.append(f"{name} is {seen.dtype} in the file and {dtype} in the network")
     return lines
 
@@ -200,9 +212,19 @@ def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance
         )
     filled = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in targets.items()}
     for name, tensor in filled.items():
-        np.copyto(tensor.numpy(), found[name].array)
+        np.copyto(tensor.numpy(), _values(found[name]), casting="same_kind")
     module.load_state_dict(filled, assign=True)
     module.eval().requires_grad_(False)
+
+
+def _values(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor as numpy has them, at most in float32."""
+    if tensor.dtype == "bfloat16":  # the upper half of a float32
+        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
+    if tensor.dtype == "float64":
+        with np.errstate(over="ignore"):
+            return tensor.array.astype(np.float32)
+    return tensor.array
 
 
 def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:

@@ -199,6 +199,12 @@ def without_surgery(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     )
 
 
+def _without_d(checkpoint: Checkpoint) -> str:
+    if "D" in checkpoint.foreign:
+        return f"its discriminator D is of a foreign class ({checkpoint.foreign['D']})"
+    return "no discriminator D"
+
+
 def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     """Load the checkpoint of `--resume`. Raises ConfigError for one that training cannot start from."""
     if Path(path).is_dir():
@@ -220,7 +226,7 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     if checkpoint.D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
         raise ConfigError(
-            f"--resume {path}: the file holds {have or 'no generator'} but no discriminator D, "
+            f"--resume {path}: the file holds {have or 'no generator'} but {_without_d(checkpoint)}, "
             "and training needs the D that belongs to the generator.",
             hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema), or --new-d to "
             "begin with a new discriminator that first learns alone.",

@@ -122,6 +122,25 @@ BLOCKED = {
     "keywords": Raw(forge.emit(Name("os", "system")) + b"){\x92"),
     "new object": Raw(forge.emit(Name("subprocess", "Popen")) + b")\x81"),
     "old instance": Raw(b"(" + forge.emit("touch x") + b"ios\nsystem\n"),
+    "copyreg.pickle": call("copyreg", "pickle", "x"),
+    "torch.hub": call("torch.hub", "load", "x"),
+    "marshal": call("marshal", "loads", b""),
+    "ctypes": call("ctypes", "CDLL", "x"),
+    "socket": call("socket", "socket"),
+    "runpy": call("runpy", "run_path", "x"),
+    "sys": Name("sys", "modules"),
+    "codecs": call("codecs", "encode", "x", "rot13"),
+    "numpy's memmap": call("numpy", "memmap", "x"),
+    "os as an argument of a foreign class": call("vision", "Head", Name("os", "system")),
+    "os in the state of a foreign class": Call(Name("vision", "Head"), (), {"x": [Name("nt", "system")]}),
+    "os among the items of a foreign list": Raw(
+        forge.emit(call("vision", "List")) + forge.emit(Name("posix", "system")) + b"a"
+    ),
+    "os as a class for copyreg": call(
+        "copyreg", "_reconstructor", Name("vision", "Head"), Name("subprocess", "Popen"), None
+    ),
+    "dunder of a foreign name": Name("vision", "__class__"),
+    "attribute of a foreign name": Name("vision", "Head.load"),
     "old object": Raw(b"(" + forge.emit(Name("os", "system")) + b"o"),
 }
 
@@ -136,12 +155,16 @@ def test_other_globals(name):
     assert data[error.offset :].startswith((b"c" + module.encode(), b"ios", b"c__builtin__"))
 
 
-def test_setstate_is_not_called(trap):
+def test_setstate_is_not_called(trap, tmp_path):
     data = pickle.dumps({"G_ema": HasState()})
     pickle.loads(data)
     assert HasState.called, "the trap is not armed"
     HasState.called = False
-    error = refused(data)
+    path = tmp_path / "network.pkl"
+    path.write_bytes(data)
+    with pytest.raises(PickleRefused, match="may be honest") as refusal:
+        finetune.load(path)
+    error = refusal.value
     assert error.blocked == f"{HasState.__module__}.HasState"
     assert error.offset == position_of_global(data, error.blocked)
     assert not HasState.called
@@ -255,7 +278,44 @@ LIES = {
     ),
     "parameter of no tensor": (call("torch._utils", "_rebuild_parameter", 1, True, {}), "without a tensor"),
     "array of objects": (call("numpy", "dtype", "O8", False, True), "numpy.dtype O8"),
-    "array of texts": (call("numpy", "dtype", "U9", False, True), "numpy.dtype U9"),
+    "array of endless texts": (call("numpy", "dtype", "U9999999", False, True), "numpy.dtype U9999999"),
+    "array of empty texts": (call("numpy", "dtype", "U0", False, True), "numpy.dtype U0"),
+    "buffer of another size": (
+        call("numpy.core.numeric", "_frombuffer", b"\0" * 8, DTYPE, (3,), "C"),
+        "does not fit its 8 bytes",
+    ),
+    "buffer of no order": (
+        call("numpy.core.numeric", "_frombuffer", b"\0" * 4, DTYPE, (1,), "CF"),
+        "a buffer",
+    ),
+    "buffer with a list for an order": (
+        call("numpy.core.numeric", "_frombuffer", b"\0" * 4, DTYPE, (1,), []),
+        "a buffer",
+    ),
+    "buffer of unknown axes": (
+        call("numpy.core.numeric", "_frombuffer", b"\0" * 4, DTYPE, (1,), "K", (1,)),
+        "unknown axes",
+    ),
+    "dill array of a text": (call("dill._dill", "_create_array", "x", (), (), None), "it calls a str"),
+    "size of a number": (call("torch", "Size", 5), "without a tuple"),
+    "path of a list": (call("pathlib", "PosixPath", []), "no text"),
+    "default dict of numbers": (call("collections", "defaultdict", 5), "something else than a class"),
+    "bytes of a number": (call("builtins", "bytes", 1 << 40), "made of no text"),
+    "parameter with a state and no tensor": (
+        call("torch._utils", "_rebuild_parameter_with_state", 1, True, {}, {}),
+        "without a tensor",
+    ),
+    "tensor of a class and no tensor": (
+        call(
+            "torch._tensor",
+            "_rebuild_from_type_v2",
+            Name("torch", "Size"),
+            Name("torch", "Tensor"),
+            ((),),
+            {},
+        ),
+        "without a tensor",
+    ),
     "array of records": (call("numpy", "dtype", [("a", "f4")], False, True), "without a code"),
     "dtype with fields": (
         Call(DTYPE.function, DTYPE.args, (3, "<", None, ("a",), {}, -1, -1, 0)),

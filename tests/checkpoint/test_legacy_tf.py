@@ -162,7 +162,7 @@ def test_a_variable_twice(golden, reload):
 
 
 @pytest.mark.parametrize(
-    "value", ["text", None, {}, Array(np.zeros(3)), Array(np.zeros(3, np.int32))], ids=repr
+    "value", ["text", None, {}, Array(np.zeros(3, complex)), Array(np.zeros(3, np.int32))], ids=repr
 )
 def test_a_variable_that_is_no_float32_array(golden, reload, value):
     variables(golden[2], "mapping").append(("Dense9/bias", value))

@@ -187,13 +187,13 @@ class TestMismatch:
         affine = module_at(network, "synthesis.b16.conv1.affine")
         affine["_parameters"]["bias"].array = np.zeros(5, "<f4")
         w_avg = module_at(network, "mapping")["_buffers"]["w_avg"]
-        w_avg.array = w_avg.array.astype("<f8")
-        w_avg.dtype = "float64"
+        w_avg.array = w_avg.array.astype("<i8")
+        w_avg.dtype = "int64"
         del module_at(network, "synthesis.b32.torgb")["_parameters"]["bias"]
         with pytest.raises(CheckpointMismatch) as mismatch:
             reload({"G_ema": network})
         assert mismatch.value.differences == [
-            "mapping.w_avg is float64 in the file and float32 in the network",
+            "mapping.w_avg is int64 in the file and float32 in the network",
             "synthesis.b16.conv1.affine.bias is [5] in the file and [32] in the network",
             "synthesis.b32.torgb.bias [3] is not in the file",
             "synthesis.b8.conv0.weight [32, 32, 3, 3] is not in the file",

@@ -1,4 +1,4 @@
-"""Give inert stubs for the fixed list of names that a checkpoint may contain, and refuse all others.
+"""Give inert stubs for the names that checkpoints contain, and a record of name and arguments for any other.
 
 Nothing of the file is imported, called or executed: `machine` reads the opcodes, and `CheckpointWorld` below
 answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file, checked
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from finetune.checkpoint.unpickle.machine import Machine
+from finetune.checkpoint.unpickle.names import DATA_TYPES, acts
 from finetune.checkpoint.unpickle.storage import STORAGES, read_storage
 from finetune.checkpoint.unpickle.stubs import (
     Array,
@@ -28,12 +29,13 @@ from finetune.checkpoint.unpickle.stubs import (
     Tensor,
     TFNetwork,
     block,
+    block_acting,
     check_extents,
     damaged,
     expect,
     printable,
 )
-from finetune.checkpoint.unpickle.values import MAX_OPCODES, Blob, Budget, Global, is_key, kind
+from finetune.checkpoint.unpickle.values import MAX_OPCODES, Blob, Budget, Global, Record, is_key, kind
 from finetune.errors import CheckpointError, PickleRefused
 from finetune.sniff import named_as_text, refuse_other_formats
 
@@ -43,10 +45,13 @@ META_VERSION = 6  # of `_reconstruct_persistent_obj`
 EASY_DICT = ("dnnlib.util.EasyDict", "dnnlib.EasyDict")
 TF_NETWORK = "dnnlib.tflib.network.Network"
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
-NUMPY = ("numpy.core.multiarray.", "numpy._core.multiarray.")
+CORES = ("core", "_core")  # of numpy 1 and 2
+NUMPY = tuple(f"numpy.{core}.multiarray." for core in CORES)
+TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+DILL = ("_dill", "dill")
 
 # Mentioned by real files as arguments of other calls, and never called themselves.
-ONLY_NAMED = {"numpy.ndarray", *STORAGES}
+ONLY_NAMED = {"numpy.ndarray", *TENSOR_TYPES, *STORAGES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ def read_pickle(path: Path) -> PickleFile:
     """Read a pickle from outside without executing anything in it.
 
     Raises CheckpointError where there is no such file or it is no pickle (and says what it looks like),
-    PickleRefused where it is damaged, asks for a global that is not on the list, or grows beyond its size.
+    PickleRefused where it is damaged, asks for a global that acts, or grows beyond its size.
     """
     data = _read(path)
     refuse_other_formats(path, data)
@@ -75,7 +80,7 @@ def read_pickle(path: Path) -> PickleFile:
 
 def loads(data: bytes) -> Any:
     """Return the stubs that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
-    budget = Budget(steps=MAX_OPCODES, copied=len(data) * 3 // 2 + (1 << 20))
+    budget = Budget(steps=MAX_OPCODES, copied=len(data) * 2 + (1 << 20))
     machine = Machine(memoryview(data), CheckpointWorld(budget), budget)
     root = machine.run()
     if machine.position != len(data):
@@ -93,17 +98,25 @@ class CheckpointWorld:
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
 
-    def find(self, name: Global) -> Global:
-        if name.name not in CALLS and name.name not in ONLY_NAMED:
-            block(name.name, name.offset)
-        return name
+    def find(self, name: Global) -> Global | Record:
+        if name.name in CALLS or name.name in ONLY_NAMED:
+            return name
+        if acts(name):
+            block_acting(name.name, name.offset)
+        return Record(printable(name.name), name.offset)
 
-    def call(self, function: Any, args: tuple, offset: int) -> Any:
+    def extension(self, code: int, offset: int) -> NoReturn:
+        block_acting(f"copyreg extension {code}", offset)
+
+    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Any:
+        if type(function) is Record:
+            return Record(function.name, function.offset, args, keywords)
         if type(function) is not Global:
             damaged(f"it calls {kind(function)}", offset)
         stub = CALLS.get(function.name)
         if stub is None:
             block(function.name, function.offset, "is called")
+        expect(not keywords, f"{function.name} is called with keywords", offset)
         return stub(self, args, offset)
 
     def set_state(self, target: Any, state: Any, offset: int) -> None:
@@ -113,6 +126,8 @@ class CheckpointWorld:
             target.value = _byte_order(target.value, state, offset)
         elif type(target) is Array:
             target.value = _array(state, offset)
+        elif type(target) is Record:
+            target.state = state
         elif type(target) not in (dict, PlainObject):  # attributes of dicts carry nothing that is needed
             damaged(f"it sets the state of {kind(target)}", offset)
 
@@ -158,11 +173,14 @@ class CheckpointWorld:
         return PlainObject()
 
     def _reconstructor(self, args: tuple, offset: int) -> Any:
-        """`copyreg._reconstructor(cls, base, state)`, for the classes above and base `object` alone."""
-        expect(
-            len(args) == 3 and all(type(arg) is Global for arg in args[:2]), "copyreg without classes", offset
-        )
+        """`copyreg._reconstructor(cls, base, state)`: of known classes only those above, with their bases."""
+        is_class = len(args) == 3 and all(type(arg) in (Global, Record) for arg in args[:2])
+        expect(is_class, "copyreg without classes", offset)
         cls, base, state = args
+        if type(cls) is Record:
+            return Record(cls.name, cls.offset, args)
+        if cls.name in EASY_DICT and base.name == "builtins.dict" and type(state) is dict:
+            return state  # protocols 0 and 1
         if base.name != "builtins.object" or state is not None:
             block(base.name, offset, "is the base in copyreg._reconstructor")
         if cls.name not in (TF_NETWORK, "builtins.object", *EASY_DICT):
@@ -183,11 +201,14 @@ class CheckpointWorld:
     def _dtype(self, args: tuple, offset: int) -> Dtype:
         code: Any = args[0] if args and len(args) <= 3 else None
         expect(type(code) is str, "a numpy dtype without a code", offset)
-        if not re.fullmatch(r"[<|=]?(f[248]|[iu][1248]|b1)", code):
+        if not re.fullmatch(r"[<|=]?(f[248]|[iu][1248]|b1|c8|c16|[SU][1-9][0-9]{0,5}|[mM]8)", code):
             block(f"numpy.dtype {printable(code)}", offset)  # object arrays above all
+        code = re.sub("[mM]", "i", code)  # dates, as counts of an unknown unit
         return Dtype(np.dtype(code).newbyteorder("<"))
 
-    def _new_array(self, args: tuple, offset: int) -> Array:
+    def _new_array(self, args: tuple, offset: int) -> Array | Record:
+        if args and type(args[0]) is Record:
+            return Record(args[0].name, args[0].offset, args)
         is_ndarray = bool(args) and type(args[0]) is Global and args[0].name == "numpy.ndarray"
         expect(is_ndarray, "a numpy array of another class than ndarray", offset)
         return Array()
@@ -235,6 +256,76 @@ class CheckpointWorld:
         expect(len(args) in (2, 3) and type(args[0]) is Tensor, "a parameter without a tensor", offset)
         return Tensor(args[0].array, args[0].dtype, offset, is_parameter=True)
 
+    def _parameter_with_state(self, args: tuple, offset: int) -> Tensor:
+        expect(len(args) == 4, "a parameter without attributes", offset)
+        return self._parameter(args[:3], offset)
+
+    def _tensor_of_type(self, args: tuple, offset: int) -> Tensor | Record:
+        """`torch._tensor._rebuild_from_type_v2(function, class, args, state)`: a tensor with attributes."""
+        good = len(args) == 4 and type(args[2]) is tuple and type(args[1]) in (Global, Record)
+        expect(good and type(args[0]) is Global, "a tensor of a class without arguments", offset)
+        tensor = self.call(args[0], args[2], offset)
+        expect(type(tensor) is Tensor, "a tensor of a class without a tensor", offset)
+        return tensor if type(args[1]) is Global else Record(args[1].name, args[1].offset, args)
+
+    def _frombuffer(self, args: tuple, offset: int) -> Array:
+        """`numpy.core.numeric._frombuffer(bytes, dtype, shape, order, axes)`, as protocol 5 spells arrays."""
+        expect(len(args) in (4, 5) and args[3] in ("C", "F", "K"), "a numpy array without a buffer", offset)
+        raw, dtype, shape, order = args[:4]
+        axes = args[4] if len(args) == 5 else None
+        value = _array((1, shape, dtype, order == "F", raw), offset)
+        if order == "K" and axes is not None:
+            good = type(axes) in (tuple, list) and all(type(axis) is int for axis in axes)
+            expect(good and sorted(axes) == list(range(value.ndim)), "a numpy array of unknown axes", offset)
+            value = value.transpose(axes)
+        return Array(value)
+
+    def _dill_array(self, args: tuple, offset: int) -> Any:
+        """`dill._dill._create_array(function, args, state, attributes)`."""
+        expect(len(args) in (3, 4) and type(args[1]) is tuple, "an array of dill without a state", offset)
+        array = self.call(args[0], args[1], offset)
+        self.set_state(array, args[2], offset)
+        return array
+
+    def _dill_type(self, args: tuple, offset: int) -> Global | Record:
+        """`dill._dill._load_type(name)`, for types of plain data; any other is unknown."""
+        if len(args) == 1 and type(args[0]) is str and f"builtins.{args[0]}" in DATA_TYPES:
+            return self.find(Global("builtins", args[0], offset))
+        return Record("dill._dill._load_type", offset, args)
+
+    def _bytes(self, args: tuple, offset: int) -> Blob:
+        """`bytes()`, and `bytearray` of bytes or of a text, as older protocols spell them."""
+        if args == ():
+            return Blob(memoryview(b""), None)
+        if type(args[0]) is Blob and len(args) == 1:
+            return args[0]
+        return self._encode(args, offset)
+
+    def _frozenset(self, args: tuple, offset: int) -> frozenset:
+        return frozenset(self._set(args, offset))
+
+    def _default_dict(self, args: tuple, offset: int) -> dict:
+        good = len(args) <= 1 and (args == () or args[0] is None or type(args[0]) in (Global, Record))
+        expect(good, "a default dict made of something else than a class", offset)
+        return {}
+
+    def _size(self, args: tuple, offset: int) -> tuple:
+        expect(len(args) == 1 and type(args[0]) in (tuple, list), "a torch.Size without a tuple", offset)
+        self.budget.step(len(args[0]), offset)
+        return tuple(args[0])
+
+    def _text(self, args: tuple, offset: int, separator: str = "/") -> str:
+        """A path, or a device, as the text that it is made of."""
+        expect(all(type(arg) in (str, int) for arg in args), "a path that is no text", offset)
+        self.budget.copy(sum(len(arg) if type(arg) is str else 8 for arg in args), offset)
+        text = separator.join(map(str, args))
+        return text[1:] if text.startswith("//") else text
+
+    def _device(self, args: tuple, offset: int) -> str:
+        return self._text(args, offset, ":")
+
+
+PATHS = ("Path", "PurePath", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 CALLS: dict[str, Any] = {
     PERSISTENT: CheckpointWorld._persistent_object,
@@ -250,6 +341,19 @@ CALLS: dict[str, Any] = {
     "builtins.set": CheckpointWorld._set,
     "builtins.object": CheckpointWorld._object,
     "copyreg._reconstructor": CheckpointWorld._reconstructor,
+    "torch._utils._rebuild_parameter_with_state": CheckpointWorld._parameter_with_state,
+    "torch._tensor._rebuild_from_type_v2": CheckpointWorld._tensor_of_type,
+    **dict.fromkeys((f"numpy.{core}.numeric._frombuffer" for core in CORES), CheckpointWorld._frombuffer),
+    **dict.fromkeys((f"dill.{dill}._create_array" for dill in DILL), CheckpointWorld._dill_array),
+    **dict.fromkeys((f"dill.{dill}._load_type" for dill in DILL), CheckpointWorld._dill_type),
+    **dict.fromkeys(("builtins.bytes", "builtins.bytearray"), CheckpointWorld._bytes),
+    "builtins.frozenset": CheckpointWorld._frozenset,
+    "collections.defaultdict": CheckpointWorld._default_dict,
+    "torch.Size": CheckpointWorld._size,
+    "torch.device": CheckpointWorld._device,
+    **dict.fromkeys(
+        (f"pathlib.{part}{name}" for part in ("", "_local.") for name in PATHS), CheckpointWorld._text
+    ),
 }
 
 

@@ -17,7 +17,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.checkpoint.unpickle.values import (
     DAMAGED,
@@ -26,9 +26,12 @@ from finetune.checkpoint.unpickle.values import (
     MAX_PROTOCOL,
     MAX_TEXT,
     NOT_LATIN1,
+    WIDE_ESCAPE,
     Blob,
     Budget,
     Global,
+    Record,
+    World,
     is_key,
     kind,
 )
@@ -36,22 +39,6 @@ from finetune.errors import PickleRefused
 
 OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i", "<I", "<Q", ">d"))
-
-
-class World(Protocol):
-    """Decides what the names in a file stand for. Every method may raise PickleRefused."""
-
-    def find(self, name: Global) -> Any:
-        """The stub for the global `name`."""
-
-    def call(self, function: Any, args: tuple, offset: int) -> Any:
-        """The value of `function(*args)` (opcodes REDUCE, NEWOBJ and NEWOBJ_EX)."""
-
-    def set_state(self, target: Any, state: Any, offset: int) -> Any:
-        """`target` after the opcode BUILD; the result replaces nothing, it is `target` that must change."""
-
-    def persistent(self, key: Any, offset: int) -> Any:
-        """The object that the file keeps elsewhere under `key`."""
 
 
 class Machine:
@@ -185,7 +172,7 @@ class Machine:
     def find(self, module: str, name: str) -> Any:
         if self.protocol < 3:  # as Python 2 called them
             module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-        return self.world.find(Global(f"{module}.{name}", self.at))
+        return self.world.find(Global(module, name, self.at))
 
 
 # One function for each opcode that does more than a line: they call nothing but methods of the machine.
@@ -219,7 +206,9 @@ def _text(m: Machine, layout: struct.Struct) -> None:
 
 
 def _text_line(m: Machine) -> None:
-    raw = m.line(MAX_TEXT)
+    raw = m.line(len(m.data))
+    if len(raw) > MAX_TEXT and WIDE_ESCAPE.search(raw):  # would take four bytes a character
+        raise m.refuse(f"a text of {len(raw):,} bytes, which is neither code nor packed bytes")
     m.budget.copy(len(raw), m.at)
     try:
         m.push(raw.decode("raw-unicode-escape"))
@@ -233,17 +222,20 @@ def _bytes(m: Machine, layout: struct.Struct) -> None:
 
 
 def _extend(m: Machine, items: list[Any]) -> None:
-    m.container(list).extend(items)
+    if type(m.top()) is not Record:  # the items of an unknown class are dropped
+        m.container(list).extend(items)
 
 
 def _update(m: Machine, items: list[Any]) -> None:
     pairs = m.pairs(items)
-    m.container(dict).update(pairs)
+    if type(m.top()) is not Record:
+        m.container(dict).update(pairs)
 
 
 def _add_items(m: Machine) -> None:
     items = m.pop_mark()
-    m.container(set).update(map(m.key, items))
+    if type(m.top()) is not Record:
+        m.container(set).update(map(m.key, items))
 
 
 def _pop(m: Machine) -> None:
@@ -297,7 +289,7 @@ def _stack_global(m: Machine) -> None:
 
 
 def _extension(m: Machine, layout: struct.Struct) -> None:
-    m.push(m.world.find(Global(f"copyreg extension {m.unpack(layout)}", m.at)))
+    m.push(m.world.extension(m.unpack(layout), m.at))
 
 
 def _inst(m: Machine) -> None:
@@ -322,9 +314,9 @@ def _call(m: Machine) -> None:
 
 def _call_with_keywords(m: Machine) -> None:
     keywords, args, function = m.pop(), m.pop(), m.pop()
-    if type(args) is not tuple or type(keywords) is not dict or keywords:
-        raise m.refuse("a call with keywords")
-    m.push(m.world.call(function, args, m.at))
+    if type(args) is not tuple or type(keywords) is not dict:
+        raise m.refuse("the arguments of a call are neither a tuple nor a dict")
+    m.push(m.world.call(function, args, m.at, keywords))
 
 
 def _build(m: Machine) -> None:

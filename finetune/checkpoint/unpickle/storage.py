@@ -43,7 +43,10 @@ class StorageWorld:
             block(name.name, name.offset)
         return name
 
-    def call(self, function: Any, args: tuple, offset: int) -> NoReturn:
+    def extension(self, code: int, offset: int) -> NoReturn:
+        block(f"copyreg extension {code}", offset)
+
+    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> NoReturn:
         block(function.name if type(function) is Global else kind(function), offset, "is called")
 
     def set_state(self, target: Any, state: Any, offset: int) -> NoReturn:

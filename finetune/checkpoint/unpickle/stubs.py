@@ -73,14 +73,31 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
-def block(name: str, offset: int, why: str = "is not on the list of what a checkpoint may name") -> NoReturn:
-    """Refuse a global."""
+NOT_OPENED = "Only networks of stylegan2, stylegan2-ada(-pytorch) and stylegan3 can be opened."
+SAVE_AGAIN = (
+    "To use it, save its generator again with Python's own pickle, where it came from: "
+    "pickle.dump({'G_ema': G_ema}, file)."
+)
+
+
+def block(name: str, offset: int, why: str = "is not read here", hint: str | None = None) -> NoReturn:
+    """Refuse a whole file for what it names."""
     name = printable(name)
     raise PickleRefused(
         f"the pickle asks for {name} (at byte {offset}), which {why}; nothing was executed",
         offset=offset,
         blocked=name,
-        hint="A StyleGAN checkpoint needs no such thing. Do not open this file with pickle or torch.load.",
+        hint=hint or f"{NOT_OPENED} {SAVE_AGAIN}",
+    )
+
+
+def block_acting(name: str, offset: int) -> NoReturn:
+    """Refuse a whole file for a name that Python's pickle could run code or commands with."""
+    block(
+        name,
+        offset,
+        "no network needs and which can run code or commands",
+        "With pickle or torch.load such a file can run anything: open it there only if you trust its author.",
     )
 
 

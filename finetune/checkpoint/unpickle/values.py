@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from finetune.errors import PickleRefused
 
 MAX_OPCODES = 500_000  # a 1024x1024 checkpoint has about 65,000, nested storages included
-MAX_TEXT = 1 << 20  # bytes of one string that is not Latin-1, and of one line of protocol 0
+MAX_TEXT = 1 << 20  # bytes of one string that is not Latin-1
 MAX_LONG = 64  # bytes of one integer
 MAX_MARKS = 10_000  # open at once; a checkpoint has a few dozen
 MAX_PROTOCOL = 5
 
 DAMAGED = "If it should be one, compare its size and SHA-256 with the source's, or download it again."
 NOT_LATIN1 = re.compile(rb"[\xc4-\xff]")  # first bytes of UTF-8 sequences above U+00FF
+
+WIDE_ESCAPE = re.compile(rb"\\u(?!00)|\\U")  # the same in the text of protocol 0
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -35,8 +37,27 @@ class Blob:
 class Global:
     """A name that the file mentions, as text; nothing is looked up."""
 
+    module: str
+    attribute: str
+    offset: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What the file makes of a name that is unknown here: name, arguments and state, and nothing done.
+
+    Without arguments it is the name itself. `offset` is the position of the name in the file.
+    """
+
     name: str
     offset: int
+    args: tuple[Any, ...] | None = None
+    keywords: dict[Any, Any] | None = None
+    state: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +84,25 @@ class Budget:
             )
 
 
+class World(Protocol):
+    """Decides what the names in a file stand for. Every method may raise PickleRefused."""
+
+    def find(self, name: Global) -> Any:
+        """The stub for the global `name`."""
+
+    def extension(self, code: int, offset: int) -> Any:
+        """The stub for a global that copyreg has given a number."""
+
+    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Any:
+        """The value of `function(*args, **keywords)` (REDUCE, NEWOBJ, NEWOBJ_EX, OBJ and INST)."""
+
+    def set_state(self, target: Any, state: Any, offset: int) -> Any:
+        """`target` after the opcode BUILD; the result replaces nothing, it is `target` that must change."""
+
+    def persistent(self, key: Any, offset: int) -> Any:
+        """The object that the file keeps elsewhere under `key`."""
+
+
 def is_key(value: Any) -> bool:
     """Whether `value` may be a key; large integers can be made to collide, so they may not."""
     is_small = type(value) is int and -(2**31) <= value < 2**31
@@ -71,4 +111,4 @@ def is_key(value: Any) -> bool:
 
 def kind(value: Any) -> str:
     """What `value` is, in words that never contain the value itself."""
-    return f"a {value.name}" if type(value) is Global else f"a {type(value).__name__}"
+    return f"a {value.name}" if type(value) in (Global, Record) else f"a {type(value).__name__}"
