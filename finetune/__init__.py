@@ -5,10 +5,40 @@ Importing this package loads nothing heavy; torch comes with the first use of `l
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import FinetuneError
-from finetune.version import __version__
+
+def _import_ours(name: str) -> None:
+    """Import the package `name` that is installed beside this one, whatever comes first on the path.
+
+    The trees of StyleGAN have packages of the same names, on PYTHONPATH or in the current folder.
+    """
+    root = Path(__file__).resolve().parent.parent
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        places = [Path(place).resolve() for place in getattr(loaded, "__path__", ())]
+        if places and root / name not in places:
+            raise ImportError(
+                f"finetune needs its own package {name}, and this process has already imported that of "
+                f"{places[0].parent}: restart it (the notebook's kernel) and import finetune first"
+            )
+        return
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(root)])
+    if spec is None or spec.loader is None:  # not installed as folders
+        return
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+for _name in ("torch_utils", "dnnlib"):
+    _import_ours(_name)
+
+from finetune.errors import FinetuneError  # noqa: E402
+from finetune.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint

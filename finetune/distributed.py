@@ -234,6 +234,7 @@ def launch(arguments: Sequence[str], world_size: int, device: str = "auto") -> i
 
 # Runs in a process of its own, which releases the GPUs when it ends.
 BUILD_CUDA = """
+import finetune  # which finds our torch_utils, wherever this runs
 import torch
 from torch_utils import custom_ops
 from torch_utils.ops.native import prebuild

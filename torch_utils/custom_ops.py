@@ -56,11 +56,12 @@ def build_for_next_start() -> bool:
         if not os.access(cache.ops_folder(), os.W_OK):  # which the look for a compiler has made
             return False
         _library = NativeUnavailable("the kernels are being built in the background, for the next start")
-    _start_detached([sys.executable, "-c", BUILD])
+    _start_detached([sys.executable, "-P", "-c", BUILD])
     return True
 
 
 def _start_detached(command: list[str]) -> None:
+    # -P: without the current folder, which may have another torch_utils.
     paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
     subprocess.Popen(
         command,

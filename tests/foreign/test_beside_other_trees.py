@@ -1,0 +1,81 @@
+"""Started beside another StyleGAN tree, with packages called torch_utils and dnnlib of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TREE = Path(__file__).parent / "tree"
+FOREIGN_FIRST = os.pathsep.join([str(TREE), str(ROOT)])
+
+
+def run(*words: str, cwd: Path = ROOT, path: str = FOREIGN_FIRST) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+STARTS = {
+    "foreign tree on PYTHONPATH": ("-m", "finetune"),
+    "console script": ("-c", "import sys; from finetune.cli import main; sys.exit(main())"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("where", ["path", "cwd", "both"])
+def test_commands_use_our_packages(start, where, golden_dir, tmp_path):
+    cwd = tmp_path if where == "path" else TREE
+    path = str(ROOT) if where == "cwd" else FOREIGN_FIRST
+    words = ("generate", "--network", str(golden_dir / "stylegan2-ada-32.pkl"), "--seeds", "0")
+    done = run(*STARTS[start], *words, "--outdir", str(tmp_path / "out"), cwd=cwd, path=path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("*.png"))
+
+
+def test_worker_processes_use_our_packages(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing\n"
+        "import finetune\n"
+        "def where():\n"
+        "    import dnnlib, torch_utils\n"
+        "    return dnnlib.__file__, torch_utils.__file__\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(*pool.apply(where), sep='\\n')\n"
+    )
+    done = run(str(program), cwd=TREE)
+    places = [Path(line) for line in done.stdout.split()]
+    assert places == [ROOT / "dnnlib/__init__.py", ROOT / "torch_utils/__init__.py"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["torch_utils", "dnnlib"])
+def test_packages_imported_before_are_named_in_one_line(name):
+    done = run("-c", f"import {name}\nimport finetune", cwd=TREE)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: finetune needs its own package {name}")
+    assert str(TREE) in last and "import finetune first" in last
+
+
+def test_our_packages_imported_before_are_taken():
+    done = run("-c", "import torch_utils, dnnlib, finetune; print(finetune.__version__)", path=str(ROOT))
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_build_in_the_background_uses_our_packages(monkeypatch):
+    from torch_utils import custom_ops
+
+    started = {}
+    monkeypatch.setattr(custom_ops.subprocess, "Popen", lambda words, **options: started.update(options))
+    monkeypatch.setenv("PYTHONPATH", str(TREE))
+    monkeypatch.chdir(TREE)
+    custom_ops._start_detached(["x"])
+    monkeypatch.undo()
+    where = "import torch_utils; print(torch_utils.__file__)"
+    words = [sys.executable, "-P", "-c", where]
+    done = subprocess.run(words, env=started["env"], capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == ROOT / "torch_utils/__init__.py"
