@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 from finetune.errors import CheckpointError, PickleRefused
@@ -19,28 +22,91 @@ TEXT_HINT = "A failed download leaves such a file behind, and git without git-lf
 
 TORCH_SAVE = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"  # its magic number, before torch 1.6
 SAFETENSORS = rb".{8}\{\s*\""  # the length of a JSON header, then that header
+AGAIN = "pickle.dump({'G_ema': G_ema}, file)"
+FOR_IMAGES = "Images are given with --data; give a checkpoint (.pkl) here."
+UNPACK = "Unpack it and give the checkpoint (.pkl) inside."
+# first bytes -> (what it is, what to do)
 OTHER_FORMATS = (
-    (
-        rb"PK\x03\x04",
-        "a zip archive, as torch.save writes them; StyleGAN checkpoints are plain pickles (.pkl)",
-    ),
-    (re.escape(TORCH_SAVE), "a file of torch.save, not a StyleGAN pickle"),
-    (SAFETENSORS, "a safetensors file"),
-    (rb"\x1f\x8b", "gzip-compressed; unpack it first"),
-    (rb"\x89HDF", "an HDF5 file"),
+    (SAFETENSORS, "a safetensors file", "Give the pickle (.pkl) that it was made from."),
+    (rb"\x1f\x8b|BZh[1-9]|\xfd7zXZ\x00|\x28\xb5\x2f\xfd", "compressed (gzip, bzip2, xz or zstd)", UNPACK),
+    (rb".{257}ustar", "a tar archive", UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c|Rar!", "a 7z or rar archive", UNPACK),
+    (rb"\xff\xd8\xff", "a JPEG image", FOR_IMAGES),
+    (rb"\x89PNG", "a PNG image", FOR_IMAGES),
+    (rb"GIF8", "a GIF image", FOR_IMAGES),
+    (rb"RIFF.{4}WEBP", "a WebP image", FOR_IMAGES),
+    (rb"II\*\x00|MM\x00\*", "a TIFF image", FOR_IMAGES),
+    (rb"%PDF", "a PDF document", "Download or copy the checkpoint again."),
+    (rb"\x89HDF", "an HDF5 file", "Give the pickle (.pkl) of the same network."),
+    (rb"\x93NUMPY", "a numpy array (.npy)", "Give the pickle (.pkl) of the network."),
 )
+# words in the pickle of a file of torch.save -> (what it is, what to do)
+OF_TORCH_SAVE = (
+    (
+        (b"g_ema", b"modulation"),
+        "weights of the StyleGAN2 port by rosinality (g_ema), written by torch.save",
+        f"Its layers have other names: load them into a StyleGAN2 generator where it is from, then {AGAIN}.",
+    ),
+    (
+        (b"_reconstruct_persistent_obj",),
+        "whole StyleGAN networks, written by torch.save",
+        f"Open it in the code base that wrote it and save it with Python's pickle: {AGAIN}.",
+    ),
+    (
+        (b"mapping.fc0.",),
+        "the weights of a StyleGAN network (a state dict), written by torch.save",
+        f"It does not say how the network is built: load it into its network, then {AGAIN}.",
+    ),
+)
+TORCH_HINT = f"StyleGAN checkpoints are plain pickles. Save the generator with Python's pickle: {AGAIN}."
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+LOOKED_AT = 1 << 20  # bytes of the pickle in a file of torch.save
 
 
 def refuse_other_formats(path: Path, data: bytes) -> None:
     """Raise CheckpointError where the content of the file at `path` is certainly no pickle."""
     if not data:
         raise CheckpointError(f"{path} is empty", hint="Download or copy it again.")
-    for pattern, what in OTHER_FORMATS:
-        if re.match(pattern, data[:512], re.DOTALL):
-            raise CheckpointError(f"{path} is not a checkpoint: it looks like {what}")
+    found = None
+    if data.startswith(b"PK\x03\x04"):
+        found = _describe_zip(data)
+    elif data.startswith(TORCH_SAVE):
+        found = _describe_torch_save(data[:LOOKED_AT])
+    else:
+        found = next(
+            (rest for pattern, *rest in OTHER_FORMATS if re.match(pattern, data[:512], re.DOTALL)), None
+        )
+    if found is not None:
+        raise CheckpointError(f"{path} is not a checkpoint: it looks like {found[0]}", hint=found[1])
     text = describe_text(data[:HEAD])
     if text is not None and not text.startswith("text: "):  # which some pickles are, of protocol 0
         raise CheckpointError(f"{path} is not a checkpoint: it is {text}", hint=TEXT_HINT)
+
+
+def _describe_zip(data: bytes) -> tuple[str, str]:
+    """What a zip archive holds, and what to do."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+            pickled = next((name for name in names if name.rpartition("/")[2] == "data.pkl"), None)
+            if pickled is not None:
+                with archive.open(pickled) as stream:
+                    return _describe_torch_save(stream.read(LOOKED_AT))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error):
+        return "a zip archive that is damaged or cut off", "Download or copy it again."
+    if any(name.lower().endswith(".pkl") for name in names):
+        return "a zip archive with a pickle in it", UNPACK
+    if any(name.lower().endswith(IMAGES) for name in names):
+        return "a zip archive of images", FOR_IMAGES
+    return "a zip archive", UNPACK
+
+
+def _describe_torch_save(pickled: bytes) -> tuple[str, str]:
+    """What a file of torch.save holds, by the names in its pickle, which is not read."""
+    for words, what, hint in OF_TORCH_SAVE:
+        if all(word in pickled for word in words):
+            return what, hint
+    return "a file of torch.save, not a StyleGAN pickle", TORCH_HINT
 
 
 def named_as_text(data: bytes, error: PickleRefused) -> PickleRefused:

@@ -59,7 +59,8 @@ def read_tensor_file(path: Path) -> TensorFile:
         raise CheckpointError(
             f"{path} is a safetensors file of another kind: "
             f"format {metadata.get('format')!r:.80}, not {FORMAT!r}",
-            hint="Only safetensors files of `finetune export` say how to build their networks.",
+            hint="Only safetensors files of `finetune export` say how to build their networks. "
+            "Give the pickle (.pkl) that it was made from.",
         )
     networks = _read_json(path, metadata, "networks")
     stray = sorted(name for name in found if name.split(".", 1)[0] not in networks)
