@@ -73,9 +73,10 @@ def refuse_other_formats(path: Path, data: bytes) -> None:
     elif data.startswith(TORCH_SAVE):
         found = _describe_torch_save(data[:LOOKED_AT])
     else:
-        found = next(
-            (rest for pattern, *rest in OTHER_FORMATS if re.match(pattern, data[:512], re.DOTALL)), None
+        matches = (
+            (what, hint) for head, what, hint in OTHER_FORMATS if re.match(head, data[:512], re.DOTALL)
         )
+        found = next(matches, None)
     if found is not None:
         raise CheckpointError(f"{path} is not a checkpoint: it looks like {found[0]}", hint=found[1])
     text = describe_text(data[:HEAD])
