@@ -42,8 +42,8 @@ def draw_latents(G: Network, c: torch.Tensor, mixing: float, *, as_tensors: bool
     cut = int(torch.randint(1, G.num_ws, []))
     mixed = bool(torch.rand([]) < mixing)
     if as_tensors:
-        cut = torch.full([], cut if mixed else G.num_ws, device=c.device)
-        return Latents(z, c, torch.randn_like(z) if mixed else z, cut)
+        layer = torch.full([], cut if mixed else G.num_ws, device=c.device)
+        return Latents(z, c, torch.randn_like(z) if mixed else z, layer)
     return Latents(z, c, torch.randn_like(z), cut) if mixed else Latents(z, c)
 
 

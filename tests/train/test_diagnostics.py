@@ -204,7 +204,8 @@ class TestMeasurements:
         console = Console(file=io.StringIO(), width=200)
         result = run(options(images, tmp_path, **self.SETTINGS), console=console)
         assert result.nimg == 32 and "metrics" not in lines_of(result)[-1]
-        assert "Metrics at 0.016 kimg failed, and training continues: out of memory" in console.file.getvalue()
+        printed = console.file.getvalue()
+        assert "Metrics at 0.016 kimg failed, and training continues: out of memory" in printed
 
     def test_unknown_ones_are_refused_before_anything(self, images, tmp_path):
         with pytest.raises(ConfigError, match="no metric is called fiid"):
