@@ -11,9 +11,9 @@ import click
 
 from finetune.cli.options import NETWORK, network_file, offline_option
 from finetune.cli.progress import progress_bar
+from finetune.config import FITS, LABELS
 from finetune.errors import ConfigError, DataError
 
-FITS = ("crop", "pad", "stretch")
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=0),
@@ -48,7 +48,7 @@ def command() -> None:
 @click.option(
     "--labels",
     "labels_from",
-    type=click.Choice(["file", "folders"]),
+    type=click.Choice(LABELS),
     default="file",
     show_default=True,
     help="Check dataset.json, or classes from the folders.",

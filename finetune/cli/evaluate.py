@@ -14,6 +14,7 @@ import click
 
 from finetune.cli.options import device_option, network_file, network_option, offline_option, ops_option
 from finetune.cli.progress import progress_bar
+from finetune.config import FITS, LABELS
 from finetune.errors import CheckpointError, ConfigError
 
 DEFAULT = "fd-effnet,random-fid"
@@ -36,13 +37,13 @@ DEFAULT = "fd-effnet,random-fid"
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
 @click.option(
     "--fit",
-    type=click.Choice(["crop", "pad", "stretch"]),
+    type=click.Choice(FITS),
     help="What to do with other sizes; numbers depend on it.  [default: refuse them]",
 )
 @click.option(
     "--labels",
     "labels_from",
-    type=click.Choice(["file", "folders"]),
+    type=click.Choice(LABELS),
     default="file",
     show_default=True,
     help="Labels from dataset.json, or one class for each folder of images.",

@@ -1,6 +1,6 @@
 """Images in: folders, zips, labels, checks before training, batches without end. Rules: docs/data.md."""
 
-from finetune.data.decode import FITS, images_to_float
+from finetune.data.decode import images_to_float
 from finetune.data.image_set import ImageSet
 from finetune.data.loader import InfiniteLoader, build_loader
 from finetune.data.problems import Problem
@@ -8,7 +8,6 @@ from finetune.data.sampler import InfiniteSampler
 from finetune.data.scanning import Scan, scan
 
 __all__ = [
-    "FITS",
     "ImageSet",
     "InfiniteLoader",
     "InfiniteSampler",

@@ -5,17 +5,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from finetune.config import FITS
 from finetune.data.problems import CUT_SHORT, NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
-
-Fit = Literal["crop", "pad", "stretch"]
-FITS: tuple[str, ...] = get_args(Fit)
-CHANNELS = (1, 3, 4)
 
 # Nothing else is tried: for some formats (EPS) Pillow starts other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "AVIF", "JPEG2000")

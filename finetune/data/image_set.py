@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.data.decode import CHANNELS, FITS, decode, height_and_width
+from finetune.config import CHANNELS, FITS
+from finetune.data.decode import decode, height_and_width
 from finetune.data.labels import read_labels
 from finetune.data.problems import Unusable, describe, hint, printable
 from finetune.data.sources import Source, open_source

@@ -15,7 +15,6 @@ from finetune.data.problems import BAD_LABEL, Problem, Unusable
 from finetune.data.sources import LABELS_NAME, Source
 from finetune.errors import DataError
 
-LABEL_ORIGINS = ("file", "folders")
 MISSING = object()
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -40,8 +39,8 @@ def read_labels(
     """Return the labels of `names`, in that order; if one is wrong, None and every problem.
 
     `num_classes` is what the network expects; None takes it from the labels (largest class + 1, the length of
-    the vectors, or the number of folders). `origin`: one of LABEL_ORIGINS. Raises DataError if there is no
-    usable `dataset.json` at all, or no folders.
+    the vectors, or the number of folders). `origin`: one of `finetune.config.LABELS`. Raises DataError if
+    there is no usable `dataset.json` at all, or no folders.
     """
     if origin == "folders":
         return _labels_of_folders(source, names, num_classes)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data.decode import FITS, height_and_width
+from finetune.config import FITS
+from finetune.data.decode import height_and_width
 from finetune.data.image_set import choose
 from finetune.data.labels import Labels, has_class_folders, has_labels, labels_without_image, read_labels
 from finetune.data.look_cache import look_at_all
