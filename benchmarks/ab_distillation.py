@@ -38,7 +38,7 @@ from ab_report import COSTS, HEADER, Records, costs_of, plot, rows_of, seeds_of
 from measuring import ROOT, machine, table, write_report
 from rich.console import Console
 
-from finetune.config import TrainConfig
+from finetune.config import TrainOptions
 from finetune.data import ImageSet
 from finetune.data.decode import open_image
 from finetune.data.sources import open_source
@@ -71,7 +71,6 @@ PRETRAINED: dict[str, Any] = dict(
     cbase=1024,
     cmax=96,
     z_dim=64,
-    w_dim=64,
     map_depth=4,
     gamma=0.4,
     glr=0.0025,
@@ -98,7 +97,7 @@ def parse_arm(text: str, flag: str = "--arm") -> Arm:
     for pair in filter(None, rest.split(",")):
         key, _, value = pair.partition("=")
         key = key.strip().replace("-", "_")
-        if key not in TrainConfig.__dataclass_fields__ or not value:
+        if key not in TrainOptions.__dataclass_fields__ or not value:
             sys.exit(f"{flag} {text}: {pair!r} is no option=value of finetune train.")
         try:
             options[key] = json.loads(value)
@@ -107,7 +106,7 @@ def parse_arm(text: str, flag: str = "--arm") -> Arm:
     return Arm(name, options)
 
 
-def config_of(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> TrainConfig:
+def config_of(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> TrainOptions:
     """Return all options of one run."""
     preset = PRESETS[options.preset]
     settings = {
@@ -115,16 +114,16 @@ def config_of(options: argparse.Namespace, job: str, seed: int, arm: Arm) -> Tra
         "resume": str(options.checkpoint),
         "kimg": options.kimg,
         "tick": options.kimg / options.measurements,
-        "snap": options.measurements + 1,  # one snapshot, at the end
+        "snap": 1,  # metrics are computed at snapshots
+        "keep": 1,
         "metrics": options.metrics,
-        "metrics_kimg": options.kimg / options.measurements,
         "metrics_num": options.num,
         "device": options.device,
         "seed": seed,
         **preset["options"],
         **(OF_THE_DEMO[job] if is_like_the_demo(options) else {"recipe": job}),
     }
-    return TrainConfig(**(settings | arm.options))
+    return TrainOptions(**(settings | arm.options))
 
 
 def is_like_the_demo(options: argparse.Namespace) -> bool:
@@ -139,7 +138,7 @@ def pretrained(options: argparse.Namespace) -> Path:
     if "kimg" not in changes:
         sys.exit(f"--pretrain {family}: duration missing. Give it as in {family}:kimg=30.")
     source = open_source(options.improve)
-    config = TrainConfig(
+    config = TrainOptions(
         **{
             "data": str(options.improve),
             "scratch": family,
@@ -165,16 +164,16 @@ def pretrained(options: argparse.Namespace) -> Path:
     return checkpoint
 
 
-def check_whole(result: RunResult, config: TrainConfig, folder: Path) -> None:
+def check_whole(result: RunResult, config: TrainOptions, folder: Path) -> None:
     """Exit if a run was ended early, by a signal."""
     assert config.kimg is not None
     if result.nimg < round(config.kimg * 1000):
         sys.exit(f"{folder} ended after {result.nimg / 1000:g} of {config.kimg:g} kimg; it is not kept.")
 
 
-def check_same(folder: Path, then: dict[str, Any], config: TrainConfig) -> None:
+def check_same(folder: Path, then: dict[str, Any], config: TrainOptions) -> None:
     """Exit if a kept record was made with defaults other than today's."""
-    now = dataclasses.asdict(prepare(config).config)
+    now = prepare(config).config.to_dict()
     is_plain = now["sd_weight"] == 0  # then the other options of self-distillation decide nothing
     changed = [
         f"{name} {then[name]} → {now[name]}"

@@ -24,7 +24,7 @@ from measuring import machine, table, write_report
 
 from finetune.config import FAMILIES
 from finetune.device import resolve_device
-from finetune.recipes import _tick
+from finetune.recipes import tick_kimg
 from finetune.train import steps
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.prepare import Prepared
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ticks = {kimg: _tick(kimg)[0] for kimg in options.kimg}
+    ticks = {kimg: tick_kimg(kimg) for kimg in options.kimg}
     sizes = argparse.Namespace(**{**vars(parser_of_steps().parse_args([])), **vars(options)})
     runs = {family: Run(build(family, sizes)) for family in options.families}
     for _ in range(options.repeats + 1):

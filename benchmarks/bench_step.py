@@ -38,7 +38,7 @@ import torch
 from measuring import report, table
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.config import FAMILIES, GRAPHS, PRECISIONS, TrainConfig
+from finetune.config import FAMILIES, GRAPHS, PRECISIONS, TrainConfig, TrainOptions
 from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
 from finetune.train.divergence import DivergenceMonitor
@@ -78,7 +78,7 @@ def build(family: str, options: argparse.Namespace) -> Prepared:
         "seed": options.seed,
         "workers": 0,
     }
-    prepared = prepare(TrainConfig(**settings))
+    prepared = prepare(TrainOptions(**settings))
     if not random_vgg or prepared.plan.distillation is None:
         return prepared
     distance = build_distance("lpips-vgg", 3, prepared.plan.device, random_trunk=True)

@@ -1,33 +1,45 @@
 """The defaults of a training run, each from the checkpoint, the resolution, the machine or the data set.
 
-What depends on the job (`--recipe`) stands in `ROWS`, one row a number, with where the number comes from.
+`RULES` is the table of them, in the order in which they are decided: what stands higher may be used below.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from finetune.config import TrainConfig, distils
+from finetune.config import OPTIONS, DistillWeight, TrainConfig, TrainOptions
 
+# Sources of the numbers.
 WARMUP = "benchmarks/results/ab_warmup_epyc-2core_202611.md"
 AB = "benchmarks/results/ab_improve_epyc-2core_202611.md"
 ADAPT = "benchmarks/results/ab_adapt_epyc-2core_202611.md"
+UNVERIFIED = "default (unverified)"
+TRAINED = "published settings of {name_published}"
+USER = "user-specified"
+
 # By ratio, because distances of different backbones differ by orders of magnitude. Compared with none in
 # AB and ADAPT, at the interval below, on small networks.
-SD_WEIGHT = "auto:1"
-CAREFUL_SD_WEIGHT = "auto:0.1"
+SD_WEIGHT = DistillWeight(1.0, is_ratio=True)
+CAREFUL_SD_WEIGHT = DistillWeight(0.1, is_ratio=True)
 ADA_TARGET = 0.6
-# 1/(1 - beta2): so many steps Adam's averages remember. Half of what Ma and Yarats take; measured there.
+# 1/(1 - beta2): the memory of Adam's averages. Half of what Ma and Yarats take; measured in WARMUP.
 WARMUP_STEPS = 100
+FEW_IMAGES, SOME_IMAGES, MANY_IMAGES = 1000, 2000, 50_000
+
+# The jobs. A run without a checkpoint has one of its own.
+SCRATCH = "scratch"
+IMPROVE, TRANSFER = ("improve",), ("adapt", "few-shot")
+CHECKPOINT = (*IMPROVE, *TRANSFER, "custom")
+ANY = (*CHECKPOINT, SCRATCH)
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is publicly stated about the training of a checkpoint of the catalogue.
+    """What is publicly stated about the training of a checkpoint of the catalog.
 
     trained, finetune: (gamma, batch) of its own training, and of fine-tuning it; glr, dlr, target: learning
     rates and ADA's target of its own training. None where nothing is known.
@@ -47,12 +59,12 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What is known about a run before it starts.
 
-    num_images: pictures before mirroring. group_size: images that D compares with each other (minibatch
-    standard deviation), 1 where every number of them goes. num_freezable: layers that FreezeD can freeze.
-    published: what the catalogue knows, for a checkpoint that is in it.
+    num_images: images before mirroring. group_size: images that D compares with each other (minibatch
+    standard deviation), 1 if it takes any number. num_freezable: layers that FreezeD can freeze. published:
+    settings in the catalog, for a checkpoint that is in it.
     """
 
     family: str
@@ -80,185 +92,206 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One number of a recipe. The first row whose recipe and condition fit gives an option its value.
+class Rule:
+    """The value of an option in some jobs. The first rule of an option that applies decides.
 
-    `value` gets the facts and the batch; None passes on to the next row. `why` may quote fields of the facts,
-    the batch and the value.
+    value: a constant, or a function of the facts and of the options decided before; None passes on to the
+    next rule. why: the reason, a template over the same names; empty if the option has no effect. source:
+    where the number comes from. when: a further condition.
     """
 
     option: str
-    recipes: tuple[str, ...]
-    value: Callable[[Facts, int], Any]
-    why: str
-    source: str
-    only_if: Callable[[Facts], bool] = lambda facts: True
+    jobs: tuple[str, ...]
+    value: Any
+    why: str | Callable[[Any], str]
+    source: str = ""
+    when: Callable[[Any], bool] = lambda run: True
+
+    def decide(self, run: SimpleNamespace) -> tuple[Any, str] | None:
+        """Return value and reason for a run, None if the rule does not apply."""
+        if run.job not in self.jobs or not self.when(run):
+            return None
+        value = self.value(run) if callable(self.value) else self.value
+        if value is None:
+            return None
+        why = self.why(run) if callable(self.why) else self.why
+        text = f"{why}; {self.source}" if self.source else why
+        return value, text.format(**vars(run) | {"value": value})
 
 
-FEW_PICTURES, SOME_PICTURES, MANY_PICTURES = 1000, 2000, 50_000
-TRANSFER = ("adapt", "few-shot")
-EVERY = ("improve", "adapt", "few-shot", "custom")
-SCRATCH = "scratch"  # the job of a run without a checkpoint
-OURS = "our choice, not measured yet"
-AS_TRAINED = ("as this checkpoint was trained", "published settings of {published}")
+def _is_stylegan2(run: Any) -> bool:
+    return run.family == "stylegan2"
 
 
-def _published(name: str) -> Callable[[Facts, int], Any]:
-    return lambda facts, batch: getattr(facts.published, name, None)
+def _on_gpu(run: Any) -> bool:
+    return run.device_type == "cuda"
 
 
-def _is_stylegan2(facts: Facts) -> bool:
-    return facts.family == "stylegan2"
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
-def _gamma(facts: Facts, batch: int) -> float:
-    return float(f"{r1_gamma(facts.family, facts.resolution, batch):.4g}")
+def _batch(run: Any) -> int:
+    size = max(8, 4096 // run.resolution) if _has_batch_rule(run) else 32
+    return fair(size, run) if run.num_processes > 1 else size
 
 
-ROWS = (
-    Row(
-        "kimg",
-        EVERY,
-        lambda facts, batch: 200.0,
-        "{num_images} pictures: few pictures are soon learnt by heart",
-        OURS,
-        lambda facts: facts.num_images < SOME_PICTURES,
-    ),
-    Row("kimg", EVERY, lambda facts, batch: 1000.0, "{num_images} pictures", OURS),
-    Row("kimg", (SCRATCH,), lambda facts, batch: 5000.0, "from scratch", OURS),
-    Row(
-        "batch",
-        (*EVERY, SCRATCH),
-        lambda facts, batch: max(8, 4096 // facts.resolution),
-        "{family} at {resolution} px: 4096/res",
-        "published rule for one GPU; at least 8, our choice",
-        lambda facts: _is_stylegan2(facts) and facts.resolution > 128,
-    ),
-    Row("batch", (*EVERY, SCRATCH), lambda facts, batch: 32, "{family} at {resolution} px", "published runs"),
-    Row(
-        "gamma",
-        ("improve",),
-        lambda facts, batch: facts.published and facts.published.gamma("trained", batch),
-        *AS_TRAINED,
-    ),
-    Row(
-        "gamma",
-        TRANSFER,
-        lambda facts, batch: facts.published and facts.published.gamma("finetune", batch),
-        "as this checkpoint is fine-tuned",
-        "published settings of {published}",
-    ),
-    Row(
-        "gamma",
-        (*EVERY, SCRATCH),
-        _gamma,
-        "0.0002 res²/batch at {resolution} px, batch {batch}",
-        "published rule for StyleGAN2",
-        _is_stylegan2,
-    ),
-    Row(
-        "gamma",
-        (*EVERY, SCRATCH),
-        _gamma,
-        "res²/(1024 batch) at {resolution} px, batch {batch}",
-        "a rule that fits what is published for StyleGAN3",
-    ),
-    Row("glr", ("improve", *TRANSFER), _published("glr"), *AS_TRAINED),
-    Row("glr", (*EVERY, SCRATCH), lambda facts, batch: 0.002, "{family}", "published rate", _is_stylegan2),
-    Row("glr", (*EVERY, SCRATCH), lambda facts, batch: 0.0025, "{family}", "published rate"),
-    Row("dlr", ("improve", *TRANSFER), _published("dlr"), *AS_TRAINED),
-    Row("dlr", (*EVERY, SCRATCH), lambda facts, batch: 0.002, "discriminator", "published rate"),
-    Row(
-        "lr_warmup_kimg",
-        ("improve", *TRANSFER),
-        lambda facts, batch: WARMUP_STEPS * batch / 1000,
-        f"kimg over which rates rise: {WARMUP_STEPS} steps, a third of the run at most",
-        WARMUP,
-    ),
-    Row("lr_warmup_kimg", ("custom", SCRATCH), lambda facts, batch: 0.0, "no warm-up", "as published"),
-    Row(
-        "ema_kimg",
-        (*EVERY, SCRATCH),
-        lambda facts, batch: batch * 10 / 32,
-        "half-life of the exported average: batch·10/32 = {value:g} kimg",
-        "published rule",
-    ),
-    Row(
-        "aug",
-        ("improve",),
-        lambda facts, batch: "noaug",
-        "{num_images} pictures are too many to learn by heart",
-        "published runs on FFHQ (70,000 pictures)",
-        lambda facts: facts.num_images >= MANY_PICTURES,
-    ),
-    Row(
-        "aug",
-        (*EVERY, SCRATCH),
-        lambda facts, batch: "ada",
-        "as much augmentation as D needs not to learn the pictures by heart",
-        "ADA",
-    ),
-    Row("target", ("improve",), _published("target"), *AS_TRAINED),
-    Row(
-        "target",
-        (*EVERY, SCRATCH),
-        lambda facts, batch: ADA_TARGET,
-        "share of real images D should be sure of",
-        "ADA",
-    ),
-    Row(
-        "freezed",
-        ("few-shot",),
-        lambda facts, batch: min(10, round(0.4 * (facts.num_freezable or 0))),
-        "the first of {num_freezable} layers of D know enough for {num_images} pictures",
-        "published advice: 10 or 13; at 1024 px there are 25",
-        lambda facts: bool(facts.num_freezable),
-    ),
-    Row("freezed", EVERY, lambda facts, batch: 0, "all of the discriminator learns", OURS),
-    Row(
-        "sd_weight",
-        ("improve",),
-        lambda facts, batch: SD_WEIGHT,
-        "self-distillation, its gradient as long as the adversarial one",
-        AB,
-    ),
-    Row(
-        "sd_weight",
-        TRANSFER,
-        lambda facts, batch: SD_WEIGHT,
-        "self-distillation, its gradient as long as the adversarial one",
-        ADAPT,
-    ),
-    Row(
-        "sd_weight",
-        ("custom", SCRATCH),
-        lambda facts, batch: CAREFUL_SD_WEIGHT,
-        "self-distillation, its gradient a tenth of the adversarial one",
-        OURS,
-    ),
+def _has_batch_rule(run: Any) -> bool:
+    return _is_stylegan2(run) and run.resolution > 128
+
+
+def _ranks(run: Any) -> str:
+    return f", split evenly among {run.num_processes} ranks" if run.num_processes > 1 else ""
+
+
+def _per_rank(run: Any) -> int:
+    return max(1, run.batch // run.num_processes)
+
+
+def _micro_batch(run: Any) -> int:
+    """A divisor of the batch per rank that fits into memory and that D can group."""
+    own, limit = _per_rank(run), _gpu_batch(run) if _on_gpu(run) else 32
+    sizes = range(1, min(own, limit) + 1)
+    return max(size for size in sizes if own % size == 0 and can_group(size, run.group_size))
+
+
+def _why_micro_batch(run: Any) -> str:
+    why, own = "images in memory at once", _per_rank(run)
+    if _on_gpu(run):
+        memory = f" and {run.gpu_memory_gib:.0f} GiB" if run.gpu_memory_gib else ""
+        why += f", for {run.resolution} px{memory} (published sizes for 16 GiB, unverified here)"
+    if run.num_processes > 1:
+        why += f"; batch size {own} on each of {run.num_processes} ranks"
+    if _micro_batch(run) < min(own, run.group_size):
+        why += f"; batch {own} does not divide into the groups of {run.group_size} that D compares"
+    return why
+
+
+def _published(name: str) -> Callable[[Any], Any]:
+    return lambda run: getattr(run.published, name, None)
+
+
+def _published_gamma(which: str) -> Callable[[Any], Any]:
+    return lambda run: run.published and run.published.gamma(which, run.batch)
+
+
+def _gamma(run: Any) -> float:
+    return _round(r1_gamma(run.family, run.resolution, run.batch))
+
+
+def tick_kimg(kimg: float) -> float:
+    """Kimg between log lines: 4, or a 20th of a run that is shorter than 100."""
+    return 4.0 if kimg >= 100 else kimg / 20
+
+
+def _why_metrics_num(run: Any) -> str:
+    return "" if run.metrics == "none" else "few generated images: compare only equal numbers"
+
+
+# fmt: off
+RULES = (
+    # Shape. Surgery is listed if the user asked for it; an architecture belongs to --scratch.
+    Rule("cond", (SCRATCH,), lambda run: run.c_dim > 0, "from scratch: labels only on request"),
+    Rule("cond", CHECKPOINT, lambda run: run.c_dim > 0, "as the checkpoint"),
+    Rule("resolution", ANY, lambda run: run.resolution, ""),
+    Rule("channels", ANY, lambda run: run.channels, ""),
+    Rule("classes", ANY, "", ""),
+    Rule("new_d", ANY, False, ""),
+    Rule("cbase", CHECKPOINT, 0, ""),
+    Rule("cbase", (SCRATCH,), 16384, "published size",
+         when=lambda run: _is_stylegan2(run) and run.resolution < 512),
+    Rule("cbase", (SCRATCH,), 32768, "published size"),
+    Rule("cmax", CHECKPOINT, 0, ""),
+    Rule("cmax", (SCRATCH,), 512, "published size"),
+    Rule("map_depth", CHECKPOINT, 0, ""),
+    Rule("map_depth", (SCRATCH,), 8, "mapping layers of {family}", when=_is_stylegan2),
+    Rule("map_depth", (SCRATCH,), 2, "mapping layers of {family}"),
+    Rule("z_dim", CHECKPOINT, 0, ""),
+    Rule("z_dim", (SCRATCH,), 512, "published size"),
+
+    # Length and batch.
+    Rule("kimg", CHECKPOINT, 200.0, "{num_images} images: short run, a small data set overfits", UNVERIFIED,
+         when=lambda run: run.num_images < SOME_IMAGES),
+    Rule("kimg", CHECKPOINT, 1000.0, "{num_images} images", UNVERIFIED),
+    Rule("kimg", (SCRATCH,), 5000.0, "from scratch", UNVERIFIED),
+    Rule("batch", ANY, _batch, lambda run: "{family} at {resolution} px: 4096/res" + _ranks(run),
+         "published rule for one GPU, the minimum of 8 is unverified", when=_has_batch_rule),
+    Rule("batch", ANY, _batch, lambda run: "{family} at {resolution} px" + _ranks(run), "published runs"),
+    Rule("batch_gpu", ANY, _micro_batch, _why_micro_batch),
+
+    # Losses and optimizers.
+    Rule("gamma", IMPROVE, _published_gamma("trained"), "as this checkpoint was trained", TRAINED),
+    Rule("gamma", TRANSFER, _published_gamma("finetune"), "as this checkpoint is fine-tuned", TRAINED),
+    Rule("gamma", ANY, _gamma, "0.0002 res²/batch at {resolution} px, batch {batch}",
+         "published rule for StyleGAN2", when=_is_stylegan2),
+    Rule("gamma", ANY, _gamma, "res²/(1024 batch) at {resolution} px, batch {batch}",
+         "fits the published values for StyleGAN3"),
+    Rule("glr", IMPROVE + TRANSFER, _published("glr"), "as this checkpoint was trained", TRAINED),
+    Rule("glr", ANY, 0.002, "{family}", "published rate", when=_is_stylegan2),
+    Rule("glr", ANY, 0.0025, "{family}", "published rate"),
+    Rule("dlr", IMPROVE + TRANSFER, _published("dlr"), "as this checkpoint was trained", TRAINED),
+    Rule("dlr", ANY, 0.002, "discriminator", "published rate"),
+    Rule("lr_warmup_kimg", IMPROVE + TRANSFER,
+         lambda run: _round(min(WARMUP_STEPS * run.batch / 1000, run.kimg / 3)),
+         f"linear warm-up over {WARMUP_STEPS} steps, at most a third of the run", WARMUP),
+    Rule("lr_warmup_kimg", ("custom", SCRATCH), 0.0, "no warm-up", "as published"),
+    Rule("ema_kimg", ANY, lambda run: run.batch * 10 / 32, "half-life of G_ema: batch·10/32 = {value:g} kimg",
+         "published rule"),
+
+    # Data and discriminator.
+    Rule("mirror", ANY, False, "images are mirrored only on request"),
+    Rule("d_warmup_kimg", ANY, 0.0, "", when=lambda run: not run.new_d),
+    Rule("d_warmup_kimg", ANY, lambda run: min(10.0, run.kimg / 10), "D trains alone first", UNVERIFIED),
+    Rule("freezed", (SCRATCH,), 0, ""),
+    Rule("freezed", ANY, 0, "a new discriminator has nothing to keep", when=lambda run: run.new_d),
+    Rule("freezed", ("few-shot",), lambda run: min(10, round(0.4 * run.num_freezable)),
+         "40 % of {num_freezable} layers of D, for {num_images} images",
+         "published advice: 10 or 13 of 25 at 1024 px", when=lambda run: bool(run.num_freezable)),
+    Rule("freezed", ANY, 0, "all of D trains", UNVERIFIED),
+    Rule("aug", IMPROVE, "noaug", "{num_images} images are too many to overfit",
+         "published runs on FFHQ (70,000 images)", when=lambda run: run.num_images >= MANY_IMAGES),
+    Rule("aug", ANY, "ada", "augment just enough to prevent D from overfitting", "ADA"),
+    Rule("p", ANY, 0.0, ""),
+    Rule("target", ANY, ADA_TARGET, "", when=lambda run: run.aug != "ada"),
+    Rule("target", IMPROVE, _published("target"), "as this checkpoint was trained", TRAINED),
+    Rule("target", ANY, ADA_TARGET, "mean sign of D on real images", "ADA"),
+    Rule("augpipe", ANY, OPTIONS["augpipe"].default, "", when=lambda run: run.aug == "noaug"),
+    Rule("augpipe", ANY, OPTIONS["augpipe"].default, "blit, geometry and color, as in the ADA paper"),
+
+    # Self-distillation.
+    Rule("sd_weight", IMPROVE, SD_WEIGHT, "gradient as long as the adversarial one", AB),
+    Rule("sd_weight", TRANSFER, SD_WEIGHT, "gradient as long as the adversarial one", ADAPT),
+    Rule("sd_weight", ANY, CAREFUL_SD_WEIGHT, "gradient a tenth of the adversarial one", UNVERIFIED),
+    Rule("sd_backbone", ANY, OPTIONS["sd_backbone"].default, "perceptual distance to the teacher"),
+    Rule("sd_teacher", ANY, OPTIONS["sd_teacher"].default, "the student is regularized toward its EMA"),
+    Rule("sd_teacher_kimg", ANY, 0.0, ""),
+    Rule("sd_interval", ANY, 1, "every step: l2 is cheap", when=lambda run: run.sd_backbone == "l2"),
+    Rule("sd_interval", ANY, 4, "every 4th step, four times as strong", AB),
+
+    # Machine and records.
+    Rule("precision", ANY, "auto", "float16 layers as the networks have them", when=_on_gpu),
+    Rule("precision", ANY, "auto", "float32 on {device_type}"),
+    Rule("graphs", ANY, "auto", "the parts of a step are replayed as CUDA graphs", when=_on_gpu),
+    Rule("graphs", ANY, "auto", ""),
+    Rule("tick", ANY, lambda run: tick_kimg(run.kimg), "kimg between log lines"),
+    Rule("snap", ANY, lambda run: max(1, round(run.kimg / run.tick / 5)), "about five snapshots"),
+    Rule("metrics_num", ANY, 5000, _why_metrics_num, when=_on_gpu),
+    Rule("metrics_num", ANY, 1000, _why_metrics_num),
+    Rule("workers", ANY, lambda run: min(4, run.cpu_count), "decode in parallel with the GPU", when=_on_gpu),
+    Rule("workers", ANY, 0, "the CPU is busy training"),
 )
+# fmt: on
 
 
-def job_of(config: TrainConfig, facts: Facts) -> tuple[str, str]:
-    """The recipe that `--recipe` means for these facts, and why."""
-    if config.recipe != "auto":
-        return config.recipe, "set by hand"
-    if facts.num_images < FEW_PICTURES:
-        return "few-shot", f"{facts.num_images} pictures are fewer than {FEW_PICTURES}"
-    return "adapt", "say --recipe improve where the pictures are the checkpoint's own"
-
-
-def from_rows(option: str, job: str, facts: Facts, batch: int) -> tuple[Any, str]:
-    """The value that the recipe gives an option, with the reason and its source."""
-    for row in ROWS:
-        if row.option != option or job not in row.recipes or not row.only_if(facts):
-            continue
-        value = row.value(facts, batch)
-        if value is not None:
-            name = facts.published.name if facts.published else ""
-            words = {**vars(facts), "published": name, "batch": batch, "value": value}
-            return value, f"{row.why.format(**words)} ({row.source.format(**words)})"
-    raise AssertionError(f"no row gives {option} a value for {job}")
+def job_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
+    """Return the job of a run (`--recipe`, or "scratch"), and why; no reason if there is no choice."""
+    if facts.from_scratch:
+        return SCRATCH, ""
+    if asked.recipe not in (None, "auto"):
+        return str(asked.recipe), USER
+    if facts.num_images < FEW_IMAGES:
+        return "few-shot", f"{facts.num_images} images are fewer than {FEW_IMAGES}"
+    return "adapt", "use --recipe improve for the checkpoint's own images"
 
 
 def r1_gamma(family: str, resolution: int, batch: int) -> float:
@@ -271,160 +304,50 @@ def r1_gamma(family: str, resolution: int, batch: int) -> float:
     return per_pixel * resolution**2 / batch
 
 
-def fair(batch: int, facts: Facts) -> int:
-    """The next larger batch of which each process has an equal share, in whole groups that D compares."""
+def fair(batch: int, facts: Any) -> int:
+    """The next larger batch that splits evenly among ranks, in whole groups that D compares."""
     unit = facts.num_processes * facts.group_size
     return math.ceil(batch / unit) * unit
 
 
 def can_group(count: int, group_size: int) -> bool:
-    """Whether D can take `count` images at once: they make one group, or fill groups of `group_size`."""
+    """Return whether D can take `count` images at once: one group, or whole groups of `group_size`."""
     return count <= group_size or count % group_size == 0
 
 
-def resolve(config: TrainConfig, facts: Facts) -> tuple[TrainConfig, list[Reason]]:
-    """Fill every `None` of a valid config that the run needs, and say why each option has its value."""
-    reasons: list[Reason] = []
-    filled: dict[str, Any] = {}
-
-    def settle(name: str, default: Any, why: str) -> Any:
-        given = getattr(config, name)
-        by_hand = given is not None and given != getattr(TrainConfig, name)
-        value = default if given is None else given
-        filled[name] = value
-        reasons.append(Reason(name, value, "set by hand" if by_hand else why))
-        return value
-
-    def settle_by_job(name: str) -> Any:
-        return settle(name, *from_rows(name, job, facts, filled.get("batch") or 0))
-
-    on_gpu = facts.device_type == "cuda"
-    job = SCRATCH
-    if not facts.from_scratch:
-        job, why = job_of(config, facts)
-        filled["recipe"] = job
-        reasons.append(Reason("recipe", job, why))
-    if facts.from_scratch:
-        _settle_architecture(settle, facts)
-    origin = "from scratch: labels are used only on request" if facts.from_scratch else "as the checkpoint"
-    settle("cond", facts.c_dim > 0, origin)
-    _settle_shape(settle, config, facts)
-    kimg = settle_by_job("kimg")
-    batch, why = from_rows("batch", job, facts, 0)
-    if facts.num_processes > 1:
-        batch = fair(batch, facts)
-        why += f", in equal shares of the {facts.num_processes} processes"
-    batch = settle("batch", batch, why)
-    # A batch given by hand is cut into parts that divide it, and that D can group; they only bound memory.
-    limit = _gpu_batch(facts) if on_gpu else 32
-    own = max(1, batch // facts.num_processes)
-    sizes = range(1, min(own, limit) + 1)
-    part = max(size for size in sizes if own % size == 0 and can_group(size, facts.group_size))
-    why = "images in memory at once"
-    if on_gpu:
-        memory = f" and {facts.gpu_memory_gib:.0f} GiB" if facts.gpu_memory_gib else ""
-        why += f", for {facts.resolution} px{memory} (published sizes for 16 GiB, not measured here)"
-    if facts.num_processes > 1:
-        why += f"; each of the {facts.num_processes} processes has {own} of a batch"
-    if part < min(own, facts.group_size):
-        why += f"; batch {own} does not divide into the groups of {facts.group_size} that D compares"
-    settle("batch_gpu", part, why)
-    for name in ("gamma", "glr", "dlr"):
-        settle_by_job(name)
-    settle("g_beta1", 0.0, "published: Adam's momentum of the generator")
-    warmup, why = from_rows("lr_warmup_kimg", job, facts, batch)
-    settle("lr_warmup_kimg", float(f"{min(warmup, kimg / 3):.4g}"), why)
-    settle_by_job("ema_kimg")
-    settle("mirror", None, "pictures are shown mirrored only on request")
-    if facts.from_scratch:
-        filled["freezed"] = 0
-    else:
-        if config.new_d:
-            settle("d_warmup_kimg", min(10.0, kimg / 10), f"D learns alone before G joins ({OURS})")
-        if config.new_d:
-            settle("freezed", 0, "a new discriminator has nothing to keep")
-        else:
-            settle_by_job("freezed")
-    aug = settle_by_job("aug")
-    if aug == "fixed":
-        settle("p", None, "probability of augmentation")
-    if aug == "ada":
-        settle_by_job("target")
-    if aug != "noaug":
-        settle("augpipe", "bgc", "flips, shifts, turns, scales and colours; the pipe of the ADA paper")
-    weight = settle_by_job("sd_weight")
-    if distils(weight):
-        _settle_distillation(settle, config, facts)
-    else:
-        reasons += [
-            Reason(name, getattr(config, name), "no effect: --sd-weight is 0")
-            for name, field in TrainConfig.__dataclass_fields__.items()
-            if name.startswith("sd_") and name != "sd_weight" and getattr(config, name) != field.default
-        ]
-    settle(
-        "precision",
-        None,
-        "float16 layers as the networks have them" if on_gpu else f"float32 on {facts.device_type}",
-    )
-    if on_gpu:
-        settle("graphs", None, "parts of a step replayed as CUDA graphs")
-    tick = settle("tick", *_tick(kimg))
-    settle("snap", max(1, round(kimg / tick / 5)), "ticks between snapshots: about five in this run")
-    if config.metrics not in (None, "none"):
-        settle("metrics", None, "measured while training; a failure is a warning")
-        settle("metrics_kimg", max(tick, kimg / 5), "kimg between measurements: five in this run")
-        settle(
-            "metrics_num",
-            5000 if on_gpu else 1000,
-            "generated pictures: few, so compare only with equal numbers",
-        )
-    settle(
-        "workers",
-        min(4, facts.cpu_count) if on_gpu else 0,
-        "GPU: decode beside it" if on_gpu else "CPU is busy",
-    )
-    return dataclasses.replace(config, **filled), reasons
+def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Reason]]:
+    """Give every option of valid options a value, and return why each that has an effect has its value."""
+    job, why = job_of(asked, facts)
+    reasons = [Reason("recipe", job, why)] if why else []
+    given = asked.given() | {"recipe": job, "resolution": facts.resolution, "channels": facts.channels}
+    name_published = facts.published.name if facts.published else ""
+    run = SimpleNamespace(**vars(facts), job=job, name_published=name_published)
+    for name, value in (vars(asked.with_defaults()) | given).items():
+        setattr(run, name, value)
+    for name in dict.fromkeys(rule.option for rule in RULES):
+        value, why = getattr(asked, name), USER
+        if value is None:
+            value, why = derive(name, run)
+        setattr(run, name, value)
+        if name.startswith("sd_") and name != "sd_weight" and not run.sd_weight:
+            why = "no effect: --sd-weight is 0" if why == USER else ""
+        if why:
+            reasons.append(Reason(name, value, why))
+    if run.metrics != "none":
+        reasons.append(Reason("metrics", run.metrics, USER))
+    return TrainConfig(**{name: getattr(run, name) for name in OPTIONS}), reasons
 
 
-def _settle_architecture(settle: Any, facts: Facts) -> None:
-    settle(
-        "cbase", 32768 if facts.resolution >= 512 or facts.family != "stylegan2" else 16384, "published size"
-    )
-    settle("cmax", 512, "published size")
-    settle("map_depth", 8 if facts.family == "stylegan2" else 2, f"mapping layers of {facts.family}")
-    settle("z_dim", 512, "published size")
-    settle("w_dim", 512, "published size")
+def derive(option: str, run: SimpleNamespace) -> tuple[Any, str]:
+    """Return the value that `RULES` give an option, with the reason and its source."""
+    for rule in RULES:
+        if rule.option == option and (decided := rule.decide(run)) is not None:
+            return decided
+    raise AssertionError(f"no rule gives {option} a value for {run.job}")
 
 
-def _settle_distillation(settle: Any, config: TrainConfig, facts: Facts) -> None:
-    cheap = config.sd_backbone == "l2"
-    settle("sd_backbone", None, "perceptual distance of the self-distillation")
-    settle("sd_teacher", None, "which network the student is held to")
-    if config.sd_teacher_kimg is not None:
-        settle("sd_teacher_kimg", None, "half-life of a teacher of its own")
-    settle(
-        "sd_interval",
-        1 if cheap else 4,
-        "every step: l2 is cheap" if cheap else f"every 4th step, counted four times ({AB})",
-    )
-    settle("sd_resolution", min(facts.resolution, 256), "distances are taken at 256 px or less")
-
-
-def _settle_shape(settle: Any, config: TrainConfig, facts: Facts) -> None:
-    """What changes the networks is listed where it was asked for."""
-    for name in ("resolution", "channels", "classes", "new_d"):
-        if not facts.from_scratch and getattr(config, name):
-            settle(name, None, "")
-
-
-def _gpu_batch(facts: Facts) -> int:
+def _gpu_batch(run: Any) -> int:
     """Images at once on a GPU: the published sizes for 16 GiB, in proportion to its memory."""
-    per_16_gib = (2048 if facts.family == "stylegan3-r" else 4096) // facts.resolution
-    size = max(4, min(32, per_16_gib)) * (facts.gpu_memory_gib or 16) / 16
+    per_16_gib = (2048 if run.family == "stylegan3-r" else 4096) // run.resolution
+    size = max(4, min(32, per_16_gib)) * (run.gpu_memory_gib or 16) / 16
     return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))
-
-
-def _tick(kimg: float) -> tuple[float, str]:
-    if kimg >= 100:
-        return 4.0, "kimg between lines of the log"
-    return kimg / 20, "kimg between lines of the log: twenty in this run"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.config import TrainConfig
+from finetune.config import TrainOptions
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -163,17 +163,17 @@ class TestAB:
 
     def test_records_of_other_defaults_are_not_used(self, modules, monkeypatch):
         ab = modules["ab_distillation"]
-        now = TrainConfig(data="d", resume="r", sd_weight=0.1, sd_interval=2)
+        now = TrainOptions(data="d", resume="r", sd_weight=0.1, sd_interval=2)
         monkeypatch.setattr(ab, "prepare", lambda config: types.SimpleNamespace(config=config))
-        then = dataclasses.asdict(now) | {"sd_interval": 4, "outdir": "elsewhere"}
-        ab.check_same(Path("x"), dataclasses.asdict(now) | {"outdir": "elsewhere"}, now)
+        then = now.to_dict() | {"sd_interval": 4, "outdir": "elsewhere"}
+        ab.check_same(Path("x"), now.to_dict() | {"outdir": "elsewhere"}, now)
         with pytest.raises(SystemExit, match=r"other defaults \(sd_interval 4 → 2\)"):
             ab.check_same(Path("x"), then, now)
         plain = dataclasses.replace(now, sd_weight=0)
         ab.check_same(Path("x"), then | {"sd_weight": 0}, plain)
 
     def test_runs_that_were_ended_early_are_not_kept(self, modules):
-        ab, config = modules["ab_distillation"], TrainConfig(data="d", resume="r", kimg=3.0)
+        ab, config = modules["ab_distillation"], TrainOptions(data="d", resume="r", kimg=3.0)
         result = types.SimpleNamespace(nimg=1504)
         with pytest.raises(SystemExit, match=r"runs/a ended after 1\.504 of 3 kimg; it is not kept"):
             ab.check_whole(result, config, Path("runs/a"))
@@ -191,7 +191,7 @@ class TestAB:
         arms = " ".join(
             f"--arm {arm},batch=4,sd_backbone=l2" for arm in ("plain:sd_weight=0", "sd:sd_weight=1")
         )
-        words = f"""ab --pretrain stylegan2:kimg=0.016,cbase=64,cmax=4,z_dim=4,w_dim=4,map_depth=1,batch=4
+        words = f"""ab --pretrain stylegan2:kimg=0.016,cbase=64,cmax=4,z_dim=4,map_depth=1,batch=4
             --improve {tmp_path}/a.zip --adapt {tmp_path}/a.zip --jobs improve --kimg 0.016 --num 4
             --measurements 1 --metrics random-fid --threads 1 --device cpu --seeds 3
             --work {tmp_path}/work --out {tmp_path}/report.md {arms}"""

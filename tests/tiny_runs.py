@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from finetune.config import TrainConfig
+from finetune.config import TrainOptions
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.progress import Display
 from finetune.train.signals import StopSignal
@@ -21,13 +21,13 @@ from finetune.train.train import Run, train
 
 
 def options(images, tmp_path, family="stylegan2", **changes):
-    tiny = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "w_dim": 8, "map_depth": 2}
+    tiny = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "map_depth": 2}
     if changes.get("resume"):
         tiny, family = {}, None
     short = {"kimg": 0.032, "batch": 4, "tick": 0.016, "snap": 1, "device": "cpu", "workers": 0}
     distil = {"sd_backbone": "l2", "sd_weight": 0.5}
     settings = {"data": str(images(16)), "outdir": str(tmp_path / "runs"), "scratch": family}
-    return TrainConfig(**(settings | tiny | short | distil | changes))
+    return TrainOptions(**(settings | tiny | short | distil | changes))
 
 
 def quiet():
@@ -68,7 +68,7 @@ def train_alone(state, plan, batches, display=None):
     stats = Stats(plan.device, plan.tick_nimg)
     train(
         Run(
-            config=TrainConfig(data=""),
+            config=Mock(on_divergence="stop"),
             state=state,
             plan=plan,
             counters=RunCounters(),

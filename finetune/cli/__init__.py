@@ -18,6 +18,7 @@ import warnings
 
 import click
 
+from finetune.cli.options import offline_option, ops_option
 from finetune.errors import FinetuneError
 from finetune.version import __version__
 from torch_utils.files import WriteError
@@ -106,6 +107,8 @@ def explain(error: Exception) -> CommandFailed:
     epilog="`finetune COMMAND --help` explains one command.",
 )
 @click.version_option(__version__, prog_name="finetune", message="%(prog)s %(version)s")
+@offline_option()
+@ops_option()
 @click.option(
     "--debug", is_flag=True, envvar="FINETUNE_DEBUG", help="Show the traceback when a command fails."
 )

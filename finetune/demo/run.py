@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet
 from finetune.demo import KIMG
 from finetune.device import float32_math, resolve_device
@@ -47,13 +47,12 @@ class DemoResult:
         return all(self.after[name].value < self.before[name].value for name in self.before)
 
 
-def recipe(outdir: Path, checkpoint: Path, images: Path, kimg: float, seed: int) -> TrainConfig:
+def recipe(outdir: Path, checkpoint: Path, images: Path, kimg: float, seed: int) -> TrainOptions:
     """Return the options of the demo: a short run, so small batches, large steps and a fast EMA."""
-    return TrainConfig(
+    return TrainOptions(
         data=str(images),
         outdir=str(outdir / "runs"),
         resume=str(checkpoint),
-        desc="demo",
         recipe="adapt",  # few as the images are, another look needs all of D
         kimg=kimg,
         batch=8,
@@ -127,7 +126,9 @@ def speaker(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def what_is_possible(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, tuple[str, ...]]:
+def what_is_possible(
+    config: TrainOptions, say: Callable[[str], None]
+) -> tuple[TrainOptions, tuple[str, ...]]:
     """Return the run and the metrics for the packages that are installed."""
     try:
         EfficientNetLite0()

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig, target_ratio
+from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
 from finetune.models import Network
-from finetune.recipes import Facts
+from finetune.recipes import RunFacts
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
 from finetune.train.graphs import Graphs
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 R1_INTERVAL = 16
 PATH_INTERVAL = 4
+G_BETA1 = D_BETA1 = 0.0  # as published
+SD_RESOLUTION = 256  # the distance is computed at this many pixels at most
 ADA_SWING_KIMG = {True: 500.0, False: 100.0}  # from scratch; fine-tuning
 # Source: Karras et al. 2021 (2106.12423), appendix: config R from scratch
 BLUR_SIGMA, BLUR_KIMG = 10.0, 200.0
 
 
 def build_state(
-    config: TrainConfig, facts: Facts, checkpoint: Checkpoint | None, device: torch.device
+    config: TrainConfig, facts: RunFacts, checkpoint: Checkpoint | None, device: torch.device
 ) -> TrainState:
     """Build networks (new, or copies of a checkpoint's), their average and the optimizers; draws numbers."""
     if checkpoint is None:
@@ -57,7 +59,7 @@ def build_state(
         opt_D=build_adam(D, rate_D),
         augment_pipe=build_augment_pipe(config, device),
         ada=AdaController(
-            config.p or 0.0,
+            config.p,
             target=config.target if config.aug == "ada" else None,
             swing_kimg=ADA_SWING_KIMG[facts.from_scratch],
         ),
@@ -76,28 +78,26 @@ def use_channels_last(network: torch.nn.Module) -> None:
             module.channels_last = True  # type: ignore[assignment]
 
 
-def learning_rates(config: TrainConfig, facts: Facts) -> tuple[LearningRate, LearningRate]:
+def learning_rates(config: TrainConfig, facts: RunFacts) -> tuple[LearningRate, LearningRate]:
     """Return the learning rates of G and D. With a new D, the warm-up of G begins when G begins."""
-    c = required(config)
     lazy_G = PATH_INTERVAL if facts.family == "stylegan2" else None
-    lazy_D = R1_INTERVAL if c["gamma"] else None
-    warmup, start = (config.lr_warmup_kimg or 0) * 1000, (config.d_warmup_kimg or 0) * 1000
+    lazy_D = R1_INTERVAL if config.gamma else None
+    warmup, start = config.lr_warmup_kimg * 1000, config.d_warmup_kimg * 1000
     return (
-        LearningRate(c["glr"], float(c["g_beta1"] or 0), lazy_G, c["batch"], warmup, start),
-        LearningRate(c["dlr"], 0.0, lazy_D, c["batch"], warmup),
+        LearningRate(config.glr, G_BETA1, lazy_G, config.batch, warmup, start),
+        LearningRate(config.dlr, D_BETA1, lazy_D, config.batch, warmup),
     )
 
 
 def build_plan(
     config: TrainConfig,
-    facts: Facts,
+    facts: RunFacts,
     distance: Distance | None,
     labels: Callable[[int], torch.Tensor],
     device: torch.device,
     group: ProcessGroup = SINGLE,
 ) -> Plan:
     """Collect what stays fixed during training. `distance` None means no self-distillation."""
-    c = required(config)
     rate_G, rate_D = learning_rates(config, facts)
     stylegan2 = facts.family == "stylegan2"
     blurred = facts.from_scratch and facts.family == "stylegan3-r"
@@ -106,24 +106,24 @@ def build_plan(
     if distance is not None:
         distillation = Distillation(
             distance=distance,
-            weight=c["sd_weight"] if target_ratio(c["sd_weight"]) is None else 1.0,
-            ratio=target_ratio(c["sd_weight"]),
-            interval=c["sd_interval"],
-            resolution=c["sd_resolution"],
+            weight=1.0 if config.sd_weight.is_ratio else config.sd_weight.value,
+            ratio=config.sd_weight.value if config.sd_weight.is_ratio else None,
+            interval=config.sd_interval,
+            resolution=SD_RESOLUTION,
             tf32=not force_fp32,
         )
     return Plan(
         device=device,
-        total_nimg=round(c["kimg"] * 1000),
-        batch=c["batch"],
-        batch_gpu=c["batch_gpu"],
-        gamma=c["gamma"],
+        total_nimg=round(config.kimg * 1000),
+        batch=config.batch,
+        batch_gpu=config.batch_gpu,
+        gamma=config.gamma,
         mixing=0.9 if stylegan2 else 0.0,
         r1_interval=R1_INTERVAL,
         path_interval=PATH_INTERVAL if stylegan2 else None,
         path_weight=2.0,
         path_decay=0.01,
-        ema_nimg=c["ema_kimg"] * 1000,
+        ema_nimg=config.ema_kimg * 1000,
         ema_rampup=0.05 if facts.from_scratch else None,
         teacher_nimg=config.sd_teacher_kimg * 1000 if distance and config.sd_teacher_kimg else None,
         blur_sigma=BLUR_SIGMA if blurred else 0.0,
@@ -132,13 +132,13 @@ def build_plan(
         labels=labels,
         rate_G=rate_G,
         rate_D=rate_D,
-        tick_nimg=c["tick"] * 1000,
-        snap_nimg=c["tick"] * 1000 * c["snap"],
+        tick_nimg=config.tick * 1000,
+        snap_nimg=config.tick * 1000 * config.snap,
         seed=config.seed,
         group=group,
         skip_overflow=device.type == "cuda" and not force_fp32,
         graphs=Graphs(device, enabled=config.graphs == "auto" and not blurred),
-        d_warmup_nimg=(config.d_warmup_kimg or 0) * 1000,
+        d_warmup_nimg=config.d_warmup_kimg * 1000,
         # Explicit, so that the teacher (in evaluation mode) convolves in the same order as the student.
         synthesis={
             "noise_mode": "random",
@@ -149,38 +149,37 @@ def build_plan(
     )
 
 
-def new_networks(config: TrainConfig, facts: Facts) -> tuple[torch.nn.Module, torch.nn.Module]:
+def new_networks(config: TrainConfig, facts: RunFacts) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Build networks with random weights, as `--scratch` asks for them."""
-    c = required(config)
     shape = {"c_dim": facts.c_dim, "img_resolution": facts.resolution, "img_channels": facts.channels}
-    size = {"channel_base": c["cbase"], "channel_max": c["cmax"]}
+    size = {"channel_base": config.cbase, "channel_max": config.cmax}
     options: dict[str, Any] = {
-        "mapping_kwargs": {"num_layers": c["map_depth"]},
+        "mapping_kwargs": {"num_layers": config.map_depth},
         "num_fp16_res": 4,
         "conv_clamp": 256,
     }
     if facts.family != "stylegan2":
-        options["magnitude_ema_beta"] = magnitude_beta(c["batch"])
+        options["magnitude_ema_beta"] = magnitude_beta(config.batch)
     if facts.family == "stylegan3-r":
         # 1×1 kernels leave room for twice the channels.
         options |= {"conv_kernel": 1, "use_radial_filters": True}
         options |= {name: value * 2 for name, value in size.items()}
     models = importlib.import_module("finetune.models." + facts.family[:9])
     discriminator = importlib.import_module("finetune.models.stylegan2").Discriminator
-    G = models.Generator(z_dim=c["z_dim"], w_dim=c["w_dim"], **{**shape, **size, **options})
+    G = models.Generator(z_dim=config.z_dim, w_dim=config.z_dim, **{**shape, **size, **options})
     D = discriminator(**shape, **size, num_fp16_res=4, conv_clamp=256)
     return G, D
 
 
 def networks_from(
-    checkpoint: Checkpoint, config: TrainConfig, facts: Facts
+    checkpoint: Checkpoint, config: TrainConfig, facts: RunFacts
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
     """Copy a checkpoint's G, D and G_ema with the recipe's switches; a missing generator is the other one."""
     start: Network = checkpoint.G if checkpoint.G is not None else checkpoint.G_ema
     start_D: Network = checkpoint.D
     changes: dict[str, Any] = {}
     if facts.family != "stylegan2":
-        changes["magnitude_ema_beta"] = magnitude_beta(required(config)["batch"])
+        changes["magnitude_ema_beta"] = magnitude_beta(config.batch)
     half = {"num_fp16_res": 4, "conv_clamp": 256} if config.precision == "fp16" else {}
     if half and not start.synthesis.num_fp16_res:
         changes |= half
@@ -188,13 +187,13 @@ def networks_from(
     G_ema = copy_network(checkpoint.best, changes)
     blocks = start_D.init_kwargs.get("block_kwargs") or {}
     changes = {}
-    if config.scratch is None:  # FreezeD is for checkpoints; a resumed run from scratch keeps its arguments
-        changes["block_kwargs"] = {**blocks, "freeze_layers": config.freezed or 0}
+    if not config.scratch:  # FreezeD is for checkpoints; a resumed run from scratch keeps its arguments
+        changes["block_kwargs"] = {**blocks, "freeze_layers": config.freezed}
     if half and not start_D.init_kwargs.get("num_fp16_res", 4):
         changes |= half
     D = copy_network(start_D, changes)
     layers = facts.num_freezable or 0
-    if (config.freezed or 0) > layers:
+    if config.freezed > layers:
         raise ConfigError(
             f"--freezed {config.freezed}: this discriminator has {layers} layers that can be frozen."
         )
@@ -218,14 +217,9 @@ def build_augment_pipe(config: TrainConfig, device: torch.device) -> torch.nn.Mo
         return None
     from finetune.models.augment import AugmentPipe
 
-    parts = AUGPIPES[config.augpipe or "bgc"]
+    parts = AUGPIPES[config.augpipe]
     settings = {name: value for part in parts for name, value in AUGPIPE_PARTS[part].items()}
     return AugmentPipe(**settings).train().requires_grad_(False).to(device)
-
-
-def required(config: TrainConfig) -> dict[str, Any]:
-    """The fields of a resolved config, for the numbers whose type still allows None."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def magnitude_beta(batch: int) -> float:

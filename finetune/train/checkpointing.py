@@ -7,7 +7,6 @@ carries a CRC-32, which is checked before anything is used.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from finetune.config import TrainConfig, flag
+from finetune.config import TrainConfig, TrainOptions, flag
 from finetune.data import InfiniteLoader
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.train.allocator import freed_at_once
@@ -36,14 +35,18 @@ NAME = re.compile(r"training-state-(\d{6,}\.\d{3})\.pt")
 KEPT = 2  # the newest, and the one before it in case that is damaged
 MAX_ROLLBACKS = 3  # in one run
 
-# Options that may differ on resume, because they change neither a network nor a batch.
+# On resume, options may change that change neither a network nor a batch; the others make another run.
 CHANGEABLE = (
-    "data", "kimg", "tick", "snap", "save_every_min", "keep", "on_divergence", "glr", "dlr", "g_beta1",
-    "lr_warmup_kimg", "gamma", "ema_kimg", "target", "sd_weight", "sd_interval", "sd_resolution",
-    "batch_gpu", "graphs", "workers", "device", "metrics", "metrics_kimg",
-    "metrics_num", "metrics_inception",
+    "data", "kimg", "gamma", "glr", "dlr", "lr_warmup_kimg", "ema_kimg", "target", "sd_weight", "sd_interval",
+    "batch_gpu", "device", "graphs", "workers", "tick", "snap", "keep", "save_every_min", "on_divergence",
+    "metrics", "metrics_num",
 )  # fmt: skip
-IGNORED_ON_RESUME = ("resume", "outdir", "desc", "recipe")
+FIXED = (
+    "mirror", "fit", "cond", "labels", "scratch", "resolution", "channels", "classes", "new_d",
+    "d_warmup_kimg", "cbase", "cmax", "map_depth", "z_dim", "batch", "freezed", "aug", "p", "augpipe",
+    "sd_backbone", "sd_teacher", "sd_teacher_kimg", "precision", "seed",
+)  # fmt: skip
+IGNORED_ON_RESUME = ("resume", "outdir", "recipe")
 
 log = logging.getLogger("finetune.train")
 
@@ -211,35 +214,29 @@ class Checkpointer:
             )
 
 
-def merge_options(asked: TrainConfig, saved: SavedState) -> tuple[TrainConfig, list[str]]:
-    """Return the options of the run with those given now (what is not a default), and what changed.
+def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions, list[str]]:
+    """Return the options of the run with those asked for now, and what changed.
 
     Raises ConfigError that lists what cannot be changed.
     """
     before = TrainConfig.from_json(saved.content["config"])
-    changes: dict[str, Any] = {}
-    problems = []
-    for field in dataclasses.fields(TrainConfig):
-        value, old = getattr(asked, field.name), getattr(before, field.name)
-        default = None if field.default is dataclasses.MISSING else field.default
-        if field.name in IGNORED_ON_RESUME or value in (default, old, ""):
-            continue
-        if field.name in CHANGEABLE:
-            changes[field.name] = value
-        else:
-            problems.append(
-                f"{flag(field.name)} {value}: the run has {old}, and an exact resume cannot change that; "
-                "start a new run from its snapshot instead."
-            )
-    if problems:
+    new = {name: value for name, value in asked.given().items() if value != getattr(before, name)}
+    if problems := [
+        f"{flag(name)} {value}: the run has {getattr(before, name)}, and an exact resume cannot change that; "
+        "start a new run from its snapshot instead."
+        for name, value in new.items()
+        if name in FIXED
+    ]:
         raise ConfigError(problems)
-    config = dataclasses.replace(before, **changes)
-    if config.kimg is not None and saved.nimg >= round(config.kimg * 1000):
+    changes = {name: value for name, value in new.items() if name in CHANGEABLE}
+    kimg = changes.get("kimg", before.kimg)
+    if saved.nimg >= round(kimg * 1000):
         raise ConfigError(
-            f"--resume {saved.path.parent}: the run has seen its {config.kimg:g} kimg; "
+            f"--resume {saved.path.parent}: the run has seen its {kimg:g} kimg; "
             "to continue, give a larger --kimg."
         )
-    return config, [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in changes.items()]
+    lines = [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in changes.items()]
+    return before.as_options(**changes), lines
 
 
 def path_for(run_dir: Path, nimg: int) -> Path:

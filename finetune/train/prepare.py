@@ -16,13 +16,13 @@ from finetune import recipes
 from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
-from finetune.config import TrainConfig, distils
+from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet, scan
 from finetune.device import resolve_device
 from finetune.distributed import SINGLE, ProcessGroup, init
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
-from finetune.recipes import Facts, Reason
+from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot, published_for
 from finetune.train import validation
 from finetune.train.build import build_plan, build_state
@@ -36,13 +36,14 @@ from finetune.train.state import Plan, TrainState, unpack_network
 class Origin:
     """Where a run starts: random weights (no checkpoint), a checkpoint, or a saved state of the run.
 
-    shape: the options with which data and networks are compared; a resumed run repeats no surgery. place:
-    where it writes. source: provenance of the checkpoint that the run first started from. lines: to print.
+    options: those that the run is resolved from. shape: the options, with constant defaults, with which data
+    and networks are compared; a resumed run repeats no surgery. place: where it writes. source: provenance of
+    the checkpoint that the run first started from. lines: to print.
     """
 
-    config: TrainConfig
+    options: TrainOptions
     checkpoint: Checkpoint | None
-    shape: TrainConfig
+    shape: TrainOptions
     place: Path
     source: dict | None
     lines: tuple[str, ...]
@@ -56,7 +57,7 @@ class Prepared:
     """A run in which everything has been checked and built, and that can start."""
 
     config: TrainConfig
-    facts: Facts
+    facts: RunFacts
     reasons: list[Reason]
     origin: Origin
     image_set: ImageSet
@@ -66,39 +67,39 @@ class Prepared:
     operations: list[Operation]
 
 
-def prepare(config: TrainConfig, console: Console | None = None) -> Prepared:
+def prepare(options: TrainOptions, console: Console | None = None) -> Prepared:
     """Check options, weights of the backbone, checkpoint and data; resolve all defaults; build the networks.
 
     Raises FinetuneError before anything is written if something does not fit.
     """
     with (console or Console(quiet=True)).status("Checking …") as status:
-        return _prepare(config, lambda text: status.update(text))
+        return _prepare(options, lambda text: status.update(text))
 
 
-def _prepare(asked: TrainConfig, tell: Callable[[str], None]) -> Prepared:
+def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
     origin = find_origin(asked, tell)
-    config, checkpoint = origin.config, origin.checkpoint
-    group, device = init(resolve_device(config.device))
-    if config.batch and config.batch % group.world_size:
-        raise ConfigError(f"--batch {config.batch}: must be a multiple of the {group.world_size} processes.")
-    image_set, facts, notes = read_data(origin.shape, checkpoint, device, tell, group)
-    facts = replace(facts, from_scratch=config.scratch is not None, num_processes=group.world_size)
+    shape, checkpoint = origin.shape, origin.checkpoint
+    group, device = init(resolve_device(shape.device or "auto"))
+    if shape.batch and shape.batch % group.world_size:
+        raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
+    image_set, facts, notes = read_data(shape, checkpoint, device, tell, group)
+    facts = replace(facts, from_scratch=bool(shape.scratch), num_processes=group.world_size)
     # After the checks that are quick: these may be half a gigabyte to download.
-    if config.sd_weight is None or distils(config.sd_weight):  # no recipe goes without
-        tell(f"Checking the weights of {config.sd_backbone} …")
-        ensure_weights(config.sd_backbone, tell)
-    validation.ensure_weights(config, tell)
+    if shape.sd_weight is None or shape.sd_weight:  # every recipe has a weight above 0
+        tell(f"Checking the weights of {shape.sd_backbone} …")
+        ensure_weights(str(shape.sd_backbone), tell)
+    validation.ensure_weights(shape, tell)
     tell("Building the networks …")
     operations: list[Operation] = []
     if checkpoint is not None:
         if facts.resolution == cast(Any, checkpoint.best).img_resolution:
             # Published settings are those of a resolution.
             facts = replace(facts, published=published_for(checkpoint.provenance))
-        shape = origin.shape
-        wanted = TargetShape(facts.c_dim, shape.classes, shape.channels, shape.resolution, shape.new_d)
-        checkpoint, operations = operate(checkpoint, wanted, config.seed)
+        classes, new_d = shape.classes or None, bool(shape.new_d)
+        wanted = TargetShape(facts.c_dim, classes, shape.channels, shape.resolution, new_d)
+        checkpoint, operations = operate(checkpoint, wanted, shape.seed or 0)
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
-    config, reasons = recipes.resolve(config, facts)
+    config, reasons = recipes.resolve(origin.options, facts)
     check_batch(config, facts)
 
     torch.manual_seed(config.seed)
@@ -120,47 +121,47 @@ def _prepare(asked: TrainConfig, tell: Callable[[str], None]) -> Prepared:
     return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, operations)
 
 
-def find_origin(config: TrainConfig, tell: Callable[[str], None]) -> Origin:
+def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
     """Open what `--resume` names. Raises FinetuneError if it cannot be used."""
-    saved = find_state(Path(config.resume).expanduser()) if config.resume else None
+    saved = find_state(Path(asked.resume).expanduser()) if asked.resume else None
     if saved is not None:
-        config, changes = merge_options(config, saved)
-        check_options(config)
+        options, changes = merge_options(asked, saved)
+        check_options(asked, options)
         checkpoint = checkpoint_of(saved)
         changed = "Changed: " + "; ".join(changes) if changes else "All options as before."
         lines = (*saved.skipped, f"Resuming after {saved.nimg / 1000:g} kimg, from {saved.path}.", changed)
-        shape = without_surgery(config, checkpoint)
+        shape = replace(options, classes=None, new_d=False)  # the networks have their shape already
         place, source = saved.path.parent, saved.content["source"]
         return Origin(
-            config, checkpoint, shape, place, source, lines, saved, saved.nimg, prints_reasons=False
+            options, checkpoint, shape, place, source, lines, saved, saved.nimg, prints_reasons=False
         )
-    check_options(config)
-    if config.resume is None:
-        return Origin(config, None, config, Path(config.outdir), None, ())
-    tell(f"Loading {config.resume} …")
-    checkpoint = load_for_training(config.resume, new_d=config.new_d)
+    check_options(asked, asked)
+    shape = asked.with_defaults()
+    place = Path(shape.outdir or "")
+    if not asked.resume:
+        return Origin(asked, None, shape, place, None, ())
+    tell(f"Loading {asked.resume} …")
+    checkpoint = load_for_training(asked.resume, new_d=bool(asked.new_d))
     line = "Loaded weights only; optimizer, ADA and EMA state are reset."
     if missing := [name for name in checkpoint.missing if name in ("G", "G_ema")]:
         line += f" The file has no {missing[0]}; the other generator is used in its place."
-    source = checkpoint.provenance.to_dict()
-    return Origin(config, checkpoint, config, Path(config.outdir), source, (line,))
+    return Origin(asked, checkpoint, shape, place, checkpoint.provenance.to_dict(), (line,))
 
 
-def check_options(config: TrainConfig) -> None:
-    """Raise ConfigError for options that cannot work, as far as that needs no file."""
-    config.validate()
-    device = resolve_device(config.device)
-    if config.precision in ("tf32", "fp16") and device.type != "cuda":
+def check_options(asked: TrainOptions, run: TrainOptions) -> None:
+    """Raise ConfigError for options that cannot work in a run, as far as that needs no file."""
+    asked.validate(run)
+    device = resolve_device(run.device or "auto")
+    if run.precision in ("tf32", "fp16") and device.type != "cuda":
         raise ConfigError(
-            f"--precision {config.precision}: this needs CUDA, the device is {device}; use --precision auto."
+            f"--precision {run.precision}: this needs CUDA, the device is {device}; use --precision auto."
         )
-    validation.names_of(config)
+    validation.names_of(run)
 
 
-def check_batch(config: TrainConfig, facts: Facts) -> None:
+def check_batch(config: TrainConfig, facts: RunFacts) -> None:
     """Raise ConfigError if the batch cannot be split among ranks and micro-batches."""
-    config.validate()
-    batch, batch_gpu, world_size = config.batch or 1, config.batch_gpu or 1, facts.num_processes
+    batch, batch_gpu, world_size = config.batch, config.batch_gpu, facts.num_processes
     if batch % (batch_gpu * world_size):
         raise ConfigError(
             f"--batch-gpu {batch_gpu}: {batch} images on {world_size} ranks do not split into micro-batches "
@@ -184,19 +185,6 @@ def checkpoint_of(saved: SavedState) -> Checkpoint:
         raise CheckpointError(f"{saved.path} does not hold G, D and G_ema")
     provenance = Provenance(source=saved.path.name, sha256="", size=0, generation="finetune")
     return Checkpoint(**networks, augment_pipe=None, training_set_kwargs={}, provenance=provenance)
-
-
-def without_surgery(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """Return options that ask for the shape which the networks of a resumed run have already."""
-    network: Any = checkpoint.best
-    return replace(
-        config,
-        resolution=network.img_resolution,
-        channels=network.img_channels,
-        cond=network.c_dim > 0,
-        classes=None,
-        new_d=False,
-    )
 
 
 def _without_d(checkpoint: Checkpoint) -> str:
@@ -243,70 +231,76 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
 
 
 def read_data(
-    config: TrainConfig,
+    options: TrainOptions,
     checkpoint: Checkpoint | None,
     device: torch.device,
     tell: Callable[[str], None],
     group: ProcessGroup = SINGLE,
-) -> tuple[ImageSet, Facts, list[str]]:
+) -> tuple[ImageSet, RunFacts, list[str]]:
     """Scan the data and compare it with the network; return the image set, facts of the run, and notes."""
-    group_size = Facts.group_size
-    family, resolution, channels = config.scratch, config.resolution, config.channels or 3
-    cond = True if config.labels == "folders" else config.cond
+    group_size = RunFacts.group_size
+    family, resolution, channels = options.scratch or "", options.resolution or 0, options.channels or 3
+    data, labels_from, mirror, seed = (
+        str(options.data),
+        str(options.labels),
+        bool(options.mirror),
+        options.seed or 0,
+    )
+    cond = True if labels_from == "folders" else options.cond
     use_labels, num_classes = bool(cond), None
     if checkpoint is not None:
         G: Any = checkpoint.best
-        if checkpoint.D is not None and not config.new_d:
+        if checkpoint.D is not None and not options.new_d:
             group_size = group_size_of(checkpoint.D)
         family = checkpoint.family
-        resolution, channels = config.resolution or G.img_resolution, config.channels or G.img_channels
+        resolution, channels = options.resolution or G.img_resolution, options.channels or G.img_channels
         use_labels = G.c_dim > 0 if cond is None else cond
-        # With --classes, or where labels are new, the pictures say how many classes there shall be.
-        num_classes = G.c_dim if use_labels and config.classes is None and G.c_dim else None
-        if config.classes and not use_labels:
+        # With --classes, or where labels are new, the images say how many classes there shall be.
+        num_classes = G.c_dim if use_labels and not options.classes and G.c_dim else None
+        if options.classes and not use_labels:
             raise ConfigError(
-                f"--classes {config.classes}: the checkpoint has no classes; use --cond to begin with those "
-                "of the pictures."
+                f"--classes {options.classes}: the checkpoint has no classes; use --cond to begin with those "
+                "of the images."
             )
     notes: list[str] = []
     if group.is_first:
         with suggest_label_options(num_classes):
             found = scan(
-                config.data,
+                data,
                 resolution=resolution,
-                fit=config.fit,
+                fit=options.fit,
                 use_labels=use_labels,
-                labels_from=config.labels,
+                labels_from=labels_from,
                 num_classes=num_classes,
-                workers=config.workers,
-                progress=lambda done, total: tell(f"Looking at pictures: {done} of {total}"),
+                workers=options.workers,
+                progress=lambda done, total: tell(f"Reading images: {done} of {total}"),
             )
             found.raise_for_problems()
         notes = [*found.notes, *found.against(channels)]
         if checkpoint is not None and cond is None and not use_labels and found.has_labels:
             notes.append(
-                "The pictures have labels and the checkpoint has no classes: they are not used. --cond gives "
-                "it those of the pictures."
+                "The images have labels and the checkpoint has no classes: they are not used. --cond gives "
+                "it those of the images."
             )
     group.barrier("the scan of the data")
     image_set = ImageSet(
-        config.data,
+        data,
         resolution=resolution,
         channels=channels,
-        fit=config.fit,
+        fit=options.fit,
         use_labels=use_labels,
-        labels_from=config.labels,
+        labels_from=labels_from,
         num_classes=num_classes,
-        mirror=config.mirror,
-        seed=config.seed,
+        mirror=mirror,
+        seed=seed,
     )
     c_dim = image_set.num_classes if use_labels else 0
-    facts = Facts(
+    facts = RunFacts(
         family=family,
         resolution=resolution,
         channels=channels,
         c_dim=c_dim,
-        num_images=len(image_set) // (2 if config.mirror else 1),
+        num_images=len(image_set) // (2 if mirror else 1),
         device_type=device.type,
         cpu_count=os.cpu_count() or 1,
         from_scratch=checkpoint is None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import logging
@@ -47,8 +46,8 @@ def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Mo
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{what}: nothing can be written to {place}; choose another folder.")
     size = size_of(networks)
-    between = (config.tick or 1) * (config.snap or 1)  # kimg
-    needed = size * max(1, math.ceil(((config.kimg or 0) - nimg / 1000) / between))
+    between = config.tick * config.snap  # kimg
+    needed = size * max(1, math.ceil((config.kimg - nimg / 1000) / between))
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
@@ -110,8 +109,8 @@ class RunDir:
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the run before it was resumed
         self.written: dict[str, int] = {}  # snapshot -> images seen
-        spacing = (config.tick or 0) * (config.snap or 0)
-        self.decimals = 0 if spacing >= 1 and float(config.kimg or 0).is_integer() else 3
+        spacing = config.tick * config.snap
+        self.decimals = 0 if spacing >= 1 and float(config.kimg).is_integer() else 3
         self.board = Board(path if self.is_writable else None)
         if self.is_writable:
             (path / "config.json").write_text(config.to_json(), encoding="utf-8")
@@ -174,8 +173,8 @@ class RunDir:
         self._write(path, state)
         return path
 
-    def keep_newest(self, count: int | None) -> None:
-        """Delete the oldest snapshots of this run, and their sheets, until there are `count` (None: all)."""
+    def keep_newest(self, count: int) -> None:
+        """Delete the oldest snapshots of this run, and their sheets, until there are `count` (0: all)."""
         for name in sorted(self.written, key=lambda name: -self.written[name])[count:] if count else ():
             stem = name.removeprefix("network-snapshot-").removesuffix(".pkl")
             for path in (self.path / name, self.path / f"fakes{stem}.png"):
@@ -257,7 +256,7 @@ class NullRunDir(RunDir):
     def write_fakes(self, G_ema: Network, stem: str) -> None:
         pass
 
-    def keep_newest(self, count: int | None) -> None:
+    def keep_newest(self, count: int) -> None:
         pass
 
     def drop_later_lines(self, nimg: int) -> None:
@@ -275,7 +274,7 @@ class NullRunDir(RunDir):
 
 def public_options(config: TrainConfig) -> dict:
     """Return the options that travel with a checkpoint; paths are reduced to their basename."""
-    options = dataclasses.asdict(config)
+    options = config.to_dict()
     del options["outdir"]
     return options | {name: Path(options[name]).name for name in ("data", "resume") if options[name]}
 

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from rich.console import Console
 
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, TrainOptions
 from finetune.data import build_loader
 from finetune.device import training_math
 from finetune.train import steps
@@ -57,14 +57,14 @@ class Run:
     stop: StopSignal
 
 
-def run(config: TrainConfig, *, console: Console | None = None) -> RunResult:
-    """Train with the options of `config` and return the result.
+def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
+    """Train as `options` ask and return the result.
 
     Raises FinetuneError before anything is written if something does not fit; KeyboardInterrupt, after the
     snapshot is safe, if the run was asked to stop.
     """
     console = console if console is not None else Console()
-    prepared = prepare(config, console)
+    prepared = prepare(options, console)
     show(prepared, console)
     return start(prepared, console=console)
 
@@ -113,7 +113,6 @@ def new_run_dir(prepared: Prepared) -> Path:
     """Make the next run folder on rank 0, and return it on all ranks."""
     config, group = prepared.config, prepared.plan.group
     desc = f"{prepared.image_set.name}-{prepared.facts.family}-{prepared.facts.resolution}"
-    desc = f"{desc}-{config.desc}" if config.desc else desc
     made = make_run_dir(config.outdir, desc) if group.is_first else None
     return cast(Path, group.broadcast_object(made, "making the run folder"))
 
@@ -131,7 +130,7 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
     batches = build_loader(
         image_set,
         plan.batch // group.world_size,
-        workers=config.workers or 0,
+        workers=config.workers,
         seed=config.seed,
         device=plan.device,
         rank=group.rank,

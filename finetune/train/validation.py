@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
@@ -21,25 +20,20 @@ from finetune.train.stats import Stats
 log = logging.getLogger("finetune.train")
 
 
-def names_of(config: TrainConfig) -> tuple[str, ...]:
+def names_of(options: TrainConfig | TrainOptions) -> tuple[str, ...]:
     """Return the metrics of `--metrics`, () for none. Raises ConfigError for unknown ones."""
-    if config.metrics in (None, "none"):
+    if options.metrics in (None, "none"):
         return ()
-    return check_names([name.strip() for name in str(config.metrics).split(",") if name.strip()])
+    return check_names([name.strip() for name in str(options.metrics).split(",") if name.strip()])
 
 
-def ensure_weights(config: TrainConfig, tell: Callable[[str], None]) -> None:
+def ensure_weights(options: TrainOptions, tell: Callable[[str], None]) -> None:
     """Download what the metrics of a run need, before it starts. Raises WeightsMissing, ConfigError."""
-    ensure_metric_weights(names_of(config), inception_of(config), tell)
-
-
-def inception_of(config: TrainConfig) -> Path | None:
-    """Return the file of `--metrics-inception`, None for the one that is downloaded."""
-    return Path(config.metrics_inception) if config.metrics_inception else None
+    ensure_metric_weights(names_of(options), None, tell)
 
 
 class Validation:
-    """Measures G_ema every `metrics_kimg` and at the end. A failure is a warning; training continues.
+    """Measures G_ema when a snapshot is due and at the end. A failure is a warning; training continues.
 
     All ranks of `group` take part in each measurement and get the same numbers, or None.
     """
@@ -55,7 +49,7 @@ class Validation:
         self.group = group
         self.names = names_of(config)
         self.config, self.image_set, self.device, self.tell = config, image_set, device, tell
-        self.interval_nimg = (config.metrics_kimg or 0) * 1000
+        self.interval_nimg = config.tick * 1000 * config.snap
         self._evaluation: Evaluation | None = None
 
     def is_due(self, stats: Stats, nimg: int, *, is_end: bool) -> bool:
@@ -71,13 +65,12 @@ class Validation:
                     self.image_set,
                     self.names,
                     device=self.device,
-                    workers=self.config.workers or 0,
+                    workers=self.config.workers,
                     cache=True,
-                    inception=inception_of(self.config),
                     tell=self.tell,
                     group=self.group,
                 )
-            num = self.config.metrics_num or 1000
+            num = self.config.metrics_num
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
         except Exception as error:  # whatever it is, training continues
             what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__

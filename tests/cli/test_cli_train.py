@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from finetune.cli import cli
-from finetune.cli.train import command
-from finetune.config import TrainConfig, flag
+from finetune.cli.train import GROUPS, command
+from finetune.config import OPTIONS, TrainConfig, TrainOptions, flag
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +40,39 @@ SCRATCH = (
     8,
     "--z-dim",
     8,
-    "--w-dim",
-    8,
 )
 SHORT = ("--kimg", 0.008, "--batch", 4, "--tick", 0.004, "--sd-backbone", "l2", "--device", "cpu")
 
 
 def test_every_option_is_a_field_and_every_field_an_option():
     names = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
-    assert names.keys() - {"dry_run", "ops", "offline", "gpus"} == set(TrainConfig.__dataclass_fields__)
-    for name, field in TrainConfig.__dataclass_fields__.items():
+    assert names.keys() - {"dry_run", "gpus"} == set(TrainOptions.__dataclass_fields__)
+    assert list(TrainOptions.__dataclass_fields__) == list(TrainConfig.__dataclass_fields__)
+    for name in OPTIONS:
         assert flag(name) in names[name].opts
         assert not names[name].required
-        if name != "data":
-            assert names[name].default == field.default
 
 
-def test_help_explains_every_option():
+def test_an_option_that_is_not_given_is_none():
+    context = command.make_context("train", [])
+    assert {context.params[name] for name in OPTIONS} == {None}
+
+
+def test_train_has_at_most_50_options():
+    assert len(command.params) <= 50
+
+
+def test_help_states_every_option_with_its_default_in_a_group():
     result = call("--help")
     assert result.exit_code == 0
-    assert all(flag(name) in result.output for name in TrainConfig.__dataclass_fields__)
+    headings = [line[:-1] for line in result.output.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings == [*GROUPS, "Other"]
+    context = command.make_context("train", [])
+    texts = {each.name: each.get_help_record(context)[1] for each in command.params}
+    for name, option in OPTIONS.items():
+        assert flag(name) in result.output and texts[name].startswith(option.help)
+        is_stated = "[default: " in texts[name] or "[required " in texts[name]
+        assert is_stated == (name not in ("resume", "scratch", "new_d"))
 
 
 def test_a_dry_run_shows_the_table_and_writes_nothing(pictures, tmp_path):
@@ -71,10 +84,10 @@ def test_a_dry_run_shows_the_table_and_writes_nothing(pictures, tmp_path):
 
 
 def test_a_run_prints_plain_lines_and_says_what_to_do_next(pictures, tmp_path):
-    result = call(*SCRATCH, *SHORT, "--data", pictures, "--outdir", tmp_path / "runs", "--desc", "dots!")
+    result = call(*SCRATCH, *SHORT, "--data", pictures, "--outdir", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name == "00000-dots-stylegan2-16-dots"
+    assert run_dir.name == "00000-dots-stylegan2-16"
     ticks = [line for line in result.output.splitlines() if "img/s" in line]
     assert len(ticks) == 2 and all("left" in line and " SD " in line and " G " in line for line in ticks)
     assert f"finetune generate --network {run_dir / 'network-snapshot-000000.008.pkl'}" in result.output

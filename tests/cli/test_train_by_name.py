@@ -45,9 +45,11 @@ def images(tmp_path_factory):
     return folder
 
 
-def train(network, images, *arguments):
+def train(network, images, *arguments, offline=False):
     size = 64 if KINDS.get(network, "").endswith("64-cond") else 32
     options = ["train", "--resume", network, "--data", images / f"{size}.zip", "--sd-backbone", "l2"]
+    if offline:
+        options = ["--offline", *options]
     return CliRunner().invoke(cli, [str(word) for word in (*options, "--device", "cpu", *arguments, "-n")])
 
 
@@ -83,7 +85,7 @@ def test_the_recipe_of_a_public_checkpoint(server, name, images, tmp_path):
     assert not (tmp_path / "runs").exists()
     published = identify.published(entry)
     for recipe, which in (("few-shot", "finetune"), ("improve", "trained")):
-        result = train(name, images, "--recipe", recipe, "--offline")
+        result = train(name, images, "--recipe", recipe, offline=True)
         assert result.exit_code == 0 and "Fetching" not in result.output, result.output
         rows = table(result.stdout)
         assert {"gamma", "glr", "dlr", "batch", "ema-kimg", "freezed", "sd-weight", "aug"} <= rows.keys()
@@ -115,6 +117,6 @@ def test_a_name_that_is_nearly_right(server, images):
 
 
 def test_offline_nothing_is_asked_for(server, images):
-    result = train("ffhq-256-stylegan2", images, "--offline")
+    result = train("ffhq-256-stylegan2", images, offline=True)
     assert result.exit_code == 2 and server.requests == []
     assert "is not on this machine" in result.stderr and "add-file" in result.stderr

@@ -122,7 +122,7 @@ def test_ten_thousand_tiny_files(tmp_path, monkeypatch, capsys):
 
 
 TRAIN = (
-    "--scratch stylegan2 --resolution 16 --cbase 128 --cmax 8 --z-dim 8 --w-dim 8 --map-depth 2 --batch 4 "
+    "--scratch stylegan2 --resolution 16 --cbase 128 --cmax 8 --z-dim 8 --map-depth 2 --batch 4 "
     "--sd-backbone l2 --device cpu --workers 2 --tick 0.02 --snap 1"
 ).split()
 # `finetune train`, with the workers that a set of this size would not get.

@@ -46,6 +46,8 @@ TIMES = ("sec", "img_per_sec", "sec_per_phase", "memory_gib")  # keys of the log
 EVENT = ("event", "nimg", "step", "number", "lr_G", "lr_D")  # keys of an event that are compared
 
 TINY = {"cbase": 128, "cmax": 8, "z_dim": 8, "w_dim": 8, "map_depth": 2}
+# Options that 55a9cab needs and later checkouts do not have: w has as many dimensions as z.
+REMOVED = ("w_dim",)
 COMMON = {
     "batch": BATCH, "kimg": STEPS * BATCH / 1000, "tick": 8 * BATCH / 1000, "snap": 100, "device": "cpu",
     "workers": 0, "seed": 3, "save_every_min": 0, "sd_backbone": "l2", "sd_weight": 0.5,
@@ -142,6 +144,8 @@ def train(checkout: Path, runs: list[dict[str, Any]], work: Path, outdir: Path) 
         else:
             (run_dir,) = outdir.iterdir()
             options["resume"] = str(run_dir)
+        fields = (checkout / "finetune" / "config.py").read_text(encoding="utf-8")
+        options = {name: options[name] for name in options if name not in REMOVED or f" {name}: " in fields}
         if options.pop("gpus", 1) > 1:  # through the launcher, which starts `python -m finetune`
             command = [sys.executable, "-m", "finetune", "train", *words(options), "--gpus", "2"]
         else:

@@ -34,7 +34,7 @@ STEPS = int(os.environ.get("STRESS_STEPS", "2000"))
 ALLOWED_KIB = 512  # a 1,000 steps, all processes together
 BATCH, TICK_STEPS, SAVE_STEPS = 4, 20, 200
 TINY = (
-    "--scratch stylegan2 --resolution 64 --cbase 256 --cmax 16 --z-dim 16 --w-dim 16 --map-depth 2 --aug ada "
+    "--scratch stylegan2 --resolution 64 --cbase 256 --cmax 16 --z-dim 16 --map-depth 2 --aug ada "
     "--target 0 "  # so that p rises at once, and the pipe has something to do
     "--sd-backbone l2 --sd-weight 0.1 --sd-interval 2 --device cpu --workers 2 --keep 2"
 ).split()

@@ -1,6 +1,5 @@
 """A run that is stopped goes on as if nothing had happened: bit for bit; and what it says where it cannot."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from tiny_runs import after_each_step, options, quiet
 
-from finetune.config import TrainConfig
+from finetune.config import OPTIONS, TrainOptions
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.train import checkpointing, prepare, run
 from finetune.train.divergence import DivergenceMonitor
@@ -78,7 +77,7 @@ def test_stopped_runs_end_as_if_they_had_not_been(family, images, tmp_path, monk
     # 20 images are 5 steps: inside the intervals of R1 (16), path length (4), ADA (4) and a tick (4).
     run_dir = run_until(config, 20, monkeypatch)
     assert state_of(run_dir)["nimg"] == 20
-    again = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir))
+    again = TrainOptions(resume=str(run_dir))
     run_until(again, 52, monkeypatch)
     result = run(again, console=quiet())
     assert result.run_dir == run_dir and result.nimg == 96
@@ -100,7 +99,7 @@ def test_a_teacher_of_its_own_and_rates_that_are_changed(images, tmp_path, monke
     content = state_of(run_dir)
     assert "teacher" in content["networks"]
     console = Console(file=io.StringIO(), width=200)
-    prepared = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), glr=0.001, kimg=0.04))
+    prepared = prepare(TrainOptions(resume=str(run_dir), glr=0.001, kimg=0.04))
     show(prepared, console)
     said = console.file.getvalue()
     assert "Resuming after 0.008 kimg" in said
@@ -111,18 +110,23 @@ def test_a_teacher_of_its_own_and_rates_that_are_changed(images, tmp_path, monke
     assert prepared.plan.total_nimg == 40
 
 
+def test_every_option_may_change_on_resume_or_may_not():
+    lists = (checkpointing.CHANGEABLE, checkpointing.FIXED, checkpointing.IGNORED_ON_RESUME)
+    assert sorted(itertools.chain(*lists)) == sorted(OPTIONS)
+
+
 class TestRefused:
     def test_options_that_make_another_run(self, images, tmp_path, monkeypatch):
         run_dir = run_until(options(images, tmp_path), 8, monkeypatch)
-        asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), batch=8, seed=5)
+        asked = TrainOptions(resume=str(run_dir), batch=8, seed=5)
         with pytest.raises(ConfigError, match=r"(?s)--batch 8: the run has 4.*--seed 5: the run has 0"):
             prepare(asked)
 
     def test_a_run_that_is_over(self, images, tmp_path):
         result = run(options(images, tmp_path), console=quiet())
         with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to continue, give a larger --kimg"):
-            prepare(dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir)))
-        more = dataclasses.replace(TrainConfig(data=""), resume=str(result.run_dir), kimg=0.036)
+            prepare(TrainOptions(resume=str(result.run_dir)))
+        more = TrainOptions(resume=str(result.run_dir), kimg=0.036)
         assert run(more, console=quiet()).nimg == 36
 
     def test_other_images(self, images, tmp_path, monkeypatch):
@@ -131,7 +135,7 @@ class TestRefused:
         with zipfile.ZipFile(images(16)) as archive, zipfile.ZipFile(other, "w") as copy:
             for name in archive.namelist()[1:]:
                 copy.writestr(name, archive.read(name))
-        asked = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), data=str(other))
+        asked = TrainOptions(resume=str(run_dir), data=str(other))
         with pytest.raises(ConfigError, match="these are not the images of the run"):
             run(asked, console=quiet())
 
@@ -241,7 +245,7 @@ class TestSaving:
 
     def test_snapshots_that_are_kept_and_the_best(self, images, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-        metrics = dict(metrics="random-fid", metrics_num=4, metrics_kimg=0.016)
+        metrics = dict(metrics="random-fid", metrics_num=4)
         result = run(options(images, tmp_path, kimg=0.064, keep=2, **metrics), console=quiet())
         names = sorted(path.name for path in result.run_dir.glob("*.pkl"))
         assert names == ["network-best.pkl"] + [f"network-snapshot-000000.0{n}.pkl" for n in (48, 64)]

@@ -1,6 +1,5 @@
 """Disks that are full or turn read-only under a run: what was saved stays whole. Needs the right to mount."""
 
-import dataclasses
 import io
 import subprocess
 
@@ -9,7 +8,7 @@ import torch
 from rich.console import Console
 from tiny_runs import after_each_step, options, quiet
 
-from finetune.config import TrainConfig
+from finetune.config import TrainOptions
 from finetune.errors import TrainingError
 from finetune.train import checkpointing, run
 
@@ -72,7 +71,7 @@ def test_a_full_disk_costs_saves_and_nothing_that_was_saved(images, disk, monkey
     assert whole_states(place) == [16, 0]
     filled.unlink()
     (run_dir,) = (place / "runs").iterdir()
-    assert run(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir)), console=quiet()).nimg == 64
+    assert run(TrainOptions(resume=str(run_dir)), console=quiet()).nimg == 64
 
 
 def test_a_disk_that_turns_read_only(images, disk, monkeypatch):

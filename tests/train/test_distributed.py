@@ -16,10 +16,10 @@ import torch
 from tiny_runs import options, quiet
 from tolerances import PROCESSES
 
-from finetune.config import TrainConfig, flag
+from finetune.config import TrainOptions, flag
 from finetune.distributed import SINGLE, ProcessGroup, init, timeout_min
 from finetune.errors import ConfigError
-from finetune.recipes import Facts, resolve
+from finetune.recipes import RunFacts, resolve
 from finetune.train import checkpointing, prepare, run
 from finetune.train.progress import Display
 from finetune.train.steps import reseed
@@ -36,7 +36,7 @@ SHARED = dict(
 def words(config):
     """The options of a config as a command line has them."""
     found = []
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(TrainOptions):
         value = getattr(config, field.name)
         if value is None or value == field.default:
             continue
@@ -105,7 +105,7 @@ def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(i
     # The state of two goes on in one process as that of one does.
     for name in ("one", "two"):
         (run_dir,) = (tmp_path / name).iterdir()
-        longer = dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.024)
+        longer = TrainOptions(resume=str(run_dir), kimg=0.024)
         run(longer, console=quiet())
     assert_alike(state_in(tmp_path / "one"), state_in(tmp_path / "two"))
 
@@ -137,7 +137,7 @@ def test_images_that_other_processes_replaced_count_and_are_counted_once(images,
 
     # The first process goes on with the count of all, the others with none.
     for rank, expected in ((0, 5), (1, 0)):
-        again = prepare(dataclasses.replace(TrainConfig(data=""), resume=str(run_dir), kimg=0.04))
+        again = prepare(TrainOptions(resume=str(run_dir), kimg=0.04))
         plan = dataclasses.replace(again.plan, group=ReadOnly(rank, 2))
         resumed = open_run(dataclasses.replace(again, plan=plan), Display(quiet(), 40))
         assert resumed.batches.unreadable == expected
@@ -149,7 +149,7 @@ def test_the_state_of_one_goes_on_in_two(family, images, tmp_path):
     for name in ("one", "two"):
         run(options(images, tmp_path, family, **SHARED, outdir=str(tmp_path / name)), console=quiet())
     (first,), (second,) = (tmp_path / "one").iterdir(), (tmp_path / "two").iterdir()
-    run(dataclasses.replace(TrainConfig(data=""), resume=str(first), kimg=0.024), console=quiet())
+    run(TrainOptions(resume=str(first), kimg=0.024), console=quiet())
     code, said = done("--resume", second, "--kimg", 0.024, "--gpus", 2)
     assert code == 0, said
     assert_alike(state_in(tmp_path / "one"), state_in(tmp_path / "two"))
@@ -311,14 +311,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     "world, batch, part", [(1, 32, 32), (2, 32, 16), (3, 36, 12), (8, 32, 4), (16, 64, 4)]
 )
 def test_a_batch_that_all_processes_can_share(world, batch, part):
-    facts = Facts("stylegan2", 64, 3, 0, 5000, "cpu", 2, False, num_processes=world)
-    config, _ = resolve(TrainConfig(data="x", resume="y"), facts)
+    facts = RunFacts("stylegan2", 64, 3, 0, 5000, "cpu", 2, False, num_processes=world)
+    config, _ = resolve(TrainOptions(data="x", resume="y"), facts)
     assert (config.batch, config.batch_gpu) == (batch, part)
 
 
 @pytest.mark.slow
 def test_metrics_are_those_of_one_process(images, tmp_path):
-    metrics = dict(metrics="random-fid", metrics_num=16, metrics_kimg=0.008)
+    metrics = dict(metrics="random-fid", metrics_num=16)
     lines = {}
     for name, more in (("one", ()), ("two", ("--gpus", 2))):
         config = options(images, tmp_path, **SHARED, **metrics, outdir=str(tmp_path / name))

@@ -5,14 +5,19 @@ import dataclasses
 import pytest
 
 from finetune import recipes
-from finetune.config import RECIPES, TrainConfig
+from finetune.config import OPTIONS, RECIPES, TrainOptions
 
-BASE = recipes.Facts("stylegan2", 256, 3, 0, 5000, "cpu", 2, from_scratch=False, num_freezable=19)
+BASE = recipes.RunFacts("stylegan2", 256, 3, 0, 5000, "cpu", 2, from_scratch=False, num_freezable=19)
 FFHQ = recipes.Published("stylegan3-t-ffhq-1024x1024", trained=(32.8, 32), finetune=(6.6, 32))
+
+BY_RECIPE = {
+    "kimg", "batch", "gamma", "glr", "dlr", "lr_warmup_kimg", "ema_kimg", "freezed", "aug", "target",
+    "sd_weight",
+}  # fmt: skip
 
 
 def settle(facts=BASE, **options):
-    config, reasons = recipes.resolve(TrainConfig(**{"data": "x", "resume": "a.pkl", **options}), facts)
+    config, reasons = recipes.resolve(TrainOptions(**{"data": "x", "resume": "a.pkl", **options}), facts)
     return config, {reason.name: reason for reason in reasons}
 
 
@@ -28,7 +33,6 @@ def test_auto_looks_at_the_number_of_pictures(num_images, job):
 def test_every_recipe_settles_everything_with_a_reason(recipe, num_images):
     facts = dataclasses.replace(BASE, num_images=num_images, published=FFHQ)
     config, table = settle(facts, recipe=recipe)
-    config.validate()
     assert all(reason.why and "{" not in reason.why for reason in table.values())
     for name in ("gamma", "glr", "dlr", "batch", "ema_kimg", "aug", "freezed", "sd_weight", "kimg"):
         assert table[name].value == getattr(config, name) is not None
@@ -66,22 +70,11 @@ def test_what_a_job_sets_comes_from_a_row_with_its_source(family, scratch):
     facts = dataclasses.replace(BASE, family=family, from_scratch=scratch)
     start = {"resume": None, "scratch": family} if scratch else {}
     config, table = settle(facts, **start)
-    by_row = [
-        "kimg",
-        "batch",
-        "gamma",
-        "glr",
-        "dlr",
-        "ema_kimg",
-        "aug",
-        "target",
-        "sd_weight",
-        "lr_warmup_kimg",
-    ]
-    for name in by_row if scratch else [*by_row, "freezed"]:
+    for name in BY_RECIPE - {"freezed"} if scratch else BY_RECIPE:
         job = recipes.SCRATCH if scratch else config.recipe
-        assert (table[name].value, table[name].why) == recipes.from_rows(name, job, facts, config.batch)
-        assert table[name].why.endswith(")"), "the source stands behind the reason"
+        assert config.recipe == job and table[name].value == getattr(config, name)
+        sources = [rule.source for rule in recipes.RULES if rule.option == name and job in rule.jobs]
+        assert any(table[name].why.endswith(f"; {source}") for source in sources if source)
 
 
 def test_few_pictures_freeze_part_of_d_and_many_need_no_augmentation():
@@ -98,7 +91,7 @@ def test_a_flag_overrides_its_row():
     facts = dataclasses.replace(BASE, num_images=200, published=FFHQ)
     config, table = settle(facts, freezed=0, gamma=3.0, aug="noaug", kimg=7.0)
     assert (config.freezed, config.gamma, config.aug, config.kimg) == (0, 3.0, "noaug", 7.0)
-    assert {table[name].why for name in ("freezed", "gamma", "aug", "kimg")} == {"set by hand"}
+    assert {table[name].why for name in ("freezed", "gamma", "aug", "kimg")} == {"user-specified"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,11 @@ def test_more_memory_takes_more_images_at_once(family, resolution, memory, size)
     assert config.batch_gpu == size and f"{memory} GiB" in table["batch_gpu"].why
 
 
-def test_every_row_says_where_its_number_comes_from():
-    for row in recipes.ROWS:
-        assert row.source and set(row.recipes) <= {*RECIPES, recipes.SCRATCH}
-        assert row.option in TrainConfig.__dataclass_fields__
+def test_every_rule_is_of_an_option_and_every_option_without_a_constant_default_has_one():
+    for rule in recipes.RULES:
+        assert set(rule.jobs) <= {*RECIPES, recipes.SCRATCH}
+        if rule.option in BY_RECIPE and rule.why and rule.value != 0:
+            assert rule.source, f"{rule.option}: where does {rule.value} come from?"
+    ruled = {rule.option for rule in recipes.RULES}
+    assert ruled <= OPTIONS.keys()
+    assert {name for name, option in OPTIONS.items() if option.default is None} - {"data"} <= ruled

@@ -8,9 +8,9 @@ from tiny_runs import train_alone
 from tolerances import GRADIENT_F32, assert_close
 
 import finetune
-from finetune.config import TrainConfig
+from finetune.config import TrainOptions
 from finetune.metrics.perceptual import mean_squared
-from finetune.recipes import Facts, resolve
+from finetune.recipes import RunFacts, resolve
 from finetune.train import steps
 from finetune.train.build import build_plan, build_state
 from finetune.train.distill import Distillation
@@ -19,7 +19,7 @@ from finetune.train.stats import Stats
 
 CPU = torch.device("cpu")
 FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
-SIZE = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "w_dim": 8, "map_depth": 2}
+SIZE = {"resolution": 16, "cbase": 128, "cmax": 8, "z_dim": 8, "map_depth": 2}
 GOLDEN = {"stylegan2": "stylegan2-ada-32", "stylegan3-t": "stylegan3-t-32", "stylegan3-r": "stylegan3-r-32"}
 
 
@@ -30,8 +30,8 @@ def no_labels(count):
 def parts_of_run(family, checkpoint=None, **changes):
     """State and plan of a small run, from scratch or from a checkpoint, without any images."""
     start = {"resume": "a.pkl"} if checkpoint else {"scratch": family, **SIZE}
-    config = TrainConfig(data="x", **({"batch": 8, "sd_weight": 0.0, **start} | changes))
-    facts = Facts(family, 32 if checkpoint else 16, 3, 0, 100, "cpu", 2, from_scratch=checkpoint is None)
+    config = TrainOptions(data="x", **({"batch": 8, "sd_weight": 0.0, **start} | changes))
+    facts = RunFacts(family, 32 if checkpoint else 16, 3, 0, 100, "cpu", 2, from_scratch=checkpoint is None)
     config, _ = resolve(config, facts)
     torch.manual_seed(0)
     state = build_state(config, facts, checkpoint, CPU)

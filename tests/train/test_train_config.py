@@ -6,22 +6,42 @@ import json
 import pytest
 
 from finetune import recipes
-from finetune.config import TrainConfig, flag
+from finetune.config import OPTIONS, DistillWeight, TrainConfig, TrainOptions, flag
 from finetune.errors import ConfigError
 
-FACTS = recipes.Facts("stylegan2", 256, 3, 0, 1500, "cpu", 2, from_scratch=False)
+FACTS = recipes.RunFacts("stylegan2", 256, 3, 0, 1500, "cpu", 2, from_scratch=False)
+
+
+def assert_in_range(config):
+    """Every value is one that a user can ask for; empty and 0 mean none, "scratch" is a job of its own."""
+    for name, value in vars(config).items():
+        if value not in ("", 0, recipes.SCRATCH):
+            assert OPTIONS[name].problem(name, value) is None
 
 
 def problems(**options):
     with pytest.raises(ConfigError) as caught:
-        TrainConfig(**({"data": "pictures", "resume": "a.pkl"} | options)).validate()
+        TrainOptions(**({"data": "pictures", "resume": "a.pkl"} | options)).validate()
     return caught.value.problems
 
 
 def test_a_config_survives_json():
-    config = TrainConfig(data="pictures", resume="a.pkl", kimg=1.5, batch=8, sd_weight=0.05, mirror=True)
-    assert TrainConfig.from_json(config.to_json()) == config
-    assert json.loads(config.to_json())["sd_weight"] == 0.05
+    for weight in (0.05, "auto:1", "auto:0.25"):
+        asked = TrainOptions(data="images", resume="a.pkl", kimg=1.5, batch=8, sd_weight=weight, mirror=True)
+        config, _ = recipes.resolve(asked, FACTS)
+        assert TrainConfig.from_json(config.to_json()) == config
+        assert json.loads(config.to_json())["sd_weight"] == weight
+
+
+def test_a_weight_is_parsed_once():
+    assert DistillWeight.parse("auto:0.1") == DistillWeight(0.1, is_ratio=True)
+    assert DistillWeight.parse("0.5") == DistillWeight.parse(0.5) == DistillWeight(0.5)
+    assert not DistillWeight.parse(0) and str(DistillWeight.parse("auto:1.0")) == "auto:1"
+    asked = TrainOptions(sd_weight="auto:0.1")
+    assert asked.sd_weight == DistillWeight(0.1, is_ratio=True) == dataclasses.replace(asked).sd_weight
+    for wrong in (-1, "nan", "inf", "auto:0", "auto:inf", "auto", "auto:", ":1", "ratio:1", "1:auto"):
+        with pytest.raises(ConfigError, match="must be a number, or auto:RATIO"):
+            DistillWeight.parse(wrong)
 
 
 def test_a_bad_json_config_names_every_entry():
@@ -45,7 +65,7 @@ def test_every_problem_is_reported_at_once_with_its_flag():
     "options, words",
     [
         ({"resume": None}, "--scratch"),
-        ({"scratch": "stylegan2", "resolution": 64}, "either --resume"),
+        ({"scratch": "stylegan2", "resolution": 64}, "Use either --resume"),
         ({"cbase": 1024}, "--cbase"),
         ({"resume": None, "scratch": "stylegan2"}, "--resolution: needed"),
         ({"resume": None, "scratch": "stylegan2", "resolution": 48}, "power of two"),
@@ -66,23 +86,23 @@ def test_combinations_that_cannot_work(options, words):
 
 
 def test_defaults_come_from_the_facts_and_have_reasons():
-    config, reasons = recipes.resolve(TrainConfig(data="pictures", resume="a.pkl"), FACTS)
-    config.validate()
+    config, reasons = recipes.resolve(TrainOptions(data="images", resume="a.pkl"), FACTS)
+    assert_in_range(config)
     table = {reason.name: reason for reason in reasons}
     assert all(reason.why for reason in reasons)
     assert all(getattr(config, name) == reason.value for name, reason in table.items())
     assert config.batch == 16 and config.gamma == pytest.approx(0.0002 * 256**2 / 16, rel=1e-3)
     assert config.ema_kimg == 16 * 10 / 32
-    assert "set by hand" not in {reason.why for reason in reasons}
-    assert "256 px" in table["gamma"].why and "1500 pictures" in table["kimg"].why
-    assert config.cbase is None  # the checkpoint says it
+    assert "user-specified" not in {reason.why for reason in reasons}
+    assert "256 px" in table["gamma"].why and "1500 images" in table["kimg"].why
+    assert config.cbase == 0  # the checkpoint has its own
 
 
 def test_what_is_set_by_hand_stays_and_moves_what_depends_on_it():
-    config, reasons = recipes.resolve(TrainConfig(data="x", resume="a.pkl", batch=64, glr=0.01), FACTS)
+    config, reasons = recipes.resolve(TrainOptions(data="x", resume="a.pkl", batch=64, glr=0.01), FACTS)
     assert (config.batch, config.glr) == (64, 0.01)
     assert config.gamma == pytest.approx(0.0002 * 256**2 / 64, rel=1e-3)
-    assert next(reason.why for reason in reasons if reason.name == "batch") == "set by hand"
+    assert next(reason.why for reason in reasons if reason.name == "batch") == "user-specified"
 
 
 @pytest.mark.parametrize("resolution, gamma", [(128, 0.5), (256, 2), (512, 8), (1024, 32)])
@@ -96,42 +116,26 @@ def test_stylegan3_gamma_is_the_published_one(resolution, gamma):
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("scratch", [False, True])
 def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, device_type, scratch):
-    facts = recipes.Facts(family, resolution, 3, 0, 100, device_type, 8, from_scratch=scratch)
+    facts = recipes.RunFacts(family, resolution, 3, 0, 100, device_type, 8, from_scratch=scratch)
     start = {"scratch": family, "resolution": resolution} if scratch else {"resume": "a.pkl"}
-    config, _ = recipes.resolve(TrainConfig(data="x", batch=batch, **start), facts)
-    config.validate()
+    config, _ = recipes.resolve(TrainOptions(data="x", batch=batch, **start), facts)
+    assert_in_range(config)
     assert config.batch % config.batch_gpu == 0
-    optional = {
-        "resume",
-        "scratch",
-        "desc",
-        "fit",
-        "p",
-        "sd_teacher_kimg",
-        "channels",
-        "classes",
-        "d_warmup_kimg",
-        "metrics",
-        "metrics_kimg",
-        "metrics_num",
-        "metrics_inception",
-        "keep",
-    }
-    optional |= set() if scratch else {"resolution", "cbase", "cmax", "map_depth", "z_dim", "w_dim"}
-    unset = {name for name, value in dataclasses.asdict(config).items() if value is None}
-    assert unset <= optional
+    assert None not in vars(config).values()
+    again, _ = recipes.resolve(config.as_options(), facts)  # as a resumed run does
+    assert again == config
 
 
 def test_options_without_effect_are_not_listed():
-    off, reasons = recipes.resolve(TrainConfig(data="x", resume="a", sd_weight=0.0, aug="noaug"), FACTS)
+    off, reasons = recipes.resolve(TrainOptions(data="x", resume="a", sd_weight=0.0, aug="noaug"), FACTS)
     names = {reason.name for reason in reasons}
     assert not names & {"sd_backbone", "sd_interval", "augpipe", "target"}
-    assert off.sd_weight == 0.0
-    by_hand = TrainConfig(data="x", resume="a", sd_weight=0.0, sd_interval=4, sd_backbone="l2")
+    assert not off.sd_weight
+    by_hand = TrainOptions(data="x", resume="a", sd_weight=0.0, sd_interval=4, sd_backbone="l2")
     table = {reason.name: reason for reason in recipes.resolve(by_hand, FACTS)[1]}
     assert {name for name in table if name.startswith("sd_")} == {"sd_weight", "sd_interval", "sd_backbone"}
     assert table["sd_interval"].value == 4 and "--sd-weight is 0" in table["sd_interval"].why
-    on, _ = recipes.resolve(TrainConfig(data="x", resume="a", sd_backbone="l2"), FACTS)
+    on, _ = recipes.resolve(TrainOptions(data="x", resume="a", sd_backbone="l2"), FACTS)
     assert on.sd_weight == recipes.SD_WEIGHT and on.sd_interval == 1
 
 
@@ -140,7 +144,7 @@ def test_options_without_effect_are_not_listed():
 )
 def test_parts_of_a_batch_are_of_a_size_that_the_discriminator_can_group(batch, group_size, part):
     facts = dataclasses.replace(FACTS, group_size=group_size)
-    config, reasons = recipes.resolve(TrainConfig(data="x", resume="a", batch=batch), facts)
+    config, reasons = recipes.resolve(TrainOptions(data="x", resume="a", batch=batch), facts)
     assert config.batch_gpu == part
     why = next(reason.why for reason in reasons if reason.name == "batch_gpu")
     assert ("does not divide" in why) == (part < min(batch, group_size))

@@ -15,7 +15,7 @@ from rich.console import Console
 from tiny_runs import after_each_line, after_each_step, moved, options, quiet, read, train_steps, weights
 
 import finetune
-from finetune.config import PRECISIONS, TrainConfig
+from finetune.config import PRECISIONS, DistillWeight, TrainConfig
 from finetune.errors import ConfigError, DataError, TrainingError, WeightsMissing
 from finetune.metrics.perceptual import mean_squared
 from finetune.sampling import to_uint8, z_from_seeds
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_leaves_everything_behind(family, images, tmp_path):
-    config = options(images, tmp_path, family, aug="fixed", p=0.5, desc="first try")
+    config = options(images, tmp_path, family, aug="fixed", p=0.5)
     result = run(config, console=quiet())
 
     names = {path.name for path in result.run_dir.iterdir()}
@@ -42,7 +42,7 @@ def test_a_run_leaves_everything_behind(family, images, tmp_path):
         for stem in stems
         for name in (f"fakes{stem}.png", f"network-snapshot-{stem}.pkl", f"training-state-{stem}.pt")
     }
-    assert result.run_dir.name == f"00000-discs16-0-{family}-16-first-try"
+    assert result.run_dir.name == f"00000-discs16-0-{family}-16"
     assert TrainConfig.read(result.run_dir / "config.json") == result.config
     sizes = {read(result.run_dir / name).shape for name in names if name.endswith(".png")}
     assert sizes == {(16, 12 * 16, 3)}
@@ -93,7 +93,7 @@ def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, images, tmp
     plain = prepare(options(images, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
     assert plain.plan.distillation is None
     distilled = prepare(options(images, tmp_path, family, aug="fixed", p=0.3))
-    config = dataclasses.replace(distilled.config, sd_weight=weight)
+    config = dataclasses.replace(distilled.config, sd_weight=DistillWeight(weight))
     arguments = config, distilled.facts, mean_squared, distilled.plan.labels, CPU
     plan = build_plan(*arguments)
     assert plan.distillation is not None
@@ -137,7 +137,7 @@ def test_resuming_starts_from_the_weights_and_says_so(images, tmp_path):
     result = run(config, console=console)
     text = console.file.getvalue()
     assert "Loaded weights only" in text and "24 images" not in text and "12 images" in text
-    assert "--gamma" in text and "set by hand" in text
+    assert "--gamma" in text and "user-specified" in text
     child = finetune.load(result.snapshot)
     changed = moved(weights(checkpoint.D), child.D)
     frozen = {"b16.fromrgb.weight", "b16.fromrgb.bias", "b16.conv0.weight", "b16.conv0.bias"}
