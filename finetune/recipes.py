@@ -62,8 +62,8 @@ class Published:
 class RunFacts:
     """What is known about a run before it starts.
 
-    num_images: images before mirroring. group_size: images that D compares with each other (minibatch
-    standard deviation), 1 if it takes any number. num_freezable: layers that FreezeD can freeze. published:
+    num_images: images before mirroring. group_size: images that D compares with each other, 1 if it
+    takes any number. num_freezable: layers that FreezeD can freeze. published:
     settings in the catalog, for a checkpoint that is in it.
     """
 

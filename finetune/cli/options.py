@@ -58,7 +58,7 @@ class SeedRange(click.ParamType):
 
 
 class GridSize(click.ParamType):
-    """The size of a sheet of pictures, columns by rows, like `8x4`; the value is (columns, rows)."""
+    """The size of an image grid, columns by rows, like `8x4`; the value is (columns, rows)."""
 
     name = "grid"
 
@@ -87,7 +87,7 @@ def network_option(**overrides: Any):
 
 
 def network_file(network: str) -> Path:
-    """The file that `--network` means, downloaded where it is not here; says so, and under which licence."""
+    """Return the file that `--network` means, downloaded if needed; print its name and license."""
     from finetune.cli.progress import download_bar
     from finetune.resolve import resolve_network
 
@@ -181,6 +181,6 @@ def seeds_option(**overrides: Any):
     settings: dict[str, Any] = {
         "required": True,
         "type": SeedRange(),
-        "help": "Seeds, like 0-15,42; a seed always gives the same picture.",
+        "help": "Seeds, like 0-15,42; a seed always gives the same image.",
     }
     return click.option("--seeds", **{**settings, **overrides})

@@ -318,7 +318,7 @@ def suggest_label_options(num_classes: int | None) -> Iterator[None]:
     except DataError as error:
         if num_classes and "label" in error.what:
             hint = (
-                f"The checkpoint has {num_classes} classes. To give it those of the pictures: --classes keep "
+                f"The checkpoint has {num_classes} classes. To give it those of the images: --classes keep "
                 "(or extend, or fresh); to drop its classes: --no-cond."
             )
             error.hint = f"{error.hint}\n{hint}" if error.hint else hint

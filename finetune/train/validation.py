@@ -75,7 +75,7 @@ class Validation:
         except Exception as error:  # whatever it is, training continues
             what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__
             if self.group.is_first:
-                self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, training continues: {what}")
+                self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training continues: {what}")
                 log.warning("metrics failed at %d images: %s", state.nimg, what)
             return None
         numbers: dict[str, Any] = {"num": num}

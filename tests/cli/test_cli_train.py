@@ -15,7 +15,7 @@ from finetune.config import OPTIONS, TrainConfig, TrainOptions, flag
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "dots.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(4):
@@ -75,16 +75,16 @@ def test_help_states_every_option_with_its_default_in_a_group():
         assert is_stated == (name not in ("resume", "scratch", "new_d"))
 
 
-def test_a_dry_run_shows_the_table_and_writes_nothing(pictures, tmp_path):
-    result = call(*SCRATCH, *SHORT, "--data", pictures, "--outdir", tmp_path / "runs", "-n")
+def test_a_dry_run_shows_the_table_and_writes_nothing(images, tmp_path):
+    result = call(*SCRATCH, *SHORT, "--data", images, "--outdir", tmp_path / "runs", "-n")
     assert result.exit_code == 0, result.output
     assert "4 images" in result.output and "0.0002 res²/batch at 16 px, batch 4" in result.output
     assert "Dry run" in result.output
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_prints_plain_lines_and_says_what_to_do_next(pictures, tmp_path):
-    result = call(*SCRATCH, *SHORT, "--data", pictures, "--outdir", tmp_path / "runs")
+def test_a_run_prints_plain_lines_and_says_what_to_do_next(images, tmp_path):
+    result = call(*SCRATCH, *SHORT, "--data", images, "--outdir", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name == "00000-dots-stylegan2-16"
@@ -93,8 +93,8 @@ def test_a_run_prints_plain_lines_and_says_what_to_do_next(pictures, tmp_path):
     assert f"finetune generate --network {run_dir / 'network-snapshot-000000.008.pkl'}" in result.output
 
 
-def test_all_problems_of_the_options_come_at_once(pictures):
-    result = call("--data", pictures, "--kimg", -1, "--p", 3, "--cbase", 512)
+def test_all_problems_of_the_options_come_at_once(images):
+    result = call("--data", images, "--kimg", -1, "--p", 3, "--cbase", 512)
     assert result.exit_code == 2
     lines = ("--resume PICKLE", "--kimg -1.0", "--p 3.0", "--cbase 512")
     assert all(words in result.stderr for words in lines)
@@ -109,8 +109,8 @@ def test_all_problems_of_the_options_come_at_once(pictures):
         ((*SCRATCH, "--labels", "folders"), "no image is in a folder"),
     ],
 )
-def test_mistakes_end_with_exit_code_2_and_a_hint(arguments, words, pictures, tmp_path):
-    result = call("--data", pictures, *SHORT, *arguments, "--outdir", tmp_path / "runs")
+def test_mistakes_end_with_exit_code_2_and_a_hint(arguments, words, images, tmp_path):
+    result = call("--data", images, *SHORT, *arguments, "--outdir", tmp_path / "runs")
     assert result.exit_code == 2
     assert words in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "runs").exists()

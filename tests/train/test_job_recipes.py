@@ -22,7 +22,7 @@ def settle(facts=BASE, **options):
 
 
 @pytest.mark.parametrize("num_images, job", [(999, "few-shot"), (1000, "adapt"), (70_000, "adapt")])
-def test_auto_looks_at_the_number_of_pictures(num_images, job):
+def test_auto_looks_at_the_number_of_images(num_images, job):
     config, table = settle(dataclasses.replace(BASE, num_images=num_images))
     assert config.recipe == job == table["recipe"].value
     assert str(num_images) in table["recipe"].why or "--recipe improve" in table["recipe"].why
@@ -57,7 +57,7 @@ def test_published_learning_rates_and_target_are_gone_on_with():
         config, table = settle(facts, recipe=recipe)
         assert (config.glr, config.dlr) == (0.0025, 0.0015)
         assert "published settings of a" in table["glr"].why and "published settings of a" in table["dlr"].why
-        assert config.target == (0.7 if recipe == "improve" else 0.6)  # that of its own pictures
+        assert config.target == (0.7 if recipe == "improve" else 0.6)  # that of its own images
     assert settle(facts, recipe="improve", glr=0.001)[0].glr == 0.001
     config, table = settle(facts, recipe="custom")
     assert (config.glr, config.dlr) == (0.002, 0.002) and "published rate" in table["glr"].why
@@ -77,7 +77,7 @@ def test_what_a_job_sets_comes_from_a_row_with_its_source(family, scratch):
         assert any(table[name].why.endswith(f"; {source}") for source in sources if source)
 
 
-def test_few_pictures_freeze_part_of_d_and_many_need_no_augmentation():
+def test_few_images_freeze_part_of_d_and_many_need_no_augmentation():
     few, table = settle(dataclasses.replace(BASE, num_images=200))
     assert (few.freezed, few.aug) == (8, "ada") and "19 layers" in table["freezed"].why
     assert settle(dataclasses.replace(BASE, num_images=200, num_freezable=25))[0].freezed == 10

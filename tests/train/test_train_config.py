@@ -21,7 +21,7 @@ def assert_in_range(config):
 
 def problems(**options):
     with pytest.raises(ConfigError) as caught:
-        TrainOptions(**({"data": "pictures", "resume": "a.pkl"} | options)).validate()
+        TrainOptions(**({"data": "images", "resume": "a.pkl"} | options)).validate()
     return caught.value.problems
 
 
@@ -45,11 +45,11 @@ def test_a_weight_is_parsed_once():
 
 
 def test_a_bad_json_config_names_every_entry():
-    text = json.dumps({"batch": "eight", "colour": 1, "mirror": 1})
+    text = json.dumps({"batch": "eight", "hue": 1, "mirror": 1})
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_json(text)
     message = str(caught.value)
-    assert all(name in message for name in ("batch", "'eight'", "colour", "mirror", "data"))
+    assert all(name in message for name in ("batch", "'eight'", "hue", "mirror", "data"))
     with pytest.raises(ConfigError, match="not JSON"):
         TrainConfig.from_json("{")
 
