@@ -44,26 +44,26 @@ def server(tmp_path, monkeypatch, content):
 
 
 class TestTables:
-    def test_list(self, server):
+    def test_list_command(self, server):
         table = done("list").stdout
         assert "ours" in table and "Some License 1.0" in table and "ffhq-256-stylegan2" in table
         assert "stylegan1" not in table and "inception" not in table
         assert "stylegan1" in done("list", "--all").stdout
 
-    def test_what_is_here(self, server):
+    def test_list_here(self, server):
         assert json.loads(done("list", "--here", "--json").stdout) == []
         done("fetch", "ours")
         (entry,) = json.loads(done("list", "--here", "--json").stdout)
         assert entry["id"] == "ours" and entry["path"] == done("where", "ours").stdout.strip()
         assert "yes" in next(line for line in done("list").stdout.splitlines() if line.startswith("ours"))
 
-    def test_search(self, server):
+    def test_search_command(self, server):
         found = json.loads(done("search", "--json", "ffhq", "stylegan3-r").stdout)
         assert len(found) > 1 and all("r-ffhq" in entry["id"] for entry in found)
         nothing = done("search", "stylegan3-r", "ponies").stdout
         assert "No entry matches stylegan3-r and ponies" in nothing
 
-    def test_show(self, server):
+    def test_show_command(self, server):
         text = done("show", "stylegan2-ffhq-config-f").stdout
         for words in (
             "resolution    1024 x 1024",
@@ -78,7 +78,7 @@ class TestTables:
 
 
 class TestFetching:
-    def test_the_license_is_shown_once_and_travels(self, server, content, tmp_path, monkeypatch):
+    def test_fetch_shows_license_once_and_keeps_it(self, server, content, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OPS", "ref")  # else kernels are built for the empty cache
         first = done("fetch", "ours")
         assert f"Licence: {LICENSE}" in first.stderr
@@ -91,16 +91,16 @@ class TestFetching:
             result = CliRunner().invoke(cli, ["inspect", str(network), "--json"])
             assert LICENSE.name in result.stdout, network
 
-    def test_names_are_checked_before_anything_is_fetched(self, server):
+    def test_fetch_checks_all_names_first(self, server):
         refused("nothing-like-it is no name", "fetch", "ours", "nothing-like-it")
         assert server.requests == []
 
-    def test_an_error_page_is_quoted(self, server):
+    def test_fetch_quotes_error_page(self, server):
         server.plan["ours.pkl"] = [PAGE]
         refused("gives no network but", "fetch", "ours")
         assert not store.place_of(catalog.get("ours")).exists()
 
-    def test_the_hash_of_the_first_download_holds(self, server):
+    def test_fetch_keeps_hash_of_first_download(self, server):
         path = store.place_of(catalog.get("ours"))
         done("fetch", "ours")
         path.unlink()
@@ -110,20 +110,20 @@ class TestFetching:
         server.plan["ours.pkl"] = ["file"]
         done("fetch", "ours")
 
-    def test_offline(self, server, monkeypatch):
+    def test_fetch_offline(self, server, monkeypatch):
         refused("is not on this machine", "fetch", "--offline", "ours")
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         refused("is not on this machine", "fetch", "ours")
         assert server.requests == []
 
-    def test_a_url_that_nobody_knows(self, server, content):
+    def test_fetch_unknown_url(self, server, content):
         server.files["private.pkl"] = content
         result = done("fetch", f"{server.url}/private.pkl")
         assert "not stated" in result.stderr and result.stdout.strip().endswith("-private.pkl")
 
 
 class TestVerify:
-    def test_ok_changed_missing(self, server):
+    def test_verify_ok_changed_missing(self, server):
         assert "holds no checkpoints" in done("verify").stdout
         done("fetch", "ours")
         assert "ok " in done("verify").stdout
@@ -135,13 +135,13 @@ class TestVerify:
         verdict = json.loads(call("verify", "ours", "--json").stdout)[0]
         assert (verdict["state"], verdict["name"]) == ("missing", "ours")
 
-    def test_where(self, server):
+    def test_where_command(self, server):
         assert done("where").stdout.strip() == str(store.folder())
         refused("finetune checkpoints fetch ours", "where", "ours")
 
 
 class TestAddFile:
-    def test_recognized_by_its_hash(self, server, content, tmp_path):
+    def test_add_file_identifies_by_hash(self, server, content, tmp_path):
         server.state("ours", sha256=hashlib.sha256(content).hexdigest(), sha256_from="a test")
         (tmp_path / "download(1).pkl").write_bytes(content)
         result = done("add-file", tmp_path / "download(1).pkl")
@@ -149,12 +149,12 @@ class TestAddFile:
         assert done("where", "ours").stdout and server.requests == []
         assert "Fetching" not in done("fetch", "ours").stderr
 
-    def test_what_it_is_can_be_said(self, server, content, tmp_path):
+    def test_add_file_with_name(self, server, content, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
         refused("is not recognized Say which it is with --name", "add-file", tmp_path / "x.pkl")
         done("add-file", tmp_path / "x.pkl", "--name", "ours")
 
-    def test_a_file_of_something_else(self, server, content, tmp_path):
+    def test_add_file_refuses_other_file(self, server, content, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
         server.state("ours", resolution=1024)
         refused("its resolution is 32 instead of 1024", "add-file", tmp_path / "x.pkl", "--name", "ours")
@@ -163,7 +163,7 @@ class TestAddFile:
         refused("is not a file", "add-file", tmp_path / "absent.pkl")
         assert not store.place_of(catalog.get("ours")).exists()
 
-    def test_a_license_where_none_is_stated(self, server, content, tmp_path):
+    def test_add_file_with_license(self, server, content, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
         refused("Omit the option", "add-file", tmp_path / "x.pkl", "--name", "ours", "--license", "mine")
         server.state("ours", licence=None)
@@ -173,7 +173,7 @@ class TestAddFile:
 
 
 class TestAdd:
-    def test_an_entry_from_a_url(self, server, content, tmp_path):
+    def test_add_from_url(self, server, content, tmp_path):
         server.files["pretty-32.pkl"] = content
         url = f"{server.url}/pretty-32.pkl"
         options = ("--license", "CC0", "--license-page", "https://a.org", "--data", "dots", "--gamma", 0.5)
@@ -188,7 +188,7 @@ class TestAdd:
         done("add", url, "--name", "prettier", "--into", mine)
         assert list(catalog.read_catalogue(mine)) == ["pretty-32", "prettier"]
 
-    def test_mistakes(self, server, content, tmp_path):
+    def test_add_mistakes(self, server, content, tmp_path):
         refused("is no URL", "add", "ours.pkl")
         refused("Give --license as well", "add", "https://a.org/a.pkl", "--license-page", "https://a.org")
         server.files["again.pkl"] = content

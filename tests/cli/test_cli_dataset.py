@@ -36,7 +36,7 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def test_a_clean_set(folder):
+def test_check_clean_set(folder):
     result = call("check", folder, "--resolution", 16)
     assert result.exit_code == 0, result.output
     for words in (
@@ -51,7 +51,7 @@ def test_a_clean_set(folder):
     assert result.stderr == ""
 
 
-def test_every_offender_is_listed_and_ends_with_2(folder):
+def test_check_lists_all_problems_and_exits_2(folder):
     for i in range(130):
         (folder / f"bad{i:03}.png").write_bytes(b"")
     (folder / "a/wide.png").write_bytes(png(8, 20, 3))
@@ -65,7 +65,7 @@ def test_every_offender_is_listed_and_ends_with_2(folder):
     assert "1 of other sizes (1 enlarged, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
 
 
-def test_json_is_complete(folder):
+def test_check_json_is_complete(folder):
     (folder / "bad.png").write_bytes(b"")
     (folder / "a/copy.png").write_bytes((folder / "a/0.png").read_bytes())
     result = call("check", folder, "--resolution", 8, "--fit", "crop", "--json", "--workers", 0)
@@ -85,7 +85,7 @@ def test_json_is_complete(folder):
     assert clean["problems"] == []
 
 
-def test_labels_are_checked_where_there_are_some(folder):
+def test_check_labels_if_present(folder):
     (folder / "c.png").write_bytes(png(16, 16, 3, seed=9))
     assert "c.png: not in dataset.json" in call("check", folder).stdout
     assert call("check", folder, "--no-cond").exit_code == 0
@@ -93,7 +93,7 @@ def test_labels_are_checked_where_there_are_some(folder):
     assert result.exit_code == 2 and "there is no dataset.json" in result.stdout
 
 
-def test_a_network_says_what_it_needs(folder, golden_dir):
+def test_check_uses_network_size(folder, golden_dir):
     result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl", "--fit", "stretch")
     assert result.exit_code == 0 and "at 64×64: 0 as they are, 6 of other sizes (6 enlarged)" in result.stdout
     (folder / "dataset.json").write_text(
@@ -112,13 +112,13 @@ def test_a_network_says_what_it_needs(folder, golden_dir):
         (("--resolution", 2), "2 is not in the range"),
     ],
 )
-def test_options_that_cannot_work(folder, options, words):
+def test_check_refuses_options(folder, options, words):
     result = call("check", folder, *options)
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("command", [("check",), ("prepare", "OUT")])
-def test_sets_that_are_none(tmp_path, command):
+def test_check_refuses_other_paths(tmp_path, command):
     def refused(path):
         more = [tmp_path / "out.zip"] if len(command) > 1 else []
         result = call(command[0], path, *more)
@@ -139,7 +139,7 @@ def test_sets_that_are_none(tmp_path, command):
     assert "the zip is cut short" in refused(cut)
 
 
-def test_prepare(folder, tmp_path):
+def test_prepare_command(folder, tmp_path):
     out = tmp_path / "out.zip"
     result = call("prepare", folder, out, "--resolution", 8, "--fit", "crop", "--labels", "folders")
     assert result.exit_code == 0, result.output
@@ -170,7 +170,7 @@ def test_prepare(folder, tmp_path):
         assert sorted(archive.namelist())[0] == "a/0.png"
 
 
-def test_prepare_leaves_out_what_is_asked_for(folder, tmp_path):
+def test_prepare_skip_bad(folder, tmp_path):
     (folder / "a/0.png").write_bytes(b"")
     refused = call("prepare", folder, tmp_path / "out.zip")
     assert refused.exit_code == 2 and "a/0.png: is empty" in refused.stderr
@@ -180,7 +180,7 @@ def test_prepare_leaves_out_what_is_asked_for(folder, tmp_path):
     assert "5 images of 16×16, 5 of them by an earlier call" in made.stdout
 
 
-def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
+def test_prepare_interrupt_prints_how_to_resume(folder, tmp_path, monkeypatch):
     original = preparing.Draft.add
 
     def add(self, *words):

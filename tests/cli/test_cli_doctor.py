@@ -29,7 +29,7 @@ def unavailable(*args):
     raise NativeUnavailable("the compiler is on holiday", "Wait for it.")
 
 
-def test_it_says_everything_in_text_and_in_json(own_cache):
+def test_doctor_text_and_json(own_cache):
     facts = json.loads(doctor("--json").output)
     assert facts.keys() >= {
         "torch",
@@ -57,21 +57,21 @@ def test_it_says_everything_in_text_and_in_json(own_cache):
     assert "cannot be written" not in text
 
 
-def test_a_folder_that_cannot_be_written_is_pointed_out(tmp_path, monkeypatch):
+def test_doctor_reports_read_only_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
     assert json.loads(doctor("--json").output)["caches"]["ops"]["writable"] is False
     assert "cannot be written: what is made serves one process; FINETUNE_CACHE=" in doctor().output
 
 
-def test_an_architecture_without_a_build_is_refused():
+def test_doctor_arch_requires_build():
     done = doctor("--arch", "9.0")
     assert done.exit_code == 2 and "write --build --arch 9.0" in done.output
     done = doctor("--build", "--arch", "sm_90")
     assert done.exit_code == 2 and "write a compute capability like 8.6 or 9.0" in done.output
 
 
-def test_a_build_that_fails_is_told_and_ends_with_exit_code_1(monkeypatch):
+def test_doctor_failed_build_exits_1(monkeypatch):
     monkeypatch.setattr(custom_ops, "cpu_library_info", unavailable)
     monkeypatch.setattr(custom_ops, "build_cuda", unavailable)
     done = doctor("--build", "--arch", "9.0")
@@ -80,7 +80,7 @@ def test_a_build_that_fails_is_told_and_ends_with_exit_code_1(monkeypatch):
     assert "CUDA kernels for sm_90 cannot be built: the compiler is on holiday" in done.output
 
 
-def test_a_build_says_what_it_made_and_what_it_did_not(monkeypatch):
+def test_doctor_build_reports_results(monkeypatch):
     asked = []
     monkeypatch.setattr(
         custom_ops, "build_cuda", lambda plans, capability: asked.append(capability) or "nvcc"
@@ -93,7 +93,7 @@ def test_a_build_says_what_it_made_and_what_it_did_not(monkeypatch):
     assert "no GPU here. To build for another one" in doctor("--build").output
 
 
-def test_an_architecture_that_no_compiler_knows_is_quoted():
+def test_doctor_unknown_arch_is_quoted():
     with pytest.raises(NativeUnavailable) as caught:
         cuda_build.nvrtc(some_plan(), (1, 1))
     if "cannot be imported" in str(caught.value):  # torch 2.6 does not bring the bindings of cuda-core
@@ -108,7 +108,7 @@ def some_plan():
     return prebuild.specializations((9, 0))[0]
 
 
-def test_a_cache_that_may_not_be_emptied_is_named(monkeypatch):
+def test_doctor_clean_without_permission(monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -120,7 +120,7 @@ def test_a_cache_that_may_not_be_emptied_is_named(monkeypatch):
     )
 
 
-def test_what_is_asked_for_is_shown(monkeypatch):
+def test_doctor_shows_requested_implementation(monkeypatch):
     monkeypatch.setenv(impl.VARIABLE, "ref")
     assert "plain torch: asked for" in doctor().output
     monkeypatch.setenv(impl.VARIABLE, "bogus")

@@ -36,7 +36,7 @@ def call(images, golden_dir, *arguments, network="stylegan2-ada-32"):
     return CliRunner().invoke(cli, [str(word) for word in (*words, *arguments)])
 
 
-def test_the_numbers_as_json_and_as_text(images, golden_dir, tmp_path):
+def test_evaluate_json_and_text(images, golden_dir, tmp_path):
     options = ("--metrics", "fd-effnet,prc-effnet,random-fid", "--num", 8)
     first = call(images, golden_dir, *options, "--json")
     assert first.exit_code == 0, first.output
@@ -54,7 +54,7 @@ def test_the_numbers_as_json_and_as_text(images, golden_dir, tmp_path):
     assert "8 generated against 6 real images" in text and "recall-effnet" in text
 
 
-def test_every_option_has_its_effect(images, golden_dir, tmp_path):
+def test_evaluate_every_option_has_effect(images, golden_dir, tmp_path):
     def facts(*arguments):
         result = call(images, golden_dir, "--metrics", "random-fid", "--num", 4, "--json", *arguments)
         assert result.exit_code == 0, result.output
@@ -79,7 +79,7 @@ def test_every_option_has_its_effect(images, golden_dir, tmp_path):
 
 
 @pytest.mark.slow  # three processes load torch
-def test_two_processes_say_what_one_says(images, golden_dir, tmp_path):
+def test_evaluate_two_ranks_equal_one(images, golden_dir, tmp_path):
     command = [sys.executable, "-m", "finetune", "evaluate", "--network", golden_dir / "stylegan2-ada-32.pkl"]
     command += [
         "--data",
@@ -112,7 +112,7 @@ def test_two_processes_say_what_one_says(images, golden_dir, tmp_path):
         (("--data", "nowhere"), "nowhere"),
     ],
 )
-def test_mistakes(arguments, words, images, golden_dir):
+def test_evaluate_mistakes(arguments, words, images, golden_dir):
     result = call(images, golden_dir, "--num", 4, *arguments)
     assert result.exit_code == 2, result.output
     assert words in result.stderr and "Traceback" not in result.output

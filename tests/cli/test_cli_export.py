@@ -27,7 +27,7 @@ def run(*args, code=0):
 
 
 @pytest.mark.parametrize(("file_format", "ending"), [("stylegan-pkl", "pkl"), ("safetensors", "safetensors")])
-def test_export(source, tmp_path, file_format, ending):
+def test_export_command(source, tmp_path, file_format, ending):
     out = tmp_path / f"net.{ending}"
     output = run("--network", source, "--format", file_format, "--out", out)
     again = finetune.load(out)
@@ -38,7 +38,7 @@ def test_export(source, tmp_path, file_format, ending):
     assert "License: not known" in output
 
 
-def test_lineage_and_license_are_printed(source, tmp_path):
+def test_export_prints_lineage_and_license(source, tmp_path):
     checkpoint = finetune.load(source)
     parent = {
         "generation": "sg3",
@@ -63,7 +63,7 @@ def test_lineage_and_license_are_printed(source, tmp_path):
     assert finetune.load(tmp_path / "out.pkl").provenance.licence == "CC-BY-NC-4.0"
 
 
-def test_between_formats_and_back(source, tmp_path):
+def test_export_round_trip_of_formats(source, tmp_path):
     run("--network", source, "--format", "safetensors", "--out", tmp_path / "a.safetensors")
     run("--network", tmp_path / "a.safetensors", "--out", tmp_path / "b.pkl")
     ours, theirs = (finetune.load(path).G_ema.state_dict() for path in (source, tmp_path / "b.pkl"))
@@ -72,7 +72,7 @@ def test_between_formats_and_back(source, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["same", "relative", "link"])
-def test_the_input_is_not_overwritten(source, tmp_path, monkeypatch, way):
+def test_export_refuses_to_overwrite_input(source, tmp_path, monkeypatch, way):
     copy = tmp_path / "net.pkl"
     copy.write_bytes(source.read_bytes())
     link = tmp_path / "link.pkl"
@@ -84,14 +84,14 @@ def test_the_input_is_not_overwritten(source, tmp_path, monkeypatch, way):
     assert copy.read_bytes() == source.read_bytes()
 
 
-def test_the_newest_snapshot_of_a_run_is_not_overwritten(source, tmp_path):
+def test_export_refuses_to_overwrite_snapshot(source, tmp_path):
     snapshot = tmp_path / "network-snapshot-000001.pkl"
     snapshot.write_bytes(source.read_bytes())
     output = run("--network", tmp_path, "--out", snapshot, code=2)
     assert "is the checkpoint itself" in output
 
 
-def test_a_file_is_replaced_only_on_request(source, tmp_path):
+def test_export_replaces_only_with_force(source, tmp_path):
     out = tmp_path / "net.pkl"
     out.write_bytes(b"old")
     output = run("--network", source, "--out", out, code=2)
@@ -100,7 +100,7 @@ def test_a_file_is_replaced_only_on_request(source, tmp_path):
     assert finetune.load(out).missing == []
 
 
-def test_a_lineage_made_up_by_a_file(source, tmp_path):
+def test_export_escapes_lineage_of_file(source, tmp_path):
     """Values of other types count as not said, and no text of a file can pass for a line of ours."""
     entry = {"source": "x\x1b[2J\nLicense: MIT", "sha256": 5, "nimg": "many", "parent": ["x"]}
     snapshot = tmp_path / "snapshot.pkl"
@@ -111,7 +111,7 @@ def test_a_lineage_made_up_by_a_file(source, tmp_path):
     assert output.splitlines()[-1].startswith("License: not known")
 
 
-def test_a_full_disk(source, tmp_path, monkeypatch):
+def test_export_full_disk(source, tmp_path, monkeypatch):
     out = tmp_path / "net.pkl"
     out.write_bytes(b"old")
 
@@ -137,14 +137,14 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
         (["--network", "/dev/null", "--out", "x.pkl"], "is not a file"),
     ],
 )
-def test_errors(source, tmp_path, monkeypatch, args, message):
+def test_export_errors(source, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     output = run(*(arg.format(source=source) for arg in args), code=2)
     assert message in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_safetensors_leave_out_the_augmentation_pipe(golden_dir, tmp_path):
+def test_export_safetensors_without_augment_pipe(golden_dir, tmp_path):
     source = golden_dir / "stylegan2-32.pkl"
     assert finetune.load(source).augment_pipe is not None
     output = run("--network", source, "--format", "safetensors", "--out", tmp_path / "x.safetensors")
@@ -154,7 +154,7 @@ def test_safetensors_leave_out_the_augmentation_pipe(golden_dir, tmp_path):
     assert finetune.load(tmp_path / "x.pkl").augment_pipe is not None
 
 
-def test_a_discriminator_alone(source, tmp_path):
+def test_export_discriminator_alone(source, tmp_path):
     checkpoint = dataclasses.replace(finetune.load(source), G=None, G_ema=None)
     save_stylegan_pickle(tmp_path / "d.pkl", G=None, D=checkpoint.D, G_ema=None)
     output = run("--network", tmp_path / "d.pkl", "--out", tmp_path / "out.pkl")

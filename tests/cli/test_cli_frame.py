@@ -35,7 +35,7 @@ def run_raising(monkeypatch, error, *args):
     return CliRunner().invoke(cli, [*args, "demo"])
 
 
-def test_help_lists_every_command_with_one_line():
+def test_help_one_line_per_command():
     result = CliRunner().invoke(cli, ["--help"], terminal_width=100)
     assert result.exit_code == 0
     lines = result.output.split("Commands:\n")[1].splitlines()[: len(COMMANDS)]
@@ -43,7 +43,7 @@ def test_help_lists_every_command_with_one_line():
     assert all(line.rstrip().endswith(".") and len(line.split()) > 3 for line in lines), lines
 
 
-def test_every_command_file_is_a_listed_command():
+def test_commands_match_files():
     folder = Path(finetune.cli.__file__).parent
     defining = {
         path.stem for path in folder.glob("*.py") if "\ndef command(" in path.read_text(encoding="utf-8")
@@ -51,14 +51,14 @@ def test_every_command_file_is_a_listed_command():
     assert defining == set(COMMANDS)
 
 
-def test_an_unknown_command_and_the_version():
+def test_unknown_command_and_version():
     result = CliRunner().invoke(cli, ["tran"])
     assert result.exit_code == 2
     assert "No such command 'tran'" in result.output
     assert CliRunner().invoke(cli, ["--version"]).output == f"finetune {__version__}\n"
 
 
-def test_a_problem_of_the_user_is_a_message_on_stderr_and_exit_code_2(monkeypatch):
+def test_explain_user_error_exits_2(monkeypatch):
     error = ConfigError(
         ["--kimg 0: must be greater than 0.", "--batch 3: must be even."], hint="Read the help."
     )
@@ -71,12 +71,12 @@ def test_a_problem_of_the_user_is_a_message_on_stderr_and_exit_code_2(monkeypatc
     )
 
 
-def test_a_file_that_cannot_be_used_is_a_problem_of_the_user(monkeypatch):
+def test_explain_os_error_exits_2(monkeypatch):
     result = run_raising(monkeypatch, PermissionError(13, "Permission denied", "/root/runs"))
     assert (result.exit_code, result.stderr) == (2, "Error: /root/runs: Permission denied.\n")
 
 
-def test_out_of_memory_names_the_option_to_lower(monkeypatch):
+def test_explain_cuda_out_of_memory(monkeypatch):
     result = run_raising(
         monkeypatch, OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong tail")
     )
@@ -110,13 +110,13 @@ def test_internal_error_shows_traceback_only_with_debug(monkeypatch):
     assert "Traceback" in run_raising(monkeypatch, FinetuneError("no")).stderr
 
 
-def test_an_interrupted_command_ends_with_130(monkeypatch):
+def test_interrupt_exits_130(monkeypatch):
     result = run_raising(monkeypatch, KeyboardInterrupt())
     assert result.exit_code == 130
     assert result.stderr.strip() == "Interrupted."
 
 
-def test_python_m_finetune_is_the_same_program():
+def test_python_m_finetune():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "finetune", "generate", "--network", "no-such-file.pkl"],
@@ -128,7 +128,7 @@ def test_python_m_finetune_is_the_same_program():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX signal")
-def test_a_real_interrupt_reaches_the_frame():
+def test_sigint_exits_130():
     code = (
         "import os, signal, click, finetune.cli.demo as demo\n"
         "from finetune.cli import main\n"
@@ -151,7 +151,7 @@ def test_a_real_interrupt_reaches_the_frame():
         ("3-3", [3]),
     ],
 )
-def test_seeds_are_read(text, seeds):
+def test_parse_seeds(text, seeds):
     assert parse_seeds(text) == seeds
 
 
@@ -169,14 +169,14 @@ def test_seeds_are_read(text, seeds):
         ("0-99999999", "more than 1,000,000 seeds"),
     ],
 )
-def test_seeds_that_cannot_be_read_say_why(text, says):
+def test_parse_seeds_errors(text, says):
     with pytest.raises(ValueError, match=says):
         parse_seeds(text)
     with pytest.raises(click.BadParameter, match=says):
         SeedRange().convert(text, None, None)
 
 
-def test_grid_sizes():
+def test_grid_size_convert():
     assert GridSize().convert("8x4", None, None) == (8, 4)
     assert GridSize().convert("1X2", None, None) == (1, 2)
     for wrong in ("8", "8x", "x4", "0x4", "8x-1", "8*4"):
@@ -185,7 +185,7 @@ def test_grid_sizes():
 
 
 @pytest.mark.parametrize(("given", "policy", "spins"), [(None, "PASSIVE", "0"), ("active", "ACTIVE", None)])
-def test_idle_openmp_threads_sleep_unless_the_user_says_otherwise(given, policy, spins):
+def test_openmp_wait_policy_default(given, policy, spins):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "verbose"}
     environment.pop("OMP_WAIT_POLICY", None)
     environment |= {"OMP_WAIT_POLICY": given} if given else {}

@@ -38,7 +38,7 @@ def pixels(path):
         return np.asarray(image)
 
 
-def test_one_image_a_seed(run, golden_network):
+def test_generate_one_image_per_seed(run, golden_network):
     result, outdir = run("--seeds", "0-1,42", "--trunc", "0.7")
     assert sorted(path.name for path in outdir.iterdir()) == ["seed0000.png", "seed0001.png", "seed0042.png"]
     assert "3 images" in result.output and "seed0000.png" in result.output
@@ -50,7 +50,7 @@ def test_one_image_a_seed(run, golden_network):
     assert not np.array_equal(pixels(outdir / "seed0042.png"), first)
 
 
-def test_grid(run):
+def test_generate_grid(run):
     result, outdir = run("--seeds", "0-4", "--grid", "3x2")
     sheet = pixels(outdir / "grid.png")
     assert sheet.shape == (64, 96, 3)
@@ -59,13 +59,13 @@ def test_grid(run):
     assert "grid.png" in result.output
 
 
-def test_a_grid_without_room(run):
+def test_generate_grid_too_small(run):
     result, outdir = run("--seeds", "0-4", "--grid", "2x2", code=2)
     assert "--grid 2x2 has 4 places, --seeds names 5 images" in result.output
     assert not outdir.exists()
 
 
-def test_classes(run):
+def test_generate_classes(run):
     _, outdir = run("--seeds", "0", "--class", "1", network="stylegan2-64-cond")
     one = pixels(outdir / "seed0000.png")
     run("--seeds", "0", "--class", "2", network="stylegan2-64-cond")
@@ -85,14 +85,14 @@ def test_classes(run):
         ("stylegan2-32", ["--trunc", "nan"], "--trunc nan is not a number"),
     ],
 )
-def test_errors(run, network, args, message):
+def test_generate_errors(run, network, args, message):
     result, outdir = run("--seeds", "0", *args, network=network, code=2)
     assert message in result.output
     assert "Traceback" not in result.output
     assert not outdir.exists()
 
 
-def test_noise_modes(run):
+def test_generate_noise_modes(run):
     _, outdir = run("--seeds", "0")
     images = {}
     for mode in ("const", "random", "none"):
@@ -105,7 +105,7 @@ def test_noise_modes(run):
     np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), images["random"])
 
 
-def test_a_run_folder_and_a_file_without_g_ema(golden_dir, tmp_path):
+def test_generate_from_run_folder_and_without_g_ema(golden_dir, tmp_path):
     checkpoint = dataclasses.replace(finetune.load(golden_dir / "stylegan2-32.pkl"), G_ema=None)
     run_dir = tmp_path / "00000-run"
     save_stylegan_pickle(run_dir / "network-snapshot-000010.pkl", G=checkpoint.G, D=checkpoint.D, G_ema=None)
@@ -121,7 +121,7 @@ def test_a_run_folder_and_a_file_without_g_ema(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
-def test_gray_and_rgba_networks(tmp_path, channels, mode):
+def test_generate_gray_and_rgba(tmp_path, channels, mode):
     from finetune.models.stylegan2 import Generator
 
     G = Generator(8, 0, 8, 16, channels, channel_base=128, channel_max=8)
@@ -152,9 +152,7 @@ def test_gray_and_rgba_networks(tmp_path, channels, mode):
         ("stylegan2-32.pkl", "0", "ref", False),  # would not use the kernels
     ],
 )
-def test_a_short_command_does_not_wait_for_kernels(
-    golden_dir, tmp_path, monkeypatch, network, seeds, ops, builds_later
-):
+def test_generate_short_job_skips_build(golden_dir, tmp_path, monkeypatch, network, seeds, ops, builds_later):
     from torch_utils import custom_ops
 
     asked = []

@@ -21,7 +21,7 @@ def inspect():
     return lambda *args: CliRunner().invoke(cli, ["inspect", *map(str, args)])
 
 
-def test_json(inspect, golden_dir):
+def test_inspect_json(inspect, golden_dir):
     path = golden_dir / "stylegan2-64-cond.pkl"
     result = inspect(path, "--json")
     assert result.exit_code == 0
@@ -50,7 +50,7 @@ def test_json(inspect, golden_dir):
     assert options["resolution"] == 64
 
 
-def test_text(inspect, golden_dir):
+def test_inspect_text(inspect, golden_dir):
     result = inspect(golden_dir / "stylegan2-tf-32.pkl")
     assert result.exit_code == 0
     lines = dict(line.split(None, 1) for line in result.stdout.splitlines())
@@ -64,7 +64,7 @@ def test_text(inspect, golden_dir):
     assert lines["missing"] == "nothing" and lines["licence"] == "not known"
 
 
-def test_a_run_and_its_ancestors(inspect, golden_dir, tmp_path):
+def test_inspect_lineage(inspect, golden_dir, tmp_path):
     root = read_pickle(golden_dir / "stylegan2-ada-32.pkl").root
     first = {"source": "ffhq.pkl", "sha256": "ab" * 32, "licence": "non-commercial", "parent": None}
     entry = {"format": 1, "source": {**first, "source": "run-1.pkl", "parent": first}, "nimg": 12500}
@@ -89,7 +89,7 @@ def test_a_run_and_its_ancestors(inspect, golden_dir, tmp_path):
     assert facts["provenance"]["parent"]["parent"]["source"] == "ffhq.pkl"
 
 
-def test_a_discriminator_alone(inspect, golden_dir, tmp_path):
+def test_inspect_discriminator_alone(inspect, golden_dir, tmp_path):
     root = read_pickle(golden_dir / "stylegan2-ada-32.pkl").root
     (tmp_path / "D.pkl").write_bytes(forge.dumps({"D": root["D"]}))
     result = inspect(tmp_path / "D.pkl")
@@ -97,7 +97,7 @@ def test_a_discriminator_alone(inspect, golden_dir, tmp_path):
     assert "missing       G, G_ema" in result.stdout and "none (no generator)" in result.stdout
 
 
-def test_safetensors(inspect, golden_dir, tmp_path):
+def test_inspect_safetensors(inspect, golden_dir, tmp_path):
     path = tmp_path / "net.safetensors"
     save_safetensors(path, finetune.load(golden_dir / "stylegan3-t-32.pkl"))
     result = inspect(path)
@@ -106,7 +106,7 @@ def test_safetensors(inspect, golden_dir, tmp_path):
     assert "started from  stylegan3-t-32.pkl (sha256 " in result.stdout
 
 
-def test_texts_that_no_terminal_can_show(inspect, golden_dir, tmp_path):
+def test_inspect_escapes_text(inspect, golden_dir, tmp_path):
     root = read_pickle(golden_dir / "stylegan2-ada-32.pkl").root
     entry = {"source": {"source": "\x1b[31m\nlicense       free", "parent": [1]}}
     data = {"G_ema": root["G_ema"], "finetune": entry, "training_set_kwargs": {"path": "\ud800\x1b"}}
@@ -119,7 +119,7 @@ def test_texts_that_no_terminal_can_show(inspect, golden_dir, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_refused_and_not_waited_for(inspect, tmp_path):
+def test_inspect_refuses_pipe(inspect, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     result = inspect(tmp_path / "pipe")
     assert result.exit_code == 2 and "is not a file" in result.stderr
@@ -130,7 +130,7 @@ class Runs:
         return os.system, ("exit 3",)
 
 
-def test_a_hostile_file(inspect, tmp_path):
+def test_inspect_hostile_file(inspect, tmp_path):
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps({"G_ema": Runs()}))
     result = inspect(path)
@@ -140,6 +140,6 @@ def test_a_hostile_file(inspect, tmp_path):
     assert "nothing was executed" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_no_file(inspect, tmp_path):
+def test_inspect_missing_file(inspect, tmp_path):
     result = inspect(tmp_path / "missing.pkl")
     assert result.exit_code == 2 and "missing.pkl does not exist" in result.stderr

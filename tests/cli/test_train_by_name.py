@@ -76,7 +76,7 @@ def table(output):
 @pytest.mark.parametrize(
     "server, name", [(name, name) for name in KINDS], indirect=["server"], ids=list(KINDS)
 )
-def test_the_recipe_of_a_public_checkpoint(server, name, images, tmp_path):
+def test_train_recipe_of_public_checkpoint(server, name, images, tmp_path):
     entry = catalog.get(name)
     result = train(name, images, "--outdir", tmp_path / "runs")
     assert result.exit_code == 0, result.output
@@ -103,20 +103,20 @@ def test_the_recipe_of_a_public_checkpoint(server, name, images, tmp_path):
     assert table(train(name, images, "--gamma", "3.5").stdout)["gamma"][0] == "3.5"
 
 
-def test_a_url_of_the_catalogue_is_its_entry(server, images):
+def test_train_catalog_url_is_its_entry(server, images):
     entry = catalog.get("ffhq-256-stylegan2")
     result = train(entry.urls[0], images)
     assert result.exit_code == 0, result.output
     assert f"Fetching {entry.id}" in result.stderr and f"published settings of {entry.id}" in result.stdout
 
 
-def test_a_name_that_is_nearly_right(server, images):
+def test_train_suggests_close_names(server, images):
     result = train("ffhq-256-stylgan2", images)
     assert result.exit_code == 2 and server.requests == []
     assert "Did you mean ffhq-256-stylegan2" in result.stderr and "Traceback" not in result.output
 
 
-def test_offline_nothing_is_asked_for(server, images):
+def test_train_offline_sends_no_request(server, images):
     result = train("ffhq-256-stylegan2", images, offline=True)
     assert result.exit_code == 2 and server.requests == []
     assert "is not on this machine" in result.stderr and "add-file" in result.stderr

@@ -38,13 +38,13 @@ def plain(mode: str, color, size=(4, 4)) -> Image.Image:
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "TGA"])
-def test_every_container_gives_the_same_pixels(encode, kind, channels):
+def test_decode_reads_every_container(encode, kind, channels):
     options = {"lossless": True} if kind == "WEBP" else {}
     assert one(encode(plain("RGB", (180, 0, 0)), kind, **options), channels) == COLORS[channels]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_jpeg_is_near(encode, channels):
+def test_decode_jpeg_is_close(encode, channels):
     got = one(encode(plain("RGB", (180, 0, 0)), "JPEG", quality=95), channels)
     assert np.abs(np.subtract(got, COLORS[channels])).max() <= 2
 
@@ -61,14 +61,14 @@ MODES = {
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_modes_become_channels(encode, name):
+def test_decode_converts_modes(encode, name):
     mode, color, gray, rgb, rgba = MODES[name]
     data = encode(plain(mode, color))
     assert open_image(data).mode == mode
     assert (one(data, 1), one(data, 3), one(data, 4)) == (gray, rgb, rgba)
 
 
-def test_cmyk_jpeg_becomes_color(encode):
+def test_decode_converts_cmyk_jpeg(encode):
     data = encode(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)
     assert open_image(data).mode == "CMYK"
     red, green, blue = one(data, 3)
@@ -77,7 +77,7 @@ def test_cmyk_jpeg_becomes_color(encode):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bit_gray_keeps_the_upper_byte(encode, kind):
+def test_decode_16_bit_gray_keeps_upper_byte(encode, kind):
     # Spread over the whole range: a reader that clips at 255 gives white everywhere.
     values = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
     data = b"P5 4 4 65535\n" + values.astype(">u2").tobytes() if kind == "PPM" else encode(values, kind)
@@ -86,7 +86,7 @@ def test_16_bit_gray_keeps_the_upper_byte(encode, kind):
         assert (pixels == (values >> 8).astype(np.uint8)).all()
 
 
-def test_transparent_color_of_a_png_counts_as_alpha(encode):
+def test_decode_transparent_png_color_as_alpha(encode):
     data = encode(plain("RGB", (10, 20, 30)), transparency=(10, 20, 30))
     assert one(data, 3) == [255] * 3 and one(data, 4)[3] == 0
     palette = plain("P", 0)
@@ -99,7 +99,7 @@ def test_transparent_color_of_a_png_counts_as_alpha(encode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_applied_once(encode, noise, kind, orientation):
+def test_decode_applies_exif_orientation_once(encode, noise, kind, orientation):
     upright = noise(3, 5, 3)
     inverse = {None: None, **{turn: turn for turn in Image.Transpose}}
     inverse[Image.Transpose.ROTATE_90] = Image.Transpose.ROTATE_270
@@ -112,7 +112,7 @@ def test_exif_orientation_is_applied_once(encode, noise, kind, orientation):
     assert np.array_equal(np.asarray(open_image(data)), upright)
 
 
-def test_orientation_follows_the_exif_table(encode):
+def test_decode_orientation_follows_exif_table(encode):
     # Orientation 6, as phones write it: row 0 of the file is the right side of the scene.
     stored = np.zeros((2, 3, 3), np.uint8)
     stored[0] = 255
@@ -122,12 +122,12 @@ def test_orientation_follows_the_exif_table(encode):
     assert upright.shape == (3, 2, 3) and (upright[:, 1] == 255).all() and (upright[:, 0] == 0).all()
 
 
-def test_damaged_exif_does_not_cost_the_image(encode):
+def test_decode_ignores_damaged_exif(encode):
     data = encode(plain("RGB", (180, 0, 0)), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0")
     assert one(data, 3) == COLORS[3]
 
 
-def test_first_frame_of_an_animation(encode):
+def test_decode_takes_first_frame_of_animation(encode):
     frames = [plain("RGB", (180, 0, 0)), plain("RGB", (0, 0, 180))]
     for kind in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
@@ -173,7 +173,7 @@ def test_fit_stretch_uses_everything():
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [5, 48, 300])
-def test_resizing_keeps_color_and_orientation(fit, size):
+def test_fit_keeps_color_and_orientation(fit, size):
     got = np.asarray(fit_to_size(halves(size, size), (16, 16), fit)).astype(int)
     assert got.shape == (16, 16, 3)
     ringing = 0.06 * 255  # what Lanczos overshoots beside an edge
@@ -181,14 +181,14 @@ def test_resizing_keeps_color_and_orientation(fit, size):
     assert (abs(got[:, 12:] - [0, 0, 255]) < ringing).all()
 
 
-def test_shrinking_does_not_alias():
+def test_fit_shrinks_without_aliasing():
     # A checkerboard of single pixels has to become gray, not black or white.
     board = ((np.indices((256, 256)).sum(0) % 2) * 255).astype(np.uint8)
     got = np.asarray(fit_to_size(Image.fromarray(board), (16, 16), "stretch")).astype(int)
     assert (abs(got - 127.5) < 3).all()
 
 
-def test_hidden_color_does_not_bleed_when_resized():
+def test_fit_hidden_color_does_not_bleed():
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[:, :16] = [0, 255, 0, 0]  # green, but clear
     pixels[:, 16:] = [255, 0, 0, 255]
@@ -197,7 +197,7 @@ def test_hidden_color_does_not_bleed_when_resized():
     assert (visible[:, 1] == 0).all() and len(visible) >= 32
 
 
-def test_equal_size_is_untouched_whatever_the_fit(noise):
+def test_fit_equal_size_is_unchanged(noise):
     pixels = noise(8, 8, 3)
     for fit in (None, "crop", "pad", "stretch"):
         assert np.array_equal(np.asarray(fit_to_size(Image.fromarray(pixels), (8, 8), fit)), pixels)
@@ -214,7 +214,7 @@ def refusal(data: bytes) -> Unusable:
     return caught.value
 
 
-def test_what_is_no_image_is_named():
+def test_decode_names_files_that_are_no_image():
     assert refusal(b"").detail == "is empty"
     assert "LFS" in refusal(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n").detail
     assert "web page" in refusal(b"\n<!DOCTYPE html><p>404").detail
@@ -225,7 +225,7 @@ def test_what_is_no_image_is_named():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_truncated_files_are_refused(encode, noise, kind):
+def test_decode_refuses_truncated_files(encode, noise, kind):
     data = encode(noise(32, 32, 3), kind)
     for keep in (len(data) // 2, 40):
         problem = refusal(data[:keep])
@@ -233,7 +233,7 @@ def test_truncated_files_are_refused(encode, noise, kind):
         assert problem.kind == (UNREADABLE if kind == "TIFF" else CUT_SHORT) and problem.detail
 
 
-def test_what_is_damaged_but_whole_is_not_called_cut_short(encode, noise):
+def test_decode_damaged_but_complete_is_not_truncated(encode, noise):
     data = bytearray(encode(noise(32, 32, 3)))
     data[60:80] = bytes(20)
     assert refusal(bytes(data)).kind == UNREADABLE
@@ -250,12 +250,12 @@ def test_what_is_damaged_but_whole_is_not_called_cut_short(encode, noise):
         ("RGBA", "transparency"),
     ],
 )
-def test_what_is_unusual_about_a_mode(encode, mode, what):
+def test_unusual_describes_mode(encode, mode, what):
     data = encode(Image.new(mode, (4, 4)))
     assert unusual(open_image(data)) == what and num_frames(data) == 1
 
 
-def test_what_else_is_unusual(encode):
+def test_unusual_describes_16_bit_and_alpha(encode):
     def seen(data):
         return unusual(open_image(data))
 
@@ -269,14 +269,14 @@ def test_what_else_is_unusual(encode):
     assert seen(b"\x89PNG\r\n\x1a\n" + b"".join(parts)) == "16 bits a channel"
 
 
-def test_frames_are_counted(encode):
+def test_num_frames_counts_frames(encode):
     frames = [plain("RGB", (180, 0, 0)), plain("RGB", (0, 0, 180)), plain("RGB", (0, 180, 0))]
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         assert num_frames(encode(frames[0], kind, save_all=True, append_images=frames[1:])) == 3
     assert num_frames(b"") == 1
 
 
-def test_flipped_bytes_never_raise_anything_else(encode, noise):
+def test_decode_flipped_bytes_raise_only_unusable(encode, noise):
     rng = np.random.RandomState(0)
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
         good = encode(noise(16, 16, 3), kind)
@@ -290,7 +290,7 @@ def test_flipped_bytes_never_raise_anything_else(encode, noise):
                 assert problem.detail
 
 
-def test_too_many_pixels_are_refused(encode, monkeypatch):
+def test_decode_refuses_too_many_pixels(encode, monkeypatch):
     data = encode(plain("L", 0, (20, 30)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     assert open_image(data).size == (20, 30)
@@ -300,13 +300,13 @@ def test_too_many_pixels_are_refused(encode, monkeypatch):
         assert problem.kind == TOO_LARGE and problem.detail == f"600 pixels, {allowed} are allowed"
 
 
-def test_32_bit_values_are_refused(encode):
+def test_decode_refuses_32_bit_values(encode):
     assert refusal(encode(np.zeros((4, 4), np.float32), "TIFF")).kind == NO_RULE
     assert refusal(encode(np.zeros((4, 4), np.int32), "TIFF")).kind == NO_RULE
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="Pillow without JPEG 2000")
-def test_jpeg_2000_with_16_bits(encode):
+def test_decode_jpeg_2000_with_16_bits(encode):
     values = np.full((16, 16), 0xABCD, np.uint16)
     pixels = decode(encode(values, "JPEG2000"), resolution=16, channels=1, fit=None)
     assert (pixels == 0xAB).all()

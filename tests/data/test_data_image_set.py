@@ -15,7 +15,7 @@ from finetune.errors import DataError
 
 
 @pytest.mark.parametrize("kind", ["", ".zip"])
-def test_items_in_the_order_of_names(eight, noise, kind):
+def test_image_set_items_in_order_of_names(eight, noise, kind):
     images = ImageSet(eight(kind), resolution=8, channels=3)
     assert len(images) == 8 and images.names == [f"{'ab'[i // 4]}/{i}.png" for i in range(8)]
     assert (images.name, images.resolution, images.channels, images.num_classes) == ("eight", 8, 3, 0)
@@ -27,7 +27,7 @@ def test_items_in_the_order_of_names(eight, noise, kind):
         images[8]
 
 
-def test_mirror_appends_flipped_items(eight):
+def test_image_set_mirror_appends_flipped_items(eight):
     plain, mirrored = (
         ImageSet(eight(), resolution=8, channels=3, mirror=m, use_labels=True) for m in (False, True)
     )
@@ -40,7 +40,7 @@ def test_mirror_appends_flipped_items(eight):
 
 
 @pytest.mark.parametrize("preload", [False, True])
-def test_items_may_be_written_to(eight, preload):
+def test_image_set_items_are_writable(eight, preload):
     images = ImageSet(eight(), resolution=8, channels=3, mirror=True)
     if preload:
         assert images.preload()
@@ -51,19 +51,19 @@ def test_items_may_be_written_to(eight, preload):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_follow_the_network(eight, channels):
+def test_image_set_channels_follow_network(eight, channels):
     images = ImageSet(eight(), resolution=4, channels=channels, fit="crop")
     assert images[0][0].shape == (channels, 4, 4)
 
 
-def test_impossible_channels_and_fits(eight):
+def test_image_set_refuses_impossible_channels_and_fits(eight):
     with pytest.raises(DataError, match="2 channels"):
         ImageSet(eight(), resolution=8, channels=2)
     with pytest.raises(ValueError, match="squash"):
         ImageSet(eight(), resolution=8, channels=3, fit="squash")
 
 
-def test_limit_is_a_seeded_choice(eight):
+def test_image_set_limit_is_seeded(eight):
     def names(**options):
         return ImageSet(eight(), resolution=8, channels=3, **options).names
 
@@ -76,14 +76,14 @@ def test_limit_is_a_seeded_choice(eight):
         names(limit=0)
 
 
-def test_labels_stay_with_their_images_under_a_limit(eight):
+def test_image_set_limit_keeps_labels(eight):
     everything = ImageSet(eight(), resolution=8, channels=3, use_labels=True)
     some = ImageSet(eight(), resolution=8, channels=3, use_labels=True, num_classes=3, limit=4, seed=2)
     for i, name in enumerate(some.names):
         assert np.array_equal(some.label(i), everything.label(everything.names.index(name)))
 
 
-def test_unchecked_problems_name_the_file(eight):
+def test_image_set_unchecked_problem_names_file(eight):
     path = eight()
     images = ImageSet(path, resolution=4, channels=3)
     with pytest.raises(DataError, match=r"a/0.png has another size: 8×8"):
@@ -94,7 +94,7 @@ def test_unchecked_problems_name_the_file(eight):
 
 
 @pytest.mark.parametrize("kind", ["", ".zip"])
-def test_pickles(eight, kind):
+def test_image_set_pickles(eight, kind):
     images = ImageSet(eight(kind), resolution=8, channels=3, use_labels=True)
     images.preload()
     data = pickle.dumps(images)
@@ -105,7 +105,7 @@ def test_pickles(eight, kind):
     assert again.content_hash() == images.content_hash()
 
 
-def test_preload_reads_each_image_once(eight, monkeypatch):
+def test_image_set_preload_reads_each_image_once(eight, monkeypatch):
     path = eight()
     images = ImageSet(path, resolution=8, channels=3, mirror=True)
     before = [images[i][0] for i in range(16)]
@@ -114,14 +114,14 @@ def test_preload_reads_each_image_once(eight, monkeypatch):
     assert all(np.array_equal(images[i][0], before[i]) for i in range(16)) and images.preload(0)
 
 
-def test_preload_reports_what_cannot_be_read(eight):
+def test_image_set_preload_reports_unreadable(eight):
     path = eight()
     (path / "a/2.png").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"a/2\.png"):
         ImageSet(path, resolution=8, channels=3).preload()
 
 
-def test_content_hash_follows_everything_that_matters(eight, encode):
+def test_image_set_content_hash_covers_all_settings(eight, encode):
     def digest(path=None, **options):
         return ImageSet(path or eight(), **{"resolution": 8, "channels": 3, **options}).content_hash()
 

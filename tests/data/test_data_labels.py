@@ -35,20 +35,20 @@ def pairs(*values):
 
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_classes_become_one_hot(labeled, name):
+def test_labels_classes_become_one_hot(labeled, name):
     labels, problems = read(labeled(pairs(2, 0, 2), name))
     assert problems == [] and labels.num_classes == 3
     assert np.array_equal([labels.one_hot(i) for i in range(3)], [[0, 0, 1], [1, 0, 0], [0, 0, 1]])
     assert labels.one_hot(0).dtype == np.float32
 
 
-def test_vectors_are_kept(labeled):
+def test_labels_vectors_are_kept(labeled):
     labels, problems = read(labeled(pairs([0.5, -1], [1, 2], [0, 1e-3])))
     assert problems == [] and labels.num_classes == 2
     assert np.array_equal(labels.one_hot(2), np.float32([0, 1e-3]))
 
 
-def test_the_network_decides_the_number_of_classes(labeled):
+def test_labels_num_classes_from_network(labeled):
     path = labeled(pairs(0, 1, 1))
     labels, _ = read(path, num_classes=5)
     assert labels.one_hot(1).tolist() == [0, 1, 0, 0, 0]
@@ -74,14 +74,14 @@ def test_the_network_decides_the_number_of_classes(labeled):
         ),
     ],
 )
-def test_every_wrong_label_is_listed(labeled, values, details):
+def test_labels_every_wrong_label_is_listed(labeled, values, details):
     labels, problems = read(labeled(pairs(*values)))
     assert labels is None and [p.name for p in problems] == [NAMES[i] for i in details]
     for problem, detail in zip(problems, details.values()):
         assert detail in problem.detail
 
 
-def test_missing_labels_are_listed_with_unreadable_images(labeled):
+def test_labels_missing_and_unreadable_listed_together(labeled):
     path = labeled({"labels": [["a/0.png", 0], ["elsewhere.png", 7]]})
     (path / "b/2.png").write_bytes(b"")
     found = scan(path, use_labels=True)
@@ -94,7 +94,7 @@ def test_missing_labels_are_listed_with_unreadable_images(labeled):
         ImageSet(path, resolution=4, channels=3, use_labels=True)
 
 
-def test_doing_without_labels_is_advised_only_where_the_network_can(labeled):
+def test_labels_none_suggested_only_for_unconditional_network(labeled):
     path = labeled(None)
     with pytest.raises(DataError, match="or train without labels"):
         scan(path, use_labels=True)
@@ -119,7 +119,7 @@ def test_doing_without_labels_is_advised_only_where_the_network_can(labeled):
         ({"labels": [["a/0.png", 1], ["a\\0.png", 2]]}, "two labels, 1 and 2"),
     ],
 )
-def test_unusable_label_files(labeled, content, word):
+def test_labels_unusable_files(labeled, content, word):
     path = labeled(content)
     with pytest.raises(DataError, match=word):
         read(path)
@@ -127,12 +127,12 @@ def test_unusable_label_files(labeled, content, word):
     assert ImageSet(path, resolution=4, channels=3).num_classes == 0
 
 
-def test_names_with_backslashes_match(labeled):
+def test_labels_names_with_backslashes_match(labeled):
     labels, _ = read(labeled({"labels": [[name.replace("/", "\\"), i] for i, name in enumerate(NAMES)]}))
     assert labels.values.tolist() == [0, 1, 2]
 
 
-def test_labels_of_a_set(labeled):
+def test_labels_of_image_set(labeled):
     path = labeled(pairs(2, 0, 2))
     images = ImageSet(path, resolution=4, channels=3, use_labels=True, num_classes=4, mirror=True)
     assert images.has_labels and images.num_classes == 4
@@ -146,7 +146,7 @@ def test_labels_of_a_set(labeled):
     assert images.random_labels(0).shape == (0, 4)
 
 
-def test_no_labels_are_labels_of_length_0(labeled):
+def test_labels_absent_have_length_0(labeled):
     images = ImageSet(labeled(None), resolution=4, channels=3)
     assert not images.has_labels and images[0][1].shape == (0,) and images.label(0).dtype == np.float32
     assert images.random_labels(5).shape == (5, 0)

@@ -22,27 +22,27 @@ def take(sampler, n):
     return list(islice(sampler, n))
 
 
-def test_every_item_exactly_once_an_epoch():
+def test_sampler_every_item_once_per_epoch():
     order = take(InfiniteSampler(7, seed=3), 70)
     epochs = [order[i : i + 7] for i in range(0, 70, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 5, "epochs differ"
 
 
-def test_the_seed_decides():
+def test_sampler_depends_on_seed():
     orders = {seed: tuple(take(InfiniteSampler(50, seed=seed), 50)) for seed in (0, 1, 2**32, 2**40)}
     assert len(set(orders.values())) == 4
     assert tuple(take(InfiniteSampler(50, seed=1), 50)) == orders[1]
     assert take(InfiniteSampler(3, shuffle=False), 7) == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_the_order_is_fixed_for_all_time():
+def test_sampler_order_is_frozen():
     # A run continues years later: the order may not depend on the versions of the libraries.
     assert take(InfiniteSampler(8, seed=7), 16) == [1, 5, 2, 6, 4, 3, 7, 0, 2, 7, 3, 5, 0, 6, 4, 1]
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_replicas_share_one_stream(replicas):
+def test_sampler_replicas_share_one_stream(replicas):
     whole = take(InfiniteSampler(5, seed=1), 30 * replicas)
     for rank in range(replicas):
         part = take(InfiniteSampler(5, rank=rank, num_replicas=replicas, seed=1), 30)
@@ -50,7 +50,7 @@ def test_replicas_share_one_stream(replicas):
 
 
 @pytest.mark.parametrize("position", [0, 1, 6, 7, 8, 100])
-def test_sampler_goes_on_where_it_was(position):
+def test_sampler_resumes(position):
     whole = take(InfiniteSampler(7, seed=3), 120)
     first = InfiniteSampler(7, seed=3)
     take(first, position)
@@ -59,7 +59,7 @@ def test_sampler_goes_on_where_it_was(position):
     assert take(second, 10) == whole[position : position + 10]
 
 
-def test_state_of_another_order_is_refused():
+def test_sampler_refuses_state_of_another_order():
     state = InfiniteSampler(7, seed=3).state_dict()
     for other in (
         InfiniteSampler(8, seed=3),
@@ -87,7 +87,7 @@ def build(images, num_workers=0, **options):
 
 @pytest.mark.parametrize("cache_bytes, num_workers", [(0, 0), (0, 2), (1 << 20, 2)])
 @pytest.mark.parametrize("kind", ["", ".zip"])
-def test_batches(eight, two_cores, kind, cache_bytes, num_workers):
+def test_loader_batches(eight, two_cores, kind, cache_bytes, num_workers):
     images = ImageSet(eight(kind), resolution=8, channels=3, use_labels=True, mirror=True)
     batches = build(images, num_workers, cache_bytes=cache_bytes)
     order = InfiniteSampler(16, seed=1)
@@ -103,7 +103,7 @@ def test_batches(eight, two_cores, kind, cache_bytes, num_workers):
 
 
 @pytest.mark.parametrize("cache_bytes, num_workers", [(0, 0), (0, 2), (1 << 20, 0)])
-def test_loader_goes_on_after_what_was_handed_out(eight, two_cores, cache_bytes, num_workers):
+def test_loader_resumes_after_yielded_batches(eight, two_cores, cache_bytes, num_workers):
     images = ImageSet(eight(), resolution=8, channels=1)
     first = build(images, num_workers, cache_bytes=cache_bytes)
     whole = [next(first)[0] for _ in range(4)]
@@ -119,7 +119,7 @@ def test_loader_goes_on_after_what_was_handed_out(eight, two_cores, cache_bytes,
         assert torch.equal(next(second)[0], expected)
 
 
-def test_replicas_get_different_images(eight):
+def test_loader_replicas_get_different_images(eight):
     images = ImageSet(eight(), resolution=8, channels=3)
     parts = [build(images, batch_size=4, rank=rank, num_replicas=2) for rank in (0, 1)]
     seen = torch.cat([next(part)[0] for part in parts])
@@ -128,7 +128,7 @@ def test_replicas_get_different_images(eight):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_problems_keep_their_own_words(eight, two_cores, num_workers):
+def test_loader_keeps_messages_of_errors(eight, two_cores, num_workers):
     path = eight()
     batches = build(ImageSet(path, resolution=8, channels=3), num_workers, cache_bytes=0)
     for i in range(8):
@@ -140,7 +140,7 @@ def test_problems_keep_their_own_words(eight, two_cores, num_workers):
     batches.close()
 
 
-def test_workers_end_with_the_loader(eight, two_cores):
+def test_loader_close_ends_workers(eight, two_cores):
     batches = build(ImageSet(eight(), resolution=8, channels=3), 2, cache_bytes=0)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
@@ -148,14 +148,14 @@ def test_workers_end_with_the_loader(eight, two_cores):
     assert multiprocessing.active_children() == []
 
 
-def test_what_a_spawned_worker_needs_can_be_pickled(eight):
+def test_loader_pickles_for_spawned_workers(eight):
     batches = build(ImageSet(eight(".zip"), resolution=8, channels=3), cache_bytes=0)
     next(batches)
     items, collate = pickle.loads(pickle.dumps((batches._loader.dataset, batches._loader.collate_fn)))
     assert torch.equal(collate([items[2]])[0][0], torch.from_numpy(items[2][0]))
 
 
-def test_the_global_random_state_is_left_alone(eight, two_cores):
+def test_loader_keeps_global_random_state(eight, two_cores):
     images = ImageSet(eight(), resolution=8, channels=3)
     states = [torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()]
     for cache_bytes in (0, 1 << 20):
@@ -164,7 +164,7 @@ def test_the_global_random_state_is_left_alone(eight, two_cores):
     assert np.array_equal(np.random.get_state()[1], states[1]) and random.getstate() == states[2]
 
 
-def test_large_sets_are_preloaded_in_parallel_and_the_same(eight, two_cores, monkeypatch):
+def test_loader_parallel_preload_is_equal(eight, two_cores, monkeypatch):
     monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
     images, alone = (ImageSet(eight(".zip"), resolution=8, channels=3) for _ in range(2))
     assert images.preload(workers=2) and alone.preload()
@@ -199,7 +199,7 @@ def lose(path, number, how):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("how", ["deleted", "cut short", "a folder", "a loop"])
-def test_an_image_that_is_lost_is_replaced_and_counted(forty, two_cores, caplog, num_workers, how):
+def test_loader_replaces_and_counts_lost_images(forty, two_cores, caplog, num_workers, how):
     path = forty()
     images = ImageSet(path, resolution=8, channels=1)
     batches = build(images, num_workers, cache_bytes=0, batch_size=4)
@@ -223,7 +223,7 @@ def test_an_image_that_is_lost_is_replaced_and_counted(forty, two_cores, caplog,
     assert again.unreadable >= 2
 
 
-def test_training_stops_when_too_much_of_an_epoch_is_lost(forty, two_cores):
+def test_loader_stops_if_too_many_images_are_lost(forty, two_cores):
     path = forty()
     batches = build(ImageSet(path, resolution=8, channels=1), cache_bytes=0, batch_size=4)
     for number in range(4):  # a tenth is allowed
@@ -245,7 +245,7 @@ CUT_OFF = r"forty\.zip: \d\d\.png cannot be read: (is damaged inside the zip|the
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_zip_that_is_cut_off_stops_training_with_a_message(forty, two_cores, num_workers):
+def test_loader_truncated_zip_stops_with_message(forty, two_cores, num_workers):
     path = forty(".zip")
     batches = build(ImageSet(path, resolution=8, channels=1), num_workers, cache_bytes=0, batch_size=4)
     next(batches)
@@ -257,7 +257,7 @@ def test_a_zip_that_is_cut_off_stops_training_with_a_message(forty, two_cores, n
     batches.close()
 
 
-def test_a_zip_that_is_replaced_is_not_noticed_by_who_has_it_open(forty, tmp_path):
+def test_loader_replaced_zip_is_read_from_open_handle(forty, tmp_path):
     path = forty(".zip")
     images = ImageSet(path, resolution=8, channels=1)
     batches = build(images, cache_bytes=0, batch_size=4)
@@ -273,7 +273,7 @@ def test_a_zip_that_is_replaced_is_not_noticed_by_who_has_it_open(forty, tmp_pat
     assert first.shape == (4, 1, 8, 8)
 
 
-def test_the_processes_share_what_may_be_lost(forty):
+def test_loader_loss_limit_is_shared_by_ranks(forty):
     path = forty()
     batches = build(
         ImageSet(path, resolution=8, channels=1), batch_size=4, rank=1, num_replicas=2, cache_bytes=0
@@ -298,7 +298,7 @@ def dying(numbers, *, after):
     return start, starts
 
 
-def test_workers_that_die_are_replaced(caplog):
+def test_loader_restarts_dead_workers(caplog):
     done = []
     start, starts = dying(done, after=1)
     items = workers.surviving(start)
@@ -309,14 +309,14 @@ def test_workers_that_die_are_replaced(caplog):
     assert all("(DataLoader worker (pid(s) 7) exited unexpectedly)" in text for text in caplog.messages)
 
 
-def test_workers_that_die_at_once_are_given_up(caplog):
+def test_loader_gives_up_on_workers_that_die_at_once(caplog):
     start, starts = dying([], after=0)
     with pytest.raises(DataError, match=r"died 4 times in a row .*pid\(s\) 7") as caught:
         next(workers.surviving(start))
     assert "--workers 0" in caught.value.hint and len(starts) == 4
 
 
-def test_what_goes_wrong_inside_a_worker_is_no_death():
+def test_loader_error_inside_worker_is_raised():
     def start():
         raise ConnectionError("Caught ConnectionError in DataLoader worker process 0.")
         yield
@@ -325,7 +325,7 @@ def test_what_goes_wrong_inside_a_worker_is_no_death():
         next(workers.surviving(start))
 
 
-def test_signals_are_left_as_they_are(eight, two_cores):
+def test_loader_keeps_signal_handlers(eight, two_cores):
     before = signal.getsignal(signal.SIGCHLD)
     batches = build(ImageSet(eight(), resolution=8, channels=3), 2, cache_bytes=0)
     next(batches)
@@ -337,7 +337,7 @@ def test_signals_are_left_as_they_are(eight, two_cores):
 
 
 @pytest.mark.slow  # torch looks for dead workers every five seconds
-def test_a_killed_worker_changes_nothing(forty, two_cores):
+def test_loader_killed_worker_changes_no_batch(forty, two_cores):
     images = ImageSet(forty(), resolution=8, channels=1)
     expected = build(images, cache_bytes=0, batch_size=4)
     batches = build(images, 2, cache_bytes=0, batch_size=4)
@@ -350,6 +350,6 @@ def test_a_killed_worker_changes_nothing(forty, two_cores):
 
 
 @pytest.mark.gpu
-def test_batches_for_cuda_are_pinned(eight):
+def test_loader_pins_batches_for_cuda(eight):
     pixels, labels = next(build(ImageSet(eight(), resolution=8, channels=3, use_labels=True), device="cuda"))
     assert pixels.is_pinned() and labels.is_pinned()

@@ -35,7 +35,7 @@ def zipped(files, entries=None, stream=None):
 FILES = {"a.bin": b"one", "ä/ö.bin": b"", "c.bin": bytes(range(256))}
 
 
-def test_a_stored_zip_is_a_zip():
+def test_stored_zip_is_readable():
     with zipfile.ZipFile(zipped(FILES)) as archive:
         assert archive.testzip() is None and archive.namelist() == list(FILES)
         assert {name: archive.read(name) for name in FILES} == FILES
@@ -43,7 +43,7 @@ def test_a_stored_zip_is_a_zip():
 
 
 @pytest.mark.parametrize("limits", [(2, 2**32 - 1), (65535, 40)])
-def test_large_zips_have_the_records_of_zip64(monkeypatch, limits):
+def test_stored_zip_large_uses_zip64(monkeypatch, limits):
     # 65,535 files and 4 GiB are where they begin; here earlier, which readers do not mind.
     monkeypatch.setattr(stored_zip, "MAX_16", limits[0])
     monkeypatch.setattr(stored_zip, "MAX_32", limits[1])
@@ -61,12 +61,12 @@ def test_large_zips_have_the_records_of_zip64(monkeypatch, limits):
 
 
 @pytest.mark.slow
-def test_more_files_than_fit_a_plain_zip():
+def test_stored_zip_many_files_use_zip64():
     with zipfile.ZipFile(zipped({f"{i}": b"" for i in range(65_600)})) as archive:
         assert len(archive.namelist()) == 65_600
 
 
-def test_a_zip_that_was_cut_off_anywhere_is_gone_on_with():
+def test_stored_zip_resumes_after_any_truncation():
     whole = zipped(FILES).getvalue()
     for length in range(len(whole)):
         stream = io.BytesIO(whole[:length])
@@ -80,7 +80,7 @@ def test_a_zip_that_was_cut_off_anywhere_is_gone_on_with():
         assert zipped(rest, entries, stream).getvalue() == whole
 
 
-def test_entries_that_are_damaged_are_not_whole():
+def test_whole_entries_stops_at_damaged_entry():
     whole = zipped(FILES).getvalue()
     for place in range(len(whole)):
         data = bytearray(whole)
@@ -90,7 +90,7 @@ def test_entries_that_are_damaged_are_not_whole():
                 assert FILES[each.name] == data[each.end - each.size : each.end]
 
 
-def test_names_do_not_collide():
+def test_target_names_do_not_collide():
     names = ["a.jpg", "a.png", "a.png.jpg", "A.PNG", "b/a.png", "../../etc/x.png", "/abs.png", "c\\d.png"]
     targets = target_names(names, ".tif")
     assert list(targets.values()) == [
@@ -109,7 +109,7 @@ def test_names_do_not_collide():
         assert target_names(["e\udcff.png"], ".tif") == {"e\udcff.png": "e%ff.tif"}
 
 
-def test_classes_are_folders():
+def test_prepare_classes_from_folders():
     assert classes_of_folders(["dog/1.png", "cat/x/2.png", "cat/3.png"]) == (
         {"dog/1.png": 1, "cat/x/2.png": 0, "cat/3.png": 0},
         ["cat", "dog"],
@@ -137,7 +137,7 @@ def mixed(write_set, encode, noise):
 @pytest.mark.parametrize("encoding", ["tiff", "png"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_training_reads_from_the_zip_what_it_reads_from_the_images(mixed, tmp_path, encoding, channels, fit):
+def test_prepare_zip_equals_source_in_training(mixed, tmp_path, encoding, channels, fit):
     made = prepare(
         mixed, tmp_path / "out.zip", resolution=8, fit=fit, channels=channels, encoding=encoding, workers=0
     )
@@ -159,7 +159,7 @@ def labels_in(path):
         return json.loads(archive.read("dataset.json"))
 
 
-def test_labels(mixed, tmp_path):
+def test_prepare_labels(mixed, tmp_path):
     made = prepare(mixed, tmp_path / "1.zip", resolution=8, fit="crop", labels="folders")
     assert made.classes == ["cat", "dog"]
     assert labels_in(tmp_path / "1.zip") == {
@@ -181,7 +181,7 @@ def test_labels(mixed, tmp_path):
     assert labels_in(tmp_path / "5.zip") == {"labels": [["a.tif", [0.5, 1.0]], ["b.tif", [0.25, 0.0]]]}
 
 
-def test_the_first_image_says_the_resolution(eight, mixed, tmp_path):
+def test_prepare_resolution_of_first_image(eight, mixed, tmp_path):
     assert prepare(eight(".zip"), tmp_path / "out.zip").settings.resolution == 8
     with pytest.raises(
         DataError, match=r"(?s)another size: 3\n.*8×12 instead of 8×8: 1 \(cat/b.jpg\).*--fit crop"
@@ -194,7 +194,7 @@ def test_the_first_image_says_the_resolution(eight, mixed, tmp_path):
         prepare(mixed, tmp_path / "mixed.zip", labels="none")
 
 
-def test_bad_images_are_all_told_or_left_out(mixed, tmp_path):
+def test_prepare_lists_or_skips_bad_images(mixed, tmp_path):
     (mixed / "cat/a.png").write_bytes(b"")
     (mixed / "dog/e.png").write_bytes((mixed / "dog/c.png").read_bytes())  # has no label
     out = tmp_path / "out.zip"
@@ -214,7 +214,7 @@ def test_bad_images_are_all_told_or_left_out(mixed, tmp_path):
         prepare(mixed, tmp_path / "none.zip", resolution=8, skip_bad=True, labels="none")
 
 
-def test_destinations_that_are_refused(mixed, tmp_path, eight, monkeypatch):
+def test_prepare_refuses_destinations(mixed, tmp_path, eight, monkeypatch):
     options = {"resolution": 8, "fit": "crop"}
     with pytest.raises(ConfigError, match=r"ends in \.zip"):
         prepare(mixed, tmp_path / "out", **options)
@@ -236,7 +236,7 @@ def test_destinations_that_are_refused(mixed, tmp_path, eight, monkeypatch):
         prepare(mixed, tmp_path / "full.zip", **options)
 
 
-def test_a_full_disk_is_told_and_gone_on_from(mixed, tmp_path, monkeypatch):
+def test_prepare_resumes_after_full_disk(mixed, tmp_path, monkeypatch):
     out, again = tmp_path / "out.zip", tmp_path / "again.zip"
     options = {"resolution": 8, "fit": "crop"}
     prepare(mixed, again, **options)
@@ -272,7 +272,7 @@ def stopped_after(count, source, path, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupted_call_is_gone_on_with(eight, tmp_path, monkeypatch, num_workers):
+def test_prepare_resumes_after_interrupt(eight, tmp_path, monkeypatch, num_workers):
     monkeypatch.setattr(preparing, "PARALLEL_FROM", 1)
     monkeypatch.setattr(workers, "available_cores", lambda: 2)
     source = eight()
@@ -294,7 +294,7 @@ def test_an_interrupted_call_is_gone_on_with(eight, tmp_path, monkeypatch, num_w
 open_image = preparing.open_image
 
 
-def test_what_has_changed_is_done_again(eight, tmp_path, encode, noise):
+def test_prepare_redoes_changed_images(eight, tmp_path, encode, noise):
     source, out, fresh = eight(), tmp_path / "out.zip", tmp_path / "fresh.zip"
     stopped_after(6, source, out, resolution=8)
     (source / "a/3.png").write_bytes(encode(noise(8, 8, 3, seed=99)))
@@ -306,7 +306,7 @@ def test_what_has_changed_is_done_again(eight, tmp_path, encode, noise):
     assert prepare(source, tmp_path / "other.zip", resolution=4, fit="crop").num_found_done == 0
 
 
-def test_a_damaged_draft_costs_what_is_damaged(eight, tmp_path):
+def test_prepare_redoes_damaged_part_of_draft(eight, tmp_path):
     source, out, fresh = eight(), tmp_path / "out.zip", tmp_path / "fresh.zip"
     prepare(source, fresh, resolution=8)
     draft, journal = tmp_path / ".out.zip.partial", tmp_path / ".out.zip.partial.jsonl"
@@ -325,7 +325,7 @@ def test_a_damaged_draft_costs_what_is_damaged(eight, tmp_path):
         out.unlink()
 
 
-def test_two_calls_do_not_write_the_same_zip(eight, tmp_path):
+def test_prepare_locks_destination(eight, tmp_path):
     if os.name == "nt":
         pytest.skip("Windows locks open files itself")
     source, refused = eight(), []
@@ -341,7 +341,7 @@ def test_two_calls_do_not_write_the_same_zip(eight, tmp_path):
 
 
 @pytest.mark.slow
-def test_prepare_is_killed_again_and_again(tmp_path):
+def test_prepare_survives_repeated_kills(tmp_path):
     source, out, fresh = tmp_path / "set", tmp_path / "out.zip", tmp_path / "fresh.zip"
     source.mkdir()
     rng = np.random.RandomState(0)

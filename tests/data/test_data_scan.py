@@ -33,7 +33,7 @@ def message(found) -> str:
 
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_a_good_set_is_described(write_set, encode, noise, name):
+def test_scan_describes_good_set(write_set, encode, noise, name):
     path = write_set(
         {
             "a.png": encode(noise(8, 8, 3)),
@@ -59,7 +59,7 @@ def test_a_good_set_is_described(write_set, encode, noise, name):
     ]
 
 
-def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
+def test_scan_lists_all_problems(write_set, encode, noise, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     good = encode(noise(8, 8, 3))
     path = write_set(
@@ -100,14 +100,14 @@ def test_all_offenders_at_once(write_set, encode, noise, monkeypatch):
     assert "5 of 9 images" in fitted and "size" not in fitted and "--fit" not in fitted
 
 
-def test_only_sizes_differ(write_set, encode, noise):
+def test_scan_only_sizes_differ(write_set, encode, noise):
     path = write_set({f"{i}.png": encode(noise(16, 16, 3)) for i in range(5)})
     text = message(scan(path, resolution=8))
     assert "5 of 5" in text and "16×16 instead of 8×8: 5 (0.png, 1.png, 2.png, …)" in text
     assert text.count("\n") == 3 and "Repair" not in text
 
 
-def test_long_lists_are_cut_and_say_so(write_set):
+def test_listed_truncates_long_lists(write_set):
     path = write_set({f"{i:03}.png": b"" for i in range(SHOWN_PER_KIND + 7)})
     found = scan(path)
     assert len(found.problems) == SHOWN_PER_KIND + 7
@@ -117,7 +117,7 @@ def test_long_lists_are_cut_and_say_so(write_set):
     )
 
 
-def test_names_that_no_terminal_prints(tmp_path):
+def test_scan_escapes_unprintable_names(tmp_path):
     bad = tmp_path / "set" / "a\udcff.png"
     bad.parent.mkdir()
     try:
@@ -127,7 +127,7 @@ def test_names_that_no_terminal_prints(tmp_path):
     message(scan(tmp_path / "set")).encode("utf-8")
 
 
-def test_limit_looks_at_the_images_that_are_used(eight):
+def test_scan_limit_covers_used_images(eight):
     from finetune.data import ImageSet
 
     path = eight()
@@ -140,7 +140,7 @@ def test_limit_looks_at_the_images_that_are_used(eight):
 
 
 @pytest.mark.parametrize("kind", ["", ".zip"])
-def test_workers_find_the_same(eight, kind, monkeypatch):
+def test_scan_workers_give_equal_result(eight, kind, monkeypatch):
     monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
     monkeypatch.setattr(workers, "available_cores", lambda: 2)
     seen = []
@@ -150,7 +150,7 @@ def test_workers_find_the_same(eight, kind, monkeypatch):
     assert seen == [(i, 8) for i in range(1, 9)]
 
 
-def test_unknown_fit_is_a_mistake_of_the_program(eight):
+def test_scan_unknown_fit_raises_value_error(eight):
     with pytest.raises(ValueError, match="squash"):
         scan(eight(), fit="squash")
 
@@ -189,7 +189,7 @@ def odd_set(write_set, encode, noise, request):
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("odd_set", ["", ".zip"], indirect=True)
-def test_a_thorough_scan_tells_what_is_worth_knowing(odd_set):
+def test_scan_thorough_lists_remarks(odd_set):
     found = scan(odd_set, resolution=8, fit="pad", use_labels=True, thorough=True)
     assert found.problems == [] and found.class_counts == [10]
     assert kinds_of(found) == {
@@ -210,7 +210,7 @@ def test_a_thorough_scan_tells_what_is_worth_knowing(odd_set):
     assert TOO_SMALL not in refused and NO_IMAGE not in refused
 
 
-def test_labels_that_cannot_be_had_do_not_hide_the_rest(write_set, encode, noise):
+def test_scan_thorough_continues_without_labels(write_set, encode, noise):
     path = write_set({"a.png": encode(noise(8, 8)), "b.png": b"", "dataset.json": b"{"})
     with pytest.raises(DataError, match="not valid JSON"):
         scan(path, use_labels=True)
@@ -219,7 +219,7 @@ def test_labels_that_cannot_be_had_do_not_hide_the_rest(write_set, encode, noise
     assert found.problems[0].detail.startswith("is not valid JSON")
 
 
-def test_twice_in_a_zip(tmp_path, encode, noise):
+def test_scan_duplicate_name_in_zip(tmp_path, encode, noise):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", encode(noise(8, 8)))
@@ -242,6 +242,6 @@ def test_twice_in_a_zip(tmp_path, encode, noise):
         ({"L": 2, "RGB": 1}, 1, ["1 images have colors", "--channels 3"]),
     ],
 )
-def test_what_a_network_of_other_channels_does_to_images(modes, channels, said):
+def test_scan_against_other_channels(modes, channels, said):
     notes = "\n".join(Scan(Path("set.zip"), 3, modes=modes).against(channels))
     assert all(words in notes for words in said) and bool(notes) == bool(said)

@@ -26,25 +26,25 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_images_are_found_in_order_and_litter_is_not(write_set, name):
+def test_source_names_sorted_without_hidden_files(write_set, name):
     source = open_source(write_set(FILES, name))
     assert source.names == ["a/d.webp", "a/deep/er/c.jpeg", "b.PNG"]
     assert [source.read(image) for image in source.names] == [b"3", b"2", b"1"]
     assert source.num_ignored == 2 and source.labels_name is None
 
 
-def test_folder_and_zip_agree_on_checksums(write_set):
+def test_source_checksums_of_folder_and_zip_agree(write_set):
     folder, archive = open_source(write_set(FILES)), open_source(write_set(FILES, "set.zip"))
     assert folder.names == archive.names
     for name in folder.names:
         assert folder.checksum(name) == archive.checksum(name)
 
 
-def test_a_hidden_folder_may_be_the_set_itself(write_set):
+def test_source_accepts_hidden_folder(write_set):
     assert open_source(write_set({"a.png": b""}, ".images")).names == ["a.png"]
 
 
-def test_links_are_followed_and_circles_end(write_set, tmp_path):
+def test_source_follows_links_without_loops(write_set, tmp_path):
     folder = write_set({"a.png": b"1"})
     other = write_set({"b.png": b"2"}, "other")
     (folder / "link").symlink_to(other, target_is_directory=True)
@@ -62,12 +62,12 @@ def test_links_are_followed_and_circles_end(write_set, tmp_path):
         ({"data.mdb": b""}, "LMDB"),
     ],
 )
-def test_no_image_says_what_is_there(write_set, files, word):
+def test_source_without_images_lists_content(write_set, files, word):
     with pytest.raises(DataError, match=word):
         open_source(write_set(files))
 
 
-def test_paths_that_are_no_set(write_set, tmp_path):
+def test_open_source_refuses_other_paths(write_set, tmp_path):
     with pytest.raises(DataError, match="no such folder or zip"):
         open_source(tmp_path / "nowhere")
     path = write_set({"a.png": b"x"}) / "a.png"
@@ -82,7 +82,7 @@ def test_paths_that_are_no_set(write_set, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind")
-def test_a_folder_that_cannot_be_listed(write_set):
+def test_source_unlistable_folder(write_set):
     folder = write_set({"a.png": b"x", "locked/b.png": b"y"})
     (folder / "locked").chmod(0)
     try:
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_listed(write_set):
         (folder / "locked").chmod(0o700)
 
 
-def test_files_that_vanish_or_are_damaged_are_unusable(write_set):
+def test_source_missing_or_damaged_files_are_unusable(write_set):
     folder = write_set({"a.png": b"x"})
     source = open_source(folder)
     (folder / "a.png").unlink()
@@ -107,7 +107,7 @@ def test_files_that_vanish_or_are_damaged_are_unusable(write_set):
     assert caught.value.kind == UNREADABLE and "damaged inside the zip" in caught.value.detail
 
 
-def test_encrypted_and_huge_members_are_unusable(write_set):
+def test_source_encrypted_and_huge_members_are_unusable(write_set):
     archive = write_set({"a.png": b"x"}, "set.zip")
     source = open_source(archive)
     entry = source.archive.getinfo("a.png")
@@ -122,7 +122,7 @@ def test_encrypted_and_huge_members_are_unusable(write_set):
         open_source(archive).read("a.png")
 
 
-def test_a_member_cannot_unpack_to_more_than_it_promises(write_set):
+def test_source_member_larger_than_declared_is_unusable(write_set):
     archive = write_set({"a.png": bytes(1 << 20)}, "set.zip")
     data = bytearray(archive.read_bytes())
     place = data.index(b"PK\x01\x02") + 24  # unpacked size in the directory
@@ -132,7 +132,7 @@ def test_a_member_cannot_unpack_to_more_than_it_promises(write_set):
         open_source(archive).read("a.png")
 
 
-def test_each_process_opens_the_zip_for_itself(write_set, monkeypatch):
+def test_source_zip_handle_per_process(write_set, monkeypatch):
     source = open_source(write_set({"a.png": b"1"}, "set.zip"))
     assert isinstance(source, ZipSource)
     first = source.archive
@@ -142,7 +142,7 @@ def test_each_process_opens_the_zip_for_itself(write_set, monkeypatch):
     assert pickle.loads(pickle.dumps(source)).read("a.png") == b"1"
 
 
-def test_twice_the_same_name_in_a_zip_counts_once(tmp_path):
+def test_source_duplicate_name_counts_once(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", b"1")
@@ -153,7 +153,7 @@ def test_twice_the_same_name_in_a_zip_counts_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])
 @pytest.mark.parametrize("top", ["", "faces/", "faces/small/"])
-def test_labels_are_found_around_all_images(write_set, name, top):
+def test_source_finds_labels_in_common_folder(write_set, name, top):
     source = open_source(
         write_set({f"{top}0/a.png": b"", f"{top}1/b.png": b"", f"{top}dataset.json": {}}, name)
     )
@@ -161,11 +161,11 @@ def test_labels_are_found_around_all_images(write_set, name, top):
     assert [source.label_key(image) for image in source.names] == ["0/a.png", "1/b.png"]
 
 
-def test_labels_of_a_part_are_not_labels_of_the_whole(write_set):
+def test_source_ignores_labels_of_subfolder(write_set):
     assert open_source(write_set({"0/a.png": b"", "0/dataset.json": {}, "1/b.png": b""})).labels_name is None
 
 
 @pytest.mark.parametrize("name", ["a/.b.png", ".a/b.png", "__MACOSX/a/b.png", "a\\.b.png"])
-def test_hidden_names(name):
+def test_is_hidden(name):
     assert is_hidden(name)
     assert not is_hidden(name.replace(".b", "b").replace(".a", "a").replace("__MACOSX", "MACOSX.."))

@@ -38,7 +38,7 @@ def three(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["with spaces ", "中文 ünï", "e\u0301", "a\udcff", "new\nline", "-", "%s{}[bold]"]
 )
-def test_paths_as_they_come(tmp_path, name):
+def test_source_arbitrary_paths(tmp_path, name):
     folder = three(tmp_path / name)
     scan(folder, resolution=8).raise_for_problems()
     assert [int(ImageSet(folder, resolution=8, channels=1)[i][0][0, 0, 0]) for i in range(3)] == [0, 10, 20]
@@ -52,7 +52,7 @@ def test_paths_as_they_come(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_command_speaks_of_paths_that_are_no_text(tmp_path):
+def test_command_escapes_invalid_paths(tmp_path):
     folder = three(tmp_path / "a\udcff")
     (folder / "b\udcfe.png").write_bytes(b"")
     words = [sys.executable, "-m", "finetune", "dataset", "check", os.fsencode(folder)]
@@ -61,7 +61,7 @@ def test_the_command_speaks_of_paths_that_are_no_text(tmp_path):
     assert rb"b\udcfe.png: is empty" in said.stdout
 
 
-def test_links_that_go_in_circles(tmp_path):
+def test_source_circular_links(tmp_path):
     folder = three(tmp_path / "set")
     (folder / "sub").mkdir()
     (folder / "sub" / "up").symlink_to(folder)
@@ -76,14 +76,14 @@ def test_links_that_go_in_circles(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_source_does_not_block_on_pipe(tmp_path):
     folder = three(tmp_path / "set")
     os.mkfifo(folder / "pipe.png")
     (problem,) = scan(folder).problems
     assert (problem.name, problem.detail) == ("pipe.png", "is no regular file")
 
 
-def test_a_bomb_is_not_unpacked(tmp_path):
+def test_decode_refuses_decompression_bomb(tmp_path):
     folder = three(tmp_path / "set")
     # 60,000×60,000 pixels, of which the file says so and holds a few kilobytes.
     header = (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
@@ -95,7 +95,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     assert "3,600,000,000 pixels" in problem.detail
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path):
+def test_source_refuses_zip_bomb(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.png", "w") as file:
         for _ in range(1 << 6):
@@ -109,7 +109,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_thousand_tiny_files(tmp_path, monkeypatch, capsys):
+def test_scan_ten_thousand_files(tmp_path, monkeypatch, capsys):
     for i in range(10_000):
         Image.fromarray(np.full((16, 16, 3), i % 256, np.uint8)).save(tmp_path / f"{i:05}.png")
     started = time.perf_counter()
@@ -183,7 +183,7 @@ def wait_for_a_tick(process, outdir, nimg=0):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-def test_a_run_outlives_its_data_workers(images, tmp_path):
+def test_train_survives_killed_workers(images, tmp_path):
     import torch
 
     process = train(images, tmp_path / "killed", 0.4)
@@ -201,7 +201,7 @@ def test_a_run_outlives_its_data_workers(images, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-def test_a_run_outlives_images_that_vanish(images, tmp_path):
+def test_train_survives_missing_images(images, tmp_path):
     process = train(images, tmp_path / "runs", 0.4)
     wait_for_a_tick(process, tmp_path / "runs")
     (images / "07.png").unlink()
@@ -213,7 +213,7 @@ def test_a_run_outlives_images_that_vanish(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_stops_when_the_images_are_gone(images, tmp_path):
+def test_train_stops_if_all_images_are_gone(images, tmp_path):
     process = train(images, tmp_path / "runs", 40)
     wait_for_a_tick(process, tmp_path / "runs")
     images.rename(tmp_path / "elsewhere")
@@ -224,7 +224,7 @@ def test_a_run_stops_when_the_images_are_gone(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_needs_no_standard_input(images, tmp_path):
+def test_train_without_stdin(images, tmp_path):
     outdir = tmp_path / "runs"
     words = [sys.executable, "-c", PROGRAM, "train", "--data", str(images), "--outdir", str(outdir), *TRAIN]
     done = subprocess.run(

@@ -50,7 +50,7 @@ def blob(highest: int, size: int = 16) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("highest, bits", [(255, 8), (200, 8), (1023, 10), (600, 10), (4095, 12), (1024, 12)])
-def test_values_that_never_use_the_upper_bits(write_set, encode, tmp_path, kind, highest, bits):
+def test_scan_refuses_unused_upper_bits(write_set, encode, tmp_path, kind, highest, bits):
     suffix = {"PNG": "png", "TIFF": "tif"}[kind]
     path = write_set({f"{i}.{suffix}": encode(blob(highest >> i), kind) for i in range(3)})
     found = scan(path, resolution=16)
@@ -67,7 +67,7 @@ def test_values_that_never_use_the_upper_bits(write_set, encode, tmp_path, kind,
     assert np.array_equal(pixels, blob(highest) >> (bits - 8)) and pixels.max() >= 64
 
 
-def test_bits_are_refused_where_values_take_more(write_set, encode, tmp_path):
+def test_bits_refuses_larger_values(write_set, encode, tmp_path):
     path = write_set({"a.png": encode(blob(4095)), "b.png": encode(blob(1023))})
     result = run("dataset", "prepare", path, tmp_path / "out.zip", "--bits", "10")
     assert (
@@ -76,7 +76,7 @@ def test_bits_are_refused_where_values_take_more(write_set, encode, tmp_path):
     assert "b.png" not in result.stderr.split("pixel values")[1].split("The 1 others")[0]
 
 
-def test_16_bit_color_of_a_low_range(write_set, tmp_path):
+def test_scan_16_bit_color_of_low_range(write_set, tmp_path):
     import zlib
     from struct import pack
 
@@ -92,17 +92,17 @@ def test_16_bit_color_of_a_low_range(write_set, tmp_path):
     assert result.exit_code == 2 and "16 bits a channel in color" in result.stderr
 
 
-def test_one_bright_image_makes_the_range_of_a_set(write_set, encode):
+def test_scan_range_is_that_of_the_set(write_set, encode):
     files = {"a.png": encode(blob(4095)), "b.png": encode(blob(65535))}
     assert scan(write_set(files)).problems == []
 
 
 @pytest.mark.parametrize("highest", [8191, 16383, 40_000, 65535])
-def test_values_that_use_the_upper_bits_are_taken(write_set, encode, highest):
+def test_scan_accepts_used_upper_bits(write_set, encode, highest):
     assert scan(write_set({"a.png": encode(blob(highest)), "b.png": encode(blob(900))})).problems == []
 
 
-def test_images_of_8_bits_beside_do_not_hide_it(write_set, encode, noise):
+def test_scan_low_range_beside_8_bit_images(write_set, encode, noise):
     path = write_set({"a.png": encode(blob(1023)), "b.png": encode(noise(16, 16, 3))})
     assert kinds(scan(path).problems) == {LOW_RANGE: ["a.png"]}
     assert NO_RULE not in kinds(scan(path).problems)
@@ -111,7 +111,7 @@ def test_images_of_8_bits_beside_do_not_hide_it(write_set, encode, noise):
 # ---- Images that show nothing, or the same
 
 
-def test_what_shows_nothing_is_counted(write_set, encode, noise):
+def test_scan_counts_black_and_uniform_images(write_set, encode, noise):
     stamped = np.zeros((64, 64, 3), np.uint8)
     stamped[:2, :4] = 255  # a date in a corner
     white = Image.new("RGB", (64, 64), (250, 251, 252))
@@ -141,7 +141,7 @@ def test_what_shows_nothing_is_counted(write_set, encode, noise):
 # ---- Sizes and shapes
 
 
-def test_ordinary_photographs_are_cropped_by_default(write_set, encode, noise):
+def test_prepare_crops_by_default(write_set, encode, noise):
     path = write_set(
         {
             "a.jpg": encode(noise(48, 64, 3), "JPEG"),
@@ -157,7 +157,7 @@ def test_ordinary_photographs_are_cropped_by_default(write_set, encode, noise):
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(32, 16), (16, 32), (8, 24)])
-def test_images_for_networks_that_are_not_square(write_set, encode, fit, size):
+def test_fit_non_square_network(write_set, encode, fit, size):
     height, width = size
     image = np.zeros((2 * height, 2 * width, 3), np.uint8)
     image[:height] = 255
@@ -174,7 +174,7 @@ def test_images_for_networks_that_are_not_square(write_set, encode, fit, size):
     assert len(scan(images.path, resolution=size).problems) == 2
 
 
-def test_crop_keeps_the_center_of_the_wanted_shape(write_set, encode, noise):
+def test_fit_crop_keeps_center(write_set, encode, noise):
     pixels = noise(8, 40, 3)
     images = ImageSet(write_set({"a.png": encode(pixels)}), resolution=(8, 16), channels=3, fit="crop")
     assert np.array_equal(images[0][0], pixels[:, 12:28].transpose(2, 0, 1))
@@ -190,7 +190,7 @@ NAMES = ["Müller.png", "sub/Jäger.png", "é1.png", "plain.png"]
 )
 @pytest.mark.parametrize("kind", ["set", "set.zip"])
 @pytest.mark.parametrize("prefix", ["", "./", "/", "sub/../"])
-def test_other_spellings_of_names(write_set, encode, noise, on_disk, in_json, kind, prefix):
+def test_labels_match_other_unicode_forms(write_set, encode, noise, on_disk, in_json, kind, prefix):
     files: dict = {
         unicodedata.normalize(on_disk, name): encode(noise(8, 8, 3, seed=i)) for i, name in enumerate(NAMES)
     }
@@ -206,7 +206,7 @@ def test_other_spellings_of_names(write_set, encode, noise, on_disk, in_json, ki
     assert labels == expected
 
 
-def test_the_same_spelling_comes_first(write_set, encode, noise):
+def test_labels_prefer_equal_spelling(write_set, encode, noise):
     composed, decomposed = "é.png", unicodedata.normalize("NFD", "é.png")
     files: dict = {composed: encode(noise(8, 8)), decomposed: encode(noise(8, 8, seed=1))}
     path = write_set({**files, "dataset.json": {"labels": [[composed, 0], [decomposed, 1]]}}, "set.zip")
@@ -217,7 +217,7 @@ def test_the_same_spelling_comes_first(write_set, encode, noise):
     }
 
 
-def test_spellings_that_could_mean_two_are_not_guessed(write_set, encode, noise):
+def test_labels_ambiguous_spelling_is_refused(write_set, encode, noise):
     composed, decomposed = "é.png", unicodedata.normalize("NFD", "é.png")
     files: dict = {composed: encode(noise(8, 8)), decomposed: encode(noise(8, 8, seed=1))}
     path = write_set({**files, "dataset.json": {"labels": [["./é.png", 0]]}}, "set.zip")
@@ -232,7 +232,7 @@ def folders(write_set, encode, noise, names, kind="set"):
 
 
 @pytest.mark.parametrize("kind", ["set", "set.zip"])
-def test_class_folders_are_classes_where_that_is_asked_for(write_set, encode, noise, kind):
+def test_labels_folders_on_request(write_set, encode, noise, kind):
     names = ["1/a.png", "2/a.png", "10/a.png", "10/b.png"]
     path = folders(write_set, encode, noise, names, kind)
     images = ImageSet(path, resolution=8, channels=3, use_labels=True, labels_from="folders")
@@ -254,7 +254,7 @@ def test_class_folders_are_classes_where_that_is_asked_for(write_set, encode, no
         (["x", "1", "x1"], ["1", "x", "x1"]),
     ],
 )
-def test_numbers_in_folders_sort_as_numbers(write_set, encode, noise, tmp_path, names, order):
+def test_labels_folders_sort_naturally(write_set, encode, noise, tmp_path, names, order):
     path = folders(write_set, encode, noise, [f"{name}/a.png" for name in names], "set.zip")
     made = run("dataset", "prepare", path, tmp_path / "out file.zip", "--labels", "folders")
     assert made.exit_code == 0, made.output
@@ -270,7 +270,7 @@ def test_numbers_in_folders_sort_as_numbers(write_set, encode, noise, tmp_path, 
         ["a/0/1.png", "b/0/1.png"],
     ],
 )
-def test_splits_are_not_taken_for_classes(write_set, encode, noise, tmp_path, names):
+def test_labels_folders_refuse_splits(write_set, encode, noise, tmp_path, names):
     path = folders(write_set, encode, noise, names)
     for words in (
         ("check", path, "--labels", "folders"),
@@ -284,12 +284,12 @@ def test_splits_are_not_taken_for_classes(write_set, encode, noise, tmp_path, na
 @pytest.mark.parametrize(
     "names", [["a/x/1.png", "b/y/1.png"], ["a/x/1.png", "b/1.png"], ["a/1.png", "b/2.png"]]
 )
-def test_other_sub_folders_are_no_splits(write_set, encode, noise, names):
+def test_labels_folders_accept_other_subfolders(write_set, encode, noise, names):
     path = folders(write_set, encode, noise, names)
     assert scan(path, use_labels=True, labels_from="folders").class_counts == [1, 1]
 
 
-def test_errors_name_the_option(write_set, encode, noise, golden_dir):
+def test_labels_errors_name_option(write_set, encode, noise, golden_dir):
     path = folders(write_set, encode, noise, ["cat/1.png", "dog/2.png"])
     for words in (
         ("dataset", "check", path, "--cond"),
@@ -301,7 +301,7 @@ def test_errors_name_the_option(write_set, encode, noise, golden_dir):
     assert "--labels" not in run("dataset", "check", path / "cat").stdout
 
 
-def test_train_takes_folders_directly(write_set, encode, noise, golden_dir, tmp_path):
+def test_train_labels_folders(write_set, encode, noise, golden_dir, tmp_path):
     path = folders(write_set, encode, noise, ["cat/1.png", "dog/2.png", "dog/3.png"])
     words = ("train", "--data", path, "--labels", "folders", "--outdir", tmp_path, "--sd-weight", "0", "-n")
     for network in ("stylegan2-64-cond.pkl", "stylegan2-32.pkl"):
@@ -313,7 +313,7 @@ def test_train_takes_folders_directly(write_set, encode, noise, golden_dir, tmp_
     assert result.exit_code == 2 and "--labels folders: has no effect" in result.output
 
 
-def test_more_folders_than_classes(write_set, encode, noise):
+def test_labels_more_folders_than_classes(write_set, encode, noise):
     path = folders(write_set, encode, noise, ["a/1.png", "b/1.png", "c/1.png"])
     found = scan(path, use_labels=True, labels_from="folders", num_classes=2)
     assert [(each.name, each.kind) for each in found.problems] == [("c/1.png", BAD_LABEL)]
@@ -322,7 +322,7 @@ def test_more_folders_than_classes(write_set, encode, noise):
 # ---- Names
 
 
-def test_a_set_of_a_very_long_name(tmp_path, encode, noise):
+def test_prepare_very_long_name(tmp_path, encode, noise):
     folder = tmp_path / ("long" * 60)
     folder.mkdir()
     (folder / "a.png").write_bytes(encode(noise(8, 8)))

@@ -43,7 +43,7 @@ def look(path, **options):
 
 
 @pytest.mark.parametrize("kind", ["", ".zip"])
-def test_nothing_is_decoded_twice(eight, decoded, kind):
+def test_look_cache_decodes_once(eight, decoded, kind):
     path = eight(kind)
     first = look(path)
     assert (decoded(), first.num_known) == (8, 0)
@@ -53,7 +53,7 @@ def test_nothing_is_decoded_twice(eight, decoded, kind):
     assert scan(path, resolution=4, fit="pad", workers=0).sizes == {(8, 8): 8} and decoded() == 0
 
 
-def test_what_changed_is_decoded_again(eight, decoded, encode, noise):
+def test_look_cache_decodes_changed_images(eight, decoded, encode, noise):
     path = eight()
     look(path)
     decoded()
@@ -69,7 +69,7 @@ def test_what_changed_is_decoded_again(eight, decoded, encode, noise):
     assert b"b/7.png" not in names and len(names) == 8
 
 
-def test_a_zip_is_known_by_the_checksums_in_it(eight, decoded, encode, noise):
+def test_look_cache_zip_keyed_by_checksums(eight, decoded, encode, noise):
     path = eight(".zip")
     look(path)
     decoded()
@@ -82,7 +82,7 @@ def test_a_zip_is_known_by_the_checksums_in_it(eight, decoded, encode, noise):
     assert look(path).num_known == 7 and decoded() == 1
 
 
-def test_workers_fill_and_use_the_same_cache(eight, monkeypatch):
+def test_look_cache_shared_by_workers(eight, monkeypatch):
     monkeypatch.setattr(look_cache, "PARALLEL_FROM", 1)
     monkeypatch.setattr("finetune.data.workers.available_cores", lambda: 2)
     path = eight()
@@ -92,7 +92,7 @@ def test_workers_fill_and_use_the_same_cache(eight, monkeypatch):
     assert again.num_known == 8 and again == parallel
 
 
-def test_what_could_not_be_read_is_not_kept(eight, decoded):
+def test_look_cache_skips_unreadable(eight, decoded):
     path = eight()
     (path / "a/0.png").write_bytes(b"junk")
     assert [each.kind for each in look(path).problems] == [UNREADABLE]
@@ -100,7 +100,7 @@ def test_what_could_not_be_read_is_not_kept(eight, decoded):
     assert [each.kind for each in look(path).problems] == [UNREADABLE] and decoded() == 1
 
 
-def test_an_interrupted_scan_continues(eight, decoded):
+def test_look_cache_resumes_interrupted_scan(eight, decoded):
     path = eight()
 
     def interrupt(done, total):
@@ -113,7 +113,7 @@ def test_an_interrupted_scan_continues(eight, decoded):
     assert look(path).num_known == 3 and decoded() == 5
 
 
-def test_progress_tells_what_is_decoded_and_the_end(eight, encode, noise):
+def test_look_cache_progress(eight, encode, noise):
     path, seen = eight(), []
     look(path)
     (path / "a/1.png").write_bytes(encode(noise(9, 9, 3)))
@@ -122,7 +122,7 @@ def test_progress_tells_what_is_decoded_and_the_end(eight, encode, noise):
 
 
 @pytest.mark.parametrize("damage", ["junk", "empty", "cut"])
-def test_a_damaged_cache_costs_time_only(eight, decoded, damage):
+def test_look_cache_damaged_file_is_ignored(eight, decoded, damage):
     path = eight()
     expected = look(path)
     file = look_cache.path_of(open_source(path))
@@ -133,7 +133,7 @@ def test_a_damaged_cache_costs_time_only(eight, decoded, damage):
     assert look(path) == expected and decoded() == 0
 
 
-def test_a_cache_that_cannot_be_written_or_is_locked(eight, decoded, cache, monkeypatch):
+def test_look_cache_read_only_or_locked(eight, decoded, cache, monkeypatch):
     path = eight()
     cache.write_text("a file in the way")
     expected = look(path)
@@ -150,7 +150,7 @@ def test_a_cache_that_cannot_be_written_or_is_locked(eight, decoded, cache, monk
     assert look(path).num_known == 8
 
 
-def test_another_pillow_decodes_anew(eight, decoded, monkeypatch):
+def test_look_cache_other_pillow_decodes_again(eight, decoded, monkeypatch):
     path = eight()
     look(path)
     monkeypatch.setattr("PIL.__version__", "0.0")
@@ -160,13 +160,13 @@ def test_another_pillow_decodes_anew(eight, decoded, monkeypatch):
     assert len(look(path).problems) == 8 and decoded() == 8
 
 
-def test_a_set_that_takes_no_time_leaves_nothing(eight, cache, monkeypatch):
+def test_look_cache_small_set_writes_nothing(eight, cache, monkeypatch):
     monkeypatch.setattr(look_cache, "WORTH_SEC", 1e9)
     look(eight())
     assert not cache.exists()
 
 
-def test_names_that_are_no_text_are_kept(tmp_path, encode, noise):
+def test_look_cache_keeps_invalid_names(tmp_path, encode, noise):
     folder = tmp_path / "set\udcff"
     try:
         folder.mkdir()
@@ -177,7 +177,7 @@ def test_names_that_are_no_text_are_kept(tmp_path, encode, noise):
     assert scan(folder, workers=0).num_known == 1
 
 
-def test_every_fact_comes_back_as_it_was(tmp_path, encode, noise):
+def test_look_cache_round_trip(tmp_path, encode, noise):
     odd = {
         "deep.png": encode(np.full((4, 4), 40_000, np.uint16)),
         "black.png": encode(np.zeros((4, 4), np.uint8)),

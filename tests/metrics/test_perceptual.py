@@ -28,7 +28,7 @@ def images(count=2, channels=3, resolution=32):
 
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "lpips-vgg"])
 @pytest.mark.parametrize("channels, resolution", [(3, 32), (1, 16), (4, 48)])
-def test_zero_for_equal_images_and_a_gradient_for_others(distances, backbone, channels, resolution):
+def test_distance_zero_for_equal_images(distances, backbone, channels, resolution):
     distance = distances[backbone]
     a, b = images(2, channels, resolution), images(2, channels, resolution).requires_grad_()
     assert torch.equal(distance(a, a.clone()), torch.zeros(2))
@@ -39,7 +39,7 @@ def test_zero_for_equal_images_and_a_gradient_for_others(distances, backbone, ch
     assert all(gradient[:, channel].abs().max() > 0 for channel in range(channels))
 
 
-def test_lpips_vgg_is_the_packages_number():
+def test_lpips_agrees_with_package():
     import lpips
 
     with warnings.catch_warnings():
@@ -53,14 +53,14 @@ def test_lpips_vgg_is_the_packages_number():
         assert_close(ours(a, b), package(a, b).flatten(), 1e-4)
 
 
-def test_a_position_without_any_feature_has_a_finite_gradient():
+def test_distance_gradient_finite_for_zero_features():
     x = torch.zeros(1, 3, 2, 2, requires_grad=True)
     unit = perceptual.unit_length(x)
     (gradient,) = torch.autograd.grad((unit - 1).square().sum(), x)
     assert torch.equal(unit, torch.zeros_like(unit)) and torch.isfinite(gradient).all()
 
 
-def test_feature_distance_is_the_formula():
+def test_feature_distance_formula():
     distance = perceptual.FeatureDistance(lambda img: [img[:, :2]], [torch.tensor([2.0, 3.0])])
     a, b = images(), images()
     unit_a, unit_b = (x[:, :2] / x[:, :2].norm(dim=1, keepdim=True) for x in (a, b))
@@ -68,13 +68,13 @@ def test_feature_distance_is_the_formula():
     assert_close(distance(a, b), expected, 1e-5)
 
 
-def test_the_fourth_channel_is_compared_by_its_absolute_difference():
+def test_distance_alpha_by_absolute_difference():
     distance = perceptual.FeatureDistance(lambda img: [img * 0])
     a, b = images(channels=4), images(channels=4)
     assert_close(distance(a, b), (a[:, 3] - b[:, 3]).abs().mean([1, 2]), 1e-6)
 
 
-def test_gray_images_are_repeated_to_three_channels(distances):
+def test_distance_repeats_gray(distances):
     distance = distances["lpips-squeeze"]
     a, b = images(channels=1), images(channels=1)
     assert torch.equal(distance(a, b), distance(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
@@ -88,25 +88,25 @@ def test_gray_images_are_repeated_to_three_channels(distances):
         (torch.rand(2, 3, 8, 8), r"range 0 to 1"),
     ],
 )
-def test_images_in_another_range_are_refused(img, message):
+def test_distance_refuses_other_range(img, message):
     distance = perceptual.build_distance("l2", 3, CPU)
     with pytest.raises(ConfigError, match=message):
         distance(images(resolution=8), img)
 
 
-def test_overshooting_images_are_taken_as_they_are():
+def test_distance_accepts_overshoot():
     distance = perceptual.build_distance("l2", 3, CPU)
     a, b = images(resolution=8) * 1.7, images(resolution=8)
     assert_close(distance(a, b), (a - b).square().mean([1, 2, 3]), 1e-6)
 
 
-def test_channels_that_no_backbone_knows():
+def test_distance_refuses_other_channels():
     with pytest.raises(ConfigError, match="2-channel"):
         perceptual.build_distance("lpips-vgg", 2, CPU)
 
 
 @pytest.mark.parametrize("backbone", ["lpips-vgg", "lpips-alex", "lpips-squeeze"])
-def test_missing_weights_say_which_file_where_and_what_needs_none(backbone, monkeypatch, tmp_path):
+def test_ensure_weights_missing_file_message(backbone, monkeypatch, tmp_path):
     monkeypatch.setenv("FINETUNE_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(WeightsMissing) as caught:
@@ -116,7 +116,7 @@ def test_missing_weights_say_which_file_where_and_what_needs_none(backbone, monk
     assert "efficientnet-lite0" in message and "l2" in message
 
 
-def test_damaged_weights_are_refused(monkeypatch, tmp_path):
+def test_ensure_weights_refuses_damaged_file(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     name = perceptual.WEIGHTS["lpips-alex"][0]
     (tmp_path / "checkpoints").mkdir()
@@ -125,6 +125,6 @@ def test_damaged_weights_are_refused(monkeypatch, tmp_path):
         perceptual.ensure_weights("lpips-alex")
 
 
-def test_backbones_without_download_need_nothing():
+def test_ensure_weights_backbones_without_file():
     assert perceptual.ensure_weights("l2") is None
     assert perceptual.ensure_weights("efficientnet-lite0") is None

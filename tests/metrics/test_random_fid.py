@@ -14,14 +14,14 @@ def images(shift, n=24):
     return (img * (1 - shift)).clamp(-1, 1)
 
 
-def test_equal_sets_have_no_distance_and_it_grows_with_the_difference():
+def test_random_fid_grows_with_difference():
     real = images(0)
     same, near, far = (random_fid(real, images(shift), seeds=(0, 1))[0] for shift in (0, 0.2, 0.6))
     assert same == pytest.approx(0, abs=1e-6)
     assert 1e-3 < near < far / 4
 
 
-def test_mean_and_spread_are_those_of_the_seeds():
+def test_random_fid_mean_and_spread():
     real, fake = images(0), images(0.5)
     values = []
     for seed in (0, 1, 2):
@@ -35,5 +35,5 @@ def test_mean_and_spread_are_those_of_the_seeds():
     assert spread > 0
 
 
-def test_a_single_seed_has_no_spread():
+def test_random_fid_single_seed_has_no_spread():
     assert mean_and_spread([2.5]) == (2.5, 0.0)

@@ -126,12 +126,12 @@ def test_an_nvcc_that_lies(tmp_path, monkeypatch):
     found = shutil.which
     monkeypatch.setattr(compilers.shutil, "which", lambda name: found(name) if name == liar else None)
     with pytest.raises(
-        NativeUnavailable, match=f"{liar} cannot compile three lines: it says nothing and writes"
+        NativeUnavailable, match=f"{liar} cannot compile three lines: no message and no output"
     ):
         compilers.nvcc()
     monkeypatch.setattr(cuda_build, "nvrtc_many", lambda plans, capability: [])
     assert custom_ops.build_cuda([PLAN], (8, 0)) == "nvrtc"
-    with pytest.raises(NativeUnavailable, match="it says nothing and writes nothing"):
+    with pytest.raises(NativeUnavailable, match="no message and no output file"):
         custom_ops.build_cuda([PLAN], (8, 0), "nvcc")
 
 

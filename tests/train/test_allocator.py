@@ -34,7 +34,7 @@ def untuned(monkeypatch):
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc is tuned")
-def test_large_tensors_reuse_their_pages(untuned):
+def test_keep_freed_memory_reuses_pages(untuned):
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -47,7 +47,7 @@ def test_large_tensors_reuse_their_pages(untuned):
     "name, value",
     [("MALLOC_MMAP_THRESHOLD_", "1000000"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1")],
 )
-def test_what_the_environment_tunes_is_left_alone(name, value, untuned, monkeypatch):
+def test_keep_freed_memory_respects_environment(name, value, untuned, monkeypatch):
     def no_library(path):
         raise AssertionError("the allocator was touched")
 
@@ -57,7 +57,7 @@ def test_what_the_environment_tunes_is_left_alone(name, value, untuned, monkeypa
 
 
 @pytest.mark.parametrize("error", [OSError, AttributeError])
-def test_other_systems_are_no_error(error, untuned, monkeypatch):
+def test_keep_freed_memory_on_other_systems(error, untuned, monkeypatch):
     def missing(*arguments):
         raise error("no such library")
 
@@ -91,7 +91,7 @@ print(*found)
 
 
 @pytest.mark.skipif(not GLIBC or os.sysconf("SC_PAGE_SIZE") != 4096, reason="reads /proc as of Linux on x86")
-def test_what_a_save_needs_goes_back_at_once(untuned):
+def test_freed_at_once_returns_memory(untuned):
     done = subprocess.run([sys.executable, "-c", SAVES], cwd=ROOT, capture_output=True, text=True, check=True)
     # Kept while training; what is more goes back inside the block; kept again after it, and after an error.
     assert done.stdout.split() == ["False", "True", "True", "False", "True", "True"]

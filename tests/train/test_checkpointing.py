@@ -68,7 +68,7 @@ def future(content):
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_stopped_runs_end_as_if_they_had_not_been(family, images, tmp_path, monkeypatch):
+def test_resume_is_bit_exact(family, images, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.data.image_set.ImageSet.preload", lambda self, *args, **kwargs: False)
     config = options(images, tmp_path, family, **ALL, workers=2)
     whole = run(config, console=quiet()).run_dir
@@ -93,7 +93,7 @@ def test_stopped_runs_end_as_if_they_had_not_been(family, images, tmp_path, monk
     assert all(a["sec"] < b["sec"] for a, b in itertools.pairwise(second))
 
 
-def test_a_teacher_of_its_own_and_rates_that_are_changed(images, tmp_path, monkeypatch):
+def test_resume_with_own_teacher_and_changed_rates(images, tmp_path, monkeypatch):
     config = options(images, tmp_path, kimg=0.032, sd_teacher_kimg=0.1)
     run_dir = run_until(config, 8, monkeypatch)
     content = state_of(run_dir)
@@ -116,20 +116,20 @@ def test_every_option_may_change_on_resume_or_may_not():
 
 
 class TestRefused:
-    def test_options_that_make_another_run(self, images, tmp_path, monkeypatch):
+    def test_resume_refuses_changed_options(self, images, tmp_path, monkeypatch):
         run_dir = run_until(options(images, tmp_path), 8, monkeypatch)
         asked = TrainOptions(resume=str(run_dir), batch=8, seed=5)
         with pytest.raises(ConfigError, match=r"(?s)--batch 8: the run has 4.*--seed 5: the run has 0"):
             prepare(asked)
 
-    def test_a_run_that_is_over(self, images, tmp_path):
+    def test_resume_finished_run(self, images, tmp_path):
         result = run(options(images, tmp_path), console=quiet())
         with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to continue, give a larger --kimg"):
             prepare(TrainOptions(resume=str(result.run_dir)))
         more = TrainOptions(resume=str(result.run_dir), kimg=0.036)
         assert run(more, console=quiet()).nimg == 36
 
-    def test_other_images(self, images, tmp_path, monkeypatch):
+    def test_resume_refuses_other_images(self, images, tmp_path, monkeypatch):
         run_dir = run_until(options(images, tmp_path), 8, monkeypatch)
         other = tmp_path / "other.zip"
         with zipfile.ZipFile(images(16)) as archive, zipfile.ZipFile(other, "w") as copy:
@@ -141,7 +141,7 @@ class TestRefused:
 
 
 class TestDamage:
-    def test_the_newest_whole_state_is_found_and_the_damaged_one_named(self, images, tmp_path):
+    def test_resume_newest_intact_state(self, images, tmp_path):
         result = run(options(images, tmp_path), console=quiet())
         newest, before = checkpointing.states_of(result.run_dir)
         newest.write_bytes(newest.read_bytes()[:-2000])
@@ -151,7 +151,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="holds no valid training state"):
             checkpointing.find_state(result.run_dir)
 
-    def test_every_truncation_and_any_flipped_bit_of_a_tensor_is_noticed(self, images, tmp_path):
+    def test_load_detects_truncation_and_bit_flips(self, images, tmp_path):
         result = run(options(images, tmp_path), console=quiet())
         path = checkpointing.states_of(result.run_dir)[0]
         content = path.read_bytes()
@@ -168,7 +168,7 @@ class TestDamage:
         path.write_bytes(content)
         assert checkpointing.read_state(path)["nimg"] == 32
 
-    def test_a_file_of_something_else(self, tmp_path):
+    def test_load_refuses_other_file(self, tmp_path):
         path = tmp_path / "training-state-000001.000.pt"
         torch.save({"format": 99}, path)
         with pytest.raises(CheckpointError, match="its format is 99, not 2"):
@@ -179,9 +179,7 @@ class TestDamage:
 
 
 class TestSaving:
-    def test_there_is_a_state_before_the_first_step_and_never_more_than_two(
-        self, images, tmp_path, monkeypatch
-    ):
+    def test_save_at_start_and_keep_two_states(self, images, tmp_path, monkeypatch):
         seen = []
 
         def look(state):
@@ -194,7 +192,7 @@ class TestSaving:
         assert seen[4] == ["training-state-000000.016.pt", "training-state-000000.000.pt"]
         assert all(len(names) == 2 for names in seen[4:])
 
-    def test_a_full_disk_is_a_warning_and_training_goes_on(self, images, tmp_path, monkeypatch):
+    def test_save_full_disk_is_a_warning(self, images, tmp_path, monkeypatch):
         write = checkpointing.write_state
 
         def full(path, content):
@@ -212,7 +210,7 @@ class TestSaving:
         events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
         assert [event["event"] for event in events] == ["not-saved"]
 
-    def test_too_little_space_is_known_before_anything_is_written(self, images, tmp_path, monkeypatch):
+    def test_check_place_refuses_full_disk(self, images, tmp_path, monkeypatch):
         prepared = prepare(options(images, tmp_path))
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: usage)
@@ -221,7 +219,7 @@ class TestSaving:
         assert not list((tmp_path / "runs").glob("*/network-snapshot-*"))
         assert len(list((tmp_path / "runs").glob("*/training-state-*"))) == 1
 
-    def test_by_the_clock(self, images, tmp_path, monkeypatch):
+    def test_save_every_min(self, images, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
         monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
         saves = []
@@ -233,7 +231,7 @@ class TestSaving:
         run(options(images, tmp_path, save_every_min=1, snap=100), console=quiet())
         assert saves[0] == 0 and {4, 8, 12} <= set(saves)
 
-    def test_by_the_clock_nothing_that_is_not_finite(self, images, tmp_path, monkeypatch):
+    def test_save_every_min_skips_non_finite_state(self, images, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
         monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
         monkeypatch.setattr(Stats, "is_finite", lambda self: False)
@@ -243,7 +241,7 @@ class TestSaving:
             "training-state-000000.000.pt",
         ]
 
-    def test_snapshots_that_are_kept_and_the_best(self, images, tmp_path, monkeypatch):
+    def test_keep_newest_and_best_snapshots(self, images, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
         metrics = dict(metrics="random-fid", metrics_num=4)
         result = run(options(images, tmp_path, kimg=0.064, keep=2, **metrics), console=quiet())
@@ -271,7 +269,7 @@ class TestDivergence:
         (path,) = (tmp_path / "runs").glob("*/events.jsonl")
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def test_stop_names_the_phase_and_leaves_the_last_state(self, images, tmp_path, monkeypatch):
+    def test_divergence_stop_keeps_last_state(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
         with pytest.raises(TrainingError, match=r"became nan in G?D?main at 0\.024 kimg"):
             run(options(images, tmp_path), console=quiet())
@@ -279,7 +277,7 @@ class TestDivergence:
         assert state_of(run_dir)["nimg"] == 16
         assert self.events(tmp_path)[0]["event"] == "not-finite"
 
-    def test_rollback_goes_on_from_the_last_state_with_half_the_rates(self, images, tmp_path, monkeypatch):
+    def test_divergence_rollback_halves_rates(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
         result = run(options(images, tmp_path, on_divergence="rollback"), console=quiet())
         assert result.nimg == 32
@@ -293,13 +291,13 @@ class TestDivergence:
         assert content["counters"]["rollbacks"] == 1
         assert content["opt_D"]["param_groups"][0]["lr"] == pytest.approx(0.001 * 16 / 17)
 
-    def test_rollbacks_end(self, images, tmp_path, monkeypatch):
+    def test_divergence_rollbacks_are_limited(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch, times=99)
         with pytest.raises(TrainingError, match="3 rollbacks did not help"):
             run(options(images, tmp_path, on_divergence="rollback"), console=quiet())
         assert self.events(tmp_path)[-2]["lr_D"] == pytest.approx(0.002 / 8 * 16 / 17)
 
-    def test_ignore_says_so_and_never_saves_what_is_not_finite(self, images, tmp_path, monkeypatch):
+    def test_divergence_ignore_never_saves_non_finite(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
         with pytest.raises(TrainingError, match="has weights that are not finite"):
             run(options(images, tmp_path, on_divergence="ignore"), console=quiet())
@@ -320,38 +318,38 @@ class TestDivergenceMonitor:
     def kinds(self, monitor, numbers, p=0.0):
         return [alarm.kind for alarm in monitor.check(self.state(p), numbers)]
 
-    def test_scores(self):
+    def test_monitor_score_explosion(self):
         assert self.kinds(DivergenceMonitor(), {"score_real": 30.0, "score_fake": -40.0}) == []
         assert self.kinds(DivergenceMonitor(), {"score_real": 30.0, "score_fake": -600.0}) == [
             "score-explosion"
         ]
 
-    def test_a_student_that_leaves(self):
+    def test_monitor_student_left_teacher(self):
         monitor = DivergenceMonitor()
         for _ in range(5):
             assert self.kinds(monitor, {"loss_sd": 0.1}) == []
         assert self.kinds(monitor, {"loss_sd": 0.9}) == []
         assert self.kinds(monitor, {"loss_sd": 9.2}) == ["student-left-teacher"]
 
-    def test_networks_that_began_equal_drift_apart_unharmed(self):
+    def test_monitor_accepts_initial_drift(self):
         monitor = DivergenceMonitor(ema_nimg=101 / 3)
         for power in range(12):
             assert self.kinds(monitor, {"loss_sd": 10.0**power}) == []
 
-    def test_a_discriminator_that_has_won_is_told_once(self):
+    def test_monitor_reports_overpowering_d_once(self):
         monitor, won = DivergenceMonitor(), {"sign_real": 1.0, "sign_fake": -1.0}
         assert [self.kinds(monitor, won) for _ in range(5)] == [[], [], ["d-overpowers-g"], [], []]
         self.kinds(monitor, {"sign_real": 0.5, "sign_fake": -0.5})
         assert [self.kinds(monitor, won) for _ in range(3)][-1] == ["d-overpowers-g"]
 
-    def test_overflow_is_told_and_too_much_of_it_is_the_end(self):
+    def test_monitor_overflow(self):
         assert self.kinds(DivergenceMonitor(), {"overflow_G": 0.0, "overflow_D": 0.0}) == []
         for share, is_the_end in ((0.01, False), (0.2, True)):
             (alarm,) = DivergenceMonitor().check(self.state(), {"overflow_G": 0.0, "overflow_D": share})
             assert alarm.kind == "overflow" and alarm.is_divergence is is_the_end
             assert f"{share:.1%} of the steps of D" in alarm.what and "of G" not in alarm.what
 
-    def test_augmentation_at_its_limit(self):
+    def test_monitor_ada_at_cap(self):
         assert self.kinds(DivergenceMonitor(), {}, p=0.5) == [] and self.kinds(
             DivergenceMonitor(), {}, p=1.0
         ) == ["ada-at-cap"]

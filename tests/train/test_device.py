@@ -15,7 +15,7 @@ def switches():
     return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark
 
 
-def test_inside_the_block_float32_is_float32():
+def test_float32_math_disables_tf32():
     before = switches()
     assert before[0], "torch's default, which the block is there for, has changed"
     with float32_math():
@@ -26,7 +26,7 @@ def test_inside_the_block_float32_is_float32():
     assert switches() == before
 
 
-def test_products_of_float16_are_summed_in_float32():
+def test_float32_math_sums_float16_in_float32():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction
     with float32_math():
@@ -34,14 +34,14 @@ def test_products_of_float16_are_summed_in_float32():
     assert before is matmul.allow_fp16_reduced_precision_reduction is True
 
 
-def test_an_error_restores_the_switches():
+def test_float32_math_restores_switches_after_error():
     before = switches()
     with pytest.raises(KeyError), float32_math(benchmark=True):
         raise KeyError
     assert switches() == before
 
 
-def test_a_run_computes_in_float32(images, tmp_path, monkeypatch):
+def test_train_computes_in_float32(images, tmp_path, monkeypatch):
     before, seen = switches(), []
     after_each_step(monkeypatch, lambda state: seen.append(switches()))
     run(options(images, tmp_path), console=quiet())

@@ -27,7 +27,7 @@ def lines_of(result):
 
 
 class TestGradients:
-    def test_cosine_and_ratio_are_those_of_the_two_losses(self):
+    def test_compare_gradients_cosine_and_ratio(self):
         G = torch.nn.ModuleDict({"mapping": torch.nn.Linear(2, 3), "other": torch.nn.Linear(3, 4)})
         img = G["other"](G["mapping"](torch.randn(5, 2)).square())
         a, b = torch.randn_like(img), torch.randn_like(img)
@@ -49,7 +49,7 @@ class TestGradients:
         )
         assert gradients["sd_ratio_of"].keys() == {"mapping", "other"}
 
-    def test_a_way_straight_on_and_back(self):
+    def test_trajectory_straight_and_back(self):
         network = torch.nn.Linear(1, 1, bias=False)
         network.weight.data.fill_(1.0)
         way = Trajectory(network)
@@ -59,7 +59,7 @@ class TestGradients:
         assert back["update_cosine"] == pytest.approx(-1)
         assert back["straightness"] == pytest.approx(0.5 / 1.5)
 
-    def test_a_circle_shows_at_its_lags(self):
+    def test_trajectory_circle_at_its_lags(self):
         """A turn in sixteen ticks: a quarter at lag 4, half at lag 8."""
         network = torch.nn.Linear(2, 1, bias=False)
         network.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
@@ -74,7 +74,7 @@ class TestGradients:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_logs_them_and_is_not_changed_by_them(family, images, tmp_path, monkeypatch):
+def test_diagnostics_do_not_change_training(family, images, tmp_path, monkeypatch):
     result = run(options(images, tmp_path, family), console=quiet())
     for index, line in enumerate(lines_of(result)):
         assert -1 <= line["sd_cosine"] <= 1 and line["sd_ratio"] > 0
@@ -93,7 +93,7 @@ def test_a_run_logs_them_and_is_not_changed_by_them(family, images, tmp_path, mo
         assert torch.equal(tensor, other[name]), name
 
 
-def test_tensorboard_gets_the_same_numbers(images, tmp_path):
+def test_tensorboard_gets_log_numbers(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result = run(options(images, tmp_path), console=quiet())
@@ -104,7 +104,7 @@ def test_tensorboard_gets_the_same_numbers(images, tmp_path):
 
 
 class TestWeightByRatio:
-    def test_the_gradient_gets_the_share_that_was_asked_for(self, images, tmp_path):
+    def test_auto_weight_reaches_requested_ratio(self, images, tmp_path):
         prepared = prepare(options(images, tmp_path, sd_weight="auto:0.25", sd_interval=1, ema_kimg=0.1))
         train_steps(prepared, 30)
         norms, distillation = prepared.state.sd_norms, prepared.plan.distillation
@@ -112,14 +112,14 @@ class TestWeightByRatio:
         assert weight > 0
         assert weight * float(norms[1]) == pytest.approx(0.25 * float(norms[0]), rel=1e-5)
 
-    def test_equal_networks_do_not_run_away(self, images, tmp_path):
+    def test_auto_weight_is_stable_for_equal_networks(self, images, tmp_path):
         prepared = prepare(options(images, tmp_path, sd_weight="auto:0.1"))
         distillation = prepared.plan.distillation
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 0
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.5]))) == pytest.approx(0.2)
 
     @pytest.mark.parametrize("scale, interval", [(1e-6, 1), (1.0, 4), (1e6, 1)])
-    def test_the_scale_of_the_distance_does_not_matter_and_no_step_is_far_too_strong(
+    def test_auto_weight_is_scale_free_and_bounded(
         self, scale, interval, images, tmp_path
     ):
         """Backbones differ by orders of magnitude; averages lag where the distance suddenly grows."""
@@ -151,7 +151,7 @@ class TestWeightByRatio:
         assert usual == pytest.approx(wanted, rel=1e-3)
         assert pull(1.0) == pytest.approx(4 * wanted, rel=0.01)
 
-    def test_rounding_makes_no_pull(self, images, tmp_path):
+    def test_auto_weight_ignores_rounding(self, images, tmp_path):
         """Student and teacher that differ by a thousandth of a gray level: the ratio is not made of that."""
         prepared = prepare(options(images, tmp_path, sd_weight="auto:0.1", sd_interval=1))
         state, plan = prepared.state, prepared.plan
@@ -166,7 +166,7 @@ class TestWeightByRatio:
         assert 0 < float(gradient.norm()) < 0.0011 * float(adversarial.norm())
 
     @pytest.mark.parametrize("value", ["auto", "auto:", "auto:0", "auto:x", "much", "auto:-1"])
-    def test_mistakes(self, value, images, tmp_path):
+    def test_auto_weight_mistakes(self, value, images, tmp_path):
         with pytest.raises(ConfigError, match=f"--sd-weight {value}: must be a number, or auto:RATIO"):
             prepare(options(images, tmp_path, sd_weight=value))
 
@@ -178,7 +178,7 @@ class TestMeasurements:
     def own_cache(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
 
-    def test_they_are_logged_with_their_number_and_change_nothing(self, images, tmp_path):
+    def test_metrics_are_logged_and_do_not_change_training(self, images, tmp_path):
         console = Console(file=io.StringIO(), width=200)
         result = run(options(images, tmp_path, **self.SETTINGS), console=console)
         lines = lines_of(result)
@@ -190,13 +190,13 @@ class TestMeasurements:
         for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
             assert torch.equal(tensor, other[name]), name
 
-    def test_their_interval_and_the_end(self, images, tmp_path):
+    def test_metrics_interval_and_end(self, images, tmp_path):
         config = options(images, tmp_path, kimg=0.064, snap=3, **self.SETTINGS)
         lines = lines_of(run(config, console=quiet()))
         assert [line["nimg"] for line in lines if "metrics" in line] == [48, 64]
 
     @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-    def test_a_failure_is_a_warning(self, error, images, tmp_path, monkeypatch):
+    def test_metrics_failure_is_a_warning(self, error, images, tmp_path, monkeypatch):
         def fail(*args, **kwargs):
             raise error("out of memory")
 
@@ -207,7 +207,7 @@ class TestMeasurements:
         printed = console.file.getvalue()
         assert "Metrics at 0.016 kimg failed, and training continues: out of memory" in printed
 
-    def test_unknown_ones_are_refused_before_anything(self, images, tmp_path):
+    def test_metrics_unknown_names_are_refused(self, images, tmp_path):
         with pytest.raises(ConfigError, match="no metric is called fiid"):
             prepare(options(images, tmp_path, metrics="fiid"))
         with pytest.raises(ConfigError, match="--metrics-num 5: has no effect without --metrics"):
@@ -215,13 +215,13 @@ class TestMeasurements:
         config = dataclasses.replace(options(images, tmp_path), metrics="none")
         assert validation.names_of(config) == ()
 
-    def test_what_they_need_is_there_before_a_run_starts(self, images, tmp_path, monkeypatch):
+    def test_metrics_fetch_weights_before_start(self, images, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         for metric in ("fd-effnet", "random-fid", "ppl-effnet"):
             validation.ensure_weights(options(images, tmp_path, metrics=metric), print)
         with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
             validation.ensure_weights(options(images, tmp_path, metrics="random-fid,kid"), print)
 
-    def test_which_value_is_better(self):
+    def test_is_better(self):
         assert is_better("fid", 2.0, 3.0) and not is_better("recall-effnet", 0.2, 0.3)
         assert is_better("recall-effnet", 0.4, 0.3) and is_better("fid", 1.0, None)

@@ -50,7 +50,7 @@ def whole_states(place):
     return [checkpointing.read_state(path)["nimg"] for path in checkpointing.states_of(run_dir)]
 
 
-def test_a_full_disk_costs_saves_and_nothing_that_was_saved(images, disk, monkeypatch):
+def test_train_full_disk_keeps_earlier_saves(images, disk, monkeypatch):
     place = disk(2000)
     filled = place / "of somebody else"
 
@@ -74,7 +74,7 @@ def test_a_full_disk_costs_saves_and_nothing_that_was_saved(images, disk, monkey
     assert run(TrainOptions(resume=str(run_dir)), console=quiet()).nimg == 64
 
 
-def test_a_disk_that_turns_read_only(images, disk, monkeypatch):
+def test_train_read_only_disk(images, disk, monkeypatch):
     place = disk(20_000)
 
     def freeze(state):

@@ -48,7 +48,7 @@ def student_images(G, draw):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
-def test_an_equal_teacher_gives_exactly_zero(family, device):
+def test_distillation_equal_teacher_gives_exactly_zero(family, device):
     G = generator(family, c_dim=2, device=device)
     teacher = copy.deepcopy(G).eval()
     c = F.one_hot(torch.tensor([0, 1, 1, 0]), 2).float().to(device)
@@ -61,7 +61,7 @@ def test_an_equal_teacher_gives_exactly_zero(family, device):
     assert torch.equal(gradient, torch.zeros_like(img))
 
 
-def test_the_zero_comes_from_shared_noise_and_a_shared_cut():
+def test_distillation_needs_shared_noise_and_cut():
     G = generator("stylegan2")
     z, z2 = torch.randn(2, 2, 8)
     draw = Latents(z, torch.zeros(2, 0), z2, cut=2)
@@ -74,7 +74,7 @@ def test_the_zero_comes_from_shared_noise_and_a_shared_cut():
         assert (distances > 1e-6).all()
 
 
-def test_the_teacher_leaves_no_trace_in_the_random_numbers():
+def test_distillation_keeps_random_state():
     G = generator("stylegan2")
     draw = draw_latents(G, torch.zeros(2, 0), mixing=0.9)
     img, replay = student_images(G, draw)
@@ -83,7 +83,7 @@ def test_the_teacher_leaves_no_trace_in_the_random_numbers():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_gradient_is_the_weighted_gradient_of_the_distance():
+def test_distillation_gradient_is_weighted_distance_gradient():
     G, teacher = generator("stylegan2"), generator("stylegan2").eval()
     draw = draw_latents(G, torch.zeros(4, 0), mixing=0)
     img, replay = student_images(G, draw)
@@ -95,20 +95,20 @@ def test_the_gradient_is_the_weighted_gradient_of_the_distance():
     assert_close(gradient, 0.3 * 4 * 2 * (img - target) / img.numel(), 1e-5)
 
 
-def test_lazy_steps_count_as_often_as_they_are_skipped():
+def test_distillation_interval_scales_gradient():
     distil = distillation(weight=0.2, interval=4)
     assert [step for step in range(12) if distil.due(step)] == [0, 4, 8]
     weights = [distil.scale if distil.due(step) else 0.0 for step in range(12)]
     assert sum(weights) / 12 == pytest.approx(0.2)
 
 
-def test_images_are_averaged_down_never_up():
+def test_area_resize_never_enlarges():
     img = torch.randn(2, 3, 8, 8)
     assert_close(area_resize(img, 4), F.avg_pool2d(img, 2), 1e-6)
     assert area_resize(img, 16) is img
 
 
-def test_style_mixing_takes_the_second_latent_from_the_cut_on():
+def test_map_latents_mixes_from_cut():
     G = generator("stylegan2")
     z, z2 = torch.randn(2, 3, 8)
     c = torch.zeros(3, 0)

@@ -91,7 +91,7 @@ def assert_alike(a, b):
     assert torch.equal(a["random"]["torch"], b["random"]["torch"])
 
 
-def test_two_processes_do_what_one_does_and_each_goes_on_with_the_others_state(images, tmp_path):
+def test_two_ranks_equal_one_and_resume_each_other(images, tmp_path):
     alone = options(images, tmp_path, **SHARED, outdir=str(tmp_path / "one"))
     run(alone, console=quiet())
     together = dataclasses.replace(alone, outdir=str(tmp_path / "two"))
@@ -126,7 +126,7 @@ class ReadOnly(ProcessGroup):
         return value
 
 
-def test_images_that_other_processes_replaced_count_and_are_counted_once(images, tmp_path):
+def test_unreadable_counts_of_all_ranks_are_summed_once(images, tmp_path):
     prepared = prepare(options(images, tmp_path))
     plan = dataclasses.replace(prepared.plan, group=OneOfTwo())
     run_dir = start(dataclasses.replace(prepared, plan=plan), console=quiet()).run_dir
@@ -145,7 +145,7 @@ def test_images_that_other_processes_replaced_count_and_are_counted_once(images,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_the_state_of_one_goes_on_in_two(family, images, tmp_path):
+def test_state_of_one_rank_resumes_on_two(family, images, tmp_path):
     for name in ("one", "two"):
         run(options(images, tmp_path, family, **SHARED, outdir=str(tmp_path / name)), console=quiet())
     (first,), (second,) = (tmp_path / "one").iterdir(), (tmp_path / "two").iterdir()
@@ -156,7 +156,7 @@ def test_the_state_of_one_goes_on_in_two(family, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_that_are_stopped_end_as_if_they_had_not_been(images, tmp_path):
+def test_two_ranks_resume_bit_exact(images, tmp_path):
     """Bit for bit: two numbers have one sum in either order. Between two ticks, in all lazy intervals."""
     for name, kimg in (("whole", 0.048), ("stopped", 0.024)):
         changes = {"kimg": kimg, "tick": 0.016, "lr_warmup_kimg": 0.04, "outdir": str(tmp_path / name)}
@@ -200,7 +200,7 @@ def rank(number, launcher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 0)])
-def test_a_signal_reaches_all_and_everything_is_saved(name, code, images, tmp_path):
+def test_signal_stops_all_ranks_and_saves(name, code, images, tmp_path):
     process = long_run(images, tmp_path)
     process.send_signal(getattr(signal, name))
     said, _ = process.communicate(timeout=60)
@@ -210,7 +210,7 @@ def test_a_signal_reaches_all_and_everything_is_saved(name, code, images, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_takes_the_run_down_with_its_name(images, tmp_path):
+def test_killed_rank_is_named(images, tmp_path):
     process = long_run(images, tmp_path)
     os.kill(rank(1, process), signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
@@ -220,7 +220,7 @@ def test_a_process_that_is_killed_takes_the_run_down_with_its_name(images, tmp_p
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_waited_for_no_longer_than_said(images, tmp_path):
+def test_hanging_rank_times_out(images, tmp_path):
     process = long_run(images, tmp_path, FINETUNE_TIMEOUT_MIN="0.1")
     os.kill(rank(1, process), signal.SIGSTOP)
     since = time.monotonic()
@@ -232,7 +232,7 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_said(images, tmp_path
     ), said
 
 
-def test_what_is_drawn_follows_from_the_key_alone():
+def test_reseed_depends_on_key_only():
     generator = torch.Generator()
 
     def drawn(*key):
@@ -246,7 +246,7 @@ def test_what_is_drawn_follows_from_the_key_alone():
         assert not torch.equal(first[0], drawn(*other)[0])
 
 
-def test_alone_is_the_rule(monkeypatch):
+def test_init_single_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert init(torch.device("cpu")) == (SINGLE, torch.device("cpu"))
     values = [torch.tensor([1.0, 2.0])]
@@ -270,7 +270,7 @@ shutdown()
 
 
 @pytest.mark.slow
-def test_two_tell_each_other_numbers(tmp_path):
+def test_collectives_of_two_ranks(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -289,7 +289,7 @@ def test_two_tell_each_other_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
-def test_how_long_to_wait_has_to_be_a_number_of_minutes(text, monkeypatch):
+def test_timeout_min_refuses_other_values(text, monkeypatch):
     monkeypatch.setenv("FINETUNE_TIMEOUT_MIN", text)
     with pytest.raises(
         ConfigError, match=f"FINETUNE_TIMEOUT_MIN={text}: must be a number of minutes above 0"
@@ -297,7 +297,7 @@ def test_how_long_to_wait_has_to_be_a_number_of_minutes(text, monkeypatch):
         timeout_min()
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_init_refuses_more_ranks_than_gpus(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -310,14 +310,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     "world, batch, part", [(1, 32, 32), (2, 32, 16), (3, 36, 12), (8, 32, 4), (16, 64, 4)]
 )
-def test_a_batch_that_all_processes_can_share(world, batch, part):
+def test_batch_divisible_by_ranks(world, batch, part):
     facts = RunFacts("stylegan2", 64, 3, 0, 5000, "cpu", 2, False, num_processes=world)
     config, _ = resolve(TrainOptions(data="x", resume="y"), facts)
     assert (config.batch, config.batch_gpu) == (batch, part)
 
 
 @pytest.mark.slow
-def test_metrics_are_those_of_one_process(images, tmp_path):
+def test_metrics_of_two_ranks_equal_one(images, tmp_path):
     metrics = dict(metrics="random-fid", metrics_num=16)
     lines = {}
     for name, more in (("one", ()), ("two", ("--gpus", 2))):

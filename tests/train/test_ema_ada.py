@@ -16,7 +16,7 @@ class Tiny(torch.nn.Module):
         self.register_buffer("w_avg", torch.full([2], float(value)))
 
 
-def test_the_average_halves_its_distance_in_one_half_life():
+def test_ema_halves_distance_in_one_half_life():
     average, module = Tiny(0), Tiny(1)
     for _ in range(10):
         update_average(average, module, ema_decay(batch=8, half_life_nimg=80))
@@ -24,7 +24,7 @@ def test_the_average_halves_its_distance_in_one_half_life():
     assert torch.equal(average.w_avg, module.w_avg)
 
 
-def test_an_equal_average_stays_exactly_equal():
+def test_ema_of_equal_weights_stays_equal():
     torch.manual_seed(3)
     module = torch.nn.Linear(7, 5)
     average = copy.deepcopy(module)
@@ -33,14 +33,14 @@ def test_an_equal_average_stays_exactly_equal():
     assert torch.equal(average.weight, module.weight)
 
 
-def test_rampup_shortens_the_half_life_early_and_only_then():
+def test_ema_rampup_shortens_early_half_life():
     assert ema_decay(32, 10_000) == 0.5 ** (32 / 10_000)
     assert ema_decay(32, 10_000, nimg=1000, rampup=0.05) == 0.5 ** (32 / 50)
     assert ema_decay(32, 10_000, nimg=10**6, rampup=0.05) == 0.5 ** (32 / 10_000)
     assert ema_decay(32, 10_000, nimg=0, rampup=0.05) == 0.0
 
 
-def test_ada_takes_the_swing_to_go_from_0_to_1():
+def test_ada_swing_from_0_to_1():
     ada = AdaController(0.0, target=0.6, swing_kimg=100)
     steps = 100_000 // 32
     for step in range(1, steps + 1):
@@ -52,7 +52,7 @@ def test_ada_takes_the_swing_to_go_from_0_to_1():
 @pytest.mark.parametrize(
     "logits, change", [([1.0, 2.0, 3.0, -1.0], -1), ([1.0] * 9 + [-1.0], 1), ([1.0] * 4 + [-1.0], 0)]
 )
-def test_ada_moves_towards_the_target_every_fourth_step(logits, change):
+def test_ada_moves_toward_target_every_fourth_step(logits, change):
     ada = AdaController(0.5, target=0.6, swing_kimg=100)
     for step in range(1, INTERVAL):
         ada.observe(torch.tensor(logits).sign().sum(), len(logits))
@@ -62,7 +62,7 @@ def test_ada_moves_towards_the_target_every_fourth_step(logits, change):
     assert ada.count == 0
 
 
-def test_ada_never_leaves_0_to_1_and_fixed_p_never_moves():
+def test_ada_is_bounded_and_fixed_p_is_constant():
     low, high = (
         AdaController(0.0, target=0.6, swing_kimg=0.01),
         AdaController(1.0, target=0.6, swing_kimg=0.01),

@@ -102,7 +102,7 @@ def test_steps_made_for_graphs_compute_the_same(images, tmp_path, changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
-def test_graphs_lose_as_plain_steps_do(images, tmp_path, family):
+def test_graphs_give_losses_of_plain_steps(images, tmp_path, family):
     """Rounding grows step by step, so that the losses of a few steps are compared."""
     changes = dict(family=family, device="cuda", aug="fixed", p=0.3, sd_weight="auto:1", kimg=0.08)
     changes |= dict(resolution=32, data=str(images(32)))

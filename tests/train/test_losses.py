@@ -25,7 +25,7 @@ def test_logistic_losses_stay_finite_for_huge_logits():
         assert torch.isfinite(loss(logits)).all()
 
 
-def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights():
+def test_r1_penalty_of_linear_critic():
     weight = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
     img = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     penalty = losses.r1_penalty((img * weight).sum(dim=[1, 2, 3]).unsqueeze(1), img)
@@ -34,7 +34,7 @@ def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weights():
     assert_close(weight.grad, 2 * weight, 1e-12)
 
 
-def test_path_length_of_a_linear_generator_is_that_of_the_transposed_map(monkeypatch):
+def test_path_lengths_of_linear_generator(monkeypatch):
     matrix = torch.randn(2 * 3, 3 * 4 * 4, dtype=torch.float64, requires_grad=True)
     ws = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
     img = (ws.flatten(1) @ matrix).reshape(7, 3, 4, 4)
@@ -47,7 +47,7 @@ def test_path_length_of_a_linear_generator_is_that_of_the_transposed_map(monkeyp
     assert matrix.grad.abs().max() > 0
 
 
-def test_path_penalty_pulls_towards_the_running_mean():
+def test_path_penalty_uses_running_mean():
     lengths = torch.tensor([1.0, 3.0], requires_grad=True)
     penalty, mean = losses.path_penalty(lengths, torch.tensor(0.0), decay=0.01)
     assert_close(mean, 0.02, 1e-6)
@@ -55,7 +55,7 @@ def test_path_penalty_pulls_towards_the_running_mean():
     assert not mean.requires_grad
 
 
-def test_blur_has_the_width_asked_for_and_keeps_the_light():
+def test_blur_width_and_brightness():
     img = torch.zeros(1, 1, 65, 65, dtype=torch.float64)
     img[0, 0, 32, 32] = 1
     blurred = losses.blur(img, 4.0)
@@ -89,7 +89,7 @@ def compare(grads, arrays, prefix):
         assert_close(grads[name], value, GRADIENT_F32, prefix + name)
 
 
-def test_generator_gradients_are_the_originals(original, golden_network):
+def test_generator_gradients_match_golden(original, golden_network):
     G, D = original
     _, arrays = golden_network("stylegan2-32")
     z, c = torch.from_numpy(arrays["z"]), torch.from_numpy(arrays["c"])
@@ -101,7 +101,7 @@ def test_generator_gradients_are_the_originals(original, golden_network):
     compare(gradients(G, loss), arrays, "gradG/")
 
 
-def test_path_length_gradients_are_the_originals(original, golden_network, monkeypatch):
+def test_path_length_gradients_match_golden(original, golden_network, monkeypatch):
     G, _ = original
     _, arrays = golden_network("stylegan2-32")
     z, c, noise = (torch.from_numpy(arrays[key]) for key in ("z", "c", "pl_noise"))
@@ -117,7 +117,7 @@ def test_path_length_gradients_are_the_originals(original, golden_network, monke
     compare(gradients(G, loss), arrays, "gradPL/")
 
 
-def test_discriminator_gradients_are_the_originals(original, golden_network):
+def test_discriminator_gradients_match_golden(original, golden_network):
     _, D = original
     _, arrays = golden_network("stylegan2-32")
     real, c = torch.from_numpy(arrays["real"]).requires_grad_(), torch.from_numpy(arrays["c"])

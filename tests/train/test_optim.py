@@ -9,14 +9,14 @@ from finetune.train import prepare, run
 from finetune.train.optim import LearningRate, load_adam, set_learning_rate
 
 
-def test_the_share_of_the_rate_is_a_straight_line_up_to_one(images, tmp_path):
+def test_warmup_is_linear(images, tmp_path):
     plan = prepare(options(images, tmp_path, lr_warmup_kimg=0.016)).plan  # batch 4: over 4 steps
     assert [plan.rate_D.warmup(nimg) for nimg in (0, 4, 8, 12, 16, 400)] == [0.25, 0.5, 0.75, 1, 1, 1]
     none = prepare(options(images, tmp_path, lr_warmup_kimg=0)).plan
     assert none.rate_G.warmup(0) == none.rate_D.warmup(0) == 1
 
 
-def test_a_generator_that_waits_for_a_new_discriminator_begins_when_it_begins(images, tmp_path):
+def test_warmup_of_waiting_generator_starts_later(images, tmp_path):
     parent = run(options(images, tmp_path), console=quiet())
     changes = dict(resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, lr_warmup_kimg=0.016)
     plan = prepare(options(images, tmp_path, **changes)).plan
@@ -25,7 +25,7 @@ def test_a_generator_that_waits_for_a_new_discriminator_begins_when_it_begins(im
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_the_first_step_is_that_share_of_a_whole_one(family, images, tmp_path):
+def test_warmup_scales_first_step(family, images, tmp_path):
     """Adam's first step is the rate times the sign of the gradient, so that it shows the rate."""
     largest = {}
     for kimg in (0.0, 0.016):
@@ -50,14 +50,14 @@ def test_the_first_step_is_that_share_of_a_whole_one(family, images, tmp_path):
         assert largest[name, 0.016] == pytest.approx(full / 4, rel=0.01)
 
 
-def test_lazy_regularization_shrinks_rate_and_memory():
+def test_lazy_regularization_scales_rate_and_betas():
     never, lazy = (LearningRate(0.002, 0.0, interval, batch=4) for interval in (None, 16))
     assert (never.full(), never.betas) == (0.002, (0.0, 0.99))
     assert lazy.full() == pytest.approx(0.002 * 16 / 17)
     assert lazy.betas == (0.0, pytest.approx(0.99 ** (16 / 17)))
 
 
-def test_the_rate_is_a_function_of_images_and_rollbacks():
+def test_rate_depends_on_nimg_and_rollbacks():
     rate = LearningRate(0.003, 0.5, None, batch=4, warmup_nimg=16)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for nimg, rollbacks, expected in ((0, 0, 0.00075), (12, 0, 0.003), (400, 2, 0.00075)):
@@ -76,7 +76,7 @@ def test_the_rate_is_a_function_of_images_and_rollbacks():
         ({"recipe": "adapt", "lr_warmup_kimg": 0.2}, 0.2),
     ],
 )
-def test_its_default_follows_the_batch_and_the_length(changes, value, images, tmp_path):
+def test_warmup_default(changes, value, images, tmp_path):
     assert WARMUP_STEPS == 100
     parent = run(options(images, tmp_path), console=quiet())
     settings = {"resume": str(parent.snapshot), "kimg": 10.0, "batch": 4, **changes}
@@ -85,7 +85,7 @@ def test_its_default_follows_the_batch_and_the_length(changes, value, images, tm
     assert any(reason.name == "lr_warmup_kimg" for reason in prepared.reasons)
 
 
-def test_from_scratch_there_is_none(images, tmp_path):
+def test_warmup_none_from_scratch(images, tmp_path):
     assert prepare(options(images, tmp_path)).config.lr_warmup_kimg == 0
 
 

@@ -14,7 +14,7 @@ from finetune.train import prepare
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_gradient_that_overflows_moves_no_weight(images, tmp_path, bad):
+def test_overflow_skips_update(images, tmp_path, bad):
     prepared = prepare(options(images, tmp_path))
     state, before, is_spoilt = prepared.state, {}, [False]
     img = torch.randint(0, 256, [4, 3, 16, 16], dtype=torch.uint8)
@@ -38,12 +38,12 @@ def test_a_gradient_that_overflows_moves_no_weight(images, tmp_path, bad):
     assert numbers["overflow_D"] == pytest.approx(1 / 5) and numbers["overflow_G"] == 0
 
 
-def test_float16_layers_alone_may_overflow(images, tmp_path):
+def test_overflow_only_expected_in_float16(images, tmp_path):
     assert not prepare(options(images, tmp_path)).plan.skip_overflow
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_float16_layers_may_overflow_on_cuda(precision, images, tmp_path):
+def test_overflow_expected_on_cuda(precision, images, tmp_path):
     prepared = prepare(options(images, tmp_path, device="cuda", precision=precision))
     assert prepared.plan.skip_overflow == (precision == "auto")

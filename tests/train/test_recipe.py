@@ -44,7 +44,7 @@ def quiet_stats():
 
 @pytest.mark.parametrize("scratch", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_published_settings(family, scratch, golden_dir):
+def test_recipe_published_settings(family, scratch, golden_dir):
     checkpoint = None if scratch else finetune.load(golden_dir / f"{GOLDEN[family]}.pkl")
     state, plan = parts_of_run(family, checkpoint)
     stylegan2 = family == "stylegan2"
@@ -73,7 +73,7 @@ def test_the_published_settings(family, scratch, golden_dir):
                 assert layer.magnitude_ema_beta ** (20_000 / 8) == pytest.approx(0.5)
 
 
-def test_stylegan3_r_has_1x1_kernels_and_twice_the_channels():
+def test_build_stylegan3_r_kernels_and_channels():
     kwargs = [parts_of_run(family)[0].G.init_kwargs for family in ("stylegan3-t", "stylegan3-r")]
     for name, value in (("channel_base", 128), ("channel_max", 8)):
         assert [each[name] for each in kwargs] == [value, 2 * value]
@@ -81,12 +81,12 @@ def test_stylegan3_r_has_1x1_kernels_and_twice_the_channels():
     assert "conv_kernel" not in kwargs[0]
 
 
-def test_without_r1_the_discriminator_takes_no_extra_steps():
+def test_r1_off_takes_no_extra_steps():
     state, _ = parts_of_run("stylegan2", gamma=0.0)
     assert state.opt_D.param_groups[0]["lr"] == 0.002
 
 
-def test_student_and_average_start_from_networks_of_their_own(golden_dir):
+def test_build_student_and_ema_are_separate(golden_dir):
     checkpoint = finetune.load(golden_dir / "stylegan2-ada-32.pkl")
     with torch.no_grad():
         checkpoint.G.synthesis.b4.const.add_(1)
@@ -108,7 +108,7 @@ class Critic(torch.nn.Module):
 
 
 @pytest.mark.parametrize("batch_gpu", [8, 2])
-def test_the_generator_step_is_the_gradient_of_both_losses(batch_gpu, monkeypatch):
+def test_generator_step_gradient(batch_gpu, monkeypatch):
     state, plan = parts_of_run("stylegan2", aug="noaug", batch_gpu=batch_gpu)
     critic = Critic().requires_grad_(False)
     distil = Distillation(mean_squared, weight=0.3, interval=2, resolution=8)
@@ -155,7 +155,7 @@ def build_teacher(G):
 
 
 @pytest.mark.parametrize("batch_gpu", [8, 4])
-def test_the_path_length_step_counts_the_penalty_of_half_a_batch_by_its_interval(batch_gpu, monkeypatch):
+def test_path_length_step_gradient(batch_gpu, monkeypatch):
     state, plan = parts_of_run("stylegan2", batch_gpu=batch_gpu)
     const = state.G.synthesis.b4.const
     state = dataclasses.replace(state, opt_G=torch.optim.SGD([const], lr=1.0), path_mean=torch.tensor(0.5))
@@ -179,7 +179,7 @@ def test_the_path_length_step_counts_the_penalty_of_half_a_batch_by_its_interval
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
-def test_the_averages_inside_the_student_move_once_a_step(family, monkeypatch):
+def test_discriminator_step_updates_w_avg_once(family, monkeypatch):
     state, plan = parts_of_run(family, aug="noaug", batch_gpu=4)
     plan = dataclasses.replace(plan, total_nimg=8)
     moves = []
@@ -199,7 +199,7 @@ def test_the_averages_inside_the_student_move_once_a_step(family, monkeypatch):
     assert moves == ["mapping", "synthesis"]
 
 
-def test_the_discriminator_sees_the_range_from_minus_1_to_1(monkeypatch):
+def test_discriminator_step_input_range(monkeypatch):
     state, plan = parts_of_run("stylegan2", aug="noaug")
     plan = dataclasses.replace(plan, total_nimg=8)
     seen = []
@@ -212,7 +212,7 @@ def test_the_discriminator_sees_the_range_from_minus_1_to_1(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_gpu", [8, 2])
-def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gpu, monkeypatch):
+def test_discriminator_step_gradient(batch_gpu, monkeypatch):
     state, plan = parts_of_run("stylegan2", aug="ada", batch_gpu=batch_gpu)
     plan = dataclasses.replace(plan, synthesis={**plan.synthesis, "noise_mode": "const"})
     critic = Critic().requires_grad_(False)
@@ -233,7 +233,7 @@ def test_the_discriminator_step_is_the_gradient_over_real_and_generated(batch_gp
     assert (state.ada.count, float(state.ada.sign_sum)) == (8, int(logits[1].detach().sign().sum()))
 
 
-def test_augmentation_grows_where_the_discriminator_is_sure_of_real_images():
+def test_ada_increases_for_confident_d():
     state, plan = parts_of_run("stylegan2")
     plan = dataclasses.replace(plan, total_nimg=4 * 8)
     critic = Critic().requires_grad_(False)
@@ -244,7 +244,7 @@ def test_augmentation_grows_where_the_discriminator_is_sure_of_real_images():
     assert state.ada.p == pytest.approx(4 * 8 / 500_000)
 
 
-def test_what_the_discriminator_sees_is_blurred_and_then_augmented():
+def test_score_blurs_then_augments():
     state, plan = parts_of_run("stylegan3-r")
     seen = []
 
@@ -271,7 +271,7 @@ def test_what_the_discriminator_sees_is_blurred_and_then_augmented():
     assert float(pipe.p) == 0.25
 
 
-def test_regularisation_comes_every_16th_and_every_4th_step(monkeypatch):
+def test_regularization_intervals(monkeypatch):
     state, plan = parts_of_run("stylegan2", aug="noaug")
     plan = dataclasses.replace(plan, total_nimg=33 * 8)
     seen = {"r1_step": [], "path_length_step": []}

@@ -101,7 +101,7 @@ def numbers(run_dir):
 
 
 @pytest.mark.parametrize("family", ["stylegan2-ada", "stylegan3-t", "stylegan3-r"])
-def test_training_gives_the_recorded_numbers(family, golden_dir, images, tmp_path):
+def test_train_matches_recorded_numbers(family, golden_dir, images, tmp_path):
     resume = str(golden_dir / f"{family}-32.pkl")
     config = options(images, tmp_path, **SETTINGS, resume=resume, data=str(images(32, 3)))
     found = numbers(run(config, console=quiet()).run_dir)

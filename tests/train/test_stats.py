@@ -18,7 +18,7 @@ def state(nimg=0, step=0):
     return types.SimpleNamespace(nimg=nimg, step=step)
 
 
-def test_a_tick_hands_out_averages_and_starts_anew():
+def test_stats_read_returns_averages_and_restarts():
     stats = Stats(CPU, 100)
     stats.record(loss_G=torch.tensor([1.0, 2.0]))
     assert not stats.passed(100, 50)
@@ -31,7 +31,7 @@ def test_a_tick_hands_out_averages_and_starts_anew():
     assert not stats.passed(100, 299) and stats.passed(100, 300) and stats.passed(260, 299)
 
 
-def test_the_schedule_is_that_of_a_run_without_a_resume():
+def test_stats_schedule_survives_resume():
     """Ticks of 16 images, snapshots every 32, batches of 12; resumed from a state saved by the clock."""
 
     def ticks(stats, begin):
@@ -52,7 +52,7 @@ def test_the_schedule_is_that_of_a_run_without_a_resume():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_its_phase(bad):
+def test_stats_non_finite_loss_names_phase(bad):
     stats = Stats(CPU)
     with stats.phase("Dreg"):
         stats.record(r1_penalty=torch.tensor([1.0, bad]))
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_names_its_phase(bad):
 
 
 @pytest.mark.parametrize("value, finite", [(1.0, True), (float("nan"), False), (float("inf"), False)])
-def test_what_is_not_finite_is_seen_without_acting_on_it(value, finite):
+def test_stats_is_finite(value, finite):
     stats = Stats(CPU)
     assert stats.is_finite()
     stats.record(loss_G=torch.tensor([2.0]))
@@ -70,7 +70,7 @@ def test_what_is_not_finite_is_seen_without_acting_on_it(value, finite):
     assert stats.is_finite() is finite
 
 
-def test_inner_phases_are_not_counted_twice(monkeypatch):
+def test_phase_clock_excludes_inner_phases(monkeypatch):
     times = iter([0.0, 1.0, 4.0, 10.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     clock = PhaseClock(CPU)
@@ -80,7 +80,7 @@ def test_inner_phases_are_not_counted_twice(monkeypatch):
     assert clock.read() == {}
 
 
-def test_the_first_signal_asks_and_the_second_insists():
+def test_stop_signal_second_raises():
     before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -33,7 +33,7 @@ def resume(golden_dir, name, **changes):
         ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made"),
     ],
 )
-def test_it_trains_and_says_what_was_done(name, changes, num_labels, words, golden_dir, images, tmp_path):
+def test_train_after_surgery(name, changes, num_labels, words, golden_dir, images, tmp_path):
     data = str(images(16, num_labels)) if num_labels else str(images(16))
     config = options(images, tmp_path, kimg=0.008, **{"data": data, **resume(golden_dir, name, **changes)})
     console = quiet()
@@ -51,7 +51,7 @@ def test_it_trains_and_says_what_was_done(name, changes, num_labels, words, gold
     assert img.shape == (2, G.img_channels, G.img_resolution, G.img_resolution) and img.isfinite().all()
 
 
-def test_a_new_discriminator_learns_alone_first(images, tmp_path):
+def test_new_d_warms_up_alone(images, tmp_path):
     parent = run(options(images, tmp_path), console=quiet())
     prepared = prepare(
         options(images, tmp_path, resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, aug="noaug")
@@ -67,7 +67,7 @@ def test_a_new_discriminator_learns_alone_first(images, tmp_path):
     assert moved(before["G"], state.G) - buffers and moved(before["G_ema"], state.G_ema)
 
 
-def test_a_generator_alone_needs_new_d(golden_dir, images, tmp_path):
+def test_generator_alone_requires_new_d(golden_dir, images, tmp_path):
     checkpoint = finetune.load(golden_dir / "stylegan2-32.pkl")
     alone = tmp_path / "alone.pkl"
     save_stylegan_pickle(alone, G=None, D=None, G_ema=checkpoint.G_ema)
@@ -77,7 +77,7 @@ def test_a_generator_alone_needs_new_d(golden_dir, images, tmp_path):
     assert prepare(dataclasses.replace(config, new_d=True)).state.D.img_resolution == 32
 
 
-def test_a_run_after_surgery_is_a_checkpoint_like_any_other(golden_dir, images, tmp_path):
+def test_snapshot_after_surgery_is_a_checkpoint(golden_dir, images, tmp_path):
     changes = resume(golden_dir, "stylegan2-64-cond", cond=False, resolution=32, channels=1)
     result = run(options(images, tmp_path, kimg=0.008, **changes), console=quiet())
     G = finetune.load(result.snapshot).G_ema
@@ -92,12 +92,12 @@ def test_a_run_after_surgery_is_a_checkpoint_like_any_other(golden_dir, images, 
         ({"new_d": True, "freezed": 2}, "--freezed 2: would freeze random layers with --new-d"),
     ],
 )
-def test_contradictions_are_refused(changes, words, golden_dir, images, tmp_path):
+def test_surgery_refuses_contradictions(changes, words, golden_dir, images, tmp_path):
     with pytest.raises(ConfigError, match=words):
         prepare(options(images, tmp_path, **resume(golden_dir, "stylegan2-32", **changes)))
 
 
-def test_surgery_shares_what_it_draws_between_g_and_its_average(golden_dir):
+def test_surgery_equal_for_g_and_g_ema(golden_dir):
     checkpoint = finetune.load(golden_dir / "stylegan2-32.pkl")
     after, _ = operate(checkpoint, TargetShape(resolution=64))
     assert torch.equal(after.G.synthesis.b64.conv0.weight, after.G_ema.synthesis.b64.conv0.weight)

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_leaves_everything_behind(family, images, tmp_path):
+def test_run_writes_all_files(family, images, tmp_path):
     config = options(images, tmp_path, family, aug="fixed", p=0.5)
     result = run(config, console=quiet())
 
@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_behind(family, images, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_networks_move_and_the_average_follows(family, images, tmp_path):
+def test_run_updates_networks_and_ema(family, images, tmp_path):
     prepared = prepare(options(images, tmp_path, family, ema_kimg=0.004))
     state = prepared.state
     before = {name: weights(getattr(state, name)) for name in ("G", "D", "G_ema")}
@@ -88,7 +88,7 @@ def test_networks_move_and_the_average_follows(family, images, tmp_path):
 
 
 @pytest.mark.parametrize("family, weight", [("stylegan2", 0.0), ("stylegan2", 1e-35), ("stylegan3-t", 1e-35)])
-def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, images, tmp_path):
+def test_sd_weight_zero_is_plain_recipe(family, weight, images, tmp_path):
     """A distillation that pulls with no (or vanishing) force changes no weight: it draws no random number."""
     plain = prepare(options(images, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
     assert plain.plan.distillation is None
@@ -104,13 +104,13 @@ def test_weight_zero_is_the_plain_recipe_bit_for_bit(family, weight, images, tmp
         assert moved(expected, getattr(distilled.state, name)) == set()
 
 
-def test_distillation_changes_the_outcome(images, tmp_path):
+def test_sd_weight_changes_result(images, tmp_path):
     plain = train_steps(prepare(options(images, tmp_path, sd_weight=0.0)), 3)
     distilled = train_steps(prepare(options(images, tmp_path, sd_weight=10.0)), 3)
     assert moved(weights(plain.G), distilled.G)
 
 
-def test_a_run_repeats_itself(images, tmp_path):
+def test_run_is_deterministic(images, tmp_path):
     first, second = (run(options(images, tmp_path, seed=7), console=quiet()) for _ in range(2))
     assert (first.run_dir.name[:5], second.run_dir.name[:5]) == ("00000", "00001")
     a, b = finetune.load(first.snapshot), finetune.load(second.snapshot)
@@ -118,7 +118,7 @@ def test_a_run_repeats_itself(images, tmp_path):
         assert moved(weights(getattr(a, name)), getattr(b, name)) == set()
 
 
-def test_resuming_starts_from_the_weights_and_says_so(images, tmp_path):
+def test_resume_weights_only_prints_note(images, tmp_path):
     parent = run(options(images, tmp_path), console=quiet())
     checkpoint = finetune.load(parent.snapshot)
     console = quiet()
@@ -146,7 +146,7 @@ def test_resuming_starts_from_the_weights_and_says_so(images, tmp_path):
     assert child.augment_pipe is None
 
 
-def test_what_images_and_checkpoint_do_not_share_is_said_with_the_option_that_changes_it(images, tmp_path):
+def test_prepare_notes_name_options(images, tmp_path):
     snapshot = str(run(options(images, tmp_path), console=quiet()).snapshot)
     assert prepare(options(images, tmp_path, resume=snapshot)).notes == []
     labeled = options(images, tmp_path, resume=snapshot, data=str(images(16, 3)))
@@ -157,7 +157,7 @@ def test_what_images_and_checkpoint_do_not_share_is_said_with_the_option_that_ch
     assert "12 images have colors and become gray" in prepare(options(images, tmp_path, resume=gray)).notes[0]
 
 
-def test_a_frozen_discriminator_thaws(images, tmp_path):
+def test_freezed_layers_thaw(images, tmp_path):
     frozen = run(options(images, tmp_path, sd_weight=0.0), console=quiet())
     frozen = run(options(images, tmp_path, resume=str(frozen.snapshot), freezed=3), console=quiet())
     prepared = prepare(options(images, tmp_path, resume=str(frozen.snapshot), freezed=0))
@@ -166,7 +166,7 @@ def test_a_frozen_discriminator_thaws(images, tmp_path):
     assert "b16.fromrgb.weight" in moved(before, prepared.state.D)
 
 
-def test_the_initial_teacher_stays_as_it_was(images, tmp_path):
+def test_teacher_initial_is_constant(images, tmp_path):
     parent = run(options(images, tmp_path), console=quiet())
     prepared = prepare(options(images, tmp_path, resume=str(parent.snapshot), sd_teacher="initial"))
     teacher = prepared.state.teacher
@@ -175,7 +175,7 @@ def test_the_initial_teacher_stays_as_it_was(images, tmp_path):
     assert moved(before, teacher) == set() and moved(before, prepared.state.G_ema)
 
 
-def test_a_teacher_of_its_own_follows_at_its_own_pace(images, tmp_path):
+def test_teacher_with_own_half_life(images, tmp_path):
     state = prepare(options(images, tmp_path)).state
     assert state.teacher is state.G_ema
     prepared = prepare(options(images, tmp_path, ema_kimg=0.01, sd_teacher_kimg=1.0))
@@ -188,7 +188,7 @@ def test_a_teacher_of_its_own_follows_at_its_own_pace(images, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["stylegan2-ada-32", "stylegan2-tf-32", "stylegan3-t-32", "stylegan3-r-32"])
-def test_public_checkpoints_train(name, golden_dir, images, tmp_path):
+def test_run_public_checkpoints(name, golden_dir, images, tmp_path):
     changes = {"data": str(images(32)), "resume": str(golden_dir / f"{name}.pkl"), "fit": "stretch"}
     c_dim = finetune.load(golden_dir / f"{name}.pkl").best.c_dim
     if c_dim:
@@ -200,7 +200,7 @@ def test_public_checkpoints_train(name, golden_dir, images, tmp_path):
         assert moved(values, getattr(prepared.state, key)), key
 
 
-def test_conditional_training(images, tmp_path):
+def test_run_conditional(images, tmp_path):
     config = options(images, tmp_path, data=str(images(16, 3)), cond=True)
     result = run(config, console=quiet())
     G = finetune.load(result.snapshot).G_ema
@@ -213,7 +213,7 @@ def test_conditional_training(images, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_accumulated_parts_make_the_gradient_of_the_batch(parts, images, tmp_path):
+def test_micro_batches_accumulate_batch_gradient(parts, images, tmp_path):
     prepared = prepare(options(images, tmp_path, sd_weight=0.0, aug="noaug"))
     plan = dataclasses.replace(prepared.plan, batch_gpu=4 // parts, gamma=2.0)
     critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 1), torch.nn.Softplus())
@@ -246,14 +246,14 @@ class _Critic(torch.nn.Module):
         return self.layers(img)
 
 
-def test_a_terminal_shows_a_bar_with_rate_time_left_and_losses(images, tmp_path):
+def test_display_bar_on_terminal(images, tmp_path):
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     run(options(images, tmp_path), console=console)
     last = [line for line in console.file.getvalue().splitlines() if "0.03/0.032 kimg" in line][-1]
     assert all(words in last for words in ("img/s", "0:00 left", "G ", "D ", "SD ", "p 0.0"))
 
 
-def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path, monkeypatch):
+def test_run_sigint_saves(images, tmp_path, monkeypatch):
     after_each_line(monkeypatch, lambda state, numbers: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(options(images, tmp_path, kimg=10, snap=100), console=quiet())
@@ -261,7 +261,7 @@ def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path, monkeypatch):
     assert finetune.load(snapshot).provenance.nimg == 16
 
 
-def test_divergence_ends_the_run_and_spares_the_snapshot(images, tmp_path, monkeypatch):
+def test_run_divergence_keeps_snapshot(images, tmp_path, monkeypatch):
     config = options(images, tmp_path, kimg=1, tick=0.008, snap=1, glr=1e-4, dlr=1e-4)
 
     def poison(state):
@@ -278,7 +278,7 @@ def test_divergence_ends_the_run_and_spares_the_snapshot(images, tmp_path, monke
         assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())
 
 
-def test_a_snapshot_of_broken_weights_is_not_written(images, tmp_path, monkeypatch):
+def test_write_snapshot_refuses_non_finite_weights(images, tmp_path, monkeypatch):
     def poison(state, numbers):
         state.G_ema.mapping.fc0.weight.fill_(float("inf"))
 
@@ -290,7 +290,7 @@ def test_a_snapshot_of_broken_weights_is_not_written(images, tmp_path, monkeypat
     assert not list((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
 
 
-def test_a_run_folder_without_a_state_is_not_continued_and_its_snapshot_is_named(images, tmp_path):
+def test_resume_folder_without_state(images, tmp_path):
     result = run(options(images, tmp_path), console=quiet())
     for path in result.run_dir.glob("training-state-*"):
         path.unlink()
