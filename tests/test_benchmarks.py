@@ -44,7 +44,7 @@ CASES = (
 
 
 @pytest.mark.parametrize(("op", "options", "fu", "fd"), CASES)
-def test_the_yardstick_is_right_in_value_and_gradient(modules, op, options, fu, fd):
+def test_benchmarks_yardstick_is_right_in_value_and_gradient(modules, op, options, fu, fd):
     case = modules["bench_ops"].Case(op, "", (2, 3, 14, 14), options, fu, fd)
     settings = type("Settings", (), dict(channels_last=False, device="cpu", dtype=torch.float64))
     made = modules["bench_ops"].tensors(case, settings, torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_the_yardstick_is_right_in_value_and_gradient(modules, op, options, fu, 
     torch.testing.assert_close(got, want)
 
 
-def test_the_work_counted_is_the_work_that_cannot_be_left_out(modules):
+def test_benchmarks_work_counted_is_the_work_that_cannot_be_left_out(modules):
     bench = modules["bench_ops"]
     # 4 of the 16 taps meet a pixel when every second one is a zero.
     up = bench.fir("", (1, 1, 8, 8), up=2, padding=[2, 1, 2, 1])
@@ -73,7 +73,7 @@ def test_the_work_counted_is_the_work_that_cannot_be_left_out(modules):
     assert bench.work(both, torch.Size([1, 1, 8, 8]), 4) == ((64 + 64) * 4, 2 * macs)
 
 
-def test_inside_the_block_the_networks_call_the_yardstick(modules):
+def test_benchmarks_inside_the_block_the_networks_call_the_yardstick(modules):
     naive, x = modules["naive"], torch.ones(1, 1, 4, 4)
     f = upfirdn2d.setup_filter([1, 3, 3, 1])
     before = upfirdn2d.upfirdn2d
@@ -96,7 +96,7 @@ def record(last, *before, distillation=0.5, **metrics):
 
 
 class TestWhatAnABSays:
-    def test_intervals_are_student_s(self, modules):
+    def test_benchmarks_intervals_are_student_s(self, modules):
         from scipy import stats
 
         report = modules["ab_report"]
@@ -116,10 +116,10 @@ class TestWhatAnABSays:
             ([-3.0], "fd", "one seed"),
         ],
     )
-    def test_verdicts(self, modules, differences, name, says):
+    def test_benchmarks_verdicts(self, modules, differences, name, says):
         assert modules["ab_report"].verdict(differences, name) == says
 
-    def test_rows_pair_the_seeds(self, modules):
+    def test_benchmarks_rows_pair_the_seeds(self, modules):
         report = modules["ab_report"]
         records = {}
         for seed, (plain, ours) in enumerate([(10.0, 9.0), (20.0, 19.1), (30.0, 28.9)]):
@@ -136,12 +136,12 @@ class TestWhatAnABSays:
         assert by_arm["recall", "sd"]["better"] == "0 of 3"  # equal is not better
         assert by_arm["fd", "plain"]["says"] == "–"
 
-    def test_costs_are_by_phase(self, modules):
+    def test_benchmarks_costs_are_by_phase(self, modules):
         records = {("plain", 0): record(1.0, distillation=0.0), ("sd", 0): record(1.0)}
         rows = modules["ab_report"].costs_of(records, ["plain", "sd"], [0])
         assert rows[1] == ["sd", "4.50", "1.125×", "11.1%", "+12.5%"]
 
-    def test_every_run_is_shown(self, modules):
+    def test_benchmarks_every_run_is_shown(self, modules):
         records = {("plain", 0): record(10.0, 12.0), ("plain", 1): record(11.0, 13.0)}
         for each in records.values():
             each["diagnostics"] = [{"sd_weight": 0.25}, {}]
@@ -155,13 +155,13 @@ class TestWhatAnABSays:
 
 
 class TestAB:
-    def test_arms(self, modules):
+    def test_benchmarks_arms(self, modules):
         arm = modules["ab_distillation"].parse_arm("a:sd-weight=auto:0.1,sd_interval=4")
         assert arm.options == {"sd_weight": "auto:0.1", "sd_interval": 4}
         with pytest.raises(SystemExit, match="--arm a:sd_wait=1: 'sd_wait=1' is no option=value"):
             modules["ab_distillation"].parse_arm("a:sd_wait=1")
 
-    def test_records_of_other_defaults_are_not_used(self, modules, monkeypatch):
+    def test_benchmarks_records_of_other_defaults_are_not_used(self, modules, monkeypatch):
         ab = modules["ab_distillation"]
         now = TrainOptions(data="d", resume="r", sd_weight=0.1, sd_interval=2)
         monkeypatch.setattr(ab, "prepare", lambda config: types.SimpleNamespace(config=config))
@@ -172,7 +172,7 @@ class TestAB:
         plain = dataclasses.replace(now, sd_weight=0)
         ab.check_same(Path("x"), then | {"sd_weight": 0}, plain)
 
-    def test_runs_that_were_ended_early_are_not_kept(self, modules):
+    def test_benchmarks_runs_that_were_ended_early_are_not_kept(self, modules):
         ab, config = modules["ab_distillation"], TrainOptions(data="d", resume="r", kimg=3.0)
         result = types.SimpleNamespace(nimg=1504)
         with pytest.raises(SystemExit, match=r"runs/a ended after 1\.504 of 3 kimg; it is not kept"):
@@ -180,7 +180,7 @@ class TestAB:
         result.nimg = 3000
         ab.check_whole(result, config, Path("runs/a"))
 
-    def test_from_nothing_to_a_report(self, modules, tmp_path, monkeypatch, capsys):
+    def test_benchmarks_from_nothing_to_a_report(self, modules, tmp_path, monkeypatch, capsys):
         """A checkpoint is made, both arms run once in two calls, a table and a plot are written."""
         ab = modules["ab_distillation"]
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
@@ -208,7 +208,7 @@ class TestAB:
         assert "seed 3 …" not in capsys.readouterr().out
 
 
-def test_the_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
+def test_benchmarks_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
     make_sets = modules["make_sets"]
     (tmp_path / "f" / "assets").mkdir(parents=True)
     for name in ("1f600", "1f44d", "1f44d-1f3fb"):
@@ -234,7 +234,7 @@ class TestSteps:
         tiny = "--resolution 16 --cbase 64 --cmax 8 --batch 4 --warmup 0 --cycles 1 --arms auto".split()
         return modules["bench_step"].parser_of_steps().parse_args([*tiny, *words])
 
-    def test_the_rotating_generator_has_twice_the_channels_and_no_more(self, modules):
+    def test_benchmarks_rotating_generator_has_twice_the_channels_and_no_more(self, modules):
         plain, rotating = (
             modules["bench_step"].build(family, self.options(modules)).state
             for family in ("stylegan3-t", "stylegan3-r")
@@ -242,7 +242,7 @@ class TestSteps:
         assert rotating.G.init_kwargs["channel_max"] == 2 * plain.G.init_kwargs["channel_max"] == 16
         assert [p.shape for p in rotating.D.parameters()] == [p.shape for p in plain.D.parameters()]
 
-    def test_a_cycle_of_the_real_loop_is_measured(self, modules, monkeypatch, capsys, tmp_path):
+    def test_benchmarks_cycle_of_the_real_loop_is_measured(self, modules, monkeypatch, capsys, tmp_path):
         words = "--families stylegan2 --sd-weight auto:1 --sd-backbone l2 --resolution 16 --cbase 64 --cmax 8"
         words += f" --batch 4 --warmup 0 --cycles 1 --arms auto --out {tmp_path}/step.md"
         monkeypatch.setattr(sys, "argv", ["bench_step.py", *words.split()])
@@ -255,7 +255,7 @@ class TestSteps:
             float(found[f"{name} (s/kimg)"]) > 0 for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
         )
 
-    def test_kernels_are_counted_and_what_they_cover_too(self, modules):
+    def test_benchmarks_kernels_are_counted_and_what_they_cover_too(self, modules):
         events = [
             {"cat": "kernel", "name": "a", "ts": 10.0, "dur": 5.0},
             {"cat": "kernel", "name": "a", "ts": 12.0, "dur": 5.0},  # on another stream
@@ -267,7 +267,7 @@ class TestSteps:
         assert covered == pytest.approx(8e-6)
 
 
-def test_programs_use_this_checkout_installed_or_not(tmp_path):
+def test_benchmarks_programs_use_this_checkout_installed_or_not(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nimport _checkout, finetune as f\nprint(f.__file__)"
     )

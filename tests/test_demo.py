@@ -46,7 +46,7 @@ def finished(tmp_path_factory, images, golden_dir):
     return outdir, result, console.file.getvalue()
 
 
-def test_the_demo_leaves_grids_a_run_and_an_export(finished):
+def test_demo_writes_grids_run_and_export(finished):
     outdir, result, _ = finished
     sheets = [np.asarray(Image.open(outdir / name)) for name in ("before.png", "after.png")]
     assert [sheet.shape for sheet in sheets] == [(4 * 32, 8 * 32, 3)] * 2
@@ -57,14 +57,14 @@ def test_the_demo_leaves_grids_a_run_and_an_export(finished):
     assert exported.provenance.nimg == 32
 
 
-def test_the_demo_measures_both_distances_before_and_after(finished):
+def test_demo_measures_before_and_after(finished):
     _, result, _ = finished
     assert set(result.before) == set(result.after) == {"random-fid", "fd-effnet"}
     assert all(result.before[name] != result.after[name] for name in result.before)
     assert result.before["random-fid"].spread > 0
 
 
-def test_the_demo_says_what_it_did_and_where(finished):
+def test_demo_report(finished):
     _, result, text = finished
     options = "weight auto:1, backbone efficientnet-lite0"
     assert f"Fine-tuned for 0.032 kimg with self-distillation: {options}" in text
@@ -84,7 +84,7 @@ def test_the_demo_says_what_it_did_and_where(finished):
         (2.0, False, "did not work"),
     ],
 )
-def test_it_fails_and_says_so_unless_every_distance_drops(
+def test_demo_fails_unless_every_distance_drops(
     monkeypatch, tmp_path, finished, effnet_after, improved, says
 ):
     outdir, result, _ = finished
@@ -103,7 +103,7 @@ def test_it_fails_and_says_so_unless_every_distance_drops(
     assert run.exit_code == (0 if improved else 1)
 
 
-def test_without_the_offline_extra_it_goes_on_with_l2_and_one_metric(monkeypatch, tmp_path):
+def test_demo_without_offline_extra(monkeypatch, tmp_path):
     def missing(*args):
         raise WeightsMissing("The weights of EfficientNet-Lite0 are not installed.", hint="Install them.")
 
@@ -118,18 +118,18 @@ def test_without_the_offline_extra_it_goes_on_with_l2_and_one_metric(monkeypatch
     assert "l2" in lines[0]
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_demo_missing_file(tmp_path):
     with pytest.raises(FinetuneError, match=r"nothing\.pkl is missing"):
         demo.run_demo(tmp_path, checkpoint=tmp_path / "nothing.pkl", console=Console(file=io.StringIO()))
 
 
-def test_the_recipe_is_valid_and_takes_the_options(tmp_path):
+def test_demo_recipe(tmp_path):
     config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.IMAGES, 0.5, 7)
     config.validate()
     assert (config.kimg, config.seed, config.outdir) == (0.5, 7, str(tmp_path / "runs"))
 
 
-def test_the_command_passes_its_options_on(monkeypatch, tmp_path, finished):
+def test_demo_command_options(monkeypatch, tmp_path, finished):
     seen = {}
 
     def run_demo(outdir, **options):
@@ -142,7 +142,7 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path, finished):
     assert seen == {"outdir": tmp_path, "kimg": 0.5, "seed": 3, "device": "cuda:1"}
 
 
-def test_the_bundled_checkpoint_is_whole_small_and_ours():
+def test_demo_checkpoint_is_small_and_ours():
     assert demo.CHECKPOINT.stat().st_size < 8_000_000
     checkpoint = load(demo.CHECKPOINT)
     assert (checkpoint.best.img_resolution, checkpoint.best.img_channels) == (64, 3)
@@ -150,7 +150,7 @@ def test_the_bundled_checkpoint_is_whole_small_and_ours():
     assert checkpoint.provenance.generation == "finetune"
 
 
-def test_the_bundled_files_are_small_and_licensed():
+def test_demo_files_are_small_and_licensed():
     sets = [demo.IMAGES, demo.FOLDER / "faces-3d.zip"]
     assert sum(path.stat().st_size for path in sets) < 4_000_000
     text = (demo.FOLDER / "ATTRIBUTION.md").read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("options", [[], ["--cpu"]], ids=["cuda", "cpu"])
 @pytest.mark.parametrize(("part", "programs"), [("correctness", 1), ("speed", 8)])
-def test_every_benchmark_takes_its_options(part, programs, options, monkeypatch):
+def test_gpu_script_every_benchmark_takes_its_options(part, programs, options, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     parse = argparse.ArgumentParser.parse_args
 
@@ -65,21 +65,21 @@ def test_every_benchmark_takes_its_options(part, programs, options, monkeypatch)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_takes_five_minutes_at_most(part):
+def test_gpu_script_part_takes_five_minutes_at_most(part):
     assert sum(limit for _, limit, _ in stages(part)) <= 300
 
 
-def test_the_marked_tests_run_without_the_benchmark_plugin():
+def test_gpu_script_marked_tests_run_without_the_benchmark_plugin():
     tests = next(command for name, _, command in stages("correctness") if name == "tests")
     assert "-p no:benchmark" in " ".join(tests) and "-m gpu" in " ".join(tests)
 
 
-def test_what_matters_most_comes_first():
+def test_gpu_script_what_matters_most_comes_first():
     names = [name for name, _, _ in stages("speed")]
     assert names[1:4] == ["stylegan2-256", "stylegan3-r-256", "stylegan3-t-256"] and names[-1] == "ops"
 
 
-def test_results_go_where_they_are_wanted():
+def test_gpu_script_results_go_where_they_are_wanted():
     for options, variables, folder in (
         ([], {}, "benchmarks/results"),
         ([], {"OUT": "/tmp/b"}, "/tmp/b"),
@@ -99,7 +99,7 @@ esac
 """
 
 
-def test_what_fails_is_written_down_and_what_is_done_is_not_run_again(tmp_path):
+def test_gpu_script_what_fails_is_written_down_and_what_is_done_is_not_run_again(tmp_path):
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -118,7 +118,7 @@ def test_what_fails_is_written_down_and_what_is_done_is_not_run_again(tmp_path):
     )
 
 
-def test_a_stage_that_is_cut_short_keeps_its_table(tmp_path):
+def test_gpu_script_stage_that_is_cut_short_keeps_its_table(tmp_path):
     """As where the whole script is ended from outside."""
     python, out = tmp_path / "python", tmp_path / "out"
     stop = '    *check*) echo "| --- |"; exec sleep 60 ;;\n    *) echo'
@@ -144,12 +144,12 @@ def test_a_stage_that_is_cut_short_keeps_its_table(tmp_path):
         (["--part", "x"], "x:"),
     ],
 )
-def test_wrong_options_are_named(options, words):
+def test_gpu_script_wrong_options_are_named(options, words):
     done = gpu_sh(*options)
     assert done.returncode == 2 and words in done.stderr
 
 
-def test_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
+def test_gpu_script_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     measuring, ticks = importlib.import_module("measuring"), iter(range(10))
     monkeypatch.setattr(measuring, "clock", lambda: next(ticks))
@@ -161,7 +161,7 @@ def test_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "tables"), [("correctness", 1), ("speed", 8)])
-def test_all_stages_run_on_a_cpu(part, tables, tmp_path):
+def test_gpu_script_all_stages_run_on_a_cpu(part, tables, tmp_path):
     done = gpu_sh("--part", part, "--cpu", tmp_path, PYTHON=sys.executable, FINETUNE_CACHE=tmp_path / "cache")
     assert done.returncode == 0, done.stdout[-3000:]
     (report,) = tmp_path.glob("*.md")

@@ -37,7 +37,7 @@ def stylegan3(golden_dir):
     return finetune.load(golden_dir / "stylegan3-t-32.pkl").G_ema
 
 
-def test_z_follows_the_convention_of_the_field():
+def test_z_from_seeds_convention():
     z = z_from_seeds([7, 0, 7], 5)
     assert z.shape == (3, 5) and z.dtype == torch.float32
     expected = np.random.RandomState(7).randn(1, 5)[0].astype(np.float32)
@@ -47,7 +47,7 @@ def test_z_follows_the_convention_of_the_field():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_outside_the_range(seed):
+def test_z_from_seeds_refuses_out_of_range(seed):
     with pytest.raises(ConfigError, match=f"seed {seed} is outside"):
         z_from_seeds([0, seed], 4)
 
@@ -67,12 +67,12 @@ def test_labels(G, conditional):
         ("G", 0, r"--class 0 was given, but this network has no classes"),
     ],
 )
-def test_classes_that_do_not_fit(request, network, class_index, message):
+def test_label_from_class_errors(request, network, class_index, message):
     with pytest.raises(ConfigError, match=message):
         next(generate(request.getfixturevalue(network), [0], class_index=class_index))
 
 
-def test_to_uint8_rounds_clips_and_reverses_the_reading_of_images():
+def test_to_uint8_inverts_images_to_float():
     steps = torch.arange(256, dtype=torch.uint8)
     img = (steps.float() / 127.5 - 1).reshape(1, 1, 16, 16)
     np.testing.assert_array_equal(to_uint8(img)[0, :, :, 0].reshape(-1), steps.numpy())
@@ -81,7 +81,7 @@ def test_to_uint8_rounds_clips_and_reverses_the_reading_of_images():
     assert to_uint8(torch.zeros(3, 2, 4)).shape == (2, 4, 3)
 
 
-def test_an_image_is_that_of_the_network(G):
+def test_generate_equals_network_output(G):
     ((seed, image),) = generate(G, [42], truncation_psi=0.7, truncation_cutoff=2)
     z = z_from_seeds([42], G.z_dim)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_an_image_is_that_of_the_network(G):
 
 
 @pytest.mark.parametrize("noise_mode", sampling.NOISE_MODES)
-def test_a_seed_is_an_image_whatever_else_is_made(G, noise_mode):
+def test_generate_seed_independent_of_others(G, noise_mode):
     """Neither other seeds, their order, nor the random state change it."""
     torch.manual_seed(1)
     first = dict(generate(G, [3, 1, 2], noise_mode=noise_mode))
@@ -101,18 +101,18 @@ def test_a_seed_is_an_image_whatever_else_is_made(G, noise_mode):
     assert not np.array_equal(first[1], first[2])
 
 
-def test_options_change_the_image(G):
+def test_generate_options_change_image(G):
     plain = dict(generate(G, [0]))[0]
     for options in ({"noise_mode": "random"}, {"noise_mode": "none"}, {"truncation_psi": 0.5}):
         assert not np.array_equal(dict(generate(G, [0], **options))[0], plain), options
 
 
-def test_the_class_changes_the_image(conditional):
+def test_generate_class_changes_image(conditional):
     images = [next(generate(conditional, [0], class_index=index))[1] for index in (0, 1)]
     assert not np.array_equal(*images)
 
 
-def test_random_noise_leaves_the_random_state_alone(G):
+def test_generate_keeps_random_state(G):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -120,12 +120,12 @@ def test_random_noise_leaves_the_random_state_alone(G):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_stylegan3_takes_the_same_options(stylegan3):
+def test_generate_stylegan3_options(stylegan3):
     images = [next(generate(stylegan3, [0], noise_mode=mode))[1] for mode in sampling.NOISE_MODES]
     assert all(np.array_equal(images[0], other) for other in images[1:])
 
 
-def test_progress_and_gradients(G):
+def test_generate_progress_and_no_gradients(G):
     seen = []
     trainable = copy.deepcopy(G).requires_grad_(True)
     list(generate(trainable, [4, 5], progress=lambda *numbers: seen.append(numbers)))
@@ -133,12 +133,12 @@ def test_progress_and_gradients(G):
     assert torch.is_grad_enabled()
 
 
-def test_unknown_noise_mode(G):
+def test_generate_refuses_noise_mode(G):
     with pytest.raises(ConfigError, match="--noise-mode loud is not one of const, random, none"):
         next(generate(G, [0], noise_mode="loud"))
 
 
-def test_a_diverged_network_is_named(G):
+def test_generate_refuses_non_finite_output(G):
     broken = copy.deepcopy(G)
     with torch.no_grad():
         broken.synthesis.b32.torgb.bias.fill_(float("nan"))
@@ -146,7 +146,7 @@ def test_a_diverged_network_is_named(G):
         next(generate(broken, [8]))
 
 
-def test_chunks_do_not_matter(conditional):
+def test_run_network_chunked_independent_of_chunk(conditional):
     z, c = z_from_seeds(range(5), conditional.z_dim), label_from_class(conditional, 2, 5)
     whole = run_network_chunked(conditional, z, c, chunk=5, noise_mode="const")
     parts = run_network_chunked(conditional, z, c, chunk=2, noise_mode="const")
@@ -155,7 +155,7 @@ def test_chunks_do_not_matter(conditional):
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_grid_of_any_channels(channels, mode):
+def test_image_grid_channels(channels, mode):
     images = [np.full([2, 3, channels], 10 * i, dtype=np.uint8) for i in range(1, 6)]
     sheet = image_grid(images, columns=2)
     assert sheet.mode == mode and sheet.size == (6, 6)
@@ -163,12 +163,12 @@ def test_grid_of_any_channels(channels, mode):
     assert [int(array[y, x, 0]) for y in (0, 2, 4) for x in (0, 3)] == [10, 20, 30, 40, 50, 0]
 
 
-def test_a_grid_is_no_wider_than_its_images():
+def test_image_grid_width():
     images = [np.full([2, 2, 3], i, dtype=np.uint8) for i in range(3)]
     assert image_grid(images, columns=10**9).size == (6, 2)
 
 
-def test_grids_that_cannot_be(tmp_path):
+def test_image_grid_errors(tmp_path):
     with pytest.raises(ConfigError, match="2 channels"):
         image_grid([np.zeros([2, 2, 2], dtype=np.uint8)], 1)
     with pytest.raises(ConfigError, match="at least one image"):

@@ -27,12 +27,12 @@ def dirac():
 @pytest.mark.parametrize(
     ("k", "tau", "expected"), [(0, 1, 0), (1, 0.1, -0.1315), (1, 1, -0.0312), (5, 0.1, -0.0243)]
 )
-def test_known_decays(dirac, k, tau, expected):
+def test_dirac_gan_known_decays(dirac, k, tau, expected):
     assert dirac.Game(k=k, tau=tau).decay() == pytest.approx(expected, abs=6e-5)
 
 
 @pytest.mark.parametrize("game", [(0.0, 0.3, 0.0), (0.7, 0.2, 0.0), (0.4, 1.3, 0.6)])
-def test_closed_form_agrees_with_autograd(dirac, game):
+def test_dirac_gan_closed_form_agrees_with_autograd(dirac, game):
     game = dirac.Game(*game)
 
     def velocity(state):
@@ -54,7 +54,7 @@ def test_closed_form_agrees_with_autograd(dirac, game):
     np.testing.assert_allclose(np.poly(game.jacobian()), game.polynomial(), atol=1e-12)
 
 
-def test_hurwitz(dirac):
+def test_dirac_gan_hurwitz(dirac):
     """Stable for every pull above 0 and every average, and on the edge without a pull."""
     for k in np.logspace(-3, 2, 11):
         for tau in np.logspace(-3, 2, 11):
@@ -63,7 +63,7 @@ def test_hurwitz(dirac):
 
 
 @pytest.mark.parametrize("k", [0.02, 0.3, 0.7, 0.9, 2.0, 8.0])
-def test_best_tau_is_the_best(dirac, k):
+def test_dirac_gan_best_tau_is_the_best(dirac, k):
     tau, rate = dirac.best_tau(k)
     assert -dirac.Game(k=k, tau=tau).decay() == pytest.approx(rate, rel=1e-5)
     others = [-dirac.Game(k=k, tau=tau * factor).decay() for factor in np.logspace(-2, 2, 801)]
@@ -71,7 +71,7 @@ def test_best_tau_is_the_best(dirac, k):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.8])
-def test_best_pair_is_the_best(dirac, gamma):
+def test_dirac_gan_best_pair_is_the_best(dirac, gamma):
     k, tau, rate = dirac.best_pair(gamma)
     roots = np.roots(dirac.Game(k=k, tau=tau, gamma=gamma).polynomial())
     np.testing.assert_allclose(
@@ -82,14 +82,14 @@ def test_best_pair_is_the_best(dirac, gamma):
         assert -near.decay() < rate
 
 
-def test_best_pair_in_numbers(dirac):
+def test_dirac_gan_best_pair_in_numbers(dirac):
     k, tau, rate = dirac.best_pair()
     a = dirac.A
     assert (k, tau, rate) == pytest.approx((8 * a / 27**0.5, a / 27**0.5, a / 3**0.5))
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan])
-def test_best_pair_refuses(dirac, gamma):
+def test_dirac_gan_best_pair_refuses(dirac, gamma):
     with pytest.raises(ValueError, match="gamma"):
         dirac.best_pair(gamma)
     with pytest.raises(ValueError, match="k must be above 0"):
@@ -97,7 +97,7 @@ def test_best_pair_refuses(dirac, gamma):
 
 
 @pytest.mark.parametrize("game", [(0.3, 0.4, 0.0), (0.0, 0.1, 0.2)])
-def test_flow_comes_to_rest_at_the_rate_of_its_eigenvalues(dirac, game):
+def test_dirac_gan_flow_comes_to_rest_at_the_rate_of_its_eigenvalues(dirac, game):
     game = dirac.Game(*game)
     states = dirac.flow(game, np.array([1e-3, 1e-3, 1e-3]), 120, step=0.05)
     distance = np.linalg.norm(states[:, :2], axis=1)
@@ -108,7 +108,7 @@ def test_flow_comes_to_rest_at_the_rate_of_its_eigenvalues(dirac, game):
 
 @pytest.mark.parametrize("alternating", [False, True])
 @pytest.mark.parametrize("game", [(0.0, 0.1, 0.0), (0.75, 0.1, 0.0), (0.5, 0.5, 0.5)])
-def test_gradient_descent_near_the_solution_is_its_matrix(dirac, game, alternating):
+def test_dirac_gan_gradient_descent_near_the_solution_is_its_matrix(dirac, game, alternating):
     game = dirac.Game(*game)
     start = np.array([1e-6, -2e-6, 0.5e-6])
     states = dirac.train(game, start, 25, rate=0.2, alternating=alternating)
@@ -116,7 +116,7 @@ def test_gradient_descent_near_the_solution_is_its_matrix(dirac, game, alternati
     np.testing.assert_allclose(states[-1], expected, rtol=1e-4, atol=1e-13)
 
 
-def test_what_the_page_says_of_updates(dirac):
+def test_dirac_gan_what_the_page_says_of_updates(dirac):
     """Plain simultaneous descent is thrown out, alternating circles, self-distillation comes in."""
     plain, distilled = dirac.METHODS["plain"], dirac.METHODS["self-distillation"]
     assert dirac.spectral_radius(dirac.step_matrix(plain, 0.2, False)[:2, :2]) > 1
@@ -131,7 +131,7 @@ def test_what_the_page_says_of_updates(dirac):
         assert ends["distilled"] < ends["plain"] / 2
 
 
-def test_plain_training_creeps_inwards_as_the_page_says(dirac):
+def test_dirac_gan_plain_training_creeps_inwards_as_the_page_says(dirac):
     """By the bend of the logistic loss: 1/r² grows by t/8, and simultaneous steps stop at r² = 2h."""
     end = dirac.flow(dirac.Game(), dirac.START, 60)[-1]
     assert np.linalg.norm(end[:2]) == pytest.approx((1 / 2 + 60 / 8) ** -0.5, rel=0.03)
@@ -139,7 +139,7 @@ def test_plain_training_creeps_inwards_as_the_page_says(dirac):
     assert np.linalg.norm(states[-1, :2]) == pytest.approx(0.4**0.5, rel=0.03)
 
 
-def test_the_period_is_seen_in_the_cosine_of_successive_steps(dirac):
+def test_dirac_gan_period_is_seen_in_the_cosine_of_successive_steps(dirac):
     tick, period = 2.0, 2 * math.pi / dirac.A
     states = dirac.flow(dirac.Game(), np.array([1e-3, 0, 0]), 3 * tick)[:: round(tick / 0.01), :2]
     first, second = np.diff(states, axis=0)[:2]
@@ -147,7 +147,7 @@ def test_the_period_is_seen_in_the_cosine_of_successive_steps(dirac):
     assert 2 * math.pi * tick / math.acos(cosine) == pytest.approx(period, rel=1e-4)
 
 
-def test_images(dirac, tmp_path, monkeypatch):
+def test_dirac_gan_images(dirac, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(dirac, "METHODS", {name: dirac.METHODS[name] for name in ("plain", "both")})
     monkeypatch.setattr(dirac, "UPDATES", {"one": {"rate": 0.2}, "other": {"alternating": False}})

@@ -40,7 +40,7 @@ def rewrite(path, target, change_tensors=None, change_header=None):
 
 
 @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
-def test_golden_numbers_survive(golden_checkpoint, golden_network, tmp_path, name):
+def test_safetensors_golden_numbers_survive(golden_checkpoint, golden_network, tmp_path, name):
     path = tmp_path / "net.safetensors"
     save_safetensors(path, golden_checkpoint(name))
     again = finetune.load(path)
@@ -54,7 +54,7 @@ def test_golden_numbers_survive(golden_checkpoint, golden_network, tmp_path, nam
         assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
-def test_any_reader_understands_the_file(exported, golden_checkpoint):
+def test_safetensors_any_reader_opens_file(exported, golden_checkpoint):
     """Tensors under their dotted names, and a header that is strings and JSON."""
     checkpoint, header = golden_checkpoint(NAME), header_of(exported)
     tensors = safetensors.numpy.load_file(exported)
@@ -69,14 +69,14 @@ def test_any_reader_understands_the_file(exported, golden_checkpoint):
     assert json.loads(header["finetune"])["source"]["sha256"] == checkpoint.provenance.sha256
 
 
-def test_provenance(exported, golden_checkpoint):
+def test_safetensors_provenance(exported, golden_checkpoint):
     provenance = finetune.load(exported).provenance
     assert provenance.generation == "finetune"
     assert provenance.parent == golden_checkpoint(NAME).provenance.to_dict()
     assert provenance.size == exported.stat().st_size
 
 
-def test_a_missing_and_a_stray_tensor(exported, tmp_path):
+def test_safetensors_missing_and_a_stray_tensor(exported, tmp_path):
     def change(tensors):
         tensors["G.mapping.fc9.weight"] = tensors.pop("G.mapping.fc0.weight")
 
@@ -87,7 +87,7 @@ def test_a_missing_and_a_stray_tensor(exported, tmp_path):
     assert any("mapping.fc9.weight" in line for line in caught.value.differences)
 
 
-def test_another_shape_and_dtype(exported, tmp_path):
+def test_safetensors_another_shape_and_dtype(exported, tmp_path):
     def change(tensors):
         tensors["D.b4.out.weight"] = tensors["D.b4.out.weight"][:, :-1].copy()
         tensors["D.b4.fc.bias"] = tensors["D.b4.fc.bias"].astype(np.float16)
@@ -98,14 +98,14 @@ def test_another_shape_and_dtype(exported, tmp_path):
     assert len(caught.value.differences) == 2
 
 
-def test_tensors_of_no_network(exported, tmp_path):
+def test_safetensors_tensors_of_no_network(exported, tmp_path):
     path = rewrite(exported, tmp_path / "x.safetensors", lambda tensors: tensors.update(E=np.zeros(1)))
     with pytest.raises(CheckpointError, match="what is no network: E"):
         finetune.load(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_numbers_that_numpy_does_not_know(exported, tmp_path, dtype):
+def test_safetensors_numbers_that_numpy_does_not_know(exported, tmp_path, dtype):
     tensors = safetensors.torch.load_file(exported)
     tensors["D.b4.out.weight"] = tensors["D.b4.out.weight"].to(dtype)
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", header_of(exported))
@@ -113,13 +113,13 @@ def test_numbers_that_numpy_does_not_know(exported, tmp_path, dtype):
         finetune.load(tmp_path / "x.safetensors")
 
 
-def test_the_content_decides_not_the_ending(exported, tmp_path):
+def test_safetensors_content_decides_not_the_ending(exported, tmp_path):
     path = tmp_path / "net.pkl"
     path.write_bytes(exported.read_bytes())
     assert finetune.load(path).missing == []
 
 
-def test_no_networks(tmp_path):
+def test_safetensors_no_networks(tmp_path):
     header = {"format": "stylegan-finetune/1", "networks": "{}"}
     safetensors.numpy.save_file({}, tmp_path / "x.safetensors", header)
     with pytest.raises(CheckpointError, match="none of G, D and G_ema"):
@@ -149,13 +149,13 @@ def change_arguments(**changes):
         lambda header: header.update(format="pt"),
     ],
 )
-def test_hostile_headers(exported, tmp_path, change):
+def test_safetensors_hostile_headers(exported, tmp_path, change):
     path = rewrite(exported, tmp_path / "x.safetensors", change_header=change)
     with pytest.raises(CheckpointError):
         finetune.load(path)
 
 
-def test_no_such_file_and_no_such_format(exported, tmp_path):
+def test_safetensors_no_such_file_and_no_such_format(exported, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         finetune.load(tmp_path / "absent.safetensors")
     for content, words in (

@@ -87,7 +87,7 @@ def scan(data: bytes) -> tuple[set[str], set[str], int]:
     return outer, nested, protocol
 
 
-def test_only_listed_globals_and_old_protocols(exported):
+def test_stylegan_pickle_only_allowed_globals_and_old_protocols(exported):
     outer, nested, protocol = scan(exported.read_bytes())
     assert outer == ALLOWED
     assert nested == {"torch.FloatStorage"}
@@ -95,7 +95,7 @@ def test_only_listed_globals_and_old_protocols(exported):
     assert stylegan_pickle.ALLOWED_GLOBALS == ALLOWED
 
 
-def test_the_scanner_sees_every_kind_of_global():
+def test_stylegan_pickle_scanner_sees_every_kind_of_global():
     """Both ways of writing a global, with and without the memo."""
 
     for protocol in (0, 1, 2, 3, 4, 5):
@@ -108,7 +108,7 @@ def test_the_scanner_sees_every_kind_of_global():
         assert any(name.endswith("multiarray.scalar") for name in found)
 
 
-def test_records(content):
+def test_stylegan_pickle_records(content):
     assert set(content) == {"G", "D", "G_ema", "augment_pipe", "training_set_kwargs", "finetune"}
     folder = Path(finetune.__file__).parent / "models"
     source = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in ("stylegan2", "augment")}
@@ -129,7 +129,7 @@ def test_records(content):
             assert meta["class_name"] in classes[module]
 
 
-def test_states_hold_plain_values_only(content):
+def test_stylegan_pickle_states_hold_plain_values_only(content):
     fields = {
         "training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_backward_hooks",
         "_is_full_backward_hook", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks",
@@ -164,7 +164,7 @@ def test_states_hold_plain_values_only(content):
     check(content["finetune"])
 
 
-def test_constructor_arguments_rebuild_the_network(content, golden_checkpoint):
+def test_stylegan_pickle_constructor_arguments_rebuild_the_network(content, golden_checkpoint):
     from finetune.models import stylegan2
 
     G = stylegan2.Generator(**content["G_ema"].meta["state"]["_init_kwargs"])
@@ -175,7 +175,7 @@ def test_constructor_arguments_rebuild_the_network(content, golden_checkpoint):
     assert {"z_dim", "c_dim", "w_dim", "num_ws"} <= set(mapping)
 
 
-def test_plain_pickle_rebuilds_equal_networks(exported, golden_checkpoint):
+def test_stylegan_pickle_plain_pickle_rebuilds_equal_networks(exported, golden_checkpoint):
     """Our own `torch_utils` opens it as well, since the embedded source is the installed one."""
     with open(exported, "rb") as stream:
         data = pickle.load(stream)
@@ -190,14 +190,14 @@ def test_plain_pickle_rebuilds_equal_networks(exported, golden_checkpoint):
     torch.save(data["G"].state_dict(), io.BytesIO())
 
 
-def test_entry_tells_where_the_weights_come_from(exported, golden_checkpoint):
+def test_stylegan_pickle_entry_has_origin_of_weights(exported, golden_checkpoint):
     again = finetune.load(exported)
     assert again.provenance.generation == "finetune"
     assert again.provenance.parent == golden_checkpoint(NAME).provenance.to_dict()
     assert again.training_set_kwargs == {"path": "x", "resolution": 32}
 
 
-def test_what_a_snapshot_tells_survives_an_export(golden_checkpoint, tmp_path):
+def test_stylegan_pickle_provenance_survives_export(golden_checkpoint, tmp_path):
     """Exporting a run's snapshot keeps the run's source, license, options and images seen."""
     source = {**golden_checkpoint(NAME).provenance.to_dict(), "licence": "CC0-1.0"}
     run = {"source": source, "training": {"kimg": 1.5, "data": "images"}, "nimg": 1500}
@@ -211,7 +211,7 @@ def test_what_a_snapshot_tells_survives_an_export(golden_checkpoint, tmp_path):
     assert (entry["format"], entry["version"]) == (1, finetune.__version__)
 
 
-def test_a_network_in_training_is_saved_for_use_and_left_as_it_is(golden_checkpoint, tmp_path):
+def test_stylegan_pickle_network_in_training_is_saved_for_use_and_left_as_it_is(golden_checkpoint, tmp_path):
     checkpoint = golden_checkpoint(NAME)
     G = copy.deepcopy(checkpoint.G).train().requires_grad_(True)
     calls = []
@@ -233,7 +233,7 @@ def test_a_network_in_training_is_saved_for_use_and_left_as_it_is(golden_checkpo
     handle.remove()
 
 
-def test_views_are_saved_without_what_they_look_into(golden_checkpoint, tmp_path):
+def test_stylegan_pickle_views_are_saved_without_what_they_look_into(golden_checkpoint, tmp_path):
     """A parameter that is a slice of one big buffer takes its own size in the file."""
     checkpoint = golden_checkpoint(NAME)
     G = copy.deepcopy(checkpoint.G_ema)
@@ -246,18 +246,18 @@ def test_views_are_saved_without_what_they_look_into(golden_checkpoint, tmp_path
     assert torch.equal(finetune.load(path).G_ema.mapping.fc0.weight, checkpoint.G_ema.mapping.fc0.weight)
 
 
-def test_nothing_to_save(tmp_path):
+def test_stylegan_pickle_nothing_to_save(tmp_path):
     with pytest.raises(ExportError, match="no network"):
         save_stylegan_pickle(tmp_path / "net.pkl", G=None, D=None, G_ema=None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_that_carries_no_source(tmp_path):
+def test_stylegan_pickle_network_that_carries_no_source(tmp_path):
     with pytest.raises(ExportError, match="G is a Linear"):
         save_stylegan_pickle(tmp_path / "net.pkl", G=torch.nn.Linear(1, 1), D=None, G_ema=None)
 
 
-def test_a_value_without_a_plain_form_is_named(golden_checkpoint, tmp_path):
+def test_stylegan_pickle_value_without_a_plain_form_is_named(golden_checkpoint, tmp_path):
     G = copy.deepcopy(golden_checkpoint(NAME).G)
     G.synthesis.device = torch.device("cpu")
     with pytest.raises(ExportError, match=r"G\.synthesis\.device is a torch\.device"):
@@ -265,7 +265,7 @@ def test_a_value_without_a_plain_form_is_named(golden_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_torch_that_writes_other_globals_is_refused(golden_checkpoint, tmp_path, monkeypatch):
+def test_stylegan_pickle_torch_that_writes_other_globals_is_refused(golden_checkpoint, tmp_path, monkeypatch):
     path = tmp_path / "net.pkl"
     path.write_bytes(b"old")
     fewer = stylegan_pickle.ALLOWED_GLOBALS - {"torch._utils._rebuild_tensor_v2"}
@@ -275,7 +275,7 @@ def test_a_torch_that_writes_other_globals_is_refused(golden_checkpoint, tmp_pat
     assert path.read_bytes() == b"old"
 
 
-def test_plain():
+def test_stylegan_pickle_plain():
     class Numbers(dict):
         pass
 

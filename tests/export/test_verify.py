@@ -33,7 +33,7 @@ def exported(request, golden_checkpoint, tmp_path_factory):
     return path, request.param, result, calls
 
 
-def test_result(exported, golden_checkpoint):
+def test_verify_result(exported, golden_checkpoint):
     path, file_format, result, calls = exported
     checkpoint = golden_checkpoint(NAME)
     assert result.networks == ("G", "D", "G_ema")
@@ -49,7 +49,7 @@ def test_result(exported, golden_checkpoint):
 
 
 @pytest.mark.parametrize("name", ["G", "D", "G_ema"])
-def test_one_changed_weight_is_found(exported, golden_checkpoint, name):
+def test_verify_one_changed_weight_is_found(exported, golden_checkpoint, name):
     path, file_format, _, _ = exported
 
     def change(network):
@@ -59,7 +59,7 @@ def test_one_changed_weight_is_found(exported, golden_checkpoint, name):
         verify_export(path, changed(golden_checkpoint(NAME), name, change), file_format)
 
 
-def test_other_images_from_equal_weights_are_found(exported, golden_checkpoint):
+def test_verify_other_images_from_equal_weights_are_found(exported, golden_checkpoint):
     path, file_format, _, _ = exported
 
     def change(network):
@@ -69,7 +69,7 @@ def test_other_images_from_equal_weights_are_found(exported, golden_checkpoint):
         verify_export(path, changed(golden_checkpoint(NAME), "G_ema", change), file_format)
 
 
-def test_other_scores_from_equal_weights_are_found(exported, golden_checkpoint):
+def test_verify_other_scores_from_equal_weights_are_found(exported, golden_checkpoint):
     path, file_format, _, _ = exported
 
     def change(network):
@@ -79,13 +79,13 @@ def test_other_scores_from_equal_weights_are_found(exported, golden_checkpoint):
         verify_export(path, changed(golden_checkpoint(NAME), "D", change), file_format)
 
 
-def test_a_missing_network_is_found(exported, golden_checkpoint):
+def test_verify_missing_network_is_found(exported, golden_checkpoint):
     path, file_format, _, _ = exported
     with pytest.raises(ExportError, match="lacks"):
         verify_export(path, dataclasses.replace(golden_checkpoint(NAME), D=None), file_format)
 
 
-def test_a_file_that_cannot_be_read_is_found(exported, golden_checkpoint, tmp_path):
+def test_verify_file_that_cannot_be_read_is_found(exported, golden_checkpoint, tmp_path):
     path, file_format, _, _ = exported
     (tmp_path / "net").write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ExportError, match="cannot be read again"):
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_read_is_found(exported, golden_checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_a_failed_comparison_leaves_the_old_file(golden_checkpoint, tmp_path, monkeypatch, file_format):
+def test_verify_failed_comparison_leaves_the_old_file(golden_checkpoint, tmp_path, monkeypatch, file_format):
     path = tmp_path / "net"
     path.write_bytes(b"old")
 
@@ -109,7 +109,7 @@ def test_a_failed_comparison_leaves_the_old_file(golden_checkpoint, tmp_path, mo
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("present", [("G_ema",), ("D",), ("G_ema", "D")])
-def test_partial_checkpoints(golden_checkpoint, tmp_path, file_format, present):
+def test_verify_partial_checkpoints(golden_checkpoint, tmp_path, file_format, present):
     checkpoint = golden_checkpoint(NAME)
     absent = {name: None for name in ("G", "D", "G_ema") if name not in present}
     partial = dataclasses.replace(checkpoint, **absent)
@@ -118,7 +118,7 @@ def test_partial_checkpoints(golden_checkpoint, tmp_path, file_format, present):
     assert result.num_images == (8 if "G_ema" in present else 0)
 
 
-def test_weights_that_are_not_numbers_are_still_compared(golden_checkpoint, tmp_path):
+def test_verify_weights_that_are_not_numbers_are_still_compared(golden_checkpoint, tmp_path):
     """NaN in, NaN out: a broken network is exported as it is."""
 
     def change(network):
@@ -129,6 +129,6 @@ def test_weights_that_are_not_numbers_are_still_compared(golden_checkpoint, tmp_
     assert export_checkpoint(tmp_path / "net", partial, "stylegan-pkl").max_difference == 0
 
 
-def test_unknown_format(golden_checkpoint, tmp_path):
+def test_verify_unknown_format(golden_checkpoint, tmp_path):
     with pytest.raises(ExportError, match="'onnx' is not a format"):
         export_checkpoint(tmp_path / "net", golden_checkpoint(NAME), "onnx")

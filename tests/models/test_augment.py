@@ -45,7 +45,7 @@ def seeded(module, images, seed=0, **options):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{'+'.join(c['enabled'][:3])}-{c['percentile']}")
-def test_golden_cases(case, device, golden_ops):
+def test_augment_golden_cases(case, device, golden_ops):
     """Float32 positions are exact to 1e-6 of the image, which noise from pixel to pixel multiplies."""
     arrays = golden_ops[1]
     x = torch.from_numpy(arrays["augment/x"]).to(device)
@@ -55,7 +55,7 @@ def test_golden_cases(case, device, golden_ops):
     assert_close(actual, expected, NETWORK_F32 if warped else SAME_F32)
 
 
-def test_golden_cases_are_many():
+def test_augment_golden_cases_are_many():
     assert len(CASES) == 30 and {kind for case in CASES for kind in case["enabled"]} == set(ALL) - {"noise"}
 
 
@@ -63,7 +63,7 @@ def test_golden_cases_are_many():
 
 
 @pytest.mark.parametrize("kinds", [GEOMETRY, COLOR, ("imgfilter",), ("noise", "cutout"), ALL])
-def test_two_derivatives(kinds):
+def test_augment_two_derivatives(kinds):
     """The pipe is affine in the images, so its second derivative comes from what follows it: a cube here."""
     module = pipe(*kinds)
     images = torch.randn(2, 3, 7, 6, dtype=torch.float64, requires_grad=True)
@@ -75,7 +75,7 @@ def test_two_derivatives(kinds):
     assert torch.autograd.gradgradcheck(cubed, (images,), fast_mode=True)
 
 
-def test_r1_through_the_pipe():
+def test_augment_r1_through_the_pipe():
     """Parameter gradients of the gradient penalty, in float32 as in training, against float64."""
     images = torch.randn(4, 3, 16, 16)
     D = torch.nn.Sequential(
@@ -97,7 +97,7 @@ def test_r1_through_the_pipe():
 # Chance
 
 
-def test_one_seed_gives_one_result():
+def test_augment_one_seed_gives_one_result():
     module = pipe(*ALL, p=0.5)
     images = torch.randn(8, 3, 16, 16)
     assert torch.equal(seeded(module, images, 1), seeded(module, images, 1))
@@ -105,7 +105,7 @@ def test_one_seed_gives_one_result():
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_p_is_the_share_of_images_touched(kind):
+def test_augment_p_is_fraction_of_images(kind):
     """p is read at every call; half of the flips and a quarter of the turns have no effect.
 
     The image filter draws for each of its four bands.
@@ -124,7 +124,7 @@ def test_p_is_the_share_of_images_touched(kind):
         assert abs(changed.float().mean() - share) <= 4 * sigma, f"p={p}"
 
 
-def test_probabilities_multiply():
+def test_augment_probabilities_multiply():
     """A strength of 0.5 under p = 0.4 touches one image in five."""
     module = AugmentPipe(brightness=0.5)
     module.p.fill_(0.4)
@@ -133,17 +133,17 @@ def test_probabilities_multiply():
 
 
 @pytest.mark.parametrize("kind", [*COLOR, "imgfilter", "noise", "cutout"])
-def test_without_geometry_nothing_is_resampled(kind, monkeypatch):
+def test_augment_without_geometry_nothing_is_resampled(kind, monkeypatch):
     monkeypatch.setattr(AugmentPipe, "_resample", None)
     assert pipe(kind)(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
 
-def test_a_pipe_of_nothing_returns_its_input():
+def test_augment_pipe_of_nothing_returns_its_input():
     images = torch.randn(2, 3, 8, 8)
     assert AugmentPipe()(images) is images
 
 
-def test_distributions():
+def test_augment_distributions():
     draws = augment._Draws(20_000, "cpu")
     for values, mean, std in [
         (draws.unit(), 0.5, 12**-0.5),
@@ -159,13 +159,13 @@ def test_distributions():
     assert abs(np.corrcoef(columns.t().numpy())[0, 1]) < 5 / 20_000**0.5
 
 
-def test_noise_has_the_strength_drawn():
+def test_augment_noise_has_the_strength_drawn():
     noise = pipe("noise", noise_std=0.2)(torch.zeros(50, 3, 16, 16), debug_percentile=0.5)
     assert abs(noise.std() / (0.2 * 0.4769363) - 1) < 0.02
     assert abs(noise.mean()) < 5e-3
 
 
-def test_strengths_are_those_of_the_constructor():
+def test_augment_strengths_are_those_of_the_constructor():
     """A constant gray image shows brightness and contrast directly."""
     images = torch.full([4000, 1, 1, 1], 0.5)
     brighter = pipe("brightness", brightness_std=0.3)(images) - 0.5
@@ -174,7 +174,7 @@ def test_strengths_are_those_of_the_constructor():
     assert abs(contrast.std() - 0.7) < 0.035 and abs(contrast.mean()) < 0.06
 
 
-def test_cutout_blanks_a_square():
+def test_augment_cutout_blanks_a_square():
     images = torch.ones(1, 3, 16, 16, requires_grad=True)
     y = pipe("cutout")(images, debug_percentile=0.5)
     expected = torch.ones(1, 3, 16, 16)
@@ -184,7 +184,7 @@ def test_cutout_blanks_a_square():
     assert torch.equal(grad, expected)
 
 
-def test_cutout_is_anywhere():
+def test_augment_cutout_is_anywhere():
     """The middle of the hole is uniform along x and y, independently."""
     kept = pipe("cutout", cutout_size=1 / 16)(torch.ones(500, 1, 16, 16))
     assert not kept.flatten(1).all(dim=1).any()
@@ -199,7 +199,7 @@ def test_cutout_is_anywhere():
 # Geometry
 
 
-def test_both_ways_to_resample_agree():
+def test_augment_both_ways_to_resample_agree():
     """On CPUs the filters act as matrices; elsewhere, and here by hand, as convolutions."""
     module = pipe("rotate")
     images = torch.randn(2, 3, 9, 12, dtype=torch.float64)
@@ -211,21 +211,21 @@ def test_both_ways_to_resample_agree():
 
 
 @pytest.mark.gpu
-def test_the_gpu_resamples_as_the_cpu_does():
+def test_augment_gpu_resamples_as_the_cpu_does():
     images = torch.randn(4, 3, 32, 24)
     module = pipe(*GEOMETRY, *COLOR, "imgfilter", "cutout")
     expected = module(images, debug_percentile=0.7)
     assert_close(module.cuda()(images.cuda(), debug_percentile=0.7), expected, NETWORK_F32)
 
 
-def test_the_wavelet_gives_the_image_back():
+def test_augment_wavelet_gives_the_image_back():
     """Upsampled and downsampled without a warp between, an image is what it was, up to its borders too."""
     module = pipe("scale", p=0)
     images = torch.randn(2, 3, 12, 20, dtype=torch.float64)
     assert_close(module(images), images, OPS_F64)
 
 
-def test_whole_pixel_shifts_on_an_oblong_image():
+def test_augment_whole_pixel_shifts_on_an_oblong_image():
     """Percentile 0.3 of +-0.125 is -0.05: two pixels of 40 to the left, one of 20 up; borders reflect."""
     images = torch.randn(2, 3, 20, 40)
     moved = pipe("xint")(images, debug_percentile=0.3)
@@ -234,7 +234,7 @@ def test_whole_pixel_shifts_on_an_oblong_image():
     assert_close(moved[:, :, -1, 0], images[:, :, 18, 2], NETWORK_F32)
 
 
-def test_images_in_one_batch_do_not_mix():
+def test_augment_images_in_one_batch_do_not_mix():
     """The padding is shared; what an image becomes depends on the draws for it alone."""
     warp = augment._Warp(2, "cpu")
     warp.rotate(torch.tensor([[0.0], [0.7]]))
@@ -245,21 +245,21 @@ def test_images_in_one_batch_do_not_mix():
     assert_close(module._resample(images[:1], alone), together[:1], NETWORK_F32)
 
 
-def test_full_padding_changes_nothing():
+def test_augment_full_padding_changes_nothing():
     module, images = pipe(*GEOMETRY), torch.randn(3, 3, 12, 20)
     expected = module(images, debug_percentile=0.7)
     assert_close(module(images, debug_percentile=0.7, full_padding=True), expected, NETWORK_F32)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (9, 5), (1, 6)])
-def test_small_images(size):
+def test_augment_small_images(size):
     """Filters reach further than such an image is wide."""
     images = torch.randn(3, 3, *size)
     y = pipe(*ALL)(images)
     assert y.shape == images.shape and y.isfinite().all()
 
 
-def test_memory_formats():
+def test_augment_memory_formats():
     module = pipe(*ALL)
     images = torch.randn(2, 3, 16, 16)
     expected = seeded(module, images)
@@ -270,14 +270,14 @@ def test_memory_formats():
 # Channels
 
 
-def test_gray_is_the_mean_of_equal_channels():
+def test_augment_gray_is_the_mean_of_equal_channels():
     gray = torch.randn(4, 1, 8, 8)
     module = pipe(*COLOR)
     colored = module(gray.repeat(1, 3, 1, 1), debug_percentile=0.8)
     assert_close(module(gray, debug_percentile=0.8), colored.mean(dim=1, keepdim=True), SAME_F32)
 
 
-def test_alpha_keeps_its_values():
+def test_augment_alpha_keeps_its_values():
     images = torch.randn(4, 4, 8, 8)
     module = pipe(*COLOR)
     y = module(images, debug_percentile=0.8)
@@ -287,7 +287,7 @@ def test_alpha_keeps_its_values():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_everything_but_color_takes_any_channels(channels):
+def test_augment_everything_but_color_takes_any_channels(channels):
     module = pipe(*GEOMETRY, "imgfilter", "cutout")
     images = torch.randn(2, 3, 8, 8).repeat(1, 2, 1, 1)[:, :channels]
     both = module(torch.cat([images, images[:, :1]], dim=1), debug_percentile=0.6)
@@ -299,7 +299,7 @@ def test_everything_but_color_takes_any_channels(channels):
 # Filters
 
 
-def test_octave_filter_bank():
+def test_augment_octave_filter_bank():
     """Four bands of zero phase that add up to the image, the lowest passing constants alone."""
     bank = augment.octave_filter_bank(augment.SYM2, 4)
     assert bank.shape == (4, 43)
@@ -316,7 +316,7 @@ def test_octave_filter_bank():
 
 
 @pytest.mark.parametrize("band", range(4))
-def test_filter_keeps_the_power_of_natural_images(band, monkeypatch):
+def test_augment_filter_keeps_the_power_of_natural_images(band, monkeypatch):
     """Where one band is changed, the squared gains weighted by the power expected in each octave sum to 1."""
     seen = []
     monkeypatch.setattr(augment, "_convolve_each", lambda images, taps: seen.append(taps))
@@ -333,7 +333,7 @@ def test_filter_keeps_the_power_of_natural_images(band, monkeypatch):
 # State
 
 
-def test_state():
+def test_augment_state():
     """Buffers as other code bases name them, plain attributes, and settings that survive a pickle."""
     module = pipe(*ALL, p=0.25, imgfilter_bands=[1, 0, 1, 0], noise_std=0.3)
     assert list(dict(module.named_buffers())) == ["p", "Hz_geom", "Hz_fbank"]

@@ -56,7 +56,7 @@ def imports(tree: ast.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports(name):
+def test_sources_imports(name):
     for target in imports(parse(name)).values():
         top = target.split(".")[0]
         known = target in SURFACE or top in ("torch", "numpy") or top in sys.stdlib_module_names
@@ -65,7 +65,7 @@ def test_imports(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_names_used_of_shared_modules(name):
+def test_sources_names_used_of_shared_modules(name):
     """Only what other code bases have is used, and never the keyword `impl`."""
     tree = parse(name)
     bound = imports(tree)
@@ -82,7 +82,7 @@ def test_names_used_of_shared_modules(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_module_is_persistent(name):
+def test_sources_every_module_is_persistent(name):
     module = __import__("finetune.models." + name[:-3], fromlist=["*"])
     classes = [
         value

@@ -55,7 +55,7 @@ def latent(G, seed: int):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_images_and_logits(name, device):
+def test_native_ops_images_and_logits(name, device):
     checkpoint = load(name, device)
     z, c = latent(checkpoint.G_ema, 0)
 
@@ -71,7 +71,7 @@ def test_images_and_logits(name, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_generators_first_and_second_derivatives(name, device):
+def test_native_ops_generators_first_and_second_derivatives(name, device):
     G = copy.deepcopy(load(name, device).G_ema).requires_grad_(True)
     parameters = [value for key, value in G.named_parameters() if key.startswith("synthesis")]
     errors = []
@@ -95,7 +95,7 @@ def test_the_generators_first_and_second_derivatives(name, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["stylegan2-32", "stylegan2-64-cond"])
-def test_the_discriminators_first_and_second_derivatives(name, device):
+def test_native_ops_discriminators_first_and_second_derivatives(name, device):
     checkpoint = load(name, device)
     D = copy.deepcopy(checkpoint.D).requires_grad_(True)
     errors = []

@@ -29,7 +29,7 @@ def discriminator(img_resolution=16, c_dim=0, **options):
 
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize("up", [1, 2])
-def test_fused_and_unfused_agree_in_every_derivative(up, demodulate):
+def test_stylegan2_fused_and_unfused_agree_in_every_derivative(up, demodulate):
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     styles = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -57,14 +57,14 @@ def test_fused_and_unfused_agree_in_every_derivative(up, demodulate):
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
+def test_stylegan2_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
     x, weight, styles = torch.randn(2, 3, 5, 5), torch.randn(4, 3, kernel, kernel), torch.randn(2, 3)
     actual = stylegan2.modulated_conv2d(x, weight, styles, fused="pointwise")
     assert torch.equal(actual, stylegan2.modulated_conv2d(x, weight, styles, fused=kernel == 1))
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_modulated_convolution_follows_its_equations(fused):
+def test_stylegan2_modulated_convolution_follows_its_equations(fused):
     """One sample at a time, with the weights of equations 1 and 3 written out."""
     x, weight, styles = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
     actual = stylegan2.modulated_conv2d(x, weight, styles, fused=fused)
@@ -76,7 +76,7 @@ def test_modulated_convolution_follows_its_equations(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_float16_does_not_overflow(fused):
+def test_stylegan2_float16_does_not_overflow(fused):
     """Weights and styles whose product is far above float16's largest number still give the right result."""
     x, weight, styles = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3) * 1e4, torch.randn(2, 8) * 1e3
     expected = stylegan2.modulated_conv2d(x, weight, styles, fused=fused)
@@ -86,7 +86,7 @@ def test_float16_does_not_overflow(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_batch_of_none(fused):
+def test_stylegan2_empty_batch(fused):
     G = generator()
     img = G(torch.zeros(0, 8), None, fused_modconv=fused)
     assert img.shape == (0, 3, 16, 16)
@@ -99,7 +99,7 @@ def test_a_batch_of_none(fused):
 @pytest.mark.parametrize(
     "architecture, torgb, num_ws", [("skip", [4, 8, 16], 6), ("orig", [16], 6), ("resnet", [16], 6)]
 )
-def test_layers_of_the_generator(architecture, torgb, num_ws):
+def test_stylegan2_layers_of_the_generator(architecture, torgb, num_ws):
     G = generator(architecture=architecture)
     names = dict(G.named_modules())
     assert [r for r in (4, 8, 16) if f"synthesis.b{r}.torgb" in names] == torgb
@@ -109,21 +109,21 @@ def test_layers_of_the_generator(architecture, torgb, num_ws):
     assert G.synthesis.block_resolutions == [4, 8, 16]
 
 
-def test_channels_follow_the_base_and_the_limit():
+def test_stylegan2_channels_follow_the_base_and_the_limit():
     G = generator(64, channel_base=512, channel_max=32)
     shapes = {r: list(getattr(G.synthesis, f"b{r}").conv1.weight.shape) for r in (4, 16, 32, 64)}
     assert shapes == {4: [32, 32, 3, 3], 16: [32, 32, 3, 3], 32: [16, 16, 3, 3], 64: [8, 8, 3, 3]}
 
 
 @pytest.mark.parametrize("num_fp16_res, expected", [(0, []), (1, [32]), (2, [16, 32]), (9, [8, 16, 32])])
-def test_blocks_in_half_precision(num_fp16_res, expected):
+def test_stylegan2_blocks_in_half_precision(num_fp16_res, expected):
     G, D = generator(32, num_fp16_res=num_fp16_res), discriminator(32, num_fp16_res=num_fp16_res)
     assert [r for r in (4, 8, 16, 32) if getattr(G.synthesis, f"b{r}").use_fp16] == expected
     assert [r for r in (8, 16, 32) if getattr(D, f"b{r}").use_fp16] == expected
 
 
 @pytest.mark.parametrize("architecture", ["skip", "orig", "resnet"])
-def test_every_parameter_takes_part(architecture):
+def test_stylegan2_every_parameter_takes_part(architecture):
     G, D = generator(c_dim=2, architecture=architecture), discriminator(c_dim=2, architecture=architecture)
     c = torch.eye(2).repeat(2, 1)
     logits = D(G(torch.randn(4, 8), c), c)
@@ -133,7 +133,7 @@ def test_every_parameter_takes_part(architecture):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_residual_branches_of_the_generator_keep_the_variance():
+def test_stylegan2_residual_branches_of_the_generator_keep_the_variance():
     """Both branches are scaled by sqrt(0.5); leaky ReLU commutes with a positive factor."""
     block = generator(architecture="resnet", conv_clamp=None).synthesis.b8
     x, ws = torch.randn(2, 8, 4, 4), torch.randn(2, 2, 8)
@@ -143,14 +143,14 @@ def test_residual_branches_of_the_generator_keep_the_variance():
     assert img is None
 
 
-def test_residual_branches_of_the_discriminator_keep_the_variance():
+def test_stylegan2_residual_branches_of_the_discriminator_keep_the_variance():
     block = discriminator(architecture="resnet", conv_clamp=None).b8
     x = torch.randn(2, 8, 8, 8)
     actual, _ = block(x, None)
     assert_close(actual, (block.conv1(block.conv0(x)) + block.skip(x)) * math.sqrt(0.5), SAME_F32)
 
 
-def test_skip_discriminator_reads_the_image_at_every_scale():
+def test_stylegan2_skip_discriminator_reads_the_image_at_every_scale():
     """With all features of the first block silenced, what is left comes from the image made smaller."""
     D = discriminator(architecture="skip")
     img = torch.randn(2, 3, 16, 16)
@@ -160,7 +160,7 @@ def test_skip_discriminator_reads_the_image_at_every_scale():
     assert_close(features, D.b8.conv1(D.b8.conv0(D.b8.fromrgb(smaller))), SAME_F32)
 
 
-def test_torgb_shares_its_row_with_the_next_block():
+def test_stylegan2_torgb_shares_its_row_with_the_next_block():
     """Changing a row of ws changes the blocks that read it, and no earlier image."""
     G = generator().eval()
     ws = torch.randn(1, 6, 8)
@@ -176,7 +176,7 @@ def test_torgb_shares_its_row_with_the_next_block():
 # Start values
 
 
-def test_start_values():
+def test_stylegan2_initial_values():
     G = stylegan2.Generator(64, 0, 64, 8, 3, channel_base=512, channel_max=64)
     layer = G.synthesis.b8.conv1
     for tensor in (layer.weight, layer.affine.weight, layer.noise_const, G.synthesis.b4.const):
@@ -188,7 +188,7 @@ def test_start_values():
     assert not G.mapping.fc0.bias.any() and not G.mapping.w_avg.any()
 
 
-def test_features_start_with_unit_variance():
+def test_stylegan2_features_start_with_unit_variance():
     """Demodulation: whatever the styles are, the first convolution of a fresh network keeps the scale."""
     x = torch.randn(4, 64, 16, 16)
     for scale in (1e-2, 1e2):
@@ -199,13 +199,13 @@ def test_features_start_with_unit_variance():
 # Mapping
 
 
-def test_mapping_ignores_the_length_of_z():
+def test_stylegan2_mapping_normalizes_z():
     G = generator()
     z = torch.randn(4, 8)
     assert_close(G.mapping(7 * z, None), G.mapping(z, None), SAME_F32)
 
 
-def test_truncation():
+def test_stylegan2_truncation():
     G = generator()
     G.mapping.w_avg.normal_()
     z = torch.randn(4, 8)
@@ -218,7 +218,7 @@ def test_truncation():
     assert torch.equal(img, G.synthesis(half, noise_mode="none"))
 
 
-def test_labels_choose_the_image_and_the_logit():
+def test_stylegan2_labels_choose_the_image_and_the_logit():
     G, D = generator(c_dim=3), discriminator(c_dim=3, cmap_dim=5)
     assert list(D.b4.out.weight.shape) == [5, 8]
     classes = torch.eye(3)
@@ -232,7 +232,7 @@ def test_labels_choose_the_image_and_the_logit():
 # Modes
 
 
-def test_train_and_eval_mode_give_the_same_images():
+def test_stylegan2_train_and_eval_mode_give_the_same_images():
     """A student in train mode and a teacher in eval mode, with one random state and one `fused_modconv`."""
     student = generator(fused_modconv_default="inference_only").train()
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_train_and_eval_mode_give_the_same_images():
 
 
 @pytest.mark.parametrize("default, train, evaluate", [(True, True, True), ("inference_only", False, True)])
-def test_the_default_way_to_convolve(default, train, evaluate):
+def test_stylegan2_default_fused_mode(default, train, evaluate):
     block = generator(fused_modconv_default=default).synthesis.b8
     other = torch.device("cuda")
     assert block.train().choose_fused(None, other) is train
@@ -263,7 +263,7 @@ def test_the_default_way_to_convolve(default, train, evaluate):
     assert block.choose_fused(None, torch.device("cpu")) is False
 
 
-def test_averages_move_only_when_asked():
+def test_stylegan2_averages_move_only_when_asked():
     G, D = generator().train(), discriminator().train()
     before = copy.deepcopy(G.state_dict())
     z = torch.randn(4, 8)
@@ -275,7 +275,7 @@ def test_averages_move_only_when_asked():
 
 
 @pytest.mark.gpu
-def test_half_precision_stays_close_to_single():
+def test_stylegan2_half_precision_stays_close_to_single():
     G = generator(32, num_fp16_res=3, fp16_channels_last=True).cuda()
     D = discriminator(32, num_fp16_res=3, block_kwargs={"fp16_channels_last": True}).cuda()
     z = torch.randn(4, 8, device="cuda")
@@ -293,7 +293,7 @@ ORDER = ["b16.fromrgb", "b16.conv0", "b16.conv1", "b16.skip", "b8.conv0", "b8.co
 
 
 @pytest.mark.parametrize("freeze_layers", [0, 1, 4, 6, 7, 20])
-def test_frozen_layers_are_buffers(freeze_layers):
+def test_stylegan2_frozen_layers_are_buffers(freeze_layers):
     plain, frozen = discriminator(), discriminator(block_kwargs={"freeze_layers": freeze_layers})
     trained = {name.rpartition(".")[0] for name, _ in frozen.named_parameters()}
     assert [name for name in ORDER if name not in trained] == ORDER[:freeze_layers]
@@ -304,7 +304,7 @@ def test_frozen_layers_are_buffers(freeze_layers):
     assert torch.equal(frozen(img, None), plain(img, None))
 
 
-def test_frozen_layers_of_the_skip_architecture():
+def test_stylegan2_frozen_layers_of_the_skip_architecture():
     frozen = discriminator(architecture="skip", block_kwargs={"freeze_layers": 4})
     trained = {name.rpartition(".")[0] for name, _ in frozen.named_parameters()}
     order = ["b16.fromrgb", "b16.conv0", "b16.conv1", "b8.fromrgb", "b8.conv0", "b8.conv1"]
@@ -314,7 +314,7 @@ def test_frozen_layers_of_the_skip_architecture():
 # Batch standard deviation
 
 
-def test_minibatch_std_compares_within_groups():
+def test_stylegan2_minibatch_std_compares_within_groups():
     """Sample i belongs to group i modulo the number of groups."""
     x = torch.randn(6, 4, 2, 2)
     y = stylegan2.MinibatchStd(group_size=3, num_channels=2)(x)
@@ -327,7 +327,7 @@ def test_minibatch_std_compares_within_groups():
             assert_close(y[sample, 4:], deviation.reshape(2, 1, 1).expand(2, 2, 2), SAME_F32)
 
 
-def test_minibatch_std_of_small_and_uneven_batches():
+def test_stylegan2_minibatch_std_of_small_and_uneven_batches():
     layer = stylegan2.MinibatchStd(group_size=4)
     assert_close(layer(torch.randn(1, 3, 2, 2))[:, 3:], torch.full([1, 1, 2, 2], 1e-4), SAME_F32)
     assert layer(torch.randn(3, 3, 2, 2)).shape == (3, 4, 2, 2)
@@ -339,7 +339,7 @@ def test_minibatch_std_of_small_and_uneven_batches():
 # State
 
 
-def test_pickles_keep_weights_arguments_and_images():
+def test_stylegan2_pickles_keep_weights_arguments_and_images():
     G = stylegan2.Generator(
         8, 0, 8, img_resolution=16, img_channels=3, mapping_kwargs={"num_layers": 2}, **SMALL
     )
@@ -354,7 +354,7 @@ def test_pickles_keep_weights_arguments_and_images():
         }
 
 
-def test_attributes_are_plain():
+def test_stylegan2_attributes_are_plain():
     """Numpy scalars or tensors among the attributes would end up in the pickle."""
     plain = (type(None), bool, int, float, str, list, tuple, dict)
     for network in (generator(c_dim=2, architecture="resnet"), discriminator(c_dim=2)):
@@ -364,7 +364,7 @@ def test_attributes_are_plain():
                     assert type(value) in plain, f"{name}.{key}: {type(value)}"
 
 
-def test_nested_synthesis_options_mean_the_same():
+def test_stylegan2_nested_synthesis_options_mean_the_same():
     """Checkpoints of the first PyTorch generation nest what later ones spread."""
     nested = stylegan2.Generator(8, 0, 8, 16, 3, synthesis_kwargs={**SMALL, "architecture": "orig"})
     spread = generator(architecture="orig")
@@ -373,7 +373,7 @@ def test_nested_synthesis_options_mean_the_same():
     }
 
 
-def test_networks_without_noise():
+def test_stylegan2_networks_without_noise():
     G = generator(use_noise=False)
     assert not any("noise" in name for name in G.state_dict())
     z = torch.randn(2, 8)
@@ -384,13 +384,13 @@ def test_networks_without_noise():
 
 
 @pytest.mark.parametrize("resolution", [2, 24, 0])
-def test_refused_resolutions(resolution):
+def test_stylegan2_refused_resolutions(resolution):
     for build in (generator, discriminator):
         with pytest.raises(ValueError, match=f"power of two and at least 4, got {resolution}"):
             build(resolution)
 
 
-def test_refused_options():
+def test_stylegan2_refused_options():
     for build in (generator, discriminator):
         with pytest.raises(ValueError, match="'orig', 'skip' or 'resnet', got 'unet'"):
             build(architecture="unet")

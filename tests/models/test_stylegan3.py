@@ -32,7 +32,7 @@ def layers(G):
 
 
 @pytest.mark.parametrize("name", ["stylegan3-t-32", "stylegan3-r-32"])
-def test_filters_are_those_of_the_checkpoint(name, golden_dir, golden_network):
+def test_stylegan3_filters_are_those_of_the_checkpoint(name, golden_dir, golden_network):
     """A network created again has, bit for bit, the filters that the file holds."""
     stored = dict(finetune.load(golden_dir / f"{name}.pkl").G_ema.named_buffers())
     fresh = dict(stylegan3.Generator(**golden_network(name)[0]["generator"]).named_buffers())
@@ -43,14 +43,14 @@ def test_filters_are_those_of_the_checkpoint(name, golden_dir, golden_network):
 
 
 @pytest.mark.parametrize("num_taps, cutoff, width", [(12, 2, 12), (24, 9.5, 13), (7, 3, 2), (48, 1.5, 0.1)])
-def test_separable_filters_are_firwin(num_taps, cutoff, width):
+def test_stylegan3_separable_filters_are_firwin(num_taps, cutoff, width):
     """All three branches of the window's shape, even and odd lengths."""
     expected = scipy.signal.firwin(num_taps, cutoff, width=width, fs=64)
     assert_close(stylegan3.design_lowpass(num_taps, cutoff, width, 64), expected.astype(np.float32), SAME_F32)
 
 
 @pytest.mark.parametrize("num_taps", [12, 7])
-def test_radial_filters(num_taps):
+def test_stylegan3_radial_filters(num_taps):
     """A jinc under the outer product of the window; symmetric, and an odd one has its limit in the middle."""
     taps = stylegan3.design_lowpass(num_taps, 3, 10, 64, radial=True)
     assert taps.shape == (num_taps, num_taps) and taps.dtype == torch.float32
@@ -64,12 +64,12 @@ def test_radial_filters(num_taps):
     assert_close(taps, (expected / expected.sum()).astype(np.float32), SAME_F32)
 
 
-def test_bessel_function():
+def test_stylegan3_bessel_function():
     x = np.linspace(-40, 40, 997)
     np.testing.assert_allclose(stylegan3.bessel_j1(x), scipy.special.j1(x), rtol=0, atol=1e-15)
 
 
-def test_one_tap_is_no_filter():
+def test_stylegan3_one_tap_is_no_filter():
     assert stylegan3.design_lowpass(1, 2, 12, 64) is None
     torgb = layers(generator())[-1]
     assert torgb.up_filter is None and torgb.down_filter is None
@@ -100,7 +100,7 @@ LAYERS_1024 = [
 
 
 @pytest.mark.parametrize("resolution, names, single", [(256, LAYERS_256, 3), (1024, LAYERS_1024, 5)])
-def test_layers_of_public_resolutions(resolution, names, single):
+def test_stylegan3_layers_of_public_resolutions(resolution, names, single):
     """Sizes and channels, and which layers are too slow for float16."""
     with torch.device("meta"):
         G = stylegan3.Generator(512, 0, 512, resolution, 3)
@@ -109,7 +109,7 @@ def test_layers_of_public_resolutions(resolution, names, single):
     assert [layer.use_fp16 for layer in layers(G)] == [False] * single + [True] * (15 - single)
 
 
-def test_configuration_r():
+def test_stylegan3_configuration_r():
     G = generator(32, **ROTATION)
     assert [layer.down_radial for layer in layers(G)] == [True] * 4 + [False] * 3
     assert [layer.is_critically_sampled for layer in layers(G)] == [False] * 4 + [True] * 3
@@ -119,7 +119,7 @@ def test_configuration_r():
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION, {"filter_size": 5}, {"lrelu_upsampling": 4}])
-def test_every_layer_has_the_size_it_says(options):
+def test_stylegan3_layer_sizes(options):
     G = generator(32, margin_size=4, **options)
     ws = torch.randn(1, 8, 8)
     x = G.synthesis.input(ws[:, 0])
@@ -133,7 +133,7 @@ def test_every_layer_has_the_size_it_says(options):
     "options, message",
     [({"img_resolution": 48}, "power of two.* 48"), ({"num_layers": 2}, "above num_critical 2, got 2")],
 )
-def test_impossible_plans(options, message):
+def test_stylegan3_impossible_plans(options, message):
     with pytest.raises(ValueError, match=message):
         generator(**options)
 
@@ -142,7 +142,7 @@ def test_impossible_plans(options, message):
 
 
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_fused_and_unfused_agree_in_every_derivative(demodulate):
+def test_stylegan3_fused_and_unfused_agree_in_every_derivative(demodulate):
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     styles = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -161,7 +161,7 @@ def test_fused_and_unfused_agree_in_every_derivative(demodulate):
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
+def test_stylegan3_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
     x, weight, styles = torch.randn(2, 3, 5, 5), torch.randn(4, 3, kernel, kernel), torch.randn(2, 3)
     gain = torch.tensor(2.0)
     actual = stylegan3.modulated_conv2d(x, weight, styles, gain, fused="pointwise")
@@ -169,7 +169,7 @@ def test_pointwise_fuses_convolutions_of_single_pixels_alone(kernel):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_modulated_convolution_follows_its_equations(fused):
+def test_stylegan3_modulated_convolution_follows_its_equations(fused):
     """One sample at a time, with the weights written out; demodulation cancels the normalization."""
     x, weight, styles = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
     actual = stylegan3.modulated_conv2d(x, weight, styles, torch.tensor(2.0), padding=2, fused=fused)
@@ -181,7 +181,7 @@ def test_modulated_convolution_follows_its_equations(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_float16_does_not_overflow(fused):
+def test_stylegan3_float16_does_not_overflow(fused):
     x, weight, styles = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3) * 1e4, torch.randn(2, 8) * 1e5
     gain = torch.tensor(1.0)
     expected = stylegan3.modulated_conv2d(x, weight, styles, gain, fused=fused)
@@ -193,7 +193,7 @@ def test_float16_does_not_overflow(fused):
 # Input and equivariance
 
 
-def test_input_signal_follows_its_definition():
+def test_stylegan3_input_signal_follows_its_definition():
     """Pixels from the sum of waves written out, the plane turned and shifted by w and by the user."""
     layer = stylegan3.FourierInput(4, channels=6, size=10, sampling_rate=8, bandwidth=2.0).double()
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_input_signal_follows_its_definition():
     assert faded > 0
 
 
-def test_frequencies_are_uniform_on_a_disk():
+def test_stylegan3_frequencies_are_uniform_on_a_disk():
     layer = stylegan3.FourierInput(4, channels=4000, size=4, sampling_rate=16, bandwidth=3.0)
     radii = layer.freqs.norm(dim=1)
     assert radii.max() <= 3
@@ -234,7 +234,7 @@ def place(G, matrix):
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_moving_the_input_moves_the_image(options):
+def test_stylegan3_moving_the_input_moves_the_image(options):
     """Shifts by whole pixels of every layer commute with the network; a wide margin keeps the borders out."""
     G = generator(32, margin_size=20, **options).requires_grad_(False)
     ws = torch.randn(2, 8, 8)
@@ -245,7 +245,7 @@ def test_moving_the_input_moves_the_image(options):
     assert_close(moved[:, :, inner, inner], img[:, :, 6:22, 10:26], NETWORK_F32)
 
 
-def test_turning_the_input_of_r_turns_the_image():
+def test_stylegan3_turning_the_input_of_r_turns_the_image():
     """With 1x1 convolutions every part of the network is symmetric under quarter turns."""
     G = generator(32, **ROTATION).requires_grad_(False)
     ws = torch.randn(2, 8, 8)
@@ -258,7 +258,7 @@ def test_turning_the_input_of_r_turns_the_image():
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_train_and_eval_mode_give_the_same_images(options):
+def test_stylegan3_train_and_eval_mode_give_the_same_images(options):
     """A student in train mode and a teacher in eval mode; noise does not exist here."""
     student = generator(**options).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
@@ -272,7 +272,7 @@ def test_train_and_eval_mode_give_the_same_images(options):
         assert_close(images[0], expected, NETWORK_F32)
 
 
-def test_averages_move_only_when_asked():
+def test_stylegan3_averages_move_only_when_asked():
     G = generator().train()
     before = copy.deepcopy(G.state_dict())
     z = torch.randn(4, 8)
@@ -287,7 +287,7 @@ def test_averages_move_only_when_asked():
     assert_close(layers(G)[0].magnitude_ema, 0.999 + 0.001 * x.square().mean(), NETWORK_F32)
 
 
-def test_the_cpu_computes_in_single_precision():
+def test_stylegan3_cpu_computes_in_single_precision():
     G = generator(num_fp16_res=8)
     assert all(layer.use_fp16 for layer in layers(G))
     z = torch.randn(2, 8)
@@ -297,7 +297,7 @@ def test_the_cpu_computes_in_single_precision():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_half_precision_stays_close_to_single(options):
+def test_stylegan3_half_precision_stays_close_to_single(options):
     G = generator(32, num_fp16_res=8, **options).cuda()
     z = torch.randn(4, 8, device="cuda")
     single = G(z, None, force_fp32=True)
@@ -311,7 +311,7 @@ def test_half_precision_stays_close_to_single(options):
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_every_parameter_takes_part(options):
+def test_stylegan3_every_parameter_takes_part(options):
     G = generator(c_dim=2, **options)
     with torch.no_grad():
         G.synthesis.input.affine.weight.normal_()
@@ -321,7 +321,7 @@ def test_every_parameter_takes_part(options):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_each_layer_reads_its_own_row():
+def test_stylegan3_each_layer_reads_its_own_row():
     """Changing one row of ws changes the outputs of its layer and of those behind it, and no earlier one."""
     G = generator().requires_grad_(False)
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_each_layer_reads_its_own_row():
         assert same == [True] * row + [False] * (8 - row)
 
 
-def test_truncation():
+def test_stylegan3_truncation():
     G = generator()
     G.mapping.w_avg.normal_()
     z = torch.randn(4, 8)
@@ -360,20 +360,20 @@ def test_truncation():
     assert torch.equal(G(z, None, truncation_psi=0.5, truncation_cutoff=2), G.synthesis(half))
 
 
-def test_labels_choose_the_image():
+def test_stylegan3_labels_choose_the_image():
     G = generator(c_dim=3)
     ws = G.mapping(torch.randn(1, 8).repeat(3, 1), torch.eye(3))
     assert not torch.equal(ws[0], ws[1]) and not torch.equal(ws[1], ws[2])
 
 
-def test_output_scale():
+def test_stylegan3_output_scale():
     G, other = generator(output_scale=0.25), generator(output_scale=2.0)
     other.load_state_dict(G.state_dict())
     z = torch.randn(2, 8)
     assert torch.equal(other(z, None), 8 * G(z, None))
 
 
-def test_every_layer_is_clamped():
+def test_stylegan3_every_layer_is_clamped():
     """Between the filters; ToRGB has none, so its clamp is that of the image."""
     free, clamped = generator(conv_clamp=None), generator(conv_clamp=0.05)
     clamped.load_state_dict(free.state_dict())
@@ -389,11 +389,11 @@ def test_every_layer_is_clamped():
     assert layers(free)[0](x, w).max() > 1
 
 
-def test_a_batch_of_none():
+def test_stylegan3_empty_batch():
     assert generator()(torch.zeros(0, 8), None).shape == (0, 3, 16, 16)
 
 
-def test_start_values():
+def test_stylegan3_initial_values():
     G = stylegan3.Generator(64, 0, 64, 16, 3, **{**SMALL, "channel_base": 4096, "channel_max": 64})
     layer = layers(G)[2]
     for tensor in (layer.weight, layer.affine.weight, G.synthesis.input.weight):
@@ -419,7 +419,7 @@ def plain_values(value):
 
 
 @pytest.mark.parametrize("options", [{}, ROTATION])
-def test_attributes_are_plain_python(options):
+def test_stylegan3_attributes_are_plain_python(options):
     """A numpy number in an attribute would end up in the pickle."""
     for path, module in generator(**options).named_modules():
         state = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
@@ -427,7 +427,7 @@ def test_attributes_are_plain_python(options):
             assert value is None or type(value) in (bool, int, float, str), f"{path}: {value!r}"
 
 
-def test_pickle_and_copy():
+def test_stylegan3_pickle_and_copy():
     G = generator(**ROTATION).eval()
     z = torch.randn(2, 8)
     for other in (pickle.loads(pickle.dumps(G)), copy.deepcopy(G)):

@@ -21,7 +21,7 @@ def load(name: str, device: str = "cpu"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights(name, golden_network):
+def test_stylegan3_weights(name, golden_network):
     """What was loaded is bit for bit what the file holds, filters included, and G is not G_ema."""
     facts, arrays = golden_network(name)
     checkpoint = load(name)
@@ -32,7 +32,7 @@ def test_weights(name, golden_network):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fused_modconv", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_images(name, fused_modconv, device, golden_network):
+def test_stylegan3_images(name, fused_modconv, device, golden_network):
     """Both ways to run a modulated convolution give the golden images."""
     checkpoint = load(name, device)
     arrays = golden_network(name)[1]
@@ -41,12 +41,12 @@ def test_images(name, fused_modconv, device, golden_network):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_latents(name, golden_network):
+def test_stylegan3_latents(name, golden_network):
     golden_checks.check_latents(load(name).G_ema, None, golden_network(name)[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ema_buffers(name, golden_network):
+def test_stylegan3_ema_buffers(name, golden_network):
     golden_checks.check_ema_buffers(load(name).G_ema, None, golden_network(name)[1])
 
 
@@ -54,7 +54,7 @@ def test_ema_buffers(name, golden_network):
 @pytest.mark.parametrize("fused_modconv", [True, False])
 @pytest.mark.parametrize("check", ["path_lengths", "generator_gradients", "path_length_gradients"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients(name, check, fused_modconv, golden_network):
+def test_stylegan3_gradients(name, check, fused_modconv, golden_network):
     """First and second derivatives, in both ways to run a modulated convolution.
 
     Plain torch computes the ops. Kernels add in another order, and where a pre-activation is zero up to

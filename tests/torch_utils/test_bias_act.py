@@ -25,7 +25,7 @@ def plain(x, b, act, gain, clamp=None, alpha=0.2):
 
 @pytest.mark.parametrize("act", list(activation_funcs))
 @pytest.mark.parametrize("clamp", [None, 0.7])
-def test_first_and_second_gradients(act, clamp):
+def test_bias_act_first_and_second_gradients(act, clamp):
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
@@ -37,14 +37,14 @@ def test_first_and_second_gradients(act, clamp):
 
 
 @pytest.mark.parametrize("alpha", [-0.3, 0.0, 1.0])
-def test_every_slope_has_gradients(alpha):
+def test_bias_act_every_slope_has_gradients(alpha):
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: bias_act(x, act="lrelu", alpha=alpha), x)
     expected = torch.where(x > 0, x, x * alpha) * math.sqrt(2)
     assert_close(bias_act(x, act="lrelu", alpha=alpha), expected, OPS_F64)
 
 
-def test_default_gains():
+def test_bias_act_default_gains():
     gains = {name: spec.def_gain for name, spec in activation_funcs.items()}
     root = math.sqrt(2)
     assert gains == {
@@ -57,14 +57,14 @@ def test_default_gains():
 
 @pytest.mark.parametrize("act", ["linear", "lrelu", "swish"])
 @pytest.mark.parametrize("gain", [-1.5, 0.0, 1.0, 2.0])
-def test_every_gain_is_the_definition(act, gain):
+def test_bias_act_every_gain_is_the_definition(act, gain):
     x, b = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     assert_close(bias_act(x, b, act=act, gain=gain, clamp=1.1), plain(x, b, act, gain, 1.1), OPS_F64)
 
 
 @pytest.mark.parametrize("act", ["linear", "relu", "lrelu", "tanh"])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_inputs_are_left_alone(act, with_bias):
+def test_bias_act_keeps_inputs(act, with_bias):
     x, b = torch.randn(2, 3, 4, 4), torch.randn(3)
     before = x.clone(), b.clone()
     bias_act(x, b if with_bias else None, act=act, gain=1, clamp=0.5)
@@ -72,7 +72,7 @@ def test_inputs_are_left_alone(act, with_bias):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_gradient_is_zero_where_clamped(layout):
+def test_bias_act_gradient_is_zero_where_clamped(layout):
     x = torch.tensor([-3.0, -0.4, 0.4, 3.0]).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
     x = x.contiguous(memory_format=layout).requires_grad_()
     for clamp, expected in ((1.0, [0, 0.5, 1, 0]), (0.45, [0, 0.5, 1, 0]), (4.0, [0.5, 0.5, 1, 1])):
@@ -82,7 +82,7 @@ def test_the_gradient_is_zero_where_clamped(layout):
         assert dx[0, :, 0, 0].tolist() == expected
 
 
-def test_nan_is_not_hidden_by_the_clamp():
+def test_bias_act_clamp_keeps_nan():
     x = torch.tensor([[1.0, float("nan")]], requires_grad=True)
     assert bias_act(x, clamp=256).isnan().tolist() == [[False, True]]
 
@@ -90,7 +90,7 @@ def test_nan_is_not_hidden_by_the_clamp():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("act", list(activation_funcs))
-def test_low_precision_loses_no_more_than_twice_what_torch_does(dtype, device, act):
+def test_bias_act_low_precision_error_at_most_twice_torch(dtype, device, act):
     x, b = torch.randn(4, 3, 16, 16, device=device).to(dtype), torch.randn(3, device=device).to(dtype)
     gain = activation_funcs[act].def_gain
     exact = plain(x.double(), b.double(), act, gain, 2.5)
@@ -100,7 +100,7 @@ def test_low_precision_loses_no_more_than_twice_what_torch_does(dtype, device, a
     assert (y.double() - exact).abs().max() <= 2 * loss
 
 
-def test_layouts_and_dimensions():
+def test_bias_act_layouts_and_dimensions():
     x, b = torch.randn(2, 5, 6, 4), torch.randn(5)
     expected = bias_act(x, b, act="lrelu")
     last = bias_act(x.contiguous(memory_format=torch.channels_last), b, act="lrelu")
@@ -113,14 +113,14 @@ def test_layouts_and_dimensions():
     assert torch.equal(bias_act(x[:, :, ::2], b, act="lrelu"), expected[:, :, ::2])
 
 
-def test_empty_batches_keep_their_gradients():
+def test_bias_act_empty_batches_keep_their_gradients():
     x, b = torch.zeros(0, 3, 4, 4, requires_grad=True), torch.zeros(3, requires_grad=True)
     y = bias_act(x, b, act="lrelu", clamp=1)
     dx, db = torch.autograd.grad(y.sum(), [x, b])
     assert dx.shape == x.shape and db.tolist() == [0, 0, 0]
 
 
-def test_a_float32_bias_follows_half_pixels():
+def test_bias_act_float32_bias_follows_half_pixels():
     y = bias_act(torch.ones(1, 2, dtype=torch.float16), torch.ones(2))
     assert y.dtype == torch.float16 and y.tolist() == [[2, 2]]
 
@@ -139,6 +139,6 @@ def test_a_float32_bias_follows_half_pixels():
         (dict(impl="cuda"), RuntimeError, "cuda"),
     ],
 )
-def test_refusals_name_what_is_wrong(arguments, error, words):
+def test_bias_act_refusals_name_the_problem(arguments, error, words):
     with pytest.raises(error, match=words):
         bias_act(**{"x": torch.zeros(2, 3), **arguments})

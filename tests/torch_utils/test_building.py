@@ -69,7 +69,7 @@ def entries() -> list[str]:
     return sorted(path.parent.name for path in cache.ops_folder().rglob(cpu_build.NAME))
 
 
-def test_a_library_is_built_once_and_found_from_then_on(sources, monkeypatch):
+def test_building_cpu_build_caches_library(sources, monkeypatch):
     path = cpu_build.build(sources)
     assert entries() == [path.parent.name]
     monkeypatch.setattr(cpu_build, "_compile", None)  # nobody asks for it again
@@ -77,7 +77,7 @@ def test_a_library_is_built_once_and_found_from_then_on(sources, monkeypatch):
     assert cpu_build.build(sources) == path
 
 
-def test_other_sources_flags_compilers_and_machines_are_other_entries(sources, monkeypatch):
+def test_building_cpu_build_key_covers_sources_flags_compiler_machine(sources, monkeypatch):
     gcc = compilers.Compiler("/usr/bin/c++", "12")
     keys = {cpu_build._key({"a.cpp": b"1"}, gcc), cpu_build._key({"a.cpp": b"2"}, gcc)}
     keys.add(cpu_build._key({"a.cpp": b"1"}, gcc._replace(version="13")))
@@ -89,7 +89,7 @@ def test_other_sources_flags_compilers_and_machines_are_other_entries(sources, m
     assert len(keys) == 6
 
 
-def test_no_compiler(monkeypatch, caplog):
+def test_building_cpu_build_without_compiler(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(
         NativeUnavailable, match=r"no C\+\+ compiler that works \(c\+\+: not found; g\+\+:.*\);"
@@ -112,14 +112,14 @@ def test_no_compiler(monkeypatch, caplog):
         bias_act.bias_act(x, torch.ones(3), impl="cpu")
 
 
-def test_no_nvcc(monkeypatch):
+def test_building_cuda_build_without_nvcc(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
     with pytest.raises(NativeUnavailable, match=r"no nvcc that works.*NVRTC"):
         compilers.nvcc()
 
 
-def test_an_nvcc_that_lies(tmp_path, monkeypatch):
+def test_building_compilers_nvcc_without_output(tmp_path, monkeypatch):
     """It names its version and compiles nothing: it is not taken, and NVRTC is used where there is one."""
     liar = script(tmp_path / "nvcc", 'echo "Cuda compilation tools, release 13.0"\nexit 0\n')
     monkeypatch.setenv("CUDACXX", liar)
@@ -135,20 +135,20 @@ def test_an_nvcc_that_lies(tmp_path, monkeypatch):
         custom_ops.build_cuda([PLAN], (8, 0), "nvcc")
 
 
-def test_an_nvcc_without_headers_is_quoted(tmp_path):
+def test_building_compilers_nvcc_error_is_quoted(tmp_path):
     broken = script(tmp_path / "nvcc", 'echo "cuda_runtime.h: fatal error: No such file" >&2\nexit 1\n')
     with pytest.raises(NativeUnavailable, match=r"cuda_runtime\.h: fatal error: No such file"):
         compilers._first((broken,), "nvcc", "trial.cu", "", ["-o", "t.cubin"], "t.cubin", "")
 
 
-def test_the_compiler_is_quoted(sources):
+def test_building_cpu_build_quotes_compiler(sources):
     (sources / "answer.cpp").write_text("int answer( { return 42; }\n")
     with pytest.raises(NativeUnavailable, match=r"cannot compile the CPU ops: .*error: .*CXX="):
         cpu_build.build(sources)
     assert entries() == []
 
 
-def test_a_compiler_that_knows_no_native_architecture_builds_all_the_same(sources, tmp_path, monkeypatch):
+def test_building_cpu_build_without_march_native(sources, tmp_path, monkeypatch):
     real = compilers.cxx().path
     refusal = 'echo "error: bad value for -march=native" >&2; exit 1'
     picky = f'case "$*" in *native*) {refusal};; esac\nexec {real} "$@"\n'
@@ -157,7 +157,7 @@ def test_a_compiler_that_knows_no_native_architecture_builds_all_the_same(source
     assert cpu_build.build(sources).is_file()
 
 
-def test_without_ninja_one_command_builds_all(sources, monkeypatch):
+def test_building_cpu_build_without_ninja(sources, monkeypatch):
     monkeypatch.setattr(cpu_build, "find_ninja", lambda: None)
     assert cpu_build.build(sources).is_file()
 
@@ -189,7 +189,7 @@ def slow_compiler(tmp_path) -> str:
     return script(tmp_path / "slow", text)
 
 
-def test_two_processes_build_once(sources, tmp_path):
+def test_building_cpu_build_two_processes_build_once(sources, tmp_path):
     compiler = slow_compiler(tmp_path)
     builds = [start_build(sources, CXX=compiler) for _ in range(2)]
     said = [build.communicate(timeout=60)[0] for build in builds]
@@ -197,7 +197,7 @@ def test_two_processes_build_once(sources, tmp_path):
     assert (tmp_path / "count").read_text().split() == ["built"]
 
 
-def test_a_build_that_was_killed_blocks_nobody(sources, tmp_path):
+def test_building_cpu_build_after_killed_build(sources, tmp_path):
     build = start_build(sources, CXX=slow_compiler(tmp_path))
     while not (tmp_path / "count").exists():
         time.sleep(0.02)
@@ -210,7 +210,7 @@ def test_a_build_that_was_killed_blocks_nobody(sources, tmp_path):
     assert time.monotonic() - started < cache.TIME_OUT_SEC / 2
 
 
-def test_a_lock_that_is_never_let_go_is_waited_for_and_then_ignored(tmp_path, caplog):
+def test_building_cpu_build_lock_times_out(tmp_path, caplog):
     caplog.set_level(logging.INFO, "torch_utils.ops")
     with cache.build_lock("a"):
         assert caplog.text == ""
@@ -223,7 +223,7 @@ def test_a_lock_that_is_never_let_go_is_waited_for_and_then_ignored(tmp_path, ca
         assert caplog.text == ""
 
 
-def test_a_damaged_file_is_named_and_built_again(sources, caplog):
+def test_building_cache_rebuilds_damaged_file(sources, caplog):
     path = cpu_build.build(sources)
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
@@ -232,7 +232,7 @@ def test_a_damaged_file_is_named_and_built_again(sources, caplog):
     assert f"{path} is not what was written there" in caplog.text
 
 
-def test_a_library_of_other_structs_is_refused(tmp_path, monkeypatch):
+def test_building_cpu_library_refuses_other_structs(tmp_path, monkeypatch):
     folder = tmp_path / "other"
     folder.mkdir()
     text = 'extern "C" const char* sg_build_info() { return ""; }\n'
@@ -244,21 +244,21 @@ def test_a_library_of_other_structs_is_refused(tmp_path, monkeypatch):
 
 
 @not_root
-def test_a_cache_that_cannot_be_written(sources, tmp_path, caplog):
+def test_building_cache_not_writable(sources, tmp_path, caplog):
     (tmp_path / "cache").mkdir(mode=0o555)
     path = cpu_build.build(sources)
     assert path.is_file() and tmp_path not in path.parents
     assert "cannot be written" in caplog.text and "FINETUNE_CACHE" in caplog.text
 
 
-def test_a_cache_that_is_a_file(sources, tmp_path, caplog):
+def test_building_cache_is_a_file(sources, tmp_path, caplog):
     (tmp_path / "cache").write_text("not a folder")
     path = cpu_build.build(sources)
     assert path.is_file() and tmp_path not in path.parents
     assert "cannot be written" in caplog.text and "FINETUNE_CACHE" in caplog.text
 
 
-def test_a_read_only_cache_serves(sources):
+def test_building_cache_read_only_is_used(sources):
     path = cpu_build.build(sources)
     folders = [cache.ops_folder(), *(p for p in cache.ops_folder().rglob("*") if p.is_dir())]
     for folder in folders:
@@ -270,7 +270,7 @@ def test_a_read_only_cache_serves(sources):
             folder.chmod(0o755)
 
 
-def test_nothing_is_fetched(sources, monkeypatch):
+def test_building_cuda_build_downloads_nothing(sources, monkeypatch):
     """Offline is as good as online: no build opens a connection."""
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a build opened a connection"))
     assert cpu_build.build(sources).is_file()
@@ -280,7 +280,7 @@ KERNEL = 'extern "C" __global__ void sg_k(float* x) { x[threadIdx.x] *= FACTOR; 
 PLAN = LaunchPlan("k", "k.cu", "sg_k", (("FACTOR", 3),), (1, 1, 1), (32, 1, 1))
 
 
-def test_both_makers_give_a_cubin_for_the_same_specialization(tmp_path):
+def test_building_cuda_build_nvrtc_and_nvcc_give_cubin(tmp_path):
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "k.cu").write_text(KERNEL)
@@ -302,7 +302,7 @@ def test_both_makers_give_a_cubin_for_the_same_specialization(tmp_path):
     assert cuda_build.find(PLAN, (9, 0), folder) is None
 
 
-def test_what_was_built_ahead_is_not_built_again(tmp_path, monkeypatch):
+def test_building_cuda_build_uses_prebuilt_kernels(tmp_path, monkeypatch):
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "k.cu").write_text(KERNEL)
@@ -323,7 +323,7 @@ def test_what_was_built_ahead_is_not_built_again(tmp_path, monkeypatch):
     assert cuda_build.nvrtc_many([PLAN, other], (8, 0), folder) == [b"binary"] * 2
 
 
-def test_nvrtc_is_quoted(tmp_path):
+def test_building_cuda_build_quotes_nvrtc(tmp_path):
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "k.cu").write_text("int broken( {\n")
@@ -358,7 +358,7 @@ def started(monkeypatch):
     return commands
 
 
-def test_a_quick_start_does_without_kernels_and_builds_them_beside(sources, started, monkeypatch):
+def test_building_quick_start_builds_in_background(sources, started, monkeypatch):
     x = torch.randn(2, 3, 4, 4)
     expected = bias_act.bias_act(x, act="lrelu", impl="ref")
     assert custom_ops.build_for_next_start() and len(started) == 1
@@ -378,7 +378,7 @@ def test_a_quick_start_does_without_kernels_and_builds_them_beside(sources, star
     assert not custom_ops.build_for_next_start() and len(started) == 1, "it is there"
 
 
-def test_a_quick_start_where_nothing_can_be_built_says_why(monkeypatch, tmp_path, started):
+def test_building_quick_start_reports_failed_build(monkeypatch, tmp_path, started):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     assert not custom_ops.build_for_next_start() and not started
     with pytest.raises(NativeUnavailable, match="no C"):
@@ -386,7 +386,7 @@ def test_a_quick_start_where_nothing_can_be_built_says_why(monkeypatch, tmp_path
 
 
 @not_root
-def test_a_quick_start_whose_build_could_not_be_kept_builds_itself(monkeypatch, tmp_path, started):
+def test_building_quick_start_builds_without_cache(monkeypatch, tmp_path, started):
     cache.ops_folder().mkdir(parents=True)
     cache.ops_folder().chmod(0o500)
     assert not custom_ops.build_for_next_start() and not started

@@ -22,7 +22,7 @@ def bench_build(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
-def test_a_training_step_asks_for_nothing_else(bench_build, family):
+def test_built_ahead_prebuild_covers_training_step(bench_build, family):
     asked = bench_build.asked_for(family, 64)
     assert {plan.op for plan in asked} >= {"bias_act", "upfirdn2d"} and len(asked) > 20
     assert any(plan.op == "filtered_lrelu" for plan in asked) == (family != "stylegan2")

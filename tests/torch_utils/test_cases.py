@@ -19,7 +19,7 @@ def named(case):
 
 @pytest.mark.parametrize("device", NATIVE)
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_float64_is_exact_to_the_second_derivative(case, device):
+def test_ops_float64_is_exact_to_the_second_derivative(case, device):
     exact = derivatives(case, tensors(case, torch.float64, device), impl="ref")
     actual = derivatives(case, tensors(case, torch.float64, device), impl=device)
     assert [value.shape for value in actual] == [value.shape for value in exact]
@@ -29,7 +29,7 @@ def test_float64_is_exact_to_the_second_derivative(case, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", NATIVE)
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_other_types_lose_no_more_than_twice_what_torch_does(case, device, dtype):
+def test_ops_other_dtypes_error_at_most_twice_torch(case, device, dtype):
     """Of values and first gradients.
 
     Sums of a few terms differ by some roundings whoever adds them: so much is free, in float32 eight, in half
@@ -45,14 +45,14 @@ def test_other_types_lose_no_more_than_twice_what_torch_does(case, device, dtype
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id.startswith(("stylegan", "channels"))], ids=named)
-def test_results_do_not_depend_on_the_number_of_threads(case):
+def test_ops_results_do_not_depend_on_the_number_of_threads(case):
     made = tensors(case, torch.float32)
     one = derivatives(case, made, order=1, impl="cpu")
     torch.set_num_threads(3)
     assert all(torch.equal(a, b) for a, b in zip(derivatives(case, made, order=1, impl="cpu"), one))
 
 
-def test_auto_takes_the_kernels():
+def test_ops_auto_takes_the_kernels():
     chosen = {op: impl.choose(op, "auto", "cpu") for op in impl.registered()}
     assert chosen == {"bias_act": "cpu", "upfirdn2d": "cpu", "filtered_lrelu": "cpu", "fma": "ref"}
     made = tensors(CASES[0], torch.float32)

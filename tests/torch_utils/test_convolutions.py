@@ -39,7 +39,7 @@ def definition(x, w, f, up, down, padding, groups, flip_weight, flip_filter):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("taps", [[1, 3, 3, 1], [1, 2, 3, 4, 5, 6, 7, 8], [[1, 2, 1], [2, 5, 1]], None])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2)])
-def test_equals_the_definition(device, taps, up, down):
+def test_conv2d_equals_the_definition(device, taps, up, down):
     f = None if taps is None else setup_filter(taps, device=device)
     for number, kernel in itertools.product(range(4), [(1, 1), (3, 3), (2, 3)]):
         flip_weight, flip_filter = bool(number & 1), bool(number & 2)
@@ -57,7 +57,7 @@ def test_equals_the_definition(device, taps, up, down):
 
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
-def test_first_and_second_gradients(up, down):
+def test_conv2d_first_and_second_gradients(up, down):
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     w = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     f = setup_filter([1, 3, 3, 1])
@@ -80,7 +80,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
-def test_bilinear_convolutions_differentiate_twice(monkeypatch, op, geometry):
+def test_conv2d_bilinear_convolutions_differentiate_twice(monkeypatch, op, geometry):
     monkeypatch.setattr(conv2d_gradfix, "_is_bilinear", lambda input, weight: True)
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 4 // geometry.get("groups", 1), 3, 3, dtype=torch.float64, requires_grad=True)
@@ -94,7 +94,7 @@ def test_bilinear_convolutions_differentiate_twice(monkeypatch, op, geometry):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_bilinear_convolutions_equal_torchs_gradients(monkeypatch, device):
+def test_conv2d_bilinear_convolutions_equal_torchs_gradients(monkeypatch, device):
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64, device=device, requires_grad=True)
     w = torch.randn(4, 4, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
     results = []
@@ -111,7 +111,7 @@ def test_bilinear_convolutions_equal_torchs_gradients(monkeypatch, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
-def test_low_precision_layouts_and_empty_batches(device, dtype, up, down):
+def test_conv2d_low_precision_layouts_and_empty_batches(device, dtype, up, down):
     f = setup_filter([1, 3, 3, 1], device=device)
     x, w = torch.randn(2, 8, 8, 8, device=device).to(dtype), torch.randn(8, 8, 3, 3, device=device).to(dtype)
     options = (up, down, [1, 1, 1, 1], 1, True, False)
@@ -144,7 +144,7 @@ def test_low_precision_layouts_and_empty_batches(device, dtype, up, down):
         (dict(padding=[1, 2, 3]), "padding"),
     ],
 )
-def test_refusals_name_what_is_wrong(arguments, words):
+def test_conv2d_refusals_name_the_problem(arguments, words):
     arguments = {"x": torch.zeros(1, 4, 4, 4), "w": torch.zeros(2, 4, 1, 1), **arguments}
     if words is None:
         assert conv2d_resample(**arguments).shape == (1, 2, 6, 6)
@@ -159,7 +159,7 @@ def both_convolutions(x, w):
     return conv2d_gradfix.conv_transpose2d(y.sin(), w, stride=2, output_padding=1)
 
 
-def test_outside_the_block_the_convolutions_are_torchs():
+def test_conv2d_outside_the_block_the_convolutions_are_torchs():
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     b = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -174,7 +174,7 @@ def test_outside_the_block_the_convolutions_are_torchs():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_split_float32_is_nearly_float32(monkeypatch, device):
+def test_conv2d_split_float32_is_nearly_float32(monkeypatch, device):
     """The product of the two rests, which is left out, is below 2^-21 of the whole; sums are truncated."""
     if device == "cpu":  # where the split is tried without tensor cores
         monkeypatch.setattr(conv2d_gradfix, "_is_bilinear", lambda input, weight: True)
@@ -192,13 +192,13 @@ def test_split_float32_is_nearly_float32(monkeypatch, device):
         assert_close(ours.double(), exact.double(), SPLIT_F32, name)
 
 
-def test_outside_the_block_second_gradients_are_right():
+def test_conv2d_outside_the_block_second_gradients_are_right():
     x = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(both_convolutions, (x, w))
 
 
-def test_inside_the_block_weights_get_no_gradient():
+def test_conv2d_inside_the_block_weights_get_no_gradient():
     x, w = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(2, 2, 3, 3, requires_grad=True)
     b = torch.randn(2, requires_grad=True)
     y = conv2d_gradfix.conv2d(x, w, b)
@@ -218,7 +218,7 @@ def test_inside_the_block_weights_get_no_gradient():
     assert w.grad is not None
 
 
-def test_the_block_nests_and_survives_errors():
+def test_conv2d_block_nests_and_survives_errors():
     w = torch.ones(1, 1, 1, 1, requires_grad=True)
     x = torch.ones(1, 1, 1, 1)
     with pytest.raises(KeyError), conv2d_gradfix.no_weight_gradients():
@@ -231,7 +231,7 @@ def test_the_block_nests_and_survives_errors():
     assert w.grad is not None
 
 
-def test_a_penalty_on_gradients_taken_inside_the_block_still_trains_the_weights():
+def test_conv2d_penalty_on_gradients_taken_inside_the_block_still_trains_the_weights():
     """The path length regulariser: first gradient without weights, second one through them."""
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     w = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -253,7 +253,7 @@ def test_a_penalty_on_gradients_taken_inside_the_block_still_trains_the_weights(
     assert_close(outside, 2 * inside, OPS_F64)
 
 
-def test_fma():
+def test_conv2d_fma():
     a, b, c = (
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 1), (3, 4), (2, 1, 4))
     )

@@ -124,17 +124,17 @@ def compiled(make):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_spec_compiles_with_nvrtc(name):
+def test_cuda_every_spec_compiles_with_nvrtc(name):
     compiled(lambda: cuda_build.nvrtc(plan_of(name, (9, 0)), (9, 0)))
 
 
 @pytest.mark.parametrize("capability", [c for c in ARCHITECTURES if c != (9, 0)], ids=str)
-def test_every_architecture_compiles_with_nvrtc(capability):
+def test_cuda_every_architecture_compiles_with_nvrtc(capability):
     for name in ON_ALL:
         compiled(lambda name=name: cuda_build.nvrtc(plan_of(name, capability), capability))
 
 
-def test_nvcc_compiles_the_same_sources():
+def test_cuda_nvcc_compiles_the_same_sources():
     try:
         compilers.nvcc()
     except NativeUnavailable as error:
@@ -146,7 +146,7 @@ def test_nvcc_compiles_the_same_sources():
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_launch_is_one_that_a_gpu_takes(name):
+def test_cuda_launch_is_one_that_a_gpu_takes(name):
     for capability in ARCHITECTURES:
         plan = plan_of(name, capability)
         assert 0 < plan.grid[0] < 2**31 and plan.grid[1:] == (1, 1) and math.prod(plan.block) % 32 == 0
@@ -157,7 +157,7 @@ def test_a_launch_is_one_that_a_gpu_takes(name):
 
 
 @pytest.mark.parametrize("channels", [32, 64, 96, 512])
-def test_channels_last_half_precision_moves_16_bytes_at_once(channels):
+def test_cuda_channels_last_half_precision_moves_16_bytes_at_once(channels):
     """Eight channels a thread in the layers of StyleGAN2, whose images are one pixel larger than even."""
     taps = torch.Size((4, 4))
     for before, after, up, down in ((257, 256, 1, 1), (256, 257, 1, 1), (64, 128, 2, 1), (128, 64, 1, 2)):
@@ -173,7 +173,7 @@ def test_channels_last_half_precision_moves_16_bytes_at_once(channels):
         assert {"SG_VECTOR": 8, "SG_BIAS": 2 if order == 0 else 0}.items() <= dict(plan.defines).items()
 
 
-def test_offsets_beyond_31_bits_are_counted_in_64():
+def test_cuda_offsets_beyond_31_bits_are_counted_in_64():
     """Sizes past 2^31 elements: the plan asks for wide offsets, long before a product of them overflows."""
     for op, small, large in (
         ("bias_act", (4, 64, 128, 128), (8, 128, 1024, 2048)),

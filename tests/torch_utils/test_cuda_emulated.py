@@ -55,7 +55,7 @@ def sorted_out(fast):
 
 
 @pytest.mark.parametrize("case", sorted_out(ALWAYS))
-def test_float64_is_exact_to_the_second_derivative(case, on_cuda):
+def test_cuda_emulated_float64_is_exact_to_the_second_derivative(case, on_cuda):
     made = tensors(case, torch.float64)
     exact = derivatives(case, made, impl="ref")
     actual = derivatives(case, made, impl="cpu")
@@ -66,7 +66,7 @@ def test_float64_is_exact_to_the_second_derivative(case, on_cuda):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", sorted_out(IN_HALF))
-def test_other_types_lose_no_more_than_twice_what_torch_does(case, dtype, on_cuda):
+def test_cuda_emulated_other_dtypes_error_at_most_twice_torch(case, dtype, on_cuda):
     made = tensors(case, dtype)
     wide = {key: value if value is None else value.double() for key, value in made.items()}
     exact = derivatives(case, wide, order=1, impl="ref")
@@ -80,7 +80,7 @@ RECORDING = [case for case in CASES if case.id in ("stylegan3_t", "stylegan3_r",
 
 
 @pytest.mark.parametrize("case", RECORDING, ids=named)
-def test_recording_for_a_gradient_changes_no_bit(case, on_cuda):
+def test_cuda_emulated_recording_for_a_gradient_changes_no_bit(case, on_cuda):
     """Tiles differ where bits are recorded; the order of sums does not."""
     made = tensors(case, torch.float32)
     plain = run(case, made, impl="cpu")
@@ -89,7 +89,7 @@ def test_recording_for_a_gradient_changes_no_bit(case, on_cuda):
     assert len({plan.defines for plan in on_cuda}) == 2
 
 
-def test_a_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):
+def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):
     cpu = torch.device("cpu")
     assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 4
     right = cuda._run
@@ -104,7 +104,7 @@ def test_a_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):
     assert impl.problem("bias_act", cpu) == "bias_act fails on cpu: division by zero"
 
 
-def test_an_op_whose_trial_fails_falls_back_alone(monkeypatch):
+def test_cuda_emulated_failed_trial_falls_back_for_that_op(monkeypatch):
     wrong = "upfirdn2d is wrong on cuda:0, by 2"
     monkeypatch.setattr(impl, "_problem_on_cuda", lambda op: wrong if op == "upfirdn2d" else None)
     monkeypatch.setattr(custom_ops, "have_cuda_kernels", lambda: None)
@@ -121,7 +121,7 @@ def test_an_op_whose_trial_fails_falls_back_alone(monkeypatch):
         impl._warned.clear()
 
 
-def test_what_is_built_ahead_is_what_the_networks_ask_for(on_cuda):
+def test_cuda_emulated_prebuild_matches_networks(on_cuda):
     """Forward and backward of a layer of each kind: no specialization that `prebuild` does not list."""
     listed = prebuild.specializations((9, 0), [torch.float32])
     taps = upfirdn2d.setup_filter([1, 3, 3, 1])

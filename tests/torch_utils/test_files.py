@@ -19,7 +19,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_new_content_takes_the_place_of_the_old(tmp_path):
+def test_atomic_write_replaces_content(tmp_path):
     path = tmp_path / "net.pkl"
     path.write_bytes(b"old")
     with atomic_write(path) as stream:
@@ -30,14 +30,14 @@ def test_new_content_takes_the_place_of_the_old(tmp_path):
     assert names(tmp_path) == ["net.pkl"]
 
 
-def test_folders_are_made(tmp_path):
+def test_atomic_write_creates_folders(tmp_path):
     with atomic_write(tmp_path / "a" / "b" / "net.pkl") as stream:
         stream.write(b"x")
     assert (tmp_path / "a" / "b" / "net.pkl").read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-def test_an_interrupted_write_changes_nothing(tmp_path, error):
+def test_atomic_write_interrupted_changes_nothing(tmp_path, error):
     path = tmp_path / "net.pkl"
     path.write_bytes(b"old")
     with pytest.raises(error), atomic_write(path) as stream:
@@ -71,12 +71,12 @@ def test_a_full_disk(tmp_path, monkeypatch, step, existed):
     assert not existed or path.read_bytes() == b"old"
 
 
-def test_the_target_is_a_folder(tmp_path):
+def test_atomic_write_target_is_folder(tmp_path):
     with pytest.raises(WriteError, match="is a folder"), atomic_write(tmp_path):
         raise AssertionError("never reached")
 
 
-def test_the_parent_is_a_file(tmp_path):
+def test_atomic_write_parent_is_file(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     with (
         pytest.raises(WriteError, match=r"file.net\.pkl: .* is a file"),
@@ -85,7 +85,7 @@ def test_the_parent_is_a_file(tmp_path):
         raise AssertionError("never reached")
 
 
-def test_not_allowed(tmp_path, monkeypatch):
+def test_atomic_write_without_permission(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -98,7 +98,7 @@ def test_not_allowed(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_atomic_write_keeps_link(tmp_path):
     target, link = tmp_path / "target.pkl", tmp_path / "link.pkl"
     target.write_bytes(b"old")
     link.symlink_to(target)
@@ -108,14 +108,14 @@ def test_a_link_stays_a_link(tmp_path):
     assert target.read_bytes() == b"new"
 
 
-def test_permissions_follow_the_umask(tmp_path):
+def test_atomic_write_permissions_follow_umask(tmp_path):
     with atomic_write(tmp_path / "net.pkl") as stream:
         stream.write(b"x")
     (tmp_path / "plain").write_bytes(b"x")
     assert (tmp_path / "net.pkl").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_lock_excludes_other_holders_and_is_released(tmp_path):
+def test_lock_excludes_and_is_released(tmp_path):
     path, waited = tmp_path / "locks" / "a.lock", []
     with lock(path, on_wait=lambda: waited.append(1)) as first:
         with lock(path, timeout_sec=0.1, on_wait=lambda: waited.append(2)) as second:
@@ -128,7 +128,7 @@ def test_a_lock_excludes_other_holders_and_is_released(tmp_path):
     assert waited == [2]
 
 
-def test_a_killed_process_holds_no_lock(tmp_path):
+def test_lock_released_by_killed_process(tmp_path):
     program = "from pathlib import Path; import sys, time; from torch_utils.files import lock\n"
     program += "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     path = tmp_path / "a.lock"
@@ -143,13 +143,13 @@ def test_a_killed_process_holds_no_lock(tmp_path):
         assert held
 
 
-def test_a_folder_that_cannot_be_written_gives_no_lock_and_no_error(tmp_path):
+def test_lock_in_read_only_folder(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with lock(tmp_path / "file" / "a.lock") as held:
         assert not held
 
 
-def test_the_cache_folder(tmp_path, monkeypatch):
+def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.delenv("FINETUNE_CACHE")

@@ -27,7 +27,7 @@ def masked(monkeypatch):
 
 @pytest.mark.parametrize("use_mask", [False, True])
 @pytest.mark.parametrize("clamp", [None, 0.4])
-def test_first_and_second_gradients(monkeypatch, use_mask, clamp):
+def test_filtered_lrelu_first_and_second_gradients(monkeypatch, use_mask, clamp):
     if use_mask:
         masked(monkeypatch)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -43,7 +43,7 @@ def test_first_and_second_gradients(monkeypatch, use_mask, clamp):
 @pytest.mark.parametrize("use_mask", [False, True])
 @pytest.mark.parametrize("channels", [3, 16])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (2, 2), (4, 2)])
-def test_equals_the_definition(monkeypatch, use_mask, channels, up, down):
+def test_filtered_lrelu_equals_the_definition(monkeypatch, use_mask, channels, up, down):
     if use_mask:
         masked(monkeypatch)
     results = []
@@ -58,13 +58,13 @@ def test_equals_the_definition(monkeypatch, use_mask, channels, up, down):
     assert results[0][0].abs().max() > 0.45, "the clamp is reached, or this tests too little"
 
 
-def test_the_mask_keeps_one_byte_a_pixel():
+def test_filtered_lrelu_mask_keeps_one_byte_a_pixel():
     u = torch.randn(1, 2, 8, 8, requires_grad=True)
     y = module._MaskedActivation.apply(u, 0.2, 0.5)
     assert [saved.dtype for saved in y.grad_fn.saved_tensors] == [torch.uint8]
 
 
-def test_inputs_are_left_alone():
+def test_filtered_lrelu_keeps_inputs():
     for channels in (3, 16):
         x = torch.randn(1, channels, 4, 4)
         before = x.clone()
@@ -75,7 +75,7 @@ def test_inputs_are_left_alone():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_loses_no_more_than_twice_what_torch_does(dtype, device):
+def test_filtered_lrelu_low_precision_error_at_most_twice_torch(dtype, device):
     up, down = UP.to(device), DOWN.to(device)
     x, b = torch.randn(2, 16, 12, 12, device=device).to(dtype), torch.randn(16, device=device).to(dtype)
     options = (2, 2, [4, 3, 4, 3], 2**0.5, 0.2, 1.5)
@@ -86,7 +86,7 @@ def test_low_precision_loses_no_more_than_twice_what_torch_does(dtype, device):
     assert (y.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
-def test_layouts_one_pixel_and_empty_batches():
+def test_filtered_lrelu_layouts_one_pixel_and_empty_batches():
     x = torch.randn(2, 16, 6, 10)
     options = dict(up=2, down=2, padding=4)
     expected = filtered_lrelu(x, UP, UP, **options)
@@ -123,6 +123,6 @@ def test_layouts_one_pixel_and_empty_batches():
         (dict(impl="cuda"), RuntimeError, "cuda"),
     ],
 )
-def test_refusals_name_what_is_wrong(arguments, error, words):
+def test_filtered_lrelu_refusals_name_the_problem(arguments, error, words):
     with pytest.raises(error, match=words):
         filtered_lrelu(**{"x": torch.zeros(1, 2, 4, 4), **arguments})

@@ -90,7 +90,7 @@ def derivatives(run, made, order=2):
 
 
 @EACH
-def test_float64_is_exact_to_the_second_derivative(case, device):
+def test_fma_float64_is_exact_to_the_second_derivative(case, device):
     made = tensors(case, torch.float64, device)
     exact = derivatives(addcmul, made)
     actual = derivatives(library.fma, made)
@@ -100,7 +100,7 @@ def test_float64_is_exact_to_the_second_derivative(case, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @EACH
-def test_other_types_lose_no_more_than_twice_what_torch_does(case, dtype, device):
+def test_fma_other_dtypes_error_at_most_twice_torch(case, dtype, device):
     made = tensors(case, dtype, device)
     exact = derivatives(addcmul, [t.double() for t in made], order=1)
     plain = loss(derivatives(addcmul, made, order=1), exact)
@@ -112,7 +112,7 @@ def test_other_types_lose_no_more_than_twice_what_torch_does(case, dtype, device
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "pixels"])
 @pytest.mark.parametrize("c_shape", [(), (3, 2), (2, 1, 3, 2)], ids=str)
 @pytest.mark.parametrize("kernels", [cpu, cuda], ids=["composite", "kernels"])
-def test_gradients_of_both_orders(kernels, c_shape, layout, emulated, monkeypatch):
+def test_fma_gradients_of_both_orders(kernels, c_shape, layout, emulated, monkeypatch):
     monkeypatch.setattr(library, "kernels", lambda x: kernels)
     a = torch.randn(2, 2, 3, 2, dtype=torch.float64).to(memory_format=layout).requires_grad_(True)
     b = torch.randn(2, 2, 1, 1, dtype=torch.float64, requires_grad=True)
@@ -121,7 +121,7 @@ def test_gradients_of_both_orders(kernels, c_shape, layout, emulated, monkeypatc
     assert torch.autograd.gradgradcheck(library.fma, (a, b, c))
 
 
-def test_a_result_has_the_layout_of_its_features(device):
+def test_fma_result_has_the_layout_of_its_features(device):
     for case in CASES:
         a, b, c = tensors(case, torch.float32, device)
         if case.id in FAST:
@@ -129,7 +129,7 @@ def test_a_result_has_the_layout_of_its_features(device):
             assert y.is_contiguous(memory_format=library.specs.image_layout(a))
 
 
-def test_a_pass_reads_and_writes_only_what_gradients_need(emulated, monkeypatch):
+def test_fma_pass_reads_and_writes_only_what_gradients_need(emulated, monkeypatch):
     monkeypatch.setattr(library, "kernels", lambda x: cuda)
     a, b, c = tensors(CASES[6], torch.float64, "cpu")
     for needed, expected in (("a", (0, 0)), ("ab", (1, 0)), ("abc", (1, 1)), ("ac", (0, 1))):
@@ -155,7 +155,7 @@ def test_a_pass_reads_and_writes_only_what_gradients_need(emulated, monkeypatch)
         ((3, 4), (3, 4), (3, 4), False),
     ],
 )
-def test_kernels_are_for_images_times_a_number_for_each_channel(a, b, c, expected):
+def test_fma_kernels_are_for_images_times_a_number_for_each_channel(a, b, c, expected):
     made = [torch.empty(shape, device="meta") for shape in (a, b, c)]
     assert _has_kernels(*made) is expected
     assert not _has_kernels(made[0].half(), *made[1:])
@@ -163,7 +163,7 @@ def test_kernels_are_for_images_times_a_number_for_each_channel(a, b, c, expecte
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernels_on_a_gpu():
+def test_fma_auto_takes_the_kernels_on_a_gpu():
     assert impl.choose("fma", "auto", "cuda") == "cuda"
     a, b, c = (t.requires_grad_(True) for t in tensors(CASES[6], torch.float16, "cuda"))
     y = fma(a, b, c)
@@ -175,7 +175,7 @@ def test_auto_takes_the_kernels_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_a_graph_captures_fma_with_its_gradients():
+def test_fma_graph_captures_fma_with_its_gradients():
     made = [t.requires_grad_(True) for t in tensors(CASES[6], torch.float32, "cuda")]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -25,7 +25,7 @@ def inputs(size=(2, 3, 5, 6), out=(4, 7), device="cpu"):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grid_gradient", [False, True])
-def test_equals_torch(device, grid_gradient):
+def test_grid_sample_equals_torch(device, grid_gradient):
     x, grid = inputs(device=device)
     grid.requires_grad_(grid_gradient)
     wanted = [x, grid] if grid_gradient else [x]
@@ -38,7 +38,7 @@ def test_equals_torch(device, grid_gradient):
         assert_close(ours, theirs, OPS_F64)
 
 
-def test_image_gradients_of_every_order():
+def test_grid_sample_image_gradients_of_every_order():
     x, grid = inputs((1, 2, 3, 4), (3, 2))
     assert torch.autograd.gradcheck(lambda x: grid_sample(x, grid), x)
     assert torch.autograd.gradgradcheck(lambda x: grid_sample(x, grid), x)
@@ -54,14 +54,14 @@ def test_image_gradients_of_every_order():
     assert_close(*gradients, OPS_F64)
 
 
-def test_grid_gradients():
+def test_grid_sample_grid_gradients():
     x, grid = inputs((1, 2, 3, 4), (3, 2))
     grid.requires_grad_()
     assert torch.autograd.gradcheck(grid_sample, (x, grid))
     assert torch.autograd.gradgradcheck(grid_sample, (x, grid))
 
 
-def test_a_gradient_penalty_reaches_through():
+def test_grid_sample_gradient_penalty_reaches_through():
     """R1 through the augmentation pipe: the squared gradient at the image, differentiated for the network."""
     x, grid = inputs((2, 1, 4, 4), (4, 4))
     w = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -77,7 +77,7 @@ def test_a_gradient_penalty_reaches_through():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("grid_gradient", [False, True])
-def test_low_precision(device, dtype, grid_gradient):
+def test_grid_sample_low_precision(device, dtype, grid_gradient):
     x, grid = (t.detach().to(dtype) for t in inputs(device=device))
     exact = torchs(x.double(), grid.double())
     y = grid_sample(x, grid.requires_grad_(grid_gradient))
@@ -88,7 +88,7 @@ def test_low_precision(device, dtype, grid_gradient):
     assert (y.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
-def test_layouts_and_empty_batches():
+def test_grid_sample_layouts_and_empty_batches():
     x, grid = inputs((2, 4, 6, 6))
     expected = grid_sample(x, grid)
     assert_close(grid_sample(x.contiguous(memory_format=torch.channels_last), grid), expected, OPS_F64)
@@ -102,6 +102,6 @@ def test_layouts_and_empty_batches():
     ("image", "grid"),
     [((1, 2, 3), (1, 2, 2, 2)), ((1, 1, 2, 2), (1, 2, 2, 3)), ((1, 1, 2, 2), (2, 2, 2, 2))],
 )
-def test_refusals_name_the_shapes(image, grid):
+def test_grid_sample_refusals_name_the_shapes(image, grid):
     with pytest.raises(ValueError, match="grid"):
         grid_sample(torch.zeros(image), torch.zeros(grid))

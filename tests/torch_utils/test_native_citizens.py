@@ -54,19 +54,19 @@ OPERATORS = [
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own making
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
+def test_native_opcheck(name):
     op = getattr(torch.ops.stylegan_ops, name).default
     torch.library.opcheck(op, registered_calls()[name])
 
 
-def test_opcheck_covers_every_operator():
+def test_native_opcheck_covers_every_operator():
     prefix = f"{library.NAMESPACE}::"
     defined = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if prefix in name}
     assert defined == set(OPERATORS)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_compiled_generator_and_discriminator_are_the_networks():
+def test_native_compiled_generator_and_discriminator_are_the_networks():
     torch._dynamo.reset()
     sizes = dict(channel_base=64, channel_max=8)
     G = stylegan2.Generator(8, 0, 8, 8, 3, **sizes).eval()
@@ -89,7 +89,7 @@ def test_the_compiled_generator_and_discriminator_are_the_networks():
 
 @pytest.mark.filterwarnings("ignore")
 @OPS
-def test_one_graph_holds_each_op(case):
+def test_native_one_graph_holds_each_op(case):
     """No break: torch.compile sees an operator, not a call into a library."""
     torch._dynamo.reset()
     made = tensors(case, torch.float32)
@@ -99,7 +99,7 @@ def test_one_graph_holds_each_op(case):
 
 
 @OPS
-def test_fake_tensors_have_the_right_sizes(case):
+def test_native_fake_tensors_have_the_right_sizes(case):
     from torch._subclasses import FakeTensorMode
 
     made = tensors(case, torch.float32)
@@ -111,7 +111,7 @@ def test_fake_tensors_have_the_right_sizes(case):
 
 
 @OPS
-def test_autocast_changes_what_it_changes_for_plain_torch(case):
+def test_native_autocast_changes_what_it_changes_for_plain_torch(case):
     made = tensors(case, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
@@ -121,7 +121,7 @@ def test_autocast_changes_what_it_changes_for_plain_torch(case):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch announces the end of its TorchScript
-def test_what_is_traced_for_others_has_no_operator_of_ours():
+def test_native_what_is_traced_for_others_has_no_operator_of_ours():
     made = tensors(T, torch.float32)
     traced = torch.jit.trace(
         lambda x: filtered_lrelu(**{**made, "x": x}, **T.options), made["x"], check_trace=False
@@ -130,7 +130,7 @@ def test_what_is_traced_for_others_has_no_operator_of_ours():
     torch.testing.assert_close(traced(made["x"]), run(T, made))
 
 
-def test_networks_copy_and_pickle_after_the_ops_ran():
+def test_native_networks_copy_and_pickle_after_the_ops_ran():
     G = stylegan2.Generator(8, 0, 8, 8, 3, channel_base=64, channel_max=8).eval()
     z = torch.randn(1, 8)
     img = G(z, None, noise_mode="const")
@@ -141,7 +141,7 @@ def test_networks_copy_and_pickle_after_the_ops_ran():
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(method):
+def test_native_other_processes(method):
     """No gradients in them: torch's autograd does not survive a fork."""
     expected = float(run(T, tensors(T, torch.float32)).sum())
     context = multiprocessing.get_context(method)
@@ -161,7 +161,7 @@ def test_other_processes(method):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_checkpointed_step_and_a_second_backward():
+def test_native_checkpointed_step_and_a_second_backward():
     """Saved tensors survive what autograd offers: retain_graph, checkpointing, hooks on saved tensors."""
     from torch.utils.checkpoint import checkpoint
 

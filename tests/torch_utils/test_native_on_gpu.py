@@ -21,7 +21,7 @@ OPS = pytest.mark.parametrize("case", [T, UP, ACT], ids=lambda case: case.op)
 
 
 @OPS
-def test_a_kernel_runs_on_the_stream_at_hand(case):
+def test_native_kernel_runs_on_the_stream_at_hand(case):
     """What a busy stream computes is waited for by what comes after it there, and by nothing else."""
     made = tensors(case, torch.float32, "cuda")
     expected = run(case, made, impl="ref")
@@ -36,7 +36,7 @@ def test_a_kernel_runs_on_the_stream_at_hand(case):
 
 
 @OPS
-def test_a_graph_captures_an_op_with_its_gradients(case):
+def test_native_graph_captures_an_op_with_its_gradients(case):
     made = tensors(case, torch.float32, "cuda")
     expected = derivatives(case, made, order=1, impl="cuda")  # kernels are built before the capture
     x = made["x"].clone().requires_grad_(True)
@@ -60,7 +60,7 @@ def test_a_graph_captures_an_op_with_its_gradients(case):
 
 
 @OPS
-def test_a_thread_that_never_used_cuda_launches_kernels(case):
+def test_native_thread_that_never_used_cuda_launches_kernels(case):
     made, found = tensors(case, torch.float32, "cuda"), []
     thread = threading.Thread(target=lambda: found.append(run(case, made, impl="cuda")))
     thread.start()
@@ -70,7 +70,7 @@ def test_a_thread_that_never_used_cuda_launches_kernels(case):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @OPS
-def test_a_kernel_runs_where_its_tensors_are(case):
+def test_native_kernel_runs_where_its_tensors_are(case):
     made = tensors(case, torch.float32, "cuda:1")
     with torch.cuda.device(0):
         torch.testing.assert_close(run(case, made, impl="cuda"), run(case, made, impl="ref"))
@@ -82,7 +82,7 @@ def needs_memory(gib: float):
         pytest.skip(f"needs {gib:g} GiB of free memory on the GPU")
 
 
-def test_sizes_past_31_bits():
+def test_native_sizes_past_31_bits():
     """The last image of a batch past 2^31 elements is what it is alone."""
     needs_memory(26)
     x = torch.zeros(65, 64, 1024, 512, dtype=torch.float16, device="cuda")  # 2^31 elements and 2^25 more
@@ -98,7 +98,7 @@ def test_sizes_past_31_bits():
         assert torch.equal(op(x)[-1:], op(x[-1:].clone()))
 
 
-def test_training_keeps_two_bits_of_an_upsampled_element():
+def test_native_training_keeps_two_bits_of_an_upsampled_element():
     x = torch.randn(4, 64, 148, 148, dtype=torch.float16, device="cuda", requires_grad=True)
     f = setup_filter([1.0] * 12, device="cuda")
     filtered_lrelu(x, f, f, None, 2, 2, 11, impl="cuda").sum().backward()  # kernels and taps are there
@@ -112,7 +112,7 @@ def test_training_keeps_two_bits_of_an_upsampled_element():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c.op == "filtered_lrelu"], ids=lambda case: case.id)
-def test_recording_for_a_gradient_changes_no_bit(case, dtype):
+def test_native_recording_for_a_gradient_changes_no_bit(case, dtype):
     """A student, whose gradient is wanted, equals a teacher of the same weights."""
     made = tensors(case, dtype, "cuda")
     teacher = run(case, made, impl="cuda")

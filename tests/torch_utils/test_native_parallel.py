@@ -53,7 +53,7 @@ def everything(seed=0):
     return results
 
 
-def test_results_do_not_depend_on_the_number_of_threads(threads):
+def test_native_results_do_not_depend_on_the_number_of_threads(threads):
     torch.set_num_threads(1)
     alone = everything()
     for number in (2, 3, 8):
@@ -62,7 +62,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
             assert torch.equal(one, many)
 
 
-def test_many_threads_of_python_may_call_at_once(threads):
+def test_native_many_threads_of_python_may_call_at_once(threads):
     torch.set_num_threads(3)
     expected = [everything(seed) for seed in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
@@ -92,7 +92,7 @@ print("both children agree", flush=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_children_of_a_process_with_threads_run_the_kernels():
+def test_native_children_of_a_process_with_threads_run_the_kernels():
     custom_ops.cpu_library()  # built here, not under the time limit
     done = subprocess.run(
         [sys.executable, "-c", FORKS],

@@ -48,7 +48,7 @@ def run_conv2d_resample(case, filters, x, w):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", [case for case in CASES if case["op"] in OPS], ids=named)
-def test_values_and_gradients(golden_ops, case, device):
+def test_ops_values_and_gradients(golden_ops, case, device):
     arrays = golden_ops[1]
     op, prefix = case["op"], f"{case['op']}/{case['case']}/"
     filter_home = "upfirdn2d" if op == "conv2d_resample" else op
@@ -78,7 +78,7 @@ def test_values_and_gradients(golden_ops, case, device):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["op"] == "setup_filter"], ids=named)
-def test_setup_filter(golden_ops, case):
+def test_ops_setup_filter(golden_ops, case):
     options = {key: case[key] for key in ("gain", "normalize", "flip_filter", "separable") if key in case}
     f = setup_filter(case["f"], **options)
     assert f.dtype == torch.float32

@@ -34,7 +34,7 @@ def random_form(seed):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk", range(4))
-def test_random_forms_equal_the_definition(chunk, device):
+def test_upfirdn2d_random_forms_equal_the_definition(chunk, device):
     for seed in range(chunk * 40, chunk * 40 + 40):
         shape, taps, *options = random_form(seed)
         x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
@@ -48,7 +48,7 @@ def test_random_forms_equal_the_definition(chunk, device):
 
 @pytest.mark.parametrize("taps", [[4], [3, 2], None])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), ([3, 1], [1, 2])])
-def test_gradients_of_every_order(taps, up, down):
+def test_upfirdn2d_gradients_of_every_order(taps, up, down):
     f = None if taps is None else torch.randn(taps, dtype=torch.float64)
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
 
@@ -76,7 +76,7 @@ def test_gradients_of_every_order(taps, up, down):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("taps", "up", "down"), [(12, 2, 1), (12, 1, 2), (4, 2, 1), (4, 1, 2)])
-def test_low_precision_loses_no_more_than_twice_what_torch_does(dtype, device, taps, up, down):
+def test_upfirdn2d_low_precision_error_at_most_twice_torch(dtype, device, taps, up, down):
     f = setup_filter(torch.rand(taps).tolist(), device=device)
     x = torch.randn(2, 3, 16, 16, device=device).to(dtype)
     exact = naive_ops.upfirdn2d(x.double(), f.double(), (up, up), (down, down), [6] * 4, gain=up**2)
@@ -88,7 +88,7 @@ def test_low_precision_loses_no_more_than_twice_what_torch_does(dtype, device, t
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("f", [[1, 3, 3, 1], [1.0] * 9])
-def test_layout_of_the_input_does_not_matter(device, f):
+def test_upfirdn2d_layout_of_the_input_does_not_matter(device, f):
     f = setup_filter(f, device=device)
     wide = torch.randn(3, 4, 18, 20, device=device)
     x = wide[:, :, 1::2, ::2]
@@ -100,7 +100,7 @@ def test_layout_of_the_input_does_not_matter(device, f):
     assert_close(upfirdn2d(expanded, f, down=2, padding=5)[2], upfirdn2d(x, f, down=2, padding=5)[0], OPS_F64)
 
 
-def test_empty_batches_keep_their_gradient():
+def test_upfirdn2d_empty_batches_keep_their_gradient():
     x = torch.zeros(0, 3, 8, 8, requires_grad=True)
     y = upfirdn2d(x, setup_filter([1, 3, 3, 1]), up=2, padding=[2, 1])
     assert y.shape == (0, 3, 15, 17)
@@ -108,20 +108,20 @@ def test_empty_batches_keep_their_gradient():
     assert dx.shape == x.shape
 
 
-def test_one_pixel_spreads_into_the_filter():
+def test_upfirdn2d_one_pixel_spreads_into_the_filter():
     f = torch.rand(3, 5)
     y = upfirdn2d(torch.full([1, 1, 1, 1], 2.0), f, padding=[4, 4, 2, 2])
     assert_close(y[0, 0], f * 2, OPS_F64)
 
 
-def test_negative_padding_crops_before_filtering():
+def test_upfirdn2d_negative_padding_crops_before_filtering():
     x = torch.randn(1, 2, 9, 9)
     f = setup_filter([1, 2, 1])
     cropped = x[:, :, 2:-1, 3:]
     assert_close(upfirdn2d(x, f, padding=[-3, 0, -2, -1]), upfirdn2d(cropped, f), OPS_F64)
 
 
-def test_an_image_cropped_away_leaves_zeros():
+def test_upfirdn2d_image_cropped_away_leaves_zeros():
     x = torch.randn(1, 1, 3, 3, requires_grad=True)
     for f in (setup_filter([1, 3, 3, 1]), setup_filter([1.0] * 8), None):
         for options in (
@@ -134,14 +134,14 @@ def test_an_image_cropped_away_leaves_zeros():
             assert not torch.autograd.grad(y.sum(), x)[0].any()
 
 
-def test_the_identity_returns_memory_of_its_own():
+def test_upfirdn2d_identity_returns_memory_of_its_own():
     x = torch.randn(1, 2, 4, 4)
     y = upfirdn2d(x, None)
     assert torch.equal(y, x)
     assert y.data_ptr() != x.data_ptr()
 
 
-def test_centered_helpers():
+def test_upfirdn2d_centered_helpers():
     constant = torch.ones(1, 1, 16, 16)
     for f in (setup_filter([1, 3, 3, 1]), setup_filter([1.0] * 12), None):
         assert filter2d(constant, f).shape == (1, 1, 16, 16)
@@ -159,7 +159,7 @@ def test_centered_helpers():
     assert filter2d(image, setup_filter([1, 2, 1]), padding=[1, 0]).shape == (1, 1, 8, 10)
 
 
-def test_setup_filter_forms():
+def test_upfirdn2d_setup_filter_forms():
     assert setup_filter(None).tolist() == [[1.0]]
     assert setup_filter([1] * 7).shape == (7, 7)
     assert setup_filter([1] * 8).shape == (8,)
@@ -169,7 +169,7 @@ def test_setup_filter_forms():
     assert taps.tolist() == [1.0, 3.0]
 
 
-def test_numpy_numbers_are_numbers():
+def test_upfirdn2d_numpy_numbers_are_numbers():
     np = pytest.importorskip("numpy")
     x = torch.randn(1, 1, 4, 4)
     y = upfirdn2d(x, None, up=np.int64(2), padding=np.array([1, 0, 0, 1]))
@@ -195,12 +195,12 @@ def test_numpy_numbers_are_numbers():
         (dict(impl="cuda"), RuntimeError, "cuda"),
     ],
 )
-def test_refusals_name_what_is_wrong(arguments, error, words):
+def test_upfirdn2d_refusals_name_the_problem(arguments, error, words):
     with pytest.raises(error, match=words):
         upfirdn2d(**{"x": torch.zeros(1, 1, 4, 4), "f": None, **arguments})
 
 
-def test_setup_filter_refusals():
+def test_upfirdn2d_setup_filter_refusals():
     with pytest.raises(ValueError, match="shape"):
         setup_filter([[[1]]])
     with pytest.raises(ValueError, match="shape"):
@@ -209,7 +209,7 @@ def test_setup_filter_refusals():
         setup_filter([[1, 2], [3, 4]], separable=True)
 
 
-def test_no_zeros_are_multiplied(monkeypatch):
+def test_upfirdn2d_no_zeros_are_multiplied(monkeypatch):
     """Convolutions see the small image, not one with zeros between its pixels."""
     sizes = []
     for name in ("conv2d", "conv_transpose2d"):

@@ -298,7 +298,7 @@ def test_resume_folder_without_state(images, tmp_path):
         prepare(options(images, tmp_path, resume=str(result.run_dir)))
 
 
-def test_a_checkpoint_without_discriminator_is_refused(images, tmp_path):
+def test_resume_requires_discriminator(images, tmp_path):
     from finetune.export.stylegan_pickle import save_stylegan_pickle
 
     prepared = prepare(options(images, tmp_path))
@@ -308,7 +308,7 @@ def test_a_checkpoint_without_discriminator_is_refused(images, tmp_path):
         prepare(options(images, tmp_path, resume=str(path)))
 
 
-def test_a_missing_generator_is_the_other_one(images, tmp_path):
+def test_resume_missing_generator_uses_other(images, tmp_path):
     from finetune.export.stylegan_pickle import save_stylegan_pickle
 
     state = prepare(options(images, tmp_path)).state
@@ -334,7 +334,7 @@ def test_a_missing_generator_is_the_other_one(images, tmp_path):
         ({"batch": 6, "batch_gpu": 6}, ConfigError, "--batch-gpu 6: .* groups of 4; use a multiple of 4"),
     ],
 )
-def test_nothing_is_written_before_everything_fits(changes, error, words, images, tmp_path, monkeypatch):
+def test_prepare_writes_nothing_on_error(changes, error, words, images, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(error, match=words):
@@ -342,26 +342,26 @@ def test_nothing_is_written_before_everything_fits(changes, error, words, images
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_many_frozen_layers(images, tmp_path):
+def test_prepare_refuses_too_many_frozen_layers(images, tmp_path):
     parent = run(options(images, tmp_path, kimg=0.004), console=quiet())
     with pytest.raises(ConfigError, match="--freezed 99: this discriminator has 7 layers"):
         prepare(options(images, tmp_path, resume=str(parent.snapshot), freezed=99))
 
 
-def test_a_batch_that_groups_do_not_fill_trains_in_smaller_parts(images, tmp_path):
+def test_micro_batches_fit_groups(images, tmp_path):
     prepared = prepare(options(images, tmp_path, batch=6))
     assert prepared.plan.batch_gpu == 3
     train_steps(prepared, 1)
 
 
-def test_the_groups_of_a_checkpoint_count(golden_dir, images, tmp_path):
+def test_prepare_uses_groups_of_checkpoint(golden_dir, images, tmp_path):
     resume = str(golden_dir / "stylegan2-32.pkl")
     D = finetune.load(resume).D
     config = options(images, tmp_path, resume=resume, data=str(images(32, D.c_dim)))
     assert prepare(config).facts.group_size == D.b4.mbstd.group_size
 
 
-def test_an_outdir_that_cannot_be_used_is_found_before_training(images, tmp_path, monkeypatch):
+def test_prepare_checks_outdir(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     for outdir in ("file", "file/runs"):
         with pytest.raises(ConfigError, match="file is a file, not a folder"):
@@ -371,7 +371,7 @@ def test_an_outdir_that_cannot_be_used_is_found_before_training(images, tmp_path
         prepare(options(images, tmp_path))
 
 
-def test_snapshots_that_do_not_fit_are_found_before_training(images, tmp_path, monkeypatch):
+def test_prepare_checks_free_space(images, tmp_path, monkeypatch):
     config = options(images, tmp_path)
     state = prepare(config).state
     tensors = [t for net in (state.G, state.D, state.G_ema) for t in net.state_dict().values()]
@@ -386,7 +386,7 @@ def test_snapshots_that_do_not_fit_are_found_before_training(images, tmp_path, m
             prepare(config)
 
 
-def test_images_that_are_fitted_are_mentioned(images, tmp_path):
+def test_prepare_notes_fitted_images(images, tmp_path):
     console = quiet()
     run(options(images, tmp_path, resolution=32, kimg=0.004), console=console)
     assert "12 images of other sizes are center-cropped and resized to 32×32;" in console.file.getvalue()
@@ -394,7 +394,7 @@ def test_images_that_are_fitted_are_mentioned(images, tmp_path):
     assert prepared.notes[1] == "12 images are enlarged more than 2×, and will look blurred."
 
 
-def test_a_folder_without_snapshots_is_no_run(images, tmp_path):
+def test_resume_folder_without_snapshots(images, tmp_path):
     with pytest.raises(ConfigError, match="a folder without snapshots"):
         prepare(options(images, tmp_path, resume=str(tmp_path)))
 
@@ -402,12 +402,12 @@ def test_a_folder_without_snapshots_is_no_run(images, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_on_cuda(family, precision, images, tmp_path):
+def test_run_on_cuda(family, precision, images, tmp_path):
     result = run(options(images, tmp_path, family, device="cuda", precision=precision), console=quiet())
     assert finetune.load(result.snapshot).missing == []
 
 
-def test_a_snapshot_of_other_weights_is_never_written_over(images, tmp_path):
+def test_write_snapshot_never_overwrites_other(images, tmp_path):
     prepared = prepare(options(images, tmp_path, kimg=100, tick=1, snap=1))
     folder = RunDir(
         tmp_path, prepared.config, prepared.image_set, source=None, chunk=4, device=torch.device("cpu")
