@@ -68,7 +68,7 @@ def test_demo_report(finished):
     _, result, text = finished
     options = "weight auto:1, backbone efficientnet-lite0"
     assert f"Fine-tuned for 0.032 kimg with self-distillation: {options}" in text
-    assert ("every distance dropped." in text) == result.improved
+    assert ("every distance decreased." in text) == result.improved
     for name in ("before.png", "after.png", "fine-tuned.pkl", "ATTRIBUTION.md"):
         assert name in text
     for distance in (*result.before.values(), *result.after.values()):
@@ -79,9 +79,9 @@ def test_demo_report(finished):
 @pytest.mark.parametrize(
     ("effnet_after", "improved", "says"),
     [
-        (1.0, True, "every distance dropped"),
-        (3.0, False, "this run did not work"),
-        (2.0, False, "did not work"),
+        (1.0, True, "every distance decreased"),
+        (3.0, False, "this run failed"),
+        (2.0, False, "this run failed"),
     ],
 )
 def test_demo_fails_unless_every_distance_drops(
@@ -110,7 +110,7 @@ def test_demo_without_offline_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "EfficientNetLite0", missing)
     lines = []
     config = demo.recipe(tmp_path, demo.CHECKPOINT, demo.IMAGES, 1.0, 0)
-    changed, metrics = demo.what_is_possible(config, lines.append)
+    changed, metrics = demo.available(config, lines.append)
     assert config.sd_backbone == "efficientnet-lite0"
     assert changed == dataclasses.replace(config, sd_backbone="l2")
     assert metrics == ("random-fid",)

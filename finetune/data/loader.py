@@ -31,8 +31,8 @@ class InfiniteLoader(Iterator[Batch]):
 
     An image that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
     files); the first one is logged. Raises DataError if none of the replacements can be read either, or if
-    more than `MAX_UNREADABLE` of an epoch were replaced. Where a worker dies, others go on in its place.
-    `state_dict` counts what was handed out, not what workers have read ahead; load it before the first batch.
+    more than `MAX_UNREADABLE` of an epoch were replaced. If a worker dies, it is restarted.
+    `state_dict` counts the batches that were yielded, not what workers have read ahead; load it before the first batch.
     """
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, batch_size: int) -> None:
@@ -133,9 +133,8 @@ def build_loader(
 class _Items(Dataset):
     """Items `(image, label, why)` of a set; `why`: what is wrong with the image it replaces.
 
-    Which one stands in depends on the number of the item and on what can be read, so that a run that is
-    continued meets the same. A problem that remains is handed over as an item, because torch rewords what
-    workers raise.
+    The replacement depends on the number of the item and on what can be read, so that a resumed run gets the
+    same. A remaining problem is returned as an item, because torch rewords what workers raise.
     """
 
     def __init__(self, image_set: ImageSet) -> None:
@@ -153,7 +152,7 @@ class _Items(Dataset):
                 return (*self.image_set[candidate], why)
             except DataError as error:
                 why = why or error.what
-        return DataError(f"{why} Neither can {NUM_STAND_INS} others that were to take its place.", hint=GONE)
+        return DataError(f"{why} Nor can {NUM_STAND_INS} replacements.", hint=GONE)
 
 
 def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list[str]] | DataError:

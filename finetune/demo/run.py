@@ -43,7 +43,7 @@ class DemoResult:
 
     @property
     def improved(self) -> bool:
-        """Whether every distance dropped."""
+        """Whether every distance decreased."""
         return all(self.after[name].value < self.before[name].value for name in self.before)
 
 
@@ -93,7 +93,7 @@ def run_demo(
             raise FinetuneError(f"{path} is missing.", hint="It comes with the package: install it again.")
     outdir.mkdir(parents=True, exist_ok=True)
     config = recipe(outdir, checkpoint, images, kimg, seed)
-    config, metrics = what_is_possible(config, say)
+    config, metrics = available(config, say)
 
     source = load(checkpoint, device=resolve_device(device))
     G = source.best
@@ -126,14 +126,12 @@ def speaker(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def what_is_possible(
-    config: TrainOptions, say: Callable[[str], None]
-) -> tuple[TrainOptions, tuple[str, ...]]:
+def available(config: TrainOptions, say: Callable[[str], None]) -> tuple[TrainOptions, tuple[str, ...]]:
     """Return the run and the metrics for the packages that are installed."""
     try:
         EfficientNetLite0()
     except WeightsMissing as missing:
-        say(f"{missing}\nGoing on without: l2 for the distillation, random-FID as the only metric.\n")
+        say(f"{missing}\nContinuing without: l2 for the distillation, random-FID as the only metric.\n")
         return dataclasses.replace(config, sd_backbone="l2"), ("random-fid",)
     return config, OFFLINE
 
@@ -161,14 +159,14 @@ def report(
         after = done.after[name]
         say(f"{f'{name} ({NAMES[name]})':<32}{shown(before):>18}{shown(after):>18}")
     if done.improved:
-        say("Lower is nearer: every distance dropped.")
+        say("Lower is better: every distance decreased.")
     else:
-        say("Lower is nearer, and not every distance dropped: this run did not work.")
+        say("Lower is better, but not every distance decreased: this run failed.")
     say(
         f"\n{outdir / 'before.png'} and {outdir / 'after.png'}: the same seeds, before and after\n"
         f"{done.snapshot.parent}: the run, with its options, log and snapshots\n"
         f"{done.exported}: the exported checkpoint, read back and compared in {num_compared} images\n"
-        f"Where images and checkpoint come from, and their licenses: {FOLDER / 'ATTRIBUTION.md'}\n\n"
+        f"Sources and licenses of images and checkpoint: {FOLDER / 'ATTRIBUTION.md'}\n\n"
         f"{done.seconds:.0f} seconds in all. One short run with one seed: it shows that the tool works, not "
         "how much self-distillation helps."
     )

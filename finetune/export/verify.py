@@ -103,7 +103,7 @@ _REPORT = "No file was written. Internal error: please report it."
 def _compare_tensors(name: str, ours: torch.nn.Module | None, theirs: torch.nn.Module | None) -> int:
     if ours is None or theirs is None:
         if ours is not theirs:
-            raise ExportError(f"{name} is not the same in the written file.", hint=_REPORT)
+            raise ExportError(f"{name} differs in the written file.", hint=_REPORT)
         return 0
     wanted, found = tensors_of(ours), tensors_of(theirs)
     if list(wanted) != list(found):

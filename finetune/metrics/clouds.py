@@ -42,7 +42,7 @@ def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
 
 
 def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
-    """Return the share of generated features in the real manifold, and of real ones in the generated.
+    """Return the fraction of generated features in the real manifold, and of real in the generated.
 
     Source: Kynkäänniemi et al. 2019 (1904.06991), 3 neighbors. Raises ConfigError if there are fewer.
     """

@@ -51,7 +51,7 @@ class Evaluation:
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
     `ppl`: perceptual path length. workers: processes that decode images. cache: keep what is found out
     about the images. inception: the file of its weights, fetched if None. group: this process among others
-    that do the same; each goes through its share of the images, in batches that do not depend on their
+    that do the same; each processes its part of the images, in batches that do not depend on their
     number, and all get the same distances. Raises ConfigError for unknown metrics and if torch-fidelity is
     missing, WeightsMissing without weights.
     """
@@ -228,7 +228,7 @@ def check_names(which: Sequence[str]) -> tuple[str, ...]:
     """Return the metrics, each once. Raises ConfigError for unknown ones, and without torch-fidelity."""
     unknown = [name for name in which if name not in METRICS]
     if unknown:
-        raise ConfigError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}.")
+        raise ConfigError(f"unknown metric ({', '.join(unknown)}). Choose from {', '.join(METRICS)}.")
     for name in which:
         if METRICS[name][1] != "frechet" or METRICS[name][0] == "inception":
             require_torch_fidelity(name)

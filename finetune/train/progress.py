@@ -13,7 +13,7 @@ from finetune.train.state import TrainState
 
 
 class Display:
-    """A progress bar on a terminal, one plain line a tick elsewhere; inside a `with` block."""
+    """A progress bar on a terminal, one plain line per tick elsewhere; use it in a `with` block."""
 
     def __init__(self, console: Console, total_nimg: int) -> None:
         self.console = console

@@ -75,7 +75,7 @@ def make_run_dir(outdir: str | Path, desc: str) -> Path:
             return run_dir
         except FileExistsError:
             continue  # another run took the number a moment ago
-    raise TrainingError(f"{outdir} has no free run number.")
+    raise TrainingError(f"{outdir} has no free run number. Choose another --outdir.")
 
 
 def grid_size(resolution: int, num_images: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from finetune.train.validation import Validation, is_better
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, its last snapshot, images seen, and the resolved config."""
+    """The result of a run: folder, last snapshot, images seen, and the resolved config."""
 
     run_dir: Path
     snapshot: Path
@@ -41,7 +41,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that the loop puts together."""
+    """The components of a run."""
 
     config: TrainConfig
     state: TrainState

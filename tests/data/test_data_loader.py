@@ -136,7 +136,7 @@ def test_loader_keeps_messages_of_errors(eight, two_cores, num_workers):
     with pytest.raises(DataError) as caught:
         next(batches)
     assert str(caught.value).startswith(str(path)) and "Traceback" not in str(caught.value)
-    assert "Neither can 8 others" in str(caught.value) and "--resume" in caught.value.hint
+    assert "Nor can 8 replacements" in str(caught.value) and "--resume" in caught.value.hint
     batches.close()
 
 

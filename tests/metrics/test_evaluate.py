@@ -91,7 +91,7 @@ def test_evaluation_progress(colors):
 
 
 def test_evaluation_wrong_requests(colors):
-    with pytest.raises(ConfigError, match="no metric is called fd; there are random-fid, fd-effnet"):
+    with pytest.raises(ConfigError, match=r"unknown metric \(fd\). Choose from random-fid, fd-effnet"):
         Evaluation(colors, ["fd"])
     with pytest.raises(ConfigError, match="at least 2 generated images, not 1"):
         Evaluation(colors, ["random-fid"]).distances(Painter(), 1)
