@@ -105,6 +105,13 @@ def _finish(
     name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
 ) -> list[str]:
     """Fill the module; what was converted, one sentence a type."""
+    if differences and (base := _rectangle(net)):
+        raise PickleRefused(
+            f"{name} in the pickle is a rectangular network (it starts at {base} instead of 4 x 4; object at "
+            f"byte {net.offset}), and only square ones can be used here",
+            offset=net.offset,
+            hint="The file may be honest and whole. Use a checkpoint of a square network.",
+        )
     if differences:
         raise CheckpointMismatch(
             f"{name} describes a {type(module).__name__} that its tensors do not fit:",
@@ -114,6 +121,18 @@ def _finish(
     fill(module, net.tensors, allowance, net.offset)
     counts = Counter(tensor.dtype for tensor in net.tensors.values() if tensor.dtype in CONVERTED)
     return [f"{name}: {count} tensors {CONVERTED[dtype]}" for dtype, count in sorted(counts.items())]
+
+
+def _rectangle(net: Described) -> str | None:
+    """The first size of a StyleGAN2 network that is not square, None for any other network."""
+    const, fc = net.tensors.get("synthesis.b4.const"), net.tensors.get("b4.fc.weight")
+    if const is not None and const.array.ndim == 3 and const.array.shape[1:] != (4, 4):
+        height, width = const.array.shape[1:]
+        return f"{height} x {width}"
+    if fc is not None and fc.array.ndim == 2 and fc.array.shape[1] != 16 * fc.array.shape[0]:
+        positions, rest = divmod(fc.array.shape[1], max(fc.array.shape[0], 1))
+        return f"{positions} positions" if rest == 0 and positions else None
+    return None
 
 
 def _recognise(name: str, net: Described) -> tuple[type, dict[str, Any]]:

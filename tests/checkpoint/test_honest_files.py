@@ -289,6 +289,24 @@ def test_every_way_to_make_an_object_leaves_a_record(way):
     assert seen.state == ({"x": 1} if way == "BUILD" else None)
 
 
+@pytest.mark.parametrize("height, width", [(4, 2), (2, 4), (4, 3), (5, 4)])
+@pytest.mark.parametrize("key", ["G", "D", "G_ema"])
+def test_a_rectangular_network_is_named_in_one_line(key, height, width, ada, opened):
+    net = ada[key]
+    if key == "D":
+        parameters = net.state["_modules"]["b4"].state["_modules"]["fc"].state["_parameters"]
+        weight = parameters["weight"].detach()
+        parameters["weight"] = torch.nn.Parameter(torch.zeros(len(weight), len(weight) * height * width))
+    else:
+        parameters = net.state["_modules"]["synthesis"].state["_modules"]["b4"].state["_parameters"]
+        parameters["const"] = torch.nn.Parameter(torch.zeros(len(parameters["const"]), height, width))
+    with pytest.raises(CheckpointError, match="is a rectangular network") as refusal:
+        opened({key: net})
+    size = f"{height * width} positions" if key == "D" else f"{height} x {width}"
+    assert f"starts at {size} instead of 4 x 4" in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 2
+
+
 def test_large_weights_at_old_protocols(tmp_path):
     """Bytes are spelled as text there, of several megabytes, which may be all zeros."""
     for value in (np.zeros(1 << 20, "<f4"), np.random.default_rng(0).random(1 << 20, np.float32)):

@@ -176,6 +176,11 @@ CALLS = (
         "timeit.timeit",
     ),
 )
+UNKNOWN = (  # made a record of, and never called
+    *("vision_module.VisionHead", "argparse.Namespace", "dill._dill._create_function"),
+    *("dill._dill._load_type", "torch.nn.modules.linear.Linear", "datetime.datetime", "collections.deque", "pathlib.PosixPath"),
+    *("torch._tensor._rebuild_from_type_v2", "numpy.random._pickle.__randomstate_ctor"),
+)
 HUGE = (1 << 31, (1 << 40) + 1, (1 << 62), -1)
 
 HOSTILE: dict[str, bytes] = {
@@ -215,13 +220,24 @@ HOSTILE: dict[str, bytes] = {
     "a tensor that starts behind its end": holding(tensor(1 << 40, (1,), (1,), b"\0" * 64)),
     "a network without a state": holding(network(b"N")),
     "a network of no class": holding(network(b"}", "../../etc")),
+    **{f"{name}, unknown": holding(call(name, named("os.path"), text("x"))) for name in UNKNOWN},
+    "an unknown object in itself": holding(call(UNKNOWN[0]) + b"\x94}(" + text("x") + b"h\x00ub"),
+    "100,000 unknown objects, each in the next": b"\x80\x02" + named(UNKNOWN[0]) + b"\x85R" * 50_000 + b".",
+    "an unknown object with a hostile state": holding(call(UNKNOWN[0]) + named("posix.system") + b"b"),
+    "an unknown object with hostile items": holding(call(UNKNOWN[0]) + b"(" + named("nt.system") + b"e"),
+    "an unknown object as a key": b"\x80\x02}" + call(UNKNOWN[0]) + b"Ns.",
+    "a buffer of exabytes": b"\x80\x04" + call("numpy.core.numeric._frombuffer", b"C\x04abcd",
+        call("numpy.dtype", text("f4"), b"\x89", b"\x88"), b"(" + integer(1 << 60) + b"t", text("C")) + b".",
+    "a dill array of a call": b"\x80\x04"
+    + call("dill._dill._create_array", named(UNKNOWN[0]), b")", b")", b"N") + b".",
+    "all that is unknown": holding(b"(" + b"".join(call(name, text("x")) for name in UNKNOWN) + b"t"),
     "a torch file in a torch file": holding(
         call("torch.storage._load_from_bytes", b"B" + struct.pack("<I", len(STORAGE)) + STORAGE)
     ),
 }  # fmt: skip
 
 FRAGMENTS = (
-    *(call(name, text("echo executed")) for name in CALLS[:6]),
+    *(call(name, text("echo executed")) for name in (*CALLS[:6], *UNKNOWN)),
     *(
         named("os.system"),
         b"R",
@@ -245,6 +261,7 @@ FRAGMENTS = (
 )
 WORDS = (
     *CALLS,
+    *UNKNOWN,
     "",
     "G",
     "D",
