@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import io
 import pathlib
 import pickle
 import random
@@ -266,6 +267,11 @@ def test_an_entry_of_a_foreign_class_is_ignored(ada, opened, protocol):
     assert seen.missing == [] and not seen.foreign
     said = "entry `args` ignored: foreign class argparse.Namespace"
     assert any(note.startswith(said) for note in seen.notes)
+
+
+def test_a_stream_in_an_entry_is_ignored(ada, opened):
+    ada["stream"] = io.BytesIO(b"x")
+    assert any(note.startswith("entry `stream` ignored") for note in opened(ada).notes)
 
 
 RECORDS = {

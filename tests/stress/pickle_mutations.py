@@ -178,8 +178,9 @@ CALLS = (
 )
 UNKNOWN = (  # made a record of, and never called
     *("vision_module.VisionHead", "argparse.Namespace", "dill._dill._create_function"),
-    *("dill._dill._load_type", "torch.nn.modules.linear.Linear", "datetime.datetime", "collections.deque", "pathlib.PosixPath"),
-    *("torch._tensor._rebuild_from_type_v2", "numpy.random._pickle.__randomstate_ctor"),
+    *("dill._dill._load_type", "torch.nn.modules.linear.Linear", "datetime.datetime"),
+    *("collections.deque", "pathlib.PosixPath", "torch._tensor._rebuild_from_type_v2"),
+    "numpy.random._pickle.__randomstate_ctor",
 )
 HUGE = (1 << 31, (1 << 40) + 1, (1 << 62), -1)
 

@@ -26,7 +26,7 @@ ACTING_NAMES = re.compile(
     r"|utils\.cpp_extension\..*)"
     r"|torch_utils\.(persistence|custom_ops)\..*"
     r"|numpy\.(load|loads|loadtxt|genfromtxt|fromfile|fromregex|memmap|save\w*|(lib|f2py|distutils|testing"
-    r"|ctypeslib)\..*|_?core\.(_multiarray_umath|memmap|records)\..*|_?core\.multiarray\.fromfile)"
+    r"|ctypeslib)\..*|_?core\.(_multiarray_umath|memmap)\..*|_?core\.multiarray\.fromfile)"
     r"|types\.(FunctionType|CodeType|LambdaType|ModuleType)"
 )
 DATA_TYPES = frozenset(
@@ -35,7 +35,7 @@ DATA_TYPES = frozenset(
     bool bytearray bytes complex dict float frozenset int list object range set slice str tuple long unicode
     xrange
     """.split()
-)
+) | {"_io.BytesIO", "_io.StringIO"}
 # Unknown names that decide nothing about a network that holds them.
 HARMLESS = re.compile(
     r"builtins\.\w+|(collections|datetime|numpy\.random|zoneinfo)\..*|random\.Random|types\.SimpleNamespace"
