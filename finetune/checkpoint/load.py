@@ -18,6 +18,7 @@ from finetune.checkpoint.unpickle.globals import PickleFile, read_pickle
 from finetune.checkpoint.unpickle.stubs import (
     NOT_OPENED,
     SAVE_AGAIN,
+    WRITTEN_BY_DILL,
     PersistentObject,
     TFNetwork,
     damaged,
@@ -196,7 +197,7 @@ def _foreign(name: str, record: Record) -> PickleRefused:
     """The refusal of a network for a name in it that is unknown here."""
     hint = f"The file may be honest. {NOT_OPENED} {SAVE_AGAIN}"
     if record.name.startswith("dill."):
-        hint = f"The file was written by dill, with classes or functions of its own. {SAVE_AGAIN}"
+        hint = WRITTEN_BY_DILL
     return PickleRefused(
         f"{name} in the pickle needs {record.name} (at byte {record.offset}), which is unknown here; "
         "nothing was executed",

@@ -110,6 +110,15 @@ def test_a_network_that_dill_wrote_by_value_says_how_to_save_it(opened):
     assert "pickle.dump({'G_ema': G_ema}, file)" in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", [("__builtin__", "__main__"), ("builtins", "getattr"), ("os", "system")])
+def test_a_name_that_acts_in_a_file_of_dill_says_both(name, opened):
+    """dill refers to such names where it stores functions and classes by value."""
+    code = call("dill._dill", "_create_function", Name(*name))
+    with pytest.raises(PickleRefused, match="written by dill") as refusal:
+        opened(forge.dumps({"G_ema": code}))
+    assert refusal.value.blocked == ".".join(name) and "trust its author" in refusal.value.hint
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_tensors_with_attributes(protocol, ada, opened, golden_dir):
     for module in ada["G_ema"].modules():

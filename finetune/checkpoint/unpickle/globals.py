@@ -97,12 +97,14 @@ class CheckpointWorld:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
+        self.is_dill = False  # whether a name of dill was seen
 
     def find(self, name: Global) -> Global | Record:
+        self.is_dill = self.is_dill or name.module.startswith("dill.")
         if name.name in CALLS or name.name in ONLY_NAMED:
             return name
         if acts(name):
-            block_acting(name.name, name.offset)
+            block_acting(name.name, name.offset, self.is_dill)
         return Record(printable(name.name), name.offset)
 
     def extension(self, code: int, offset: int) -> NoReturn:

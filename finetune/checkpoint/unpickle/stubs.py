@@ -91,13 +91,19 @@ def block(name: str, offset: int, why: str = "is not read here", hint: str | Non
     )
 
 
-def block_acting(name: str, offset: int) -> NoReturn:
+WRITTEN_BY_DILL = f"The file was written by dill, with classes or functions of its own. {SAVE_AGAIN}"
+
+
+def block_acting(name: str, offset: int, is_dill: bool = False) -> NoReturn:
     """Refuse a whole file for a name that Python's pickle could run code or commands with."""
+    caution = (
+        "With pickle or torch.load such a file can run anything: open it there only if you trust its author."
+    )
     block(
         name,
         offset,
         "no network needs and which can run code or commands",
-        "With pickle or torch.load such a file can run anything: open it there only if you trust its author.",
+        f"{WRITTEN_BY_DILL} {caution}" if is_dill else caution,
     )
 
 
