@@ -32,7 +32,8 @@ class InfiniteLoader(Iterator[Batch]):
     An image that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
     files); the first one is logged. Raises DataError if none of the replacements can be read either, or if
     more than `MAX_UNREADABLE` of an epoch were replaced. If a worker dies, it is restarted.
-    `state_dict` counts the batches that were yielded, not what workers have read ahead; load it before the first batch.
+    `state_dict` counts the batches that were yielded, not what workers have read ahead; load it before the
+    first batch.
     """
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, batch_size: int) -> None:
