@@ -112,7 +112,9 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
     state.label_generator.manual_seed(config.seed)
 
     def labels(count: int) -> torch.Tensor:
-        return image_set.random_labels(count, state.label_generator).to(device)
+        drawn = image_set.random_labels(count, state.label_generator)
+        # From pinned memory, the copy does not make the host wait for the device.
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     plan = build_plan(config, facts, distance, labels, device, group)
     check_place(origin.place, config, [state.G, state.D, state.G_ema], origin.nimg)
