@@ -144,4 +144,20 @@ def main() -> None:
     """Run the program with the arguments of the process; never returns."""
     let_threads_sleep()
     log_chosen_ops()
-    cli(prog_name="finetune")
+    try:
+        cli(prog_name="finetune")
+    finally:
+        end_rank()
+
+
+def end_rank() -> None:
+    """End this process at once if a launcher started it as a rank whose command succeeded.
+
+    Now and then torch.distributed with gloo aborts while the interpreter is torn down ("terminate called
+    without an active exception"), after everything is saved, and the launcher takes that for a failure.
+    """
+    done = sys.exc_info()[1]
+    if is_one_of_several() and isinstance(done, SystemExit) and done.code in (None, 0):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -1,5 +1,6 @@
 """The frame of the program: commands by name, errors as messages with exit codes, shared option types."""
 
+import importlib
 import os
 import re
 import signal
@@ -92,6 +93,7 @@ def test_explain_out_of_memory(monkeypatch):
 
 
 def test_internal_error_with_several_ranks_shows_traceback(monkeypatch):
+    importlib.import_module("torch")  # as every rank has
     monkeypatch.setenv("RANK", "1")
     failed = run_raising(monkeypatch, KeyError("missing key"))
     assert failed.exit_code == 1 and "Traceback" in failed.stderr and "raise error" in failed.stderr
