@@ -30,7 +30,7 @@ def resume(golden_dir, name, **changes):
         ("stylegan2-64-cond", {"classes": "keep"}, 3, "classes 5 → 3"),
         ("stylegan2-64-cond", {"classes": "fresh"}, 5, "fresh classes"),
         ("stylegan2-ada-32", {"channels": 4}, 0, "channels 3 → 4"),
-        ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made anew"),
+        ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made"),
     ],
 )
 def test_train_after_surgery(name, changes, num_labels, words, golden_dir, images, tmp_path):
