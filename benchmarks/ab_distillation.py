@@ -253,7 +253,7 @@ def start_of(options: argparse.Namespace, job: str) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    """Parse the command line; the preset fills in what is not given."""
+    """Parse the command line; the preset fills in missing options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--preset", default="cpu-quick", choices=PRESETS)

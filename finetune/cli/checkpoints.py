@@ -90,7 +90,7 @@ def show_command(name: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
 @offline_option()
 def fetch_command(names: tuple[str, ...]) -> None:
-    """Download what is not here yet, and print the paths.
+    """Download missing checkpoints and print their paths.
 
     An interrupted download is resumed, also by the next call. Size and hash are compared with the
     catalog; if it has none, the hash of the first download is recorded and must stay the same.

@@ -83,7 +83,7 @@ def run_demo(
     """Fine-tune, with images and distances before and after, and export; everything goes into `outdir`.
 
     Without the package of EfficientNet-Lite0 the student is held to its teacher by `l2` and only random-FID
-    is measured; it says so. Raises FinetuneError if a bundled file is missing.
+    is measured; a line reports it. Raises FinetuneError if a bundled file is missing.
     """
     started = time.perf_counter()
     console = console if console is not None else Console()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-NUM_COLORS = 4096  # drawn to fit the layers that read pictures; some hundred times their unknowns
+NUM_COLORS = 4096  # drawn to fit the layers that read images; some hundred times their unknowns
 
 
 def change(old: Any, new: Any, changed: dict[str, str]) -> None:
@@ -98,7 +98,7 @@ def _blocks(D: Any) -> list[Any]:
 
 
 def _colors(channels: int) -> torch.Tensor:
-    """Random colors `[NUM_COLORS, channels]`: half of the cube, half near gray, as pictures have them."""
+    """Random colors `[NUM_COLORS, channels]`: half of the cube, half near gray, as images have them."""
     everywhere = torch.rand(NUM_COLORS // 2, channels) * 2 - 1
     grays = (torch.rand(NUM_COLORS // 2, 1) * 2 - 1) + torch.randn(NUM_COLORS // 2, channels) * 0.2
     return torch.cat([everywhere, grays.clamp(-1, 1)])
