@@ -25,6 +25,7 @@ RANKS = {
     "finetune.hub": 3,
     "finetune.sampling": 3,
     "finetune.checkpoint": 4,
+    "finetune.directions": 4,
     "finetune.resolve": 5,
     "finetune.metrics": 6,
     "finetune.export": 6,
