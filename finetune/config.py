@@ -19,7 +19,10 @@ from typing import Any
 from finetune.errors import ConfigError
 
 FAMILIES = ("stylegan2", "stylegan3-t", "stylegan3-r")
-BACKBONES = ("lpips-vgg", "lpips-alex", "lpips-squeeze", "efficientnet-lite0", "l2")
+BACKBONES = (
+    "lpips-vgg", "lpips-alex", "lpips-squeeze", "st-lpips-alex", "st-lpips-vgg", "efficientnet-lite0",
+    "ms-ssim", "l2",
+)  # fmt: skip
 PRECISIONS = ("auto", "fp32", "tf32", "fp16")
 GRAPHS = ("auto", "off")
 FITS = ("crop", "pad", "stretch")

