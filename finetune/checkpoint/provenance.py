@@ -42,7 +42,7 @@ class Provenance:
     def from_entry(cls, entry: dict[str, Any], *, source: str, sha256: str, size: int) -> Provenance:
         """Build the provenance of a file that this program wrote from its entry "finetune".
 
-        A descendant has the license of its source.
+        The license is the one stated for the file itself, or else that of its source.
         """
         parent = _lineage(entry.get("source"))
         stated = _typed(entry)
@@ -51,7 +51,7 @@ class Provenance:
             source=source,
             sha256=sha256,
             size=size,
-            licence=(parent or {}).get("licence") or stated["licence"],
+            licence=stated["licence"] or (parent or {}).get("licence"),
             parent=parent,
             training=stated["training"],
             nimg=stated["nimg"],

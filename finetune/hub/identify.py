@@ -8,23 +8,24 @@ from finetune.hub import catalog, store
 from finetune.hub.catalog import Entry
 from finetune.recipes import Published
 
-BY_NAME = "(recognised by the file name alone)"  # the remark on a licence that may be another's
+# A remark on a license that may be another file's; files of earlier versions spell its first word otherwise.
+BY_NAME = "by the file name alone)"
 
 
 def entry_of_hash(sha256: str) -> Entry | None:
-    """The entry that a file is of: by a hash in the catalogue, or as one that was fetched by that name."""
-    for entry in catalog.catalogue().values():
+    """Return the entry with this hash, in the catalog or in the record of a download; None if unknown."""
+    for entry in catalog.entries().values():
         if entry.sha256 == sha256:
             return entry
     record = store.record_of_hash(sha256)
-    return catalog.catalogue().get(record.id) if record and record.id else None
+    return catalog.entries().get(record.id) if record and record.id else None
 
 
 def entries_of_name(file_name: str, size: int, resolution: int | None = None) -> list[Entry]:
-    """The entries whose file has this name; size: bytes. Those of a known size or hash are others."""
+    """Return the entries with this file name that neither their size (bytes) nor a hash distinguishes."""
     return [
         entry
-        for entry in catalog.catalogue().values()
+        for entry in catalog.entries().values()
         if entry.file_name == file_name
         and resolution in (None, entry.resolution)
         and entry.size in (None, size)
@@ -32,10 +33,10 @@ def entries_of_name(file_name: str, size: int, resolution: int | None = None) ->
     ]
 
 
-def find_licence(*, sha256: str, file_name: str, size: int, resolution: int) -> str | None:
-    """The licence of a public checkpoint, recognised by its hash or, with a remark, by name and resolution.
+def find_license(*, sha256: str, file_name: str, size: int, resolution: int) -> str | None:
+    """Return the license of a public checkpoint, found by hash or, with a remark, by name and resolution.
 
-    Several entries of one name count only where they state the same licence. None where it is not known.
+    None if it is unknown, or if entries with this file name state different licenses.
     """
     entry = entry_of_hash(sha256)
     if entry is not None and entry.licence is not None:
@@ -43,14 +44,14 @@ def find_licence(*, sha256: str, file_name: str, size: int, resolution: int) -> 
     record = store.record_of_hash(sha256)
     if entry is not None or record is not None:
         return record.licence if record else None
-    licences = {str(entry.licence) for entry in entries_of_name(file_name, size, resolution)}
-    if len(licences) != 1 or "None" in licences:
+    licenses = {str(entry.licence) for entry in entries_of_name(file_name, size, resolution)}
+    if len(licenses) != 1 or "None" in licenses:
         return None
-    return f"{licences.pop()} {BY_NAME}"
+    return f"{licenses.pop()} (recognized {BY_NAME}"
 
 
 def published(entry: Entry) -> Published | None:
-    """What is published about the training of a checkpoint, as recipes take it; None where nothing is."""
+    """Return the published training settings of a checkpoint, None if there are none."""
 
     def settings(which: str) -> tuple[float, int] | None:
         values = entry.published.get(which, {})
@@ -66,5 +67,5 @@ def published(entry: Entry) -> Published | None:
         target=own.get("target"),
     )
     if "published" in entry.inferred:
-        found = dataclasses.replace(found, name=f"{entry.id}, concluded from the name of its configuration")
+        found = dataclasses.replace(found, name=f"{entry.id}, inferred from the name of its configuration")
     return found if found.trained or found.finetune else None

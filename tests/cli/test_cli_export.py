@@ -63,6 +63,17 @@ def test_export_prints_lineage_and_license(source, tmp_path):
     assert finetune.load(tmp_path / "out.pkl").provenance.licence == "CC-BY-NC-4.0"
 
 
+@pytest.mark.parametrize("word", ["recognized", "recognised"])  # codespell:ignore recognised
+def test_export_license_replaces_one_found_by_file_name(source, tmp_path, word):
+    license = f"L1 ({word} by the file name alone)"
+    parent = {"generation": "sg3", "source": "a.pkl", "sha256": "ab" * 32, "size": 1, "licence": license}
+    snapshot = tmp_path / "snapshot.pkl"
+    G_ema = finetune.load(source).G_ema
+    save_stylegan_pickle(snapshot, G=None, D=None, G_ema=G_ema, provenance={"source": parent})
+    run("--network", snapshot, "--out", tmp_path / "out.pkl", "--license", "MIT")
+    assert finetune.load(tmp_path / "out.pkl").provenance.licence == "MIT"
+
+
 def test_export_round_trip_of_formats(source, tmp_path):
     run("--network", source, "--format", "safetensors", "--out", tmp_path / "a.safetensors")
     run("--network", tmp_path / "a.safetensors", "--out", tmp_path / "b.pkl")
