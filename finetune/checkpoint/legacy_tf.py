@@ -30,7 +30,7 @@ from finetune.errors import PickleRefused
 from torch_utils.ops import upfirdn2d
 
 OLDEST_VERSION = 4
-UNUSED = {"lod"}  # left over from progressive growing
+UNUSED = {"lod"}  # left over from progressive growing; codespell:ignore lod
 MAX_COMPONENTS = 16
 MAX_VARIABLES = 10_000  # of a component; the largest has about 200
 

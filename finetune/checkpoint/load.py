@@ -35,10 +35,10 @@ Network = Any  # a torch.nn.Module of finetune.models, whose attributes type che
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The networks of a file: modules of ours in eval mode without gradients, None where the file has none.
+    """The networks of a file, in eval mode without gradients; None for those the file does not have.
 
-    `foreign` has the class of each network in the file that is not of StyleGAN and was not opened; `notes`
-    says what else was found in the file, one sentence each.
+    `foreign`: class of each network that is not of StyleGAN and was not opened. `notes`: one sentence for
+    each other finding in the file.
     """
 
     G: Network | None
@@ -52,35 +52,35 @@ class Checkpoint:
 
     @property
     def best(self) -> Network | None:
-        """The generator to make pictures with: G_ema, or G where there is no G_ema, or None."""
+        """The generator for inference: G_ema, G if there is no G_ema, else None."""
         return self.G_ema if self.G_ema is not None else self.G
 
     @property
     def network(self) -> Network:
-        """`best`, or D where the file holds a discriminator alone."""
+        """`best`, or D if the file has no generator."""
         return self.best if self.best is not None else self.D
 
     @property
     def family(self) -> str:
-        """'stylegan2', 'stylegan3-t' or 'stylegan3-r'; a lone discriminator is StyleGAN2's."""
+        """'stylegan2', 'stylegan3-t' or 'stylegan3-r'; 'stylegan2' if the file has only a discriminator."""
         if self.best is None or not hasattr(self.best.synthesis, "input"):
             return "stylegan2"
         return "stylegan3-r" if self.best.init_kwargs.get("use_radial_filters") else "stylegan3-t"
 
     @property
     def missing(self) -> list[str]:
-        """The networks that the file does not hold, out of G, D and G_ema."""
+        """Those of G, D and G_ema that the file does not have."""
         return [name for name in NETWORKS if getattr(self, name) is None]
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
-    """Open a pickle of any generation, or a safetensors file that this program wrote.
+    """Open a pickle of any generation, or a safetensors file that `finetune export` wrote.
 
-    The networks are built from what the file says, and every tensor of the file lands in exactly one place of
-    ours. Nothing in the file is executed and no network is used. The license is that which the file states;
-    `finetune.resolve.load` looks it up as well. Raises CheckpointError where it is no checkpoint,
-    PickleRefused where it is damaged or hostile, CheckpointMismatch with the complete list where its tensors
-    are not those of its networks.
+    The networks are built from the description in the file, and each of its tensors is assigned to exactly
+    one of theirs. Nothing in the file is executed, and the network is not accessed. The license is that of
+    the file; `finetune.resolve.load` looks it up as well. Raises CheckpointError if the file is not a
+    checkpoint, PickleRefused if it is damaged or hostile, CheckpointMismatch with all differences if its
+    tensors are not those of its networks.
     """
     path = Path(path)
     if is_tensor_file(path):
@@ -127,7 +127,7 @@ def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the name of the file in front of what is wrong with it."""
+    """Prefix errors with the path of the file."""
     try:
         yield
     except PickleRefused as error:
@@ -146,7 +146,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """The networks of a file by name, and its other entries."""
+    """Return the networks of a file by name, and its other entries."""
     root = file.root
     if type(root) is PersistentObject:  # a single network
         return {"D" if root.class_name == "Discriminator" else "G_ema": root}, {}
@@ -170,9 +170,9 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
 
 
 def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused]]:
-    """The networks of ours by name, and the refusals of those of other classes.
+    """Return the rebuilt networks by name, and the refusals of those of foreign classes.
 
-    Raises PickleRefused where no generator is left of those in the file.
+    Raises PickleRefused if none of the generators in the file can be rebuilt.
     """
     allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
@@ -194,7 +194,7 @@ def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt
 
 
 def _foreign(name: str, record: Record) -> PickleRefused:
-    """The refusal of a network for a name in it that is unknown here."""
+    """Return the error for a network that contains an unknown name."""
     hint = f"The file may be honest. {NOT_OPENED} {SAVE_AGAIN}"
     if record.name.startswith("dill."):
         hint = WRITTEN_BY_DILL
@@ -218,7 +218,7 @@ def _entry_notes(extras: dict[Any, Any]) -> list[str]:
         elif key not in ENTRIES:
             unknown.append(shown)
     if unknown:
-        notes.append(f"entries without meaning here: {', '.join(sorted(unknown)[:20])}")
+        notes.append(f"unknown entries ignored: {', '.join(sorted(unknown)[:20])}")
     return notes[-20:]
 
 

@@ -248,7 +248,7 @@ def extras():
 def test_entries_that_people_add(key, protocol, opened, golden_dir):
     root = {"G_ema": honest.read(golden_dir / "stylegan3-t-32.pkl")["G_ema"], key: extras()[key]}
     seen = opened(root, protocol)
-    assert seen.notes[-1] == f"entries without meaning here: {key}"
+    assert seen.notes[-1] == f"unknown entries ignored: {key}"
 
 
 @pytest.mark.parametrize("protocol", range(6))

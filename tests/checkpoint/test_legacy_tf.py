@@ -44,7 +44,8 @@ def as_tensorflow(module: torch.nn.Module, options: dict) -> TFNetwork:
         "skip": "Skip",
     }
     layers |= {"conv": "Conv", "fc": "Dense0", "conv1": "Conv1" if is_generator else "Conv1_down"}
-    parts: dict[str, dict[str, np.ndarray]] = {"": {"lod": np.zeros([])}, "mapping": {}, "synthesis": {}}
+    parts: dict[str, dict[str, np.ndarray]] = {"": {}, "mapping": {}, "synthesis": {}}
+    parts[""]["lod"] = np.zeros([])  # codespell:ignore lod
     for name, tensor in tensors_of(module).items():
         value = tensor.detach().numpy()
         path, kind = name.split("."), name.rpartition(".")[2]

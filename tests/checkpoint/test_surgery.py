@@ -32,11 +32,11 @@ def labels(c_dim, count=8, classes=None):
     return torch.eye(c_dim)[torch.arange(count) % (classes or c_dim)] if c_dim else torch.zeros(count, 0)
 
 
-def pictures(G, c):
+def images(G, c):
     return G(latents(G, len(c)), c, noise_mode="const")
 
 
-def plain_colours():
+def plain_colors():
     return torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -45,12 +45,12 @@ def told(operations, name):
 
 
 @pytest.mark.parametrize("name, channels", CHANNEL_CASES)
-def test_channels_are_those_of_the_converted_picture(load, name, channels):
+def test_channels_are_those_of_the_converted_image(load, name, channels):
     checkpoint = load(name)
     c = labels(checkpoint.best.c_dim)
-    before = pictures(checkpoint.G_ema, c)
+    before = images(checkpoint.G_ema, c)
     after, operations = operate(checkpoint, TargetShape(channels=channels, new_d=checkpoint.D is None))
-    img = pictures(after.G_ema, c)
+    img = images(after.G_ema, c)
     assert_close(
         img[:, :3] if channels == 4 else img, before if channels == 4 else before.mean(1, True), NETWORK_F32
     )
@@ -60,7 +60,7 @@ def test_channels_are_those_of_the_converted_picture(load, name, channels):
     seen, known = (img, before) if channels == 4 else (gray, gray.expand(-1, 3, -1, -1))
     if checkpoint.D is not None:
         assert_close(after.D(seen, c), checkpoint.D(known, c), NETWORK_F32)
-    assert f"makes {channels} channels of 3" in "\n".join(told(operations, "G_ema").lines())
+    assert f"converted from 3 to {channels} channels" in "\n".join(told(operations, "G_ema").lines())
 
 
 def test_channels_there_and_back(load):
@@ -69,7 +69,7 @@ def test_channels_there_and_back(load):
     for through in (1, 4):
         there, _ = operate(checkpoint, TargetShape(channels=through))
         back, _ = operate(there, TargetShape(channels=3))
-        before, img = (pictures(each.G_ema, c) for each in (checkpoint, back))
+        before, img = (images(each.G_ema, c) for each in (checkpoint, back))
         gray = before.mean(1, True).expand_as(before)
         assert_close(img, before if through == 4 else gray, NETWORK_F32)
         assert_close(back.D(gray, c), checkpoint.D(gray, c), NETWORK_F32)
@@ -80,22 +80,23 @@ def test_more_classes_keep_the_old_ones(load):
     old = checkpoint.best.c_dim
     after, operations = operate(checkpoint, TargetShape(c_dim=old + 2, classes="extend"))
     c = labels(old + 2, classes=old)
-    before = pictures(checkpoint.G_ema, c[:, :old])
-    assert_close(pictures(after.G_ema, c), before, NETWORK_F32)
+    before = images(checkpoint.G_ema, c[:, :old])
+    assert_close(images(after.G_ema, c), before, NETWORK_F32)
     assert_close(after.D(before, c), checkpoint.D(before, c[:, :old]), NETWORK_F32)
-    assert f"{old} of {old} classes kept, 2 begin as the average" in "\n".join(told(operations, "G").lines())
-    # A new class is none of the old ones, and takes part in learning from the start.
+    report = "\n".join(told(operations, "G").lines())
+    assert f"{old} of {old} classes kept, 2 initialized to their average" in report
+    # A new class differs from the old ones.
     new = torch.zeros(8, old + 2)
     new[:, old] = 1
-    assert (pictures(after.G_ema, new) - before).abs().max() > 0.1
+    assert (images(after.G_ema, new) - before).abs().max() > 0.1
 
 
 def test_fewer_classes_keep_the_first(load):
     checkpoint = load("stylegan2-64-cond")
     after, _ = operate(checkpoint, TargetShape(c_dim=2, classes="keep"))
     c = labels(checkpoint.best.c_dim, classes=2)
-    before = pictures(checkpoint.G_ema, c)
-    assert_close(pictures(after.G_ema, c[:, :2]), before, NETWORK_F32)
+    before = images(checkpoint.G_ema, c)
+    assert_close(images(after.G_ema, c[:, :2]), before, NETWORK_F32)
     assert_close(after.D(before, c[:, :2]), checkpoint.D(before, c), NETWORK_F32)
 
 
@@ -108,7 +109,7 @@ def test_fresh_classes_keep_everything_but_the_embeddings(load):
         assert changed == {"mapping.embed.weight", "mapping.embed.bias"}
         assert (
             told(operations, name).lines()[-1]
-            == f"{name}, fresh classes: new, drawn at random: mapping.embed"
+            == f"{name}, fresh classes: initialized at random: mapping.embed"
         )
     assert torch.equal(after.G.mapping.embed.weight, after.G_ema.mapping.embed.weight)
 
@@ -117,8 +118,8 @@ def test_a_generator_that_gets_classes_ignores_them_at_first(load):
     checkpoint = load("stylegan2-32")
     after, _ = operate(checkpoint, TargetShape(c_dim=4))
     c = labels(4)
-    before = pictures(checkpoint.G_ema, labels(0))
-    assert_close(pictures(after.G_ema, c), before, NETWORK_F32)
+    before = images(checkpoint.G_ema, labels(0))
+    assert_close(images(after.G_ema, c), before, NETWORK_F32)
     scores = checkpoint.D(before, labels(0))
     assert (after.D(before, c) - scores).abs().max() < 0.1 * scores.abs().max()
     # And can learn them: every part that reads labels gets a gradient.
@@ -131,7 +132,7 @@ def test_without_classes_d_scores_as_the_average_class(load):
     checkpoint = load("stylegan2-64-cond")
     old = checkpoint.best.c_dim
     after, _ = operate(checkpoint, TargetShape(c_dim=0))
-    before = pictures(checkpoint.G_ema, labels(old))
+    before = images(checkpoint.G_ema, labels(old))
     every = [checkpoint.D(before, torch.eye(old)[[k] * len(before)]) for k in range(old)]
     assert_close(after.D(before, labels(0)), torch.stack(every).mean(0), NETWORK_F32)
     # The generator's average label went into a bias: exact for a linear layer, which the first one is.
@@ -156,18 +157,18 @@ def _linear(layer, x):
 def test_a_doubled_network_shows_and_scores_as_before(load, name):
     checkpoint = load(name)
     c = labels(checkpoint.best.c_dim)
-    before = pictures(checkpoint.G_ema, c)
+    before = images(checkpoint.G_ema, c)
     after, operations = operate(checkpoint, TargetShape(resolution=64))
-    img = pictures(after.G_ema, c)
+    img = images(after.G_ema, c)
     assert img.shape[-1] == 64 and after.G_ema.num_ws == checkpoint.G_ema.num_ws + 2
     enlarged = F.interpolate(before, scale_factor=2, mode="bilinear", align_corners=False)
     assert (img - enlarged).abs().mean() < 0.05 * before.abs().mean()
     scores = checkpoint.D(before, c)
-    # What was fitted on colours carries over to pictures, though these ones are rough as noise.
+    # The fit on plain colors carries over to images, even to these noisy ones.
     both = torch.cat([after.D(img, c), scores], dim=1)
     assert torch.corrcoef(both.t())[0, 1] > 0.85
     assert (both[:, 0] - both[:, 1]).abs().mean() < scores.std()
-    drawn = told(operations, "D").initialised
+    drawn = told(operations, "D").initialized
     assert drawn and all(key.startswith("b64.conv0") for key in drawn)
     after.D.requires_grad_(True)
     after.D(img, c).sum().backward()
@@ -180,14 +181,14 @@ def test_a_halved_network_shows_what_it_made_on_the_way(load):
     checkpoint = load("stylegan2-32")
     c = labels(0)
     after, _ = operate(checkpoint, TargetShape(resolution=16))
-    img = pictures(after.G_ema, c)
+    img = images(after.G_ema, c)
     way = {}
     handle = checkpoint.G_ema.synthesis.b16.register_forward_hook(lambda m, i, o: way.update(img=o[1]))
-    pictures(checkpoint.G_ema, c)
+    images(checkpoint.G_ema, c)
     handle.remove()
     assert_close(img, way["img"], NETWORK_F32)
-    # Plain colours score as they did; of what has edges nothing is promised.
-    plain = plain_colours()
+    # Plain colors score as before; edges need not.
+    plain = plain_colors()
     old, new = (
         D(plain.expand(-1, -1, size, size).contiguous(), c) for D, size in ((checkpoint.D, 32), (after.D, 16))
     )
@@ -203,7 +204,7 @@ def test_a_new_discriminator_has_the_published_size(load, name):
     half = 2 if name == "stylegan3-r-32" else 1
     assert after.D.init_kwargs["channel_max"] == settings["channel_max"] // half
     c = labels(checkpoint.best.c_dim)
-    assert after.D(pictures(after.G_ema, c), c).shape == (8, 1)
+    assert after.D(images(after.G_ema, c), c).shape == (8, 1)
 
 
 def test_surgery_is_reproducible_and_leaves_the_original(load):
@@ -220,19 +221,19 @@ def test_surgery_is_reproducible_and_leaves_the_original(load):
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert all(torch.equal(checkpoint.D.state_dict()[key], value) for key, value in original.items())
     c = labels(7)
-    assert first.D(pictures(first.G_ema, c), c).shape == (8, 1)
+    assert first.D(images(first.G_ema, c), c).shape == (8, 1)
 
 
 @pytest.mark.parametrize(
     "name, wanted, words",
     [
-        ("stylegan3-t-32", {"resolution": 64}, "--resolution 64: the layers of a StyleGAN3"),
+        ("stylegan3-t-32", {"resolution": 64}, "--resolution 64: the layers of StyleGAN3"),
         ("stylegan2-32", {"resolution": 48}, "--resolution 48: must be a power of two"),
         ("stylegan2-32", {"channels": 2}, "--channels 2"),
-        ("stylegan2-64-cond", {"c_dim": 50, "classes": "keep"}, "--classes keep: .* use extend or fresh"),
-        ("stylegan2-64-cond", {"c_dim": 2, "classes": "extend"}, "--classes extend: .* use keep or fresh"),
+        ("stylegan2-64-cond", {"c_dim": 50, "classes": "keep"}, "--classes keep: .* Use extend or fresh"),
+        ("stylegan2-64-cond", {"c_dim": 2, "classes": "extend"}, "--classes extend: .* Use keep or fresh"),
     ],
 )
-def test_what_cannot_be_done_is_refused(load, name, wanted, words):
+def test_operate_refuses_impossible_shapes(load, name, wanted, words):
     with pytest.raises(ConfigError, match=words):
         operate(load(name), TargetShape(**wanted))

@@ -80,7 +80,7 @@ def test_inspect_lineage(inspect, golden_dir, tmp_path):
         "before that   ffhq.pkl (sha256 abab",
         "licence       non-commercial",
         "missing       G, D",
-        "note          entries without meaning here: odd",
+        "note          unknown entries ignored: odd",
         "the 4 highest resolutions run in float16 on CUDA; clamped at 256",
     ):
         assert words in result.stdout, words

@@ -1,8 +1,8 @@
-"""Give the networks of a checkpoint another number of classes, channels or pixels, or a discriminator.
+"""Change the number of classes, channels or pixels of a checkpoint, or add a discriminator.
 
-A network of the new shape is built, every tensor of the same name and shape is taken over, and what changed
-its shape is worked out so that the network computes what it did before as nearly as can be: the layers that
-see the change are solved for, not drawn. What had to be drawn is said.
+A network of the new shape is built and every tensor of the same name and shape is copied. Layers whose shape
+changes are computed from the old weights, so that the network's function changes as little as possible.
+Parameters initialized at random are reported.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CLASSES = ("keep", "extend", "fresh")
 
 @dataclass(frozen=True)
 class TargetShape:
-    """The shape that the networks shall have; None leaves what the checkpoint has.
+    """The shape to give the networks; None keeps that of the checkpoint.
 
-    c_dim: number of classes, 0 for none. classes: how their embeddings follow from the old ones. new_d: make
-    a discriminator, because the file has none or has one that shall go.
+    c_dim: number of classes, 0 for none. classes: one of CLASSES, how embeddings derive from the old ones.
+    new_d: build a discriminator, because the file has none or to replace it.
     """
 
     c_dim: int | None = None
@@ -39,34 +39,32 @@ class TargetShape:
 
 @dataclass
 class Operation:
-    """What was done to one network: names of tensors, and sentences for a person."""
+    """A change to one network: the tensors kept, changed (with a description) and initialized at random."""
 
     network: str
     what: str
     kept: list[str] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
-    initialised: list[str] = field(default_factory=list)
+    initialized: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The report: how much was kept, and everything that was not, grouped by what was done."""
+        """Return the report: the number of tensors kept, and all others grouped by change."""
         title = f"{self.network}, {self.what}"
-        lines = [f"{title}: {len(self.kept)} tensors kept as they are"]
+        lines = [f"{title}: {len(self.kept)} tensors unchanged"]
         by_what: dict[str, list[str]] = {}
         for name, what in self.changed.items():
             by_what.setdefault(what, []).append(name)
         lines += [f"{title}: changed {_shorten(names)}: {what}" for what, names in by_what.items()]
-        if self.initialised:
-            lines.append(f"{title}: new, drawn at random: {_shorten(self.initialised)}")
+        if self.initialized:
+            lines.append(f"{title}: initialized at random: {_shorten(self.initialized)}")
         return lines
 
 
 def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple[Checkpoint, list[Operation]]:
-    """Return a checkpoint of the shape wanted, and what was done to each network; the original stays as it
-    is.
+    """Return a checkpoint of the given shape and the changes to each network; `checkpoint` is not modified.
 
-    Raises ConfigError, naming the option, for what cannot be done: another resolution of a StyleGAN3,
-    a number of channels other than 1, 3 and 4, fewer classes to keep than there are, more than can be
-    extended.
+    Raises ConfigError, naming the option, for impossible changes: another resolution of a StyleGAN3, a number
+    of channels other than 1, 3 and 4, `keep` with more classes than before, `extend` with fewer.
     """
     G: Any = checkpoint.best
     target = {
@@ -83,13 +81,13 @@ def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name in ("G", "G_ema", "D"):
             network = getattr(checkpoint, name)
-            # The same draws for G and its average, so that what is new starts equal in both.
+            # The same seed for G and G_ema, so that new parameters are equal in both.
             torch.manual_seed(seed + (name == "D"))
             if name == "D" and wanted.new_d:
                 networks[name], done = _new_discriminator(G, target)
                 operations.append(done)
             elif network is not None:
-                for step in steps:  # one after the other: each sees the network that the one before made
+                for step in steps:  # in sequence: each starts from the result of the previous one
                     network, done = _change(name, network, step, wanted.classes)
                     operations.append(done)
                 networks[name] = network
@@ -104,29 +102,29 @@ def _check(checkpoint: Checkpoint, wanted: TargetShape, target: dict[str, int]) 
     if before != after:
         if checkpoint.family != "stylegan2":
             raise ConfigError(
-                f"--resolution {after}: the layers of a StyleGAN3 are designed for one resolution, "
-                f"here {before}; only StyleGAN2 can add or drop blocks."
+                f"--resolution {after}: the layers of StyleGAN3 are designed for one resolution ({before}). "
+                "Only StyleGAN2 can add or drop blocks; omit the option."
             )
         if after < 8 or after & (after - 1):
             raise ConfigError(f"--resolution {after}: must be a power of two, 8 or more.")
     old, new = G.c_dim, target["c_dim"]
     if wanted.classes == "keep" and 0 < old < new:
         raise ConfigError(
-            f"--classes keep: the checkpoint has {old} classes and the pictures have {new}; "
-            "use extend or fresh."
+            f"--classes keep: the checkpoint has {old} classes, fewer than the {new} of the images. "
+            "Use extend or fresh."
         )
     if wanted.classes == "extend" and 0 < new < old:
         raise ConfigError(
-            f"--classes extend: the checkpoint has {old} classes, more than the {new} of the pictures; "
-            "use keep or fresh."
+            f"--classes extend: the checkpoint has {old} classes, more than the {new} of the images. "
+            "Use keep or fresh."
         )
 
 
 def _new_discriminator(G: Any, target: dict[str, int]) -> tuple[torch.nn.Module, Operation]:
-    """A discriminator of the size that is published beside such a generator."""
+    """Build a discriminator of the size published for a generator like G."""
     settings = {**G.init_kwargs, **(G.init_kwargs.get("synthesis_kwargs") or {})}
     size = {name: settings.get(name, {"channel_base": 32768, "channel_max": 512}[name]) for name in SIZES}
-    if settings.get("use_radial_filters"):  # configuration R doubles the generator alone
+    if settings.get("use_radial_filters"):  # configuration R has twice the channels, in the generator only
         size = {name: value // 2 for name, value in size.items()}
     D = stylegan2.Discriminator(
         **target,
@@ -135,7 +133,7 @@ def _new_discriminator(G: Any, target: dict[str, int]) -> tuple[torch.nn.Module,
         conv_clamp=settings.get("conv_clamp", 256),
     )
     names = [name for name, _ in D.named_parameters()]
-    return D.eval().requires_grad_(False), Operation("D", "made anew", initialised=names)
+    return D.eval().requires_grad_(False), Operation("D", "new discriminator", initialized=names)
 
 
 SIZES = ("channel_base", "channel_max")
@@ -145,7 +143,7 @@ WORDS = {"c_dim": "classes", "img_channels": "channels", "img_resolution": "pixe
 def _change(
     name: str, network: Any, changes: dict[str, int], classes: str | None
 ) -> tuple[torch.nn.Module, Operation]:
-    """A network like `network` with other constructor arguments, filled as well as can be."""
+    """Build a network like `network` with other constructor arguments, and fill it from the old weights."""
     kwargs = network.init_kwargs
     kwargs.update(changes)
     new = type(network)(*network.init_args, **kwargs)
@@ -166,7 +164,7 @@ def _change(
         blocks.change(network, new, done.changed)
     drawn = {key for key, what in done.changed.items() if what == labels.DRAWN}
     done.kept = [key for key in done.kept if key not in done.changed]
-    done.initialised = [
+    done.initialized = [
         key
         for key, _ in new.named_parameters()
         if key not in done.kept and key not in done.changed.keys() - drawn
@@ -176,13 +174,13 @@ def _change(
 
 
 def _old_name(key: str, old: Any, new: Any) -> str:
-    """The name of a tensor in the old network: StyleGAN3's last layer has its channels in its name."""
+    """Return the name of a tensor in the old network; StyleGAN3's last layer has its channels in the name."""
     if not hasattr(getattr(new, "synthesis", None), "layer_names"):
         return key
     return key.replace(new.synthesis.layer_names[-1], old.synthesis.layer_names[-1])
 
 
 def _shorten(names: list[str]) -> str:
-    """The layers of the tensors, each once; a long list by its first and its number."""
+    """Return the layers of the tensors, each once; a long list is abbreviated."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     return ", ".join(layers) if len(layers) <= 12 else f"{', '.join(layers[:10])} and {len(layers) - 10} more"

@@ -1,4 +1,4 @@
-"""Another number of channels: gray, RGB, RGBA."""
+"""Change the number of image channels: gray, RGB, RGBA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALLOWED = (1, 3, 4)
 
 
 def conversion(before: int, after: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrix `[after, before]` and offset `[after]` that turn pictures of one kind into another.
+    """Return the matrix `[after, before]` and offset `[after]` that convert images between channel counts.
 
     Gray is the mean of red, green and blue; a new alpha is 1 (opaque), an old one is dropped.
     """
@@ -25,7 +25,7 @@ def conversion(before: int, after: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def change(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """The layers that make or read channels, in a generator or discriminator; notes them in `changed`."""
+    """Convert the layers that give or take image channels, and describe the changes in `changed`."""
     if hasattr(new, "synthesis"):
         _change_torgb(old, new, changed)
     else:
@@ -33,7 +33,7 @@ def change(old: Any, new: Any, changed: dict[str, str]) -> None:
 
 
 def _change_torgb(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """Make the picture that the old generator made, converted."""
+    """Give the image of the old generator, converted."""
     matrix, offset = conversion(old.img_channels, new.img_channels)
     layers: list[tuple[str, Any, Any, float]] = []
     if hasattr(new.synthesis, "layer_names"):
@@ -46,17 +46,17 @@ def _change_torgb(old: Any, new: Any, changed: dict[str, str]) -> None:
             source: Any = getattr(old.synthesis, f"b{size}", None)
             block = getattr(new.synthesis, f"b{size}")
             if hasattr(source, "torgb") and hasattr(block, "torgb"):
-                # The pictures of all blocks are added up: the offset comes once.
+                # The images of all blocks are summed, so the offset is added in one of them only.
                 layers.append((f"synthesis.b{size}.torgb", source.torgb, block.torgb, float(size == last)))
     for name, source, layer, scale in layers:
         layer.weight.copy_(torch.einsum("oc,cikl->oikl", matrix.to(source.weight), source.weight))
         layer.bias.copy_(matrix.to(source.bias) @ source.bias + offset.to(source.bias) * scale)
-        what = f"makes {new.img_channels} channels of {old.img_channels}"
+        what = f"converted from {old.img_channels} to {new.img_channels} channels"
         changed[f"{name}.weight"] = changed[f"{name}.bias"] = what
 
 
 def _change_fromrgb(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """See what the old discriminator saw of the picture, converted to what it knew."""
+    """Score an image as the old discriminator scores the image converted to its channels."""
     matrix, offset = conversion(new.img_channels, old.img_channels)
     for size in (*new.block_resolutions, 4):
         source = getattr(getattr(old, f"b{size}", None), "fromrgb", None)
@@ -66,5 +66,5 @@ def _change_fromrgb(old: Any, new: Any, changed: dict[str, str]) -> None:
         used = (source.weight * source.weight_gain)[:, :, 0, 0]
         layer.weight.copy_((used @ matrix.to(used) / layer.weight_gain)[:, :, None, None])
         layer.bias.copy_(source.bias + used @ offset.to(used))
-        what = f"reads {new.img_channels} channels as the {old.img_channels} it knew"
+        what = f"converted from {old.img_channels} to {new.img_channels} channels"
         changed[f"b{size}.fromrgb.weight"] = changed[f"b{size}.fromrgb.bias"] = what

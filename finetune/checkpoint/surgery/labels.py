@@ -1,4 +1,4 @@
-"""Another number of classes: the embedding of labels, the layer behind it, and the projection of D."""
+"""Change the number of classes: the label embedding, the layer after it, and the projection of D."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from finetune.models.stylegan2 import unit_rms
 
 DRAWN = "drawn at random"
-PROJECTION_SPREAD = 0.1  # of a new projection around 1, so that its numbers do not learn in step
+PROJECTION_SPREAD = 0.1  # standard deviation of a new projection around 1, to break symmetry
 
 
 def change(old: Any, new: Any, classes: str | None, changed: dict[str, str]) -> None:
-    """Work out what labels touch in `new`, a generator or discriminator like `old`; notes it in `changed`."""
+    """Compute the layers of `new` that depend on labels from `old`, and describe the changes in `changed`."""
     if old.c_dim and new.c_dim:
         if classes == "fresh":
             new.mapping.embed.weight.copy_(torch.randn_like(new.mapping.embed.weight))
@@ -31,13 +31,13 @@ def change(old: Any, new: Any, classes: str | None, changed: dict[str, str]) -> 
 
 
 def average_embedding(mapping: Any) -> torch.Tensor:
-    """What the layers behind the embedding see of the average class: `[embed_features]`."""
+    """Return the mean over classes of the normalized embedding: `[embed_features]`."""
     every_class = torch.eye(mapping.c_dim, device=mapping.embed.weight.device)
     return unit_rms(mapping.embed(every_class)).mean(dim=0)
 
 
 def _carry_embedding(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """Columns of the classes that stay, the average of all for those that come; equal when used."""
+    """Copy the embeddings of the classes kept; new classes get the average of all."""
     before, after = old.in_features, new.in_features
     used = old.weight * old.weight_gain
     columns = used.mean(dim=1, keepdim=True).expand(-1, after).clone()
@@ -45,37 +45,37 @@ def _carry_embedding(old: Any, new: Any, changed: dict[str, str]) -> None:
     new.weight.copy_(columns / new.weight_gain)
     what = f"{min(before, after)} of {before} classes kept"
     changed["mapping.embed.weight"] = what + (
-        f", {after - before} begin as the average of them" if after > before else ""
+        f", {after - before} initialized to their average" if after > before else ""
     )
 
 
 def _change_first_layer(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """A label that appears says nothing at first; one that goes leaves the average of all classes behind."""
+    """Add label inputs with weight 0, or replace label inputs by their average over classes."""
     z_dim = old.z_dim
     used = old.fc0.weight * old.fc0.weight_gain
     weight = torch.zeros_like(new.fc0.weight)
     weight[:, :z_dim] = used[:, :z_dim] / new.fc0.weight_gain
     new.fc0.weight.copy_(weight)
     if not old.c_dim:
-        changed["mapping.fc0.weight"] = "reads labels, with weight 0 at first"
+        changed["mapping.fc0.weight"] = "label inputs added with weight 0"
         return
     bias = old.fc0.bias * old.fc0.bias_gain + used[:, z_dim:] @ average_embedding(old)
     new.fc0.bias.copy_(bias / new.fc0.bias_gain)
-    changed["mapping.fc0.weight"] = "the part that read labels went"
-    changed["mapping.fc0.bias"] = "what labels contributed on average went into it"
+    changed["mapping.fc0.weight"] = "label inputs removed"
+    changed["mapping.fc0.bias"] = "average contribution of labels added"
 
 
 def _begin_projection(old: Any, new: Any, changed: dict[str, str]) -> None:
-    """Every class scores as D did without classes, but for a small spread that learning can work on."""
+    """Score every class as D did without classes, up to a small random spread that breaks the symmetry."""
     last = getattr(new.mapping, f"fc{new.mapping.num_layers - 1}")
-    # The projection is act(weight·y + bias) with act(u) = sqrt(2)·u above 0: begin near 1.
+    # The projection is act(weight·y + bias) with act(u) = sqrt(2)·u above 0: initialized near 1.
     last.weight.copy_(torch.randn_like(last.weight) * (PROJECTION_SPREAD / (last.weight_gain * math.sqrt(2))))
     last.weight.div_(math.sqrt(last.in_features))
     last.bias.fill_(1 / (math.sqrt(2) * last.bias_gain))
-    share = 1 / math.sqrt(new.b4.cmap_dim)  # the logit is sum(out · cmap) / sqrt(cmap_dim)
-    new.b4.out.weight.copy_(old.out.weight.expand_as(new.b4.out.weight) * share)
-    new.b4.out.bias.copy_(old.out.bias.expand_as(new.b4.out.bias) * share)
-    changed["b4.out.weight"] = changed["b4.out.bias"] = "scores as before, the same for every class at first"
+    scale = 1 / math.sqrt(new.b4.cmap_dim)  # the logit is sum(out · cmap) / sqrt(cmap_dim)
+    new.b4.out.weight.copy_(old.out.weight.expand_as(new.b4.out.weight) * scale)
+    new.b4.out.bias.copy_(old.out.bias.expand_as(new.b4.out.bias) * scale)
+    changed["b4.out.weight"] = changed["b4.out.bias"] = "scores as before, equal for all classes initially"
 
 
 def _end_projection(old: Any, new: Any, changed: dict[str, str]) -> None:
@@ -84,4 +84,4 @@ def _end_projection(old: Any, new: Any, changed: dict[str, str]) -> None:
     projection = old.mapping(None, every_class).mean(dim=0) / math.sqrt(old.b4.cmap_dim)
     new.out.weight.copy_(projection[None] @ old.b4.out.weight)
     new.out.bias.copy_(projection[None] @ old.b4.out.bias)
-    changed["b4.out.weight"] = changed["b4.out.bias"] = "scores as the average over all classes did"
+    changed["b4.out.weight"] = changed["b4.out.bias"] = "average over the former classes"
