@@ -44,20 +44,20 @@ def load(network: str | Path, *, device: str | torch.device = "cpu") -> Checkpoi
     that of the catalog. Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
     """
     from finetune.checkpoint.load import load as load_file
-    from finetune.hub.identify import find_licence
+    from finetune.hub.identify import find_license
 
     path = resolve_network(network)
     checkpoint = load_file(path, device=device)
     origin = checkpoint.provenance
     if origin.generation == "finetune":
         return checkpoint
-    licence = find_licence(
+    license = find_license(
         sha256=origin.sha256,
         file_name=origin.source,
         size=origin.size,
         resolution=checkpoint.network.img_resolution,
     )
-    return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=licence))
+    return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
 
 
 def published_for(provenance: Provenance) -> Published | None:
@@ -100,8 +100,8 @@ def newest_snapshot(run_dir: Path) -> Path:
     ]
     if not found:
         raise CheckpointError(
-            f"{run_dir} holds no network-snapshot-*.pkl",
-            hint="Give a checkpoint file, or the folder of a run that has written a snapshot.",
+            f"{run_dir} has no network-snapshot-*.pkl",
+            hint="Pass a checkpoint file, or the folder of a run that has written a snapshot.",
         )
     return max(found)[1]
 
@@ -115,8 +115,8 @@ def resolve_network(
     """Return the checkpoint file that `network` means: a file, run folder, catalog name or URL.
 
     The file of a run folder is its newest snapshot; that of a name or URL is downloaded if it is not on this
-    machine. `tell` is called with what is fetched and its license, `progress` with the bytes so far and in
-    all. Raises CheckpointError if `network` is none of these, and what `finetune.hub.download.fetch` raises.
+    machine. `tell` is called with what is downloaded and its license, `progress` with the bytes so far and in
+    total. Raises CheckpointError if `network` is none of these, and what `hub.download.fetch` raises.
     """
     text = os.fspath(network)
     if url := as_url(text):
@@ -129,7 +129,7 @@ def resolve_network(
     if not path.exists():
         return _named(text, tell, progress)
     if not path.is_file():  # a pipe or a device may have no end
-        raise CheckpointError(f"{path} is not a file", hint="Save what it gives as a file first.")
+        raise CheckpointError(f"{path} is not a file", hint="Pass a regular file.")
     return path
 
 
@@ -148,11 +148,11 @@ def _named(
     if entry is None:
         what = f"{Path(text).expanduser()} does not exist"
         if Path(text).name != text:
-            raise CheckpointError(what, hint="Give a checkpoint file, a run folder, a name or a URL.")
-        raise CheckpointError(f"{what}, and is no name of the catalogue", hint=catalog.suggestion(text))
+            raise CheckpointError(what, hint="Pass a checkpoint file, a run folder, a name or a URL.")
+        raise CheckpointError(f"{what}, and is not in the catalog", hint=catalog.suggestion(text))
     if entry.architecture not in catalog.OPENS:
         raise CheckpointError(
-            f"{entry.id} is a network of the kind {entry.architecture}, which cannot be used here",
-            hint=f"These can: {', '.join(catalog.OPENS)}. {entry.notes or ''}".strip(),
+            f"{entry.id}: a network of architecture {entry.architecture} cannot be used here",
+            hint=f"Supported: {', '.join(catalog.OPENS)}. {entry.notes or ''}".strip(),
         )
     return store.fetch_entry(entry, tell=tell, progress=progress)

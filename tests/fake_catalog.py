@@ -10,9 +10,9 @@ from pathlib import Path
 from hub.faulty_server import serving
 
 from finetune.hub import catalog, download
-from finetune.hub.catalog import Entry, Licence
+from finetune.hub.catalog import Entry, License
 
-LICENSE = Licence("Some License 1.0", "https://example.org/license")
+LICENSE = License("Some License 1.0", "https://example.org/license")
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def served(folder: Path, files: dict[str, bytes], monkeypatch):
     Gives the server; `server.state(name, **changes)` changes what the catalog says of a file.
     """
     monkeypatch.setenv("FINETUNE_CACHE", str(folder / "cache"))
-    monkeypatch.setenv("FINETUNE_CATALOGUE", str(folder / "mine.json"))
+    monkeypatch.setenv("FINETUNE_CATALOG", str(folder / "mine.json"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
     monkeypatch.setattr(download, "sleep", lambda seconds: None)
@@ -41,10 +41,10 @@ def served(folder: Path, files: dict[str, bytes], monkeypatch):
             write()
 
         def write():
-            Path(os.environ["FINETUNE_CATALOGUE"]).write_text(catalog.to_text(entries.values()))
-            catalog.catalogue.cache_clear()
+            Path(os.environ["FINETUNE_CATALOG"]).write_text(catalog.to_text(entries.values()))
+            catalog.entries.cache_clear()
 
         server.state, server.entries = state, entries
         write()
         yield server
-    catalog.catalogue.cache_clear()
+    catalog.entries.cache_clear()

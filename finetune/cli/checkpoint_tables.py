@@ -35,7 +35,7 @@ def print_table(entries: Iterable[Entry]) -> None:
     table.add_column("pixels", justify="right", no_wrap=True)
     table.add_column("architecture", no_wrap=True)
     table.add_column("images", max_width=40)
-    table.add_column("licence", max_width=44)
+    table.add_column("license", max_width=44)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("here", no_wrap=True)
     for entry in entries:
@@ -69,12 +69,12 @@ def as_text(entry: Entry) -> str:
 
     place = store.place_of(entry)
     record = store.record_of(place)
-    license = "not stated, which is no permission"
+    license = "not stated (no permission to use it)"
     if entry.licence:
         license = str(entry.licence) + (f" ({entry.licence.remark})" if entry.licence.remark else "")
     hashed = f"{entry.sha256} (stated by {entry.sha256_from})" if entry.sha256 else None
     if hashed is None and record is not None:
-        hashed = f"{record.sha256} (as it first came on {record.since})"
+        hashed = f"{record.sha256} (first download, on {record.since})"
     classes = {None: None, 0: "none (unconditional)"}.get(entry.classes, entry.classes)
     lines: list[tuple[str, Any]] = [
         ("name", entry.id),
@@ -87,9 +87,9 @@ def as_text(entry: Entry) -> str:
         ("images", entry.dataset),
         ("license", license),
         ("size", f"{entry.size:,} bytes" if entry.size else size_text(entry)),
-        ("sha256", hashed or "not stated; recorded when the file first comes"),
+        ("sha256", hashed or "not stated; recorded at the first download"),
         *((name, settings_text(values)) for name, values in published_lines(entry)),
-        ("concluded", ", ".join(entry.inferred)),
+        ("inferred", ", ".join(entry.inferred)),
         ("notes", entry.notes),
         *(("address" if index == 0 else "or", url) for index, url in enumerate(entry.urls)),
         *(("source", source) for source in entry.sources),

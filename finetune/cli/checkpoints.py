@@ -22,7 +22,7 @@ def command() -> None:
     """Find, fetch and verify public checkpoints by name.
 
     Every command that takes a network accepts these names and URLs. The catalog lists published facts about
-    each checkpoint; $FINETUNE_CATALOGUE adds a catalog of your own. Files are kept in the cache folder, which
+    each checkpoint; $FINETUNE_CATALOG adds a catalog of your own. Files are kept in the cache folder, which
     $FINETUNE_CACHE sets. Each checkpoint has its own license.
     """
 
@@ -47,7 +47,7 @@ def list_command(everything: bool, here: bool, as_json: bool) -> None:
 
     entries = [
         entry
-        for entry in catalog.catalogue().values()
+        for entry in catalog.entries().values()
         if (everything or entry.architecture in catalog.OPENS)
         and (not here or store.place_of(entry).is_file())
     ]
@@ -201,9 +201,9 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
         raise ConfigError(f"--license {license}: {entry.id} has one ({entry.licence}). Omit the option.")
     if entry.kind == "checkpoint":
         contribute.check_fits(file, entry, facts_of(file))
-    click.echo(f"{entry.id}: {store.add_file(file, entry, licence=license)}")
+    click.echo(f"{entry.id}: {store.add_file(file, entry, license=license)}")
     if not license:
-        for line in store.licence_lines(entry):
+        for line in store.license_lines(entry):
             click.echo(line)
 
 
@@ -239,7 +239,7 @@ def add_command(url: str, into: Path | None, **said: Any) -> None:
         raise ConfigError("--license-page: the license itself is missing. Give --license as well.")
     trained = {name: value for name in ("gamma", "batch", "kimg") if (value := said.pop(name)) is not None}
     page, license = said.pop("license_page"), said.pop("license")
-    said["licence"] = catalog.Licence(license, page) if license else None
+    said["licence"] = catalog.License(license, page) if license else None
     said["published"] = {"trained": trained} if trained else None
     entry = contribute.new_entry(url, facts_of(network_file(url)), **said)
     if into is None:

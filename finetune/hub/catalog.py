@@ -1,6 +1,6 @@
-"""The catalogue of public networks, `checkpoints.json`: what is publicly stated about each, and nothing else.
+"""Read the catalog of public networks, `checkpoints.json`, which states only what is published about each.
 
-$FINETUNE_CATALOGUE may name a further file of the same form, for networks of one's own; its names win.
+$FINETUNE_CATALOG may name another file in the same format, for networks of your own; its names win.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from urllib.parse import unquote, urlsplit
 from finetune.errors import CheckpointError, ConfigError
 
 NAME = "checkpoints.json"
-VARIABLE = "FINETUNE_CATALOGUE"
+VARIABLE = "FINETUNE_CATALOG"
 VERSION = 1
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
-OPENS = ("stylegan2", "stylegan3-t", "stylegan3-r")  # the architectures that this program can load
+OPENS = ("stylegan2", "stylegan3-t", "stylegan3-r")  # the architectures that can be loaded
 
 
 @dataclass(frozen=True, slots=True)
-class Licence:
-    """A licence as somebody states it; `remark` says who, where that matters."""
+class License:
+    """A license as its publisher states it; `remark` names the publisher if it is not the obvious one."""
 
     name: str
     page: str | None = None
@@ -41,7 +41,7 @@ class Licence:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One network; None is what nobody states. The fields are those of `checkpoints.schema.json`."""
+    """One network, with the fields of `checkpoints.schema.json`; None if something is not published."""
 
     id: str
     urls: tuple[str, ...]
@@ -53,7 +53,7 @@ class Entry:
     resolution: int | None = None
     classes: int | None = None
     dataset: str | None = None
-    licence: Licence | None = None
+    licence: License | None = None
     size: int | None = None
     size_about: str | None = None
     sha256: str | None = None
@@ -65,16 +65,16 @@ class Entry:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Entry:
-        """An entry of a catalogue that has been checked."""
+        """Return the entry that `values`, checked JSON, describe."""
         given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        given["licence"] = Licence(**given["licence"]) if given.get("licence") else None
+        given["licence"] = License(**given["licence"]) if given.get("licence") else None
         given["published"] = given.get("published") or {}
         return cls(**given)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, in the order of `FIELDS`."""
+        """Return plain values, in the order of `FIELDS`."""
         values = {name: getattr(self, name) for name in FIELDS}
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         values["published"] = {key: dict(value) for key, value in self.published.items()} or None
@@ -87,12 +87,12 @@ class Entry:
 
     @property
     def file_name(self) -> str:
-        """The name that the file has where it comes from."""
+        """The name of the file at its first URL."""
         return file_name_of(self.urls[0])
 
 
 def file_name_of(url: str) -> str:
-    """The last part of the path of a URL; of a query that names a path, of that."""
+    """Return the last part of the path of a URL, or of the path that its query names."""
     parts = urlsplit(url)
     named = next((part[5:] for part in parts.query.split("&") if part.startswith("path=")), parts.path)
     return PurePosixPath(unquote(named)).name or parts.netloc
@@ -130,7 +130,7 @@ def _or_null(check: Check) -> Check:
 
 
 ID = _text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "a name of at most 100 letters, digits, '.', '_', '-'")
-LINE = _text(r"(?!.{301})\S(.*\S)?", "a text of at most 300 characters without blanks around it")
+LINE = _text(r"(?!.{301})\S(.*\S)?", "a string of at most 300 characters without blanks around it")
 COUNT, AMOUNT = _number(1, whole=True), _number(0)
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("gamma", "kimg", "target", "lr", "glr", "dlr", "ema_kimg", "ramp"), AMOUNT),
@@ -161,11 +161,11 @@ FIELDS: dict[str, Any] = {  # name -> a Check, or the fields of an object
     "sha256_from": _or_null(LINE),
     "published": PUBLISHED,
     "inferred": _list(0, _choice(*INFERRED)),
-    "notes": _or_null(_text(r"(?s).{0,500}", "a text of at most 500 characters")),
+    "notes": _or_null(_text(r"(?s).{0,500}", "a string of at most 500 characters")),
     "sources": _list(1, LINE),
 }
 CATALOG: dict[str, Any] = {
-    "$schema": (lambda value: isinstance(value, str), "a text"),
+    "$schema": (lambda value: isinstance(value, str), "a string"),
     "version": (lambda value: value == VERSION and value is not True, str(VERSION)),
     "checkpoints": (lambda value: isinstance(value, list), "a list"),
 }
@@ -194,7 +194,7 @@ def _problems(values: Any, fields: Mapping[str, Any], where: str = "") -> Iterat
     yield from (f"{where}{name} is missing" for name in fields if name not in {*values, *OPTIONAL})
     for name, value in values.items():
         if name not in fields:
-            yield f"{where}{name} is no field of a catalog"
+            yield f"{where}{name} is not a field of the catalog"
         elif isinstance(rule := fields[name], dict):
             if value is not None or name in PUBLISHED:
                 yield from _problems(value, rule, f"{where}{name}.")
@@ -208,37 +208,37 @@ def _shown(value: Any) -> str:
 
 
 @functools.cache
-def catalogue() -> dict[str, Entry]:
-    """All entries by id. Raises ConfigError where the file in $FINETUNE_CATALOGUE is not a catalogue."""
+def entries() -> dict[str, Entry]:
+    """Return all entries by id. Raises ConfigError if the file of $FINETUNE_CATALOG is not a catalog."""
     places = (
         Path(__file__).resolve().parents[2] / NAME,
         Path(sysconfig.get_path("data")) / "share" / "stylegan-finetune" / NAME,
     )
     found = next((path for path in places if path.is_file()), None)
-    entries = {} if found is None else read_catalogue(found, check=False)
+    known = {} if found is None else read_catalog(found, check=False)
     if own := os.environ.get(VARIABLE, "").strip():
-        entries |= read_catalogue(Path(own).expanduser())
-    return entries
+        known |= read_catalog(Path(own).expanduser())
+    return known
 
 
-def read_catalogue(path: Path, *, check: bool = True) -> dict[str, Entry]:
-    """The entries of a file by id. Raises ConfigError, which says everything that is wrong with it."""
+def read_catalog(path: Path, *, check: bool = True) -> dict[str, Entry]:
+    """Return the entries of a file by id. Raises ConfigError, which lists all problems of the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"The catalogue {path} cannot be read: {error.strerror or error}.") from None
+        raise ConfigError(f"{path}: the catalog cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
-        raise ConfigError(f"The catalogue {path} is not JSON: {error}.") from None
+        raise ConfigError(f"{path}: the catalog is not JSON ({error}).") from None
     if check and (problems := problems_of(content)):
-        raise ConfigError([f"The catalogue {path}: {problem}." for problem in problems[:20]])
-    entries = [Entry.from_json(values) for values in content["checkpoints"]]
-    if check and (problems := conflicts(entries)):
-        raise ConfigError([f"The catalogue {path}: {problem}." for problem in problems])
-    return {entry.id: entry for entry in entries}
+        raise ConfigError([f"{path}: {problem}." for problem in problems[:20]])
+    found = [Entry.from_json(values) for values in content["checkpoints"]]
+    if check and (problems := conflicts(found)):
+        raise ConfigError([f"{path}: {problem}." for problem in problems])
+    return {entry.id: entry for entry in found}
 
 
 def conflicts(entries: Iterable[Entry]) -> list[str]:
-    """What a schema cannot say: names that two entries share, and plain http without a hash."""
+    """Return the problems that a schema cannot find: names used twice, and plain http without a hash."""
     owners: dict[str, str] = {}
     problems = []
     for entry in entries:
@@ -247,7 +247,7 @@ def conflicts(entries: Iterable[Entry]) -> list[str]:
                 problems.append(f"{name} is a name of {owners[name.lower()]} and of {entry.id}")
             owners[name.lower()] = entry.id
         problems += [
-            f"{entry.id}: {url} is plain http, which only a sha256 makes safe"
+            f"{entry.id}: {url} is plain http without a sha256; add one, or use https"
             for url in entry.urls
             if url.startswith("http:") and entry.sha256 is None and urlsplit(url).hostname not in THIS_MACHINE
         ]
@@ -255,7 +255,7 @@ def conflicts(entries: Iterable[Entry]) -> list[str]:
 
 
 def to_text(entries: Iterable[Entry | Mapping[str, Any]]) -> str:
-    """A catalogue as its file holds it: a value a line."""
+    """Return a catalog as JSON, one value per line."""
     blocks = []
     for entry in entries:
         values = entry.to_json() if isinstance(entry, Entry) else entry
@@ -265,7 +265,7 @@ def to_text(entries: Iterable[Entry | Mapping[str, Any]]) -> str:
 
 
 def entry_text(values: Mapping[str, Any], indent: int = 0) -> str:
-    """One entry as JSON, a value a line."""
+    """Return one entry as JSON, one value per line."""
     pad = " " * indent
     lines = (
         f"{pad}  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()
@@ -274,38 +274,37 @@ def entry_text(values: Mapping[str, Any], indent: int = 0) -> str:
 
 
 def find(name: str) -> Entry | None:
-    """The entry of a name: an id, an alias, or the name of its file where only one entry has that."""
+    """Return the entry with this id, alias or file name (if only one has that), None if there is none."""
     wanted = name.strip().lower()
-    entries = catalogue()
-    for entry in entries.values():
+    for entry in entries().values():
         if wanted in (entry.id.lower(), *(alias.lower() for alias in entry.aliases)):
             return entry
-    same = [entry for entry in entries.values() if entry.file_name.lower() in (wanted, f"{wanted}.pkl")]
+    same = [entry for entry in entries().values() if entry.file_name.lower() in (wanted, f"{wanted}.pkl")]
     return same[0] if len(same) == 1 else None
 
 
 def get(name: str) -> Entry:
-    """`find`, or CheckpointError with the names that are close."""
+    """Return the entry that `find` does; raises CheckpointError, with similar names, if there is none."""
     entry = find(name)
     if entry is None:
-        raise CheckpointError(f"{name} is no name of the catalogue", hint=suggestion(name))
+        raise CheckpointError(f"{name} is not in the catalog", hint=suggestion(name))
     return entry
 
 
 def find_url(url: str) -> Entry | None:
-    """The entry whose file is at a URL."""
-    return next((entry for entry in catalogue().values() if url in entry.urls), None)
+    """Return the entry whose file is at a URL, None if there is none."""
+    return next((entry for entry in entries().values() if url in entry.urls), None)
 
 
 def close_names(name: str, count: int = 3) -> list[str]:
-    """Names that somebody may have meant, the likeliest first, one for each entry."""
+    """Return the names similar to `name`, most similar first, at most one per entry."""
     names: dict[str, str] = {}
-    for entry in catalogue().values():
+    for entry in entries().values():
         short = min((entry.id, *entry.aliases[:1]), key=len)
         names |= {text.lower(): short for text in (entry.id, *entry.aliases)}
     wanted = name.strip().lower().removesuffix(".pkl")
     parts = set(wanted.replace("_", "-").split("-"))
-    # The parts in another order (`stylegan2-ffhq-256`) are closer than letters tell.
+    # Shared words count besides the similarity of letters: `stylegan2-ffhq-256` has another order.
     scores = {
         text: difflib.SequenceMatcher(None, wanted, text).ratio() + len(parts & set(text.split("-"))) / 3
         for text in names
@@ -315,22 +314,22 @@ def close_names(name: str, count: int = 3) -> list[str]:
 
 
 def suggestion(name: str) -> str:
-    """What to do about a name that is not known."""
+    """Return what to do about a name that is not in the catalog."""
     close = close_names(name)
     ask = "`finetune checkpoints list` shows all names."
     return f"Did you mean {' or '.join(close)}? {ask}" if close else ask
 
 
 def search(words: Iterable[str]) -> list[Entry]:
-    """The entries in which every word occurs, in whatever is said about them."""
+    """Return the entries in which every word occurs, in any field."""
     wanted = [word.lower() for word in words]
 
-    def said(entry: Entry) -> str:
-        # Licences of code bases carry the names of architectures that the checkpoint is not of.
-        licence = re.sub(r"stylegan\S*", "", str(entry.licence or "not stated").lower())
-        values = (entry.id, *entry.aliases, entry.architecture, entry.config, entry.dataset, licence)
+    def text_of(entry: Entry) -> str:
+        # A license may name the code base it was written for, which need not be the architecture.
+        license = re.sub(r"stylegan\S*", "", str(entry.licence or "not stated").lower())
+        values = (entry.id, *entry.aliases, entry.architecture, entry.config, entry.dataset, license)
         size = "" if entry.resolution is None else f"{entry.resolution} {entry.resolution}px"
         labels = "conditional classes" if entry.classes else ""
         return " ".join([*map(str, values), size, labels, entry.kind]).lower()
 
-    return [entry for entry in catalogue().values() if all(word in said(entry) for word in wanted)]
+    return [entry for entry in entries().values() if all(word in text_of(entry) for word in wanted)]

@@ -29,7 +29,7 @@ def check_fits(path: Path, entry: Entry, facts: dict[str, Any]) -> None:
 def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
     """Return an entry for the file of a URL, or the entry of the catalog completed with these facts.
 
-    said: further fields of an Entry. Raises ConfigError where they are not as the schema has them.
+    said: further fields of an Entry. Raises ConfigError if they do not match the schema.
     """
     stated_by = f"the file, as it was on {time.strftime('%Y-%m-%d')}"
     known = catalog.find_url(url)
@@ -45,19 +45,19 @@ def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
             **{"id": name, "urls": (url,), "sources": (url,), **facts, "sha256_from": stated_by, **said}
         )
     problems = catalog.problems_of_entry(entry.to_json())
-    others = [other for other in catalog.catalogue().values() if known is None or other.id != known.id]
+    others = [other for other in catalog.entries().values() if known is None or other.id != known.id]
     problems += [problem for problem in catalog.conflicts([*others, entry]) if entry.id in problem]
     if problems:
-        raise ConfigError([f"The entry {entry.id}: {problem}." for problem in problems])
+        raise ConfigError([f"{entry.id}: {problem}." for problem in problems])
     return entry
 
 
 def write_into(path: Path, entry: Entry) -> None:
-    """Put an entry into a catalogue, in the place of one with its name; a file that is not there is made.
+    """Add an entry to the catalog at `path`, replacing one with its id; the file is created if missing.
 
     Raises ConfigError if the file is not a catalog, WriteError if it cannot be written.
     """
-    entries = catalog.read_catalogue(path) if path.exists() else {}
+    entries = catalog.read_catalog(path) if path.exists() else {}
     content = catalog.to_text((entries | {entry.id: entry}).values())
     with atomic_write(path) as stream:
         stream.write(content.encode())

@@ -1,7 +1,6 @@
-"""The folder of downloaded networks: which file is which, from where, under which licence.
+"""Keep downloaded networks in one folder, each with a record of its origin, hash and license.
 
-Beside each file stands a record. What its hash was when it first came is kept there, and holds ever after,
-even when the file itself has been deleted and is fetched again.
+The record keeps the hash of the first download. Later downloads must match it, even after deletion.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ log = logging.getLogger("finetune.hub")
 
 @dataclass(frozen=True)
 class Record:
-    """What is known about a file of the folder. `id`: its entry in the catalogue, None for others.
+    """The record of a file. `id`: its entry in the catalog, None if it has none.
 
-    size: bytes. modified_ns: the file's time of change when it was last hashed. since: the day it first came.
+    size: bytes. modified_ns: mtime of the file when it was last hashed. since: date of the first download.
     """
 
     id: str | None
@@ -45,29 +44,29 @@ class Record:
 
 
 def folder() -> Path:
-    """Where downloaded networks are: `checkpoints` in the cache of this program (FINETUNE_CACHE moves it)."""
+    """Return the folder of downloaded networks: `checkpoints` in the cache folder (FINETUNE_CACHE)."""
     return cache_folder() / "checkpoints"
 
 
 def place_of(entry: Entry) -> Path:
-    """Where the file of an entry is, or would be."""
+    """Return the path of the file of an entry, whether it exists or not."""
     suffix = PurePosixPath(entry.file_name).suffix
     return folder() / (entry.id if entry.id.endswith(suffix) else entry.id + suffix)
 
 
 def place_of_url(url: str) -> Path:
-    """Where the file of a URL that is not in the catalogue is, or would be."""
+    """Return the path of the file of a URL that is not in the catalog, whether it exists or not."""
     name = re.sub(r"[^\w.-]", "_", catalog.file_name_of(url))[-80:].lstrip(".")
     return folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name or 'network'}"
 
 
 def note_of(path: Path) -> Path:
-    """The file that holds the record of a file."""
+    """Return the path of the record of a file."""
     return path.with_name(path.name + ".json")
 
 
 def record_of(path: Path) -> Record | None:
-    """The record of a file, None where there is none that can be read."""
+    """Return the record of a file, None if it has no readable one."""
     try:
         values = json.loads(note_of(path).read_text(encoding="utf-8"))
         return Record(**{field.name: values[field.name] for field in fields(Record)})
@@ -76,7 +75,7 @@ def record_of(path: Path) -> Record | None:
 
 
 def records() -> Iterator[tuple[Path, Record]]:
-    """Every recorded file, also those that have been deleted."""
+    """Yield every recorded file, also deleted ones."""
     for note in sorted(folder().glob("*.json")) if folder().is_dir() else []:
         path = note.with_name(note.name.removesuffix(".json"))
         if (record := record_of(path)) is not None:
@@ -84,12 +83,12 @@ def records() -> Iterator[tuple[Path, Record]]:
 
 
 def record_of_hash(sha256: str) -> Record | None:
-    """The record of a file with this content."""
+    """Return the record of a file with this SHA-256, None if there is none."""
     return next((record for _, record in records() if record.sha256 == sha256), None)
 
 
 def is_kept(path: Path) -> bool:
-    """Whether a file is here and, as far as its size and time tell, as it was recorded."""
+    """Return whether a file exists with the size and mtime of its record."""
     record = record_of(path)
     if record is None or not path.is_file():
         return False
@@ -98,12 +97,12 @@ def is_kept(path: Path) -> bool:
 
 
 def fetch_entry(entry: Entry, *, tell: Tell = log.info, progress: Progress | None = None) -> Path:
-    """The file of an entry, downloaded where it is not here. Errors: those of `fetch`."""
+    """Return the file of an entry, downloaded if missing. Raises what `download.fetch` raises."""
     return _get(place_of(entry), entry.urls, entry, tell, progress)
 
 
 def fetch_url(url: str, *, tell: Tell = log.info, progress: Progress | None = None) -> Path:
-    """The file of a URL, downloaded where it is not here; one of the catalogue counts as its entry."""
+    """Return the file of a URL, downloaded if missing; a URL of the catalog is treated as its entry."""
     entry = catalog.find_url(url)
     if entry is not None:
         return fetch_entry(entry, tell=tell, progress=progress)
@@ -119,11 +118,11 @@ def _get(
     if not path.is_file():
         if download.is_offline():
             raise WeightsMissing(
-                f"{name} is not on this machine, and {download.OFFLINE} or --offline forbids fetching it",
-                hint=f"Get {urls[0]} by other means and give it to `finetune checkpoints add-file`.",
+                f"{name} is not on this machine, and {download.OFFLINE} or --offline forbids downloading it",
+                hint=f"Download {urls[0]} elsewhere and pass the file to `finetune checkpoints add-file`.",
             )
         tell(f"Fetching {name} into {folder()}")
-        for line in licence_lines(entry):
+        for line in license_lines(entry):
             tell(line)
     expected = expected_of(path, entry)
     try:
@@ -131,7 +130,7 @@ def _get(
     except FinetuneError as error:
         if expected.sha256 and (entry is None or entry.sha256 is None) and "instead of" in error.what:
             error.hint = (
-                f"The hash is that of the file that came first, on {_since(path)}. If another one is right: "
+                f"The hash is that of the first download, on {_since(path)}. If the new file is right, "
                 f"delete {note_of(path)} and the file."
             )
         raise
@@ -139,16 +138,16 @@ def _get(
     return path
 
 
-def licence_lines(entry: Entry | None) -> list[str]:
-    """What is to be said about the licence when a file first comes."""
+def license_lines(entry: Entry | None) -> list[str]:
+    """Return what is printed about the license when a file is first downloaded."""
     if entry is None or entry.licence is None:
-        return ["Licence: not stated in the catalogue; see where the file comes from."]
+        return ["License: not stated in the catalog; see the page of the publisher."]
     remark = f" ({entry.licence.remark})" if entry.licence.remark else ""
-    return [f"Licence: {entry.licence}{remark}"]
+    return [f"License: {entry.licence}{remark}"]
 
 
 def expected_of(path: Path, entry: Entry | None) -> Expected:
-    """What a file must be: as the catalogue says or, where it does not, as it was when it first came."""
+    """Return the hash and size that a file must have: of the catalog, or else of the first download."""
     record = record_of(path)
     sha256 = entry.sha256 if entry else None
     size = entry.size if entry else None
@@ -162,13 +161,13 @@ def _since(path: Path) -> str:
     return record.since if record else "an earlier day"
 
 
-def _record(path: Path, entry: Entry | None, url: str | None, licence: str | None = None) -> Record:
+def _record(path: Path, entry: Entry | None, url: str | None, license: str | None = None) -> Record:
     digest, size = download.identity(path)
     before = record_of(path)
-    if licence is None and before is not None and before.sha256 == digest:
-        licence = before.licence
-    if licence is None and entry is not None and entry.licence is not None:
-        licence = str(entry.licence)
+    if license is None and before is not None and before.sha256 == digest:
+        license = before.licence
+    if license is None and entry is not None and entry.licence is not None:
+        license = str(entry.licence)
     record = Record(
         id=entry.id if entry else None,
         url=url,
@@ -176,7 +175,7 @@ def _record(path: Path, entry: Entry | None, url: str | None, licence: str | Non
         size=size,
         modified_ns=path.stat().st_mtime_ns,
         since=before.since if before else time.strftime("%Y-%m-%d"),
-        licence=licence,
+        licence=license,
     )
     with contextlib.suppress(WriteError):  # in a folder that can only be read, the file is hashed every time
         _write_record(path, record)
@@ -188,8 +187,8 @@ def _write_record(path: Path, record: Record) -> None:
         stream.write(json.dumps(asdict(record), indent=1).encode())
 
 
-def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
-    """Take in a file that came by other means as that of an entry; the place where it is kept.
+def add_file(path: Path, entry: Entry, *, license: str | None = None) -> Path:
+    """Copy a file obtained by other means into the folder as that of an entry, and return its new path.
 
     Raises CheckpointError if it is not the file of that entry, WriteError if it cannot be copied.
     """
@@ -203,20 +202,20 @@ def add_file(path: Path, entry: Entry, *, licence: str | None = None) -> Path:
     if not (dest.exists() and dest.samefile(path)):
         with path.open("rb") as source, atomic_write(dest) as stream:
             shutil.copyfileobj(source, stream)
-    _record(dest, entry, None, licence)
+    _record(dest, entry, None, license)
     return dest
 
 
-def state_licence(path: Path, licence: str) -> None:
-    """Write down the licence of a file of the folder that the catalogue does not know."""
+def state_license(path: Path, license: str) -> None:
+    """Record the license of a file of the folder that is not in the catalog."""
     record = record_of(path)
     if record is not None:
-        _write_record(path, replace(record, licence=licence))
+        _write_record(path, replace(record, licence=license))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found about one file: `state` is ok, changed or missing."""
+    """The result of `verify` for one file: `state` is ok, changed or missing."""
 
     path: Path
     name: str
@@ -225,10 +224,10 @@ class Verdict:
 
 
 def verify(path: Path) -> Verdict:
-    """Read a file of the folder again and compare it with the catalogue and its record."""
+    """Hash a file of the folder again and compare it with the catalog and its record."""
     record = record_of(path)
-    entry = catalog.catalogue().get(record.id) if record and record.id else None
-    entry = entry or next((each for each in catalog.catalogue().values() if place_of(each) == path), None)
+    entry = catalog.entries().get(record.id) if record and record.id else None
+    entry = entry or next((each for each in catalog.entries().values() if place_of(each) == path), None)
     name = entry.id if entry else (record.url if record and record.url else path.name)
     if not path.is_file():
         return Verdict(path, name, "missing", "not on this machine")
@@ -238,13 +237,13 @@ def verify(path: Path) -> Verdict:
     except FinetuneError as error:
         return Verdict(path, name, "changed", error.what)
     if expected.sha256 is None:
-        return Verdict(path, name, "ok", "nobody states its hash, and none was recorded before")
-    said = "the catalogue says" if entry and entry.sha256 else f"it first came on {_since(path)}"
-    return Verdict(path, name, "ok", f"as {said}")
+        return Verdict(path, name, "ok", "no hash is published, and none was recorded before")
+    origin = "of the catalog" if entry and entry.sha256 else f"of the first download, on {_since(path)}"
+    return Verdict(path, name, "ok", f"hash {origin}")
 
 
 def kept_files() -> list[Path]:
-    """The files of the folder, without records and what is not complete."""
+    """Return the complete files of the folder, without their records."""
     if not folder().is_dir():
         return []
     other = (".json", ".part", ".lock", ".tmp")

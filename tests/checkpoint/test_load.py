@@ -183,7 +183,7 @@ class TestMismatch:
     def test_every_difference_is_listed(self, opened, reload):
         network = opened("stylegan2-ada-32")["G_ema"]
         conv = module_at(network, "synthesis.b8.conv0")
-        conv["_parameters"]["weigth"] = conv["_parameters"].pop("weight")
+        conv["_parameters"]["weights"] = conv["_parameters"].pop("weight")
         affine = module_at(network, "synthesis.b16.conv1.affine")
         affine["_parameters"]["bias"].array = np.zeros(5, "<f4")
         w_avg = module_at(network, "mapping")["_buffers"]["w_avg"]
@@ -197,7 +197,7 @@ class TestMismatch:
             "synthesis.b16.conv1.affine.bias is [5] in the file and [32] in the network",
             "synthesis.b32.torgb.bias [3] is not in the file",
             "synthesis.b8.conv0.weight [32, 32, 3, 3] is not in the file",
-            "synthesis.b8.conv0.weigth [32, 32, 3, 3] is in the file and not in the network",
+            "synthesis.b8.conv0.weights [32, 32, 3, 3] is in the file and not in the network",
         ]
         assert all(line in str(mismatch.value) for line in mismatch.value.differences)
         assert "network.pkl" in str(mismatch.value)
@@ -308,7 +308,7 @@ def test_unknown_attributes_and_entries_are_reported(opened, reload):
     assert checkpoint.notes == (
         "G_ema: attributes without meaning here: my_trick",
         "G_ema: constructor arguments without meaning here: more",
-        "entries without meaning here: progress",
+        "unknown entries ignored: progress",
     )
 
 
@@ -446,7 +446,7 @@ class TestProvenance:
         seen = reload({"G_ema": network, "finetune": self.entry()}, "out.pkl").provenance
         assert (seen.generation, seen.source) == ("finetune", "out.pkl")
         assert (seen.parent, seen.training, seen.nimg) == (self.SOURCE, {"kimg": 0.5}, 500)
-        assert seen.licence == "non-commercial", "a descendant has the licence of its source"
+        assert seen.licence == "non-commercial", "a descendant has the license of its source"
         assert Provenance.from_dict(seen.to_dict()) == seen
         assert Provenance.from_dict({**seen.to_dict(), "of tomorrow": 1}) == seen
 
@@ -477,7 +477,7 @@ class TestProvenance:
             *[None] * 4,
         )
 
-    def test_the_licence_of_a_public_checkpoint(self, opened, reload, monkeypatch):
+    def test_the_license_of_a_public_checkpoint(self, opened, reload, monkeypatch):
         network = opened("stylegan2-ada-32")["G_ema"]
         sha256 = hashlib.sha256(forge.dumps({"G_ema": network})).hexdigest()
         known = catalog.Entry(
@@ -486,19 +486,19 @@ class TestProvenance:
             "stylegan2",
             sha256=sha256,
             resolution=32,
-            licence=catalog.Licence("L1"),
+            licence=catalog.License("L1"),
         )
         changes = {"urls": ("https://example.org/b.pkl?x",), "sha256": None}
-        other = dataclasses.replace(known, **changes, licence=catalog.Licence("L2"))
-        third = dataclasses.replace(other, licence=catalog.Licence("L3"))
-        monkeypatch.setattr(catalog, "catalogue", lambda: {"a": known, "b": other})
+        other = dataclasses.replace(known, **changes, licence=catalog.License("L2"))
+        third = dataclasses.replace(other, licence=catalog.License("L3"))
+        monkeypatch.setattr(catalog, "entries", lambda: {"a": known, "b": other})
         assert reload({"G_ema": network}, "any.pkl").provenance.licence == "L1"
-        monkeypatch.setattr(catalog, "catalogue", lambda: {"b": other})
+        monkeypatch.setattr(catalog, "entries", lambda: {"b": other})
         assert (
-            reload({"G_ema": network}, "b.pkl").provenance.licence == "L2 (recognised by the file name alone)"
+            reload({"G_ema": network}, "b.pkl").provenance.licence == "L2 (recognized by the file name alone)"
         )
         assert reload({"G_ema": network}, "c.pkl").provenance.licence is None
-        monkeypatch.setattr(catalog, "catalogue", lambda: {"b": other, "c": third})
+        monkeypatch.setattr(catalog, "entries", lambda: {"b": other, "c": third})
         assert reload({"G_ema": network}, "b.pkl").provenance.licence is None, "two files of one name"
 
 
@@ -513,7 +513,7 @@ class TestRunFolders:
         assert finetune.load(tmp_path).provenance.source == newest.name
 
     def test_where_there_is_none(self, tmp_path):
-        with pytest.raises(CheckpointError, match="holds no network-snapshot"):
+        with pytest.raises(CheckpointError, match="has no network-snapshot"):
             finetune.load(tmp_path)
         with pytest.raises(CheckpointError, match="does not exist"):
             finetune.load(tmp_path / "missing.pkl")

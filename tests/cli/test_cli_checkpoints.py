@@ -81,9 +81,9 @@ class TestFetching:
     def test_fetch_shows_license_once_and_keeps_it(self, server, content, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OPS", "ref")  # else kernels are built for the empty cache
         first = done("fetch", "ours")
-        assert f"Licence: {LICENSE}" in first.stderr
+        assert f"License: {LICENSE}" in first.stderr
         path = first.stdout.strip()
-        assert "Licence" not in done("fetch", "ours").stderr and len(server.requests) == 1
+        assert "License" not in done("fetch", "ours").stderr and len(server.requests) == 1
         command = ["export", "--network", "ours", "--format", "stylegan-pkl", "--out", tmp_path / "out.pkl"]
         exported = CliRunner().invoke(cli, [str(word) for word in command])
         assert exported.exit_code == 0, exported.output
@@ -92,7 +92,7 @@ class TestFetching:
             assert LICENSE.name in result.stdout, network
 
     def test_fetch_checks_all_names_first(self, server):
-        refused("nothing-like-it is no name", "fetch", "ours", "nothing-like-it")
+        refused("nothing-like-it is not in the catalog", "fetch", "ours", "nothing-like-it")
         assert server.requests == []
 
     def test_fetch_quotes_error_page(self, server):
@@ -145,7 +145,7 @@ class TestAddFile:
         server.state("ours", sha256=hashlib.sha256(content).hexdigest(), sha256_from="a test")
         (tmp_path / "download(1).pkl").write_bytes(content)
         result = done("add-file", tmp_path / "download(1).pkl")
-        assert result.stdout.startswith("ours: ") and f"Licence: {LICENSE}" in result.stdout
+        assert result.stdout.startswith("ours: ") and f"License: {LICENSE}" in result.stdout
         assert done("where", "ours").stdout and server.requests == []
         assert "Fetching" not in done("fetch", "ours").stderr
 
@@ -186,7 +186,7 @@ class TestAdd:
         mine = tmp_path / "other.json"
         done("add", url, *options, "--alias", "pretty", "--into", mine)
         done("add", url, "--name", "prettier", "--into", mine)
-        assert list(catalog.read_catalogue(mine)) == ["pretty-32", "prettier"]
+        assert list(catalog.read_catalog(mine)) == ["pretty-32", "prettier"]
 
     def test_add_mistakes(self, server, content, tmp_path):
         refused("is no URL", "add", "ours.pkl")

@@ -81,7 +81,7 @@ def test_train_recipe_of_public_checkpoint(server, name, images, tmp_path):
     result = train(name, images, "--outdir", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     assert f"Fetching {entry.id}" in result.stderr
-    assert f"Licence: {entry.licence or 'not stated'}" in result.stderr
+    assert f"License: {entry.licence or 'not stated'}" in result.stderr
     assert not (tmp_path / "runs").exists()
     published = identify.published(entry)
     for recipe, which in (("few-shot", "finetune"), ("improve", "trained")):

@@ -1,4 +1,4 @@
-"""The catalogue: every entry is as the schema has it, names are found and close ones suggested."""
+"""The catalog: every entry matches the schema, names are found and similar ones suggested."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def test_every_entry_passes_the_schema():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.Draft202012Validator(SCHEMA).validate(CONTENT)
     assert catalog.problems_of(CONTENT) == []
-    entries = catalog.read_catalogue(FILE)
+    entries = catalog.read_catalog(FILE)
     assert catalog.conflicts(entries.values()) == []
     assert sum(entry.kind == "checkpoint" for entry in entries.values()) == 176
     assert sum(entry.kind == "metric-network" for entry in entries.values()) == 11
 
 
 def test_the_file_is_what_the_program_would_write():
-    assert catalog.to_text(catalog.read_catalogue(FILE).values()) == FILE.read_text(encoding="utf-8")
+    assert catalog.to_text(catalog.read_catalog(FILE).values()) == FILE.read_text(encoding="utf-8")
 
 
 def test_nothing_is_known_without_saying_from_where():
-    for entry in catalog.read_catalogue(FILE).values():
+    for entry in catalog.read_catalog(FILE).values():
         assert (entry.sha256 is None) == (entry.sha256_from is None), entry.id
         assert entry.sources, entry.id
         start = entry.published.get("trained", {}).get("start")
-        assert start is None or start in catalog.catalogue(), entry.id
+        assert start is None or start in catalog.entries(), entry.id
 
 
 def changed(**changes):
@@ -55,10 +55,10 @@ WRONG = {
     r"urls is \[\] and must be a list of at least one item": changed(urls=[]),
     r"urls is \[\"ftp://a/b\"\] and must be": changed(urls=["ftp://a/b"]),
     "licence.page is missing": changed(licence={"name": "MIT"}),
-    "licence.name is .*M… and must be a text of at most 300": changed(
+    "licence.name is .*M… and must be a string of at most 300": changed(
         licence={"name": "M" * 301, "page": None}
     ),
-    "color is no field of a catalog": changed(color="blue"),
+    "color is not a field of the catalog": changed(color="blue"),
     "published.trained.gamma is -1 and must be a number of at least 0": changed(
         published={"trained": {"gamma": -1}}
     ),
@@ -70,12 +70,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_catalogue_is_refused_with_the_entry_and_the_value(words, tmp_path):
+def test_read_catalog_refuses_with_entry_and_value(words, tmp_path):
     assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(WRONG[words])
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(WRONG[words]))
     with pytest.raises(ConfigError, match=words) as caught:
-        catalog.read_catalogue(path)
+        catalog.read_catalog(path)
     assert str(path) in str(caught.value) and len(caught.value.problems) == 1
 
 
@@ -122,21 +122,21 @@ def test_names_that_clash_and_unsafe_addresses(tmp_path):
     assert "B is a name of a and of B" in problems[0] and "plain http" in problems[1]
 
 
-def test_a_catalogue_of_ones_own(tmp_path, monkeypatch):
+def test_entries_include_those_of_a_custom_catalog(tmp_path, monkeypatch):
     path = tmp_path / "mine.json"
     entries = [Entry("ours", ("https://a.org/a.pkl",), "stylegan2", sources=("us",))]
     path.write_text(catalog.to_text([entry.to_json() for entry in entries]))
-    monkeypatch.setenv("FINETUNE_CATALOGUE", str(path))
-    catalog.catalogue.cache_clear()
+    monkeypatch.setenv("FINETUNE_CATALOG", str(path))
+    catalog.entries.cache_clear()
     try:
         assert catalog.find("ours") == entries[0] and catalog.find("ffhq256") is not None
         path.write_text("{")
-        catalog.catalogue.cache_clear()
-        with pytest.raises(ConfigError, match=r"mine\.json is not JSON"):
-            catalog.catalogue()
+        catalog.entries.cache_clear()
+        with pytest.raises(ConfigError, match=r"mine\.json: the catalog is not JSON"):
+            catalog.entries()
     finally:
-        monkeypatch.delenv("FINETUNE_CATALOGUE")
-        catalog.catalogue.cache_clear()
+        monkeypatch.delenv("FINETUNE_CATALOG")
+        catalog.entries.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_close_names_are_suggested(name, close):
 
 
 def test_a_name_like_no_other_gets_no_suggestion():
-    with pytest.raises(CheckpointError, match=r"(?s)xyzzy is no name.*list` shows") as caught:
+    with pytest.raises(CheckpointError, match=r"(?s)xyzzy is not in the catalog.*list` shows") as caught:
         catalog.get("xyzzy")
     assert "Did you mean" not in str(caught.value)
 
@@ -186,8 +186,8 @@ def test_published_settings_as_recipes_take_them():
     transfer = identify.published(catalog.get("ffhq-1024-stylegan3-t"))
     assert (transfer.trained, transfer.finetune) == ((32.8, 32), (6.6, 32))
     assert transfer.gamma("finetune", 16) == 13.2
-    concluded = identify.published(catalog.get("ffhq-256-stylegan2"))
-    assert "concluded" in concluded.name and (concluded.glr, concluded.dlr) == (0.0025, 0.0025)
+    inferred = identify.published(catalog.get("ffhq-256-stylegan2"))
+    assert "inferred" in inferred.name and (inferred.glr, inferred.dlr) == (0.0025, 0.0025)
     one_rate = identify.published(catalog.get("stylegan2-ffhq-config-f"))
     assert (one_rate.glr, one_rate.dlr, one_rate.target) == (0.002, 0.002, None)
     assert identify.published(catalog.get("lhq-1024")) is None
