@@ -59,6 +59,26 @@ def label_from_class(
     return label
 
 
+def label_from_vector(
+    G: Network, vector: Sequence[float], device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return a label vector as `[1, c_dim]` float32. ConfigError if its length is not that of the network."""
+    if len(vector) != G.c_dim:
+        takes = f"vectors of {G.c_dim} numbers as labels" if G.c_dim else "no labels"
+        text = ",".join(f"{number:g}" for number in vector)
+        raise ConfigError(f"--label {text}: {len(vector)} numbers, but this network takes {takes}.")
+    return torch.tensor([vector], dtype=torch.float32, device=device)
+
+
+def has_noise(G: Network) -> bool:
+    """Return whether the generator adds noise that changes its images: StyleGAN2, unless trained without."""
+    return any(
+        module.use_noise and bool(module.noise_strength)
+        for module in G.synthesis.modules()
+        if hasattr(module, "noise_strength")
+    )
+
+
 def to_uint8(img: torch.Tensor) -> np.ndarray:
     """Turn images `[N, C, H, W]` or one `[C, H, W]`, -1 to 1, into uint8 with the channels last.
 
@@ -74,6 +94,7 @@ def generate(
     seeds: Sequence[int],
     *,
     class_index: int | None = None,
+    label: Sequence[float] | None = None,
     truncation_psi: float = 1.0,
     truncation_cutoff: int | None = None,
     noise_mode: str = "const",
@@ -81,19 +102,20 @@ def generate(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `(seed, image)` for each seed, the image uint8 `[H, W, C]`.
 
-    `progress(done, total)` is called after each. ConfigError for options that do not fit the network,
-    CheckpointError if its output is not finite.
+    class_index, label: for a network with labels, the class or the label vector. `progress(done, total)` is
+    called after each. ConfigError for options that do not fit the network, CheckpointError if its output is
+    not finite.
     """
     if noise_mode not in NOISE_MODES:
         raise ConfigError(f"--noise-mode {noise_mode} is not one of {', '.join(NOISE_MODES)}.")
     device = device_of(G)
-    label = label_from_class(G, class_index, 1, device)
+    c = label_from_class(G, class_index, 1, device) if label is None else label_from_vector(G, label, device)
     for done, seed in enumerate(seeds, 1):
         z = z_from_seeds([seed], G.z_dim, device)
         with _random_state_of(seed, device) if noise_mode == "random" else contextlib.nullcontext():
             img = G(
                 z,
-                label,
+                c,
                 truncation_psi=truncation_psi,
                 truncation_cutoff=truncation_cutoff,
                 noise_mode=noise_mode,

@@ -68,6 +68,12 @@ class Checkpoint:
         return "stylegan3-r" if self.best.init_kwargs.get("use_radial_filters") else "stylegan3-t"
 
     @property
+    def label_kind(self) -> str | None:
+        """Return 'classes' or 'vectors', None if the network has no labels or the file does not state it."""
+        kind = self.training_set_kwargs.get("labels")
+        return kind if kind in ("classes", "vectors") and self.network.c_dim else None
+
+    @property
     def missing(self) -> list[str]:
         """Those of G, D and G_ema that the file does not have."""
         return [name for name in NETWORKS if getattr(self, name) is None]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from finetune.cli.options import (
     GridSize,
+    NumberRange,
+    Vector,
     device_option,
     network_file,
     network_option,
@@ -19,6 +23,9 @@ from finetune.cli.options import (
 )
 from finetune.cli.progress import progress_bar
 from finetune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from finetune.checkpoint.load import Checkpoint
 
 # Few enough pixels that plain torch makes them sooner than the kernels are built (half a minute); StyleGAN3
 # takes some thirty times as long without kernels, StyleGAN2 hardly longer.
@@ -53,8 +60,12 @@ def start_without_build(device_type: str) -> None:
     help="Truncate only the first N rows of ws (coarse features).  [default: all]",
 )
 @click.option(
-    "--class", "class_index", type=int, metavar="N", help="Class, for a checkpoint that has classes."
+    "--class",
+    "classes",
+    type=NumberRange("class"),
+    help="Classes, like 2 or 0-4, for a checkpoint that has classes; every seed is used with each.",
 )
+@click.option("--label", type=Vector(), help="Label, like 1,180, for a checkpoint whose labels are vectors.")
 @click.option("--grid", type=GridSize(), help="Also write grid.png, columns x rows, like 8x4.")
 @click.option(
     "--noise-mode",
@@ -72,53 +83,100 @@ def command(
     outdir: Path,
     trunc: float,
     trunc_cutoff: int | None,
-    class_index: int | None,
+    classes: list[int] | None,
+    label: list[float] | None,
     grid: tuple[int, int] | None,
     noise_mode: str,
     device: str,
 ) -> None:
-    """Make one image for each seed: OUTDIR/seed0000.png and so on.
+    """Make one image for each seed: OUTDIR/seed0000.png and so on; with several classes seed0000-class2.png.
 
     A seed always gives the same image, independent of the other seeds.
     """
     if math.isnan(trunc):
         raise ConfigError("--trunc nan is not a number.")
-    if grid is not None and len(seeds) > grid[0] * grid[1]:
-        places = grid[0] * grid[1]
+    num_images = len(seeds) * len(chosen(classes))
+    if grid is not None and num_images > grid[0] * grid[1]:
+        named = "--seeds and --class name" if classes and len(classes) > 1 else "--seeds names"
         raise ConfigError(
-            f"--grid {grid[0]}x{grid[1]} has {places} places, --seeds names {len(seeds)} images."
+            f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, {named} {num_images} images."
         )
 
     from finetune.device import float32_math, resolve_device
     from finetune.resolve import load
-    from finetune.sampling import generate, label_from_class, save_grid, to_image
+    from finetune.sampling import generate, save_grid, to_image
 
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = checkpoint.best
     if G is None:
         raise CheckpointError(f"{network} holds no generator, only D.")
-    if G.img_resolution**2 * len(seeds) <= QUICK_PIXELS.get(checkpoint.family, 0):
+    if G.img_resolution**2 * num_images <= QUICK_PIXELS.get(checkpoint.family, 0):
         start_without_build(next(G.parameters()).device.type)
-    label_from_class(G, class_index)  # raises before the folder is created
+    check_labels(checkpoint, classes, label)  # raises before the folder is created
     if checkpoint.G_ema is None:
         click.echo("The checkpoint has no G_ema; the images come from G.", err=True)
+    for line in without_effect(G, trunc, trunc_cutoff, noise_mode):
+        click.echo(line, err=True)
     outdir.mkdir(parents=True, exist_ok=True)
-    images = []
-    with float32_math(), progress_bar("images", len(seeds)) as progress:
-        for seed, image in generate(
-            G,
-            seeds,
-            class_index=class_index,
-            truncation_psi=trunc,
-            truncation_cutoff=trunc_cutoff,
-            noise_mode=noise_mode,
-            progress=progress,
-        ):
-            to_image(image).save(outdir / f"seed{seed:04d}.png")
-            if grid is not None:
-                images.append(image)
-    click.echo(
-        f"{len(set(seeds))} images: {outdir / f'seed{seeds[0]:04d}.png'}{' …' if len(seeds) > 1 else ''}"
-    )
+    images, paths = [], []
+    with float32_math(), progress_bar("images", num_images) as progress:
+        for class_index in chosen(classes):
+            suffix = f"-class{class_index}" if classes and len(classes) > 1 else ""
+            for seed, image in generate(
+                G,
+                seeds,
+                class_index=class_index,
+                label=label,
+                truncation_psi=trunc,
+                truncation_cutoff=trunc_cutoff,
+                noise_mode=noise_mode,
+            ):
+                paths.append(outdir / f"seed{seed:04d}{suffix}.png")
+                to_image(image).save(paths[-1])
+                progress(len(paths), num_images)
+                if grid is not None:
+                    images.append(image)
+    click.echo(f"{len(set(paths))} images: {paths[0]}{' …' if len(paths) > 1 else ''}")
     if grid is not None:
         click.echo(f"Grid: {save_grid(images, outdir / 'grid.png', grid=grid)}")
+
+
+def chosen(classes: list[int] | None) -> list[int] | list[None]:
+    """Return the classes to use, `[None]` without `--class`."""
+    return classes or [None]
+
+
+def check_labels(checkpoint: Checkpoint, classes: list[int] | None, label: list[float] | None) -> None:
+    """Raise ConfigError for `--class` and `--label` that the network cannot take."""
+    from finetune.sampling import label_from_class, label_from_vector
+
+    G: Any = checkpoint.best
+    if label is not None:
+        if classes is not None:
+            raise ConfigError("--class and --label: an image has one label. Give one of the two.")
+        if checkpoint.label_kind == "classes":
+            raise ConfigError(f"--label: the labels of this network are {G.c_dim} classes. Use --class.")
+        label_from_vector(G, label)
+    elif checkpoint.label_kind == "vectors":
+        given = "" if classes is None else "--class: "
+        raise ConfigError(
+            f"{given}the labels of this network are vectors of {G.c_dim} numbers. "
+            f"Use --label {','.join(['0'] * G.c_dim)} with the numbers of your choice."
+        )
+    else:
+        for class_index in chosen(classes):
+            label_from_class(G, class_index)
+
+
+def without_effect(G: Any, trunc: float, trunc_cutoff: int | None, noise_mode: str) -> Iterator[str]:
+    """Yield a line for each option that changes nothing for this network."""
+    from finetune.sampling import has_noise
+
+    if noise_mode != "const" and not has_noise(G):
+        yield f"--noise-mode {noise_mode} has no effect: this network adds no noise."
+    if trunc_cutoff is not None and trunc == 1:
+        yield f"--trunc-cutoff {trunc_cutoff} has no effect without --trunc."
+    elif trunc_cutoff == 0:
+        yield "--trunc has no effect with --trunc-cutoff 0."
+    elif trunc_cutoff is not None and trunc_cutoff >= G.num_ws:
+        yield f"--trunc-cutoff {trunc_cutoff} has no effect: this network has {G.num_ws} rows of ws."

@@ -44,6 +44,7 @@ def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "resolution": network.img_resolution,
         "channels": network.img_channels,
         "classes": network.c_dim,
+        "labels": checkpoint.label_kind,
         "z_dim": getattr(generator, "z_dim", None),
         "w_dim": getattr(generator, "w_dim", None),
         "num_ws": getattr(generator, "num_ws", None),
@@ -82,7 +83,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("architecture", " ".join(filter(None, (facts["architecture"], facts["variant"])))),
         ("resolution", f"{facts['resolution']} x {facts['resolution']}"),
         ("channels", facts["channels"]),
-        ("classes", facts["classes"] or "none (unconditional)"),
+        _labels(facts),
         ("latents", _latents(facts)),
         ("parameters", ", ".join(f"{name} {num:,}" for name, num in count.items() if num is not None)),
         ("precision", _precision(facts["precision"])),
@@ -99,6 +100,12 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append((name, f"{parent['source'] or 'unnamed'} (sha256 {parent['sha256'] or 'not known'})"))
     lines += [("note", note) for note in facts["notes"]]
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def _labels(facts: dict[str, Any]) -> tuple[str, Any]:
+    if facts["labels"] == "vectors":
+        return "labels", f"vectors of {facts['classes']} numbers"
+    return "classes", facts["classes"] or "none (unconditional)"
 
 
 def _latents(facts: dict[str, Any]) -> str:

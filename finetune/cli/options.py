@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,45 +17,67 @@ OPS_IMPLEMENTATIONS = ("auto", "ref", "cpu", "cuda")
 # As finetune.hub.download has it.
 OFFLINE_VARIABLE = "FINETUNE_OFFLINE"
 NETWORK = "FILE|RUN|NAME|URL"
-MAX_SEEDS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
+MAX_NUMBERS = 1_000_000  # a typing mistake such as 0-99999999 should not fill the disk
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Turn `0-15,42` into a list of seeds in the order given; a range counts both ends.
+def parse_numbers(text: str, noun: str = "seed") -> list[int]:
+    """Turn `0-15,42` into a list of numbers in the order given; a range counts both ends.
 
-    Raises ValueError with one sentence that quotes the part it cannot read.
+    noun: what the numbers are, for messages. Raises ValueError with one sentence that quotes the part it
+    cannot read.
     """
-    seeds: list[int] = []
+    found: list[int] = []
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{part.strip()!r} is not a seed or a range of seeds; write them like 0-15,42.")
+            raise ValueError(f"{part.strip()!r} is not a {noun} or a range; write them like 0-15,42.")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
             raise ValueError(f"the range {part.strip()!r} runs backwards; write {high}-{low}.")
         if high > MAX_SEED:
-            raise ValueError(f"seed {high} is above the largest one, {MAX_SEED}.")
-        if len(seeds) + high - low + 1 > MAX_SEEDS:
-            raise ValueError(f"{text!r} names more than {MAX_SEEDS:,} seeds.")
-        seeds.extend(range(low, high + 1))
-    return seeds
+            raise ValueError(f"{noun} {high} is above the largest one, {MAX_SEED}.")
+        if len(found) + high - low + 1 > MAX_NUMBERS:
+            raise ValueError(f"{text!r} names more than {MAX_NUMBERS:,} numbers.")
+        found.extend(range(low, high + 1))
+    return found
 
 
-class SeedRange(click.ParamType):
-    """Seeds written like `0-15,42`; the value is a list of ints."""
+class NumberRange(click.ParamType):
+    """Numbers written like `0-15,42`; the value is a list of ints. noun: what they are, such as seed."""
 
-    name = "seeds"
+    def __init__(self, noun: str) -> None:
+        self.noun = self.name = noun
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return "SEEDS"
+        return "LIST"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if not isinstance(value, str):
             return list(value)
         try:
-            return parse_seeds(value)
+            return parse_numbers(value, self.noun)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Vector(click.ParamType):
+    """Numbers written like `1,180`; the value is a list of floats."""
+
+    name = "numbers"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "NUMBERS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = [math.nan]
+        if not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is not a list of finite numbers; write it like 1,180.", param, ctx)
+        return numbers
 
 
 class GridSize(click.ParamType):
@@ -180,7 +203,7 @@ def seeds_option(**overrides: Any):
     """`--seeds`: a list of ints."""
     settings: dict[str, Any] = {
         "required": True,
-        "type": SeedRange(),
+        "type": NumberRange("seed"),
         "help": "Seeds, like 0-15,42; a seed always gives the same image.",
     }
     return click.option("--seeds", **{**settings, **overrides})

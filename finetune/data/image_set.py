@@ -76,6 +76,13 @@ class ImageSet(Dataset):
     def has_labels(self) -> bool:
         return self._labels is not None
 
+    @property
+    def label_kind(self) -> str | None:
+        """Return 'classes' or 'vectors', None without labels."""
+        if self._labels is None:
+            return None
+        return "vectors" if self._labels.values.ndim == 2 else "classes"
+
     def __len__(self) -> int:
         return len(self.names) * (2 if self.mirror else 1)
 

@@ -296,6 +296,8 @@ def read_data(
         mirror=mirror,
         seed=seed,
     )
+    if checkpoint is not None and not options.classes:
+        check_label_kind(checkpoint, image_set)
     c_dim = image_set.num_classes if use_labels else 0
     facts = RunFacts(
         family=family,
@@ -310,6 +312,17 @@ def read_data(
         gpu_memory_gib=gpu_memory_gib(device),
     )
     return image_set, facts, notes
+
+
+def check_label_kind(checkpoint: Checkpoint, image_set: ImageSet) -> None:
+    """Raise ConfigError if one has classes and the other label vectors."""
+    kinds = {"classes": "classes", "vectors": "vectors of numbers"}
+    before, now = checkpoint.label_kind, image_set.label_kind
+    if before and now and before != now:
+        raise ConfigError(
+            f"--data {image_set.path}: its labels are {kinds[now]}, those of the checkpoint {kinds[before]}.",
+            hint="To drop those of the checkpoint: --classes fresh.",
+        )
 
 
 @contextlib.contextmanager
@@ -348,7 +361,9 @@ def show(prepared: Prepared, console: Console) -> None:
     """Print what will be trained on what, and why each option has its value."""
     facts, config = prepared.facts, prepared.config
     start = f"weights of {config.resume}" if config.resume else f"random weights ({facts.family})"
-    classes = f", {facts.c_dim} classes" if facts.c_dim else ""
+    vectors = prepared.image_set.label_kind == "vectors"
+    labels = f"label vectors of {facts.c_dim} numbers" if vectors else f"{facts.c_dim} classes"
+    classes = f", {labels}" if facts.c_dim else ""
     lines = [
         f"Starting from {start}: {facts.resolution}×{facts.resolution}, {facts.channels} channels{classes}.",
         f"{facts.num_images} images from {config.data}{', mirrored too' if config.mirror else ''}. "

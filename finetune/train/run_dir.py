@@ -240,6 +240,7 @@ class RunDir:
             "path": Path(self.config.data).name,
             "resolution": images.resolution,
             "use_labels": images.num_classes > 0,
+            "labels": images.label_kind,
             "max_size": len(images),
             "xflip": self.config.mirror,
         }

@@ -182,7 +182,7 @@ def test_cycles_are_found():
         ("finetune.checkpoint.rebuild", "def f():\n    from finetune.train.steps import train"),
         ("torch_utils.misc", "import finetune.device"),
         ("finetune.recipes", "from finetune import load"),
-        ("finetune.demo.run", "from finetune.cli.options import parse_seeds"),
+        ("finetune.demo.run", "from finetune.cli.options import parse_numbers"),
         ("finetune", "import finetune.train"),
     ],
 )

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import finetune.cli
 from finetune.cli import COMMANDS, cli
-from finetune.cli.options import GridSize, SeedRange, parse_seeds
+from finetune.cli.options import GridSize, NumberRange, parse_numbers
 from finetune.errors import ConfigError, FinetuneError
 from finetune.version import __version__
 
@@ -153,8 +153,8 @@ def test_sigint_exits_130():
         ("3-3", [3]),
     ],
 )
-def test_parse_seeds(text, seeds):
-    assert parse_seeds(text) == seeds
+def test_parse_numbers(text, seeds):
+    assert parse_numbers(text) == seeds
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_parse_seeds(text, seeds):
         ("a-b", "'a-b' is not a seed"),
         ("9-2", "runs backwards; write 2-9"),
         ("4294967296", "above the largest one, 4294967295"),
-        ("0-99999999", "more than 1,000,000 seeds"),
+        ("0-99999999", "more than 1,000,000 numbers"),
     ],
 )
-def test_parse_seeds_errors(text, says):
+def test_parse_numbers_errors(text, says):
     with pytest.raises(ValueError, match=says):
-        parse_seeds(text)
+        parse_numbers(text)
     with pytest.raises(click.BadParameter, match=says):
-        SeedRange().convert(text, None, None)
+        NumberRange("seed").convert(text, None, None)
 
 
 def test_grid_size_convert():

@@ -72,6 +72,75 @@ def test_generate_classes(run):
     assert not np.array_equal(pixels(outdir / "seed0000.png"), one)
 
 
+def test_generate_several_classes(run):
+    result, outdir = run("--seeds", "0-1", "--class", "0-1,4", "--grid", "2x3", network="stylegan2-64-cond")
+    names = [f"seed{seed:04d}-class{index}.png" for index in (0, 1, 4) for seed in (0, 1)]
+    assert sorted(path.name for path in outdir.iterdir()) == sorted(["grid.png", *names])
+    assert "6 images" in result.output
+    sheet = pixels(outdir / "grid.png")
+    np.testing.assert_array_equal(sheet[128:, :64], pixels(outdir / "seed0000-class4.png"))
+    run("--seeds", "0", "--class", "4", network="stylegan2-64-cond")
+    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), sheet[128:, :64])
+
+
+@pytest.fixture
+def of_kind(golden_dir, tmp_path):
+    """Call with the kind of labels: the arguments of `generate` for a network whose file states it."""
+
+    def write(kind):
+        G = finetune.load(golden_dir / "stylegan2-64-cond.pkl").G_ema
+        path = tmp_path / f"{kind}.pkl"
+        save_stylegan_pickle(path, G=None, D=None, G_ema=G, training_set_kwargs={"labels": kind})
+        return ["generate", "--network", str(path), "--seeds", "0", "--outdir", str(tmp_path / "out")]
+
+    return write
+
+
+def test_generate_label_vector(of_kind, run, tmp_path):
+    result = CliRunner().invoke(cli, [*of_kind("vectors"), "--label", "0,1,0,0,0"])
+    assert result.exit_code == 0, result.output
+    vector = pixels(tmp_path / "out/seed0000.png")
+    _, outdir = run("--seeds", "0", "--class", "1", network="stylegan2-64-cond")
+    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), vector)
+    _, outdir = run("--seeds", "0", "--label", "-0.5,0,0,2,0", network="stylegan2-64-cond")
+    assert not np.array_equal(pixels(outdir / "seed0000.png"), vector)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "message"),
+    [
+        ("vectors", ["--class", "0"], "--class: the labels of this network are vectors of 5 numbers. Use"),
+        ("vectors", [], "the labels of this network are vectors of 5 numbers. Use --label 0,0,0,0,0"),
+        ("vectors", ["--label", "1,180"], "--label 1,180: 2 numbers, but this network takes vectors of 5"),
+        ("classes", ["--label", "0,1,0,0,0"], "the labels of this network are 5 classes. Use --class"),
+        (None, ["--label", "1,x"], "'1,x' is not a list of finite numbers"),
+        (None, ["--label", "1,nan"], "'1,nan' is not a list of finite numbers"),
+        (None, ["--label", "1", "--class", "0"], "Give one of the two"),
+        (None, ["--class", "1,7"], "--class 7 is not a class of this network"),
+    ],
+)
+def test_generate_label_errors(of_kind, tmp_path, kind, args, message):
+    result = CliRunner().invoke(cli, [*of_kind(kind), *args])
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "args", "line"),
+    [
+        ("stylegan3-t-32", ["--noise-mode", "random"], "--noise-mode random has no effect: this network"),
+        ("stylegan3-t-32", ["--noise-mode", "none"], "--noise-mode none has no effect"),
+        ("stylegan2-32", ["--trunc-cutoff", "2"], "--trunc-cutoff 2 has no effect without --trunc"),
+        ("stylegan2-32", ["--trunc", "0.5", "--trunc-cutoff", "0"], "--trunc has no effect with"),
+        ("stylegan2-32", ["--trunc", "0.5", "--trunc-cutoff", "8"], "this network has 8 rows of ws"),
+        ("stylegan2-32", ["--trunc", "0.5", "--trunc-cutoff", "7", "--noise-mode", "none"], ""),
+    ],
+)
+def test_generate_options_without_effect(run, network, args, line):
+    result, _ = run("--seeds", "0", *args, network=network)
+    assert line in result.stderr and bool(line) == ("no effect" in result.stderr)
+
+
 @pytest.mark.parametrize(
     ("network", "args", "message"),
     [
@@ -158,7 +227,8 @@ def test_generate_short_job_skips_build(golden_dir, tmp_path, monkeypatch, netwo
     asked = []
     monkeypatch.setenv("FINETUNE_OPS", ops)
     monkeypatch.setattr(custom_ops, "build_for_next_start", lambda: asked.append(1))
-    monkeypatch.setattr("finetune.sampling.generate", lambda *args, **kwargs: iter(()))
+    image = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr("finetune.sampling.generate", lambda *args, **kwargs: iter([(0, image)]))
     words = ["generate", "--network", str(golden_dir / network), "--seeds", seeds, "--outdir", str(tmp_path)]
     result = CliRunner().invoke(cli, [*words, "--device", "cpu"])
     assert result.exit_code == 0, result.output

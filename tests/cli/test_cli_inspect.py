@@ -36,6 +36,7 @@ def test_inspect_json(inspect, golden_dir):
         "resolution": 64,
         "channels": 3,
         "classes": 5,
+        "labels": None,
         "z_dim": 32,
         "w_dim": 32,
         "num_ws": 10,
