@@ -42,9 +42,10 @@ from finetune.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
+    from finetune.export.save import save
     from finetune.resolve import load
 
-__all__ = ["Checkpoint", "FinetuneError", "__version__", "load"]
+__all__ = ["Checkpoint", "FinetuneError", "__version__", "load", "save"]
 
 
 def __getattr__(name: str):
@@ -52,6 +53,10 @@ def __getattr__(name: str):
         from finetune.resolve import load
 
         return load
+    if name == "save":
+        from finetune.export.save import save
+
+        return save
     if name == "Checkpoint":
         from finetune.checkpoint.load import Checkpoint
 

@@ -11,14 +11,30 @@ import click
 from finetune.cli.options import license_option, network_file, network_option, offline_option
 from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
+from finetune.export.formats import FORMATS, WHICH, Format, format_of
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
 
-_ENDINGS = {
-    "stylegan-pkl": "give --format safetensors, or a name that ends in .pkl",
-    "safetensors": "give a name that ends in .safetensors",
-}
+
+def write_options(command):
+    """The options of `export` and `convert` that decide what is written."""
+    for option in reversed(
+        (
+            click.option(
+                "--which",
+                type=click.Choice(WHICH),
+                help="Networks to write.  [default: all that the format is for]",
+            ),
+            click.option("--slim", is_flag=True, help="Same as --which G_ema: all that generating needs."),
+            click.option("--half", is_flag=True, help="Weights in float16; the difference is measured."),
+            click.option("--force", is_flag=True, help="Replace the file if it exists."),
+            license_option(help="License of the checkpoint, if it does not state one."),
+            offline_option(),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.command("export", short_help="Write a checkpoint for other programs, and check what was written.")
@@ -26,43 +42,64 @@ _ENDINGS = {
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(["stylegan-pkl", "safetensors"]),
+    type=click.Choice(list(FORMATS)),
     default="stylegan-pkl",
     show_default=True,
-    help="stylegan-pkl opens in the StyleGAN2-ADA and StyleGAN3 code bases; safetensors is tensors and JSON.",
+    help="; ".join(f"{row.name} opens in {row.opens_in}" for row in FORMATS.values()) + ".",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-@license_option(help="License of the checkpoint, if it does not state one.")
-@offline_option()
-def command(network: str, file_format: str, out: Path, force: bool, license: str | None) -> None:
+@write_options
+def command(network: str, file_format: str, out: Path, **options: Any) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
     FILE is created only if all agree. The source of the weights and their license are written to it, too.
     """
-    from finetune.export.verify import export_checkpoint
+    source = network_file(network)
+    write(source, out, format_of(out, file_format, option="--format"), **options)
+
+
+def write(
+    source: Path,
+    out: Path,
+    file_format: Format,
+    *,
+    which: str | None,
+    slim: bool,
+    half: bool,
+    force: bool,
+    license: str | None,
+) -> None:
+    """Write the checkpoint `source` as `out` and print what was compared, and its provenance."""
+    from finetune.export.save import save
     from finetune.resolve import load
 
-    source = network_file(network)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file.")
-    if (out.suffix.lower() == ".safetensors") != (file_format == "safetensors"):
-        raise ConfigError(
-            f"--out {out} has not the ending of --format {file_format}; {_ENDINGS[file_format]}."
-        )
     if out.exists():
         if out.samefile(source):
             raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
         if not force:
             raise ConfigError(f"--out {out} exists; give --force to replace it, or choose another name.")
+    if slim and which not in (None, "G_ema"):
+        raise ConfigError(f"--slim with --which {which}: give one of them.")
     checkpoint = with_license(load(source), license)
     with progress_bar("comparing images", 1) as progress:
-        result = export_checkpoint(out, checkpoint, file_format, progress=progress)
+        result = save(
+            checkpoint,
+            out,
+            file_format.name,
+            which="G_ema" if slim else which,
+            half=half,
+            progress=progress,
+        )
 
-    click.echo(f"Wrote {out} ({out.stat().st_size:,} bytes, {file_format}): {', '.join(result.networks)}.")
+    name, networks = file_format.name, result.networks
+    click.echo(f"Wrote {out} ({out.stat().st_size:,} bytes, {name}): {', '.join(networks)}.")
     if checkpoint.missing:
-        click.echo(_what_is_missing(checkpoint.missing, file_format))
-    if file_format == "safetensors" and checkpoint.augment_pipe is not None:
+        click.echo(f"The source has no {' and no '.join(checkpoint.missing)}, so the file has none either.")
+    if name == "stylegan-pkl" and len(networks) < 3:
+        click.echo("Loaders that insist on G, D and G_ema will refuse it.")
+    if checkpoint.augment_pipe is not None and not file_format.augment_pipe:
         click.echo("The augmentation pipe, which only training needs, is not in it.")
     click.echo(
         f"Read back and compared: {result.num_tensors} tensors equal, {result.num_images} images, "
@@ -84,13 +121,6 @@ def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
             f"--license {license}: {origin.source} has one ({origin.licence}). Omit the option."
         )
     return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
-
-
-def _what_is_missing(missing: list[str], file_format: str) -> str:
-    text = f"The source has no {' and no '.join(missing)}, so the file has none either."
-    if file_format == "stylegan-pkl":
-        text += " Loaders that insist on G, D and G_ema will refuse it."
-    return text
 
 
 def provenance_lines(provenance: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from finetune.data import ImageSet
 from finetune.demo import KIMG
 from finetune.device import float32_math, resolve_device
 from finetune.errors import FinetuneError, WeightsMissing
-from finetune.export.verify import export_checkpoint
+from finetune.export.save import save
 from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
 from finetune.models import Network
@@ -114,7 +114,7 @@ def run_demo(
     after = evaluation.distances(result.best, num_images, seed)
     save_images(result.best, outdir / "after.png")
     exported = outdir / "fine-tuned.pkl"
-    verification = export_checkpoint(exported, result, "stylegan-pkl")
+    verification = save(result, exported)
 
     done = DemoResult(before, after, trained.snapshot, exported, time.perf_counter() - started)
     report(done, trained.config, outdir, verification.num_images, say)

@@ -25,10 +25,10 @@ from finetune.version import __version__
 from torch_utils.files import atomic_write
 
 
-def save_safetensors(
+def write(
     path: str | os.PathLike, checkpoint: Checkpoint, *, check: Callable[[Path], None] | None = None
 ) -> None:
-    """Write the networks of `checkpoint`, float32 as they are, with constructor arguments and provenance.
+    """Write the networks of `checkpoint`, as they are, with constructor arguments and provenance.
 
     `check` is called with the finished temporary file before it takes its name. Raises WriteError if the
     file cannot be written; a file that was at `path` before is then untouched.

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from finetune.checkpoint.load import Checkpoint
 from finetune.errors import ExportError
-from finetune.export.provenance import complete_entry
+from finetune.export.provenance import complete_entry, entry_of
 from finetune.models import Network
 from torch_utils import persistence
 from torch_utils.files import atomic_write
@@ -58,6 +59,22 @@ _MODULE_FIELDS = frozenset(
 _HOOK_FIELDS = frozenset(name for name in _MODULE_FIELDS if name.endswith("_hooks"))
 _BARE_MODULE_FIELDS = frozenset(vars(torch.nn.Module()))
 _PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+def write(
+    path: str | os.PathLike, checkpoint: Checkpoint, *, check: Callable[[Path], None] | None = None
+) -> None:
+    """Write all that `checkpoint` holds, with its provenance; see `save_stylegan_pickle`."""
+    save_stylegan_pickle(
+        path,
+        G=checkpoint.G,
+        D=checkpoint.D,
+        G_ema=checkpoint.G_ema,
+        augment_pipe=checkpoint.augment_pipe,
+        training_set_kwargs=checkpoint.training_set_kwargs,
+        provenance=entry_of(checkpoint),
+        check=check,
+    )
 
 
 def save_stylegan_pickle(

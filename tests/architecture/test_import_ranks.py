@@ -38,7 +38,7 @@ RANKS = {
 FORBIDDEN = {("finetune.checkpoint", "finetune.hub")}
 # The public API and the entry point of `python -m finetune`: they import nothing but what they export.
 DOORS = {
-    "finetune": {"finetune.errors", "finetune.version", "finetune.checkpoint", "finetune.resolve"},
+    "finetune": {f"finetune.{part}" for part in ("errors", "version", "checkpoint", "resolve", "export")},
     "finetune.__main__": {"finetune.cli"},
 }
 # Imports inside functions that do not count as edges of a cycle: (module, imported module): reason.

@@ -16,7 +16,7 @@ import torch
 import finetune
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.checkpoint.unpickle.globals import read_pickle
-from finetune.export.verify import export_checkpoint
+from finetune.export.save import save
 
 FILES = Path(__file__).parent / "files"
 PICKLE, TENSORS = FILES / "run-of-55a9cab.pkl", FILES / "run-of-55a9cab.safetensors"
@@ -56,8 +56,8 @@ def keys(value):
 
 def test_files_of_today_have_the_same_keys(tmp_path):
     checkpoint = finetune.load(TENSORS)
-    export_checkpoint(tmp_path / "a.pkl", checkpoint, "stylegan-pkl")
-    export_checkpoint(tmp_path / "a.safetensors", checkpoint, "safetensors")
+    save(checkpoint, tmp_path / "a.pkl")
+    save(checkpoint, tmp_path / "a.safetensors")
     before, today = (keys(read_pickle(path).root["finetune"]) for path in (PICKLE, tmp_path / "a.pkl"))
     assert before == {key: today[key] for key in before}
     assert today.keys() - before.keys() == {"licence", "exported_from"}

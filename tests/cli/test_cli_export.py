@@ -143,8 +143,10 @@ def test_export_full_disk(source, tmp_path, monkeypatch):
         (["--network", "{source}", "--out", "."], "is a folder"),
         (["--network", "{source}", "--out", "x.onnx", "--format", "onnx"], "onnx"),
         (["--network", "{source}"], "--out"),
-        (["--network", "{source}", "--out", "x.safetensors"], "give --format safetensors"),
+        (["--network", "{source}", "--out", "x.safetensors"], "Give --format safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),
+        (["--network", "{source}", "--out", "x.pkl", "--half"], "stylegan-pkl with half"),
+        (["--network", "{source}", "--out", "x.pkl", "--slim", "--which", "D"], "give one of them"),
         (["--network", "/dev/null", "--out", "x.pkl"], "is not a file"),
     ],
 )
@@ -170,3 +172,9 @@ def test_export_discriminator_alone(source, tmp_path):
     save_stylegan_pickle(tmp_path / "d.pkl", G=None, D=checkpoint.D, G_ema=None)
     output = run("--network", tmp_path / "d.pkl", "--out", tmp_path / "out.pkl")
     assert "0 images" in output and "no G and no G_ema" in output
+
+
+def test_export_slim(source, tmp_path):
+    output = run("--network", source, "--out", tmp_path / "x.pkl", "--slim")
+    assert "stylegan-pkl): G_ema." in output
+    assert finetune.load(tmp_path / "x.pkl").missing == ["G", "D"]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import finetune
 from finetune.checkpoint.unpickle.globals import read_pickle
 from finetune.cli import cli
-from finetune.export.safetensors import save_safetensors
+from finetune.export.save import save
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_inspect_discriminator_alone(inspect, golden_dir, tmp_path):
 
 def test_inspect_safetensors(inspect, golden_dir, tmp_path):
     path = tmp_path / "net.safetensors"
-    save_safetensors(path, finetune.load(golden_dir / "stylegan3-t-32.pkl"))
+    save(finetune.load(golden_dir / "stylegan3-t-32.pkl"), path)
     result = inspect(path)
     assert result.exit_code == 0
     assert "architecture  stylegan3-t" in result.stdout

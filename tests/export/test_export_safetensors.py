@@ -12,7 +12,7 @@ from tolerances import NETWORK_F32, assert_close
 
 import finetune
 from finetune.errors import CheckpointError, CheckpointMismatch
-from finetune.export.safetensors import save_safetensors
+from finetune.export.save import save
 
 NAME = "stylegan2-64-cond"
 
@@ -20,7 +20,7 @@ NAME = "stylegan2-64-cond"
 @pytest.fixture(scope="module")
 def exported(golden_checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("safetensors") / "net.safetensors"
-    save_safetensors(path, golden_checkpoint(NAME))
+    save(golden_checkpoint(NAME), path)
     return path
 
 
@@ -42,7 +42,7 @@ def rewrite(path, target, change_tensors=None, change_header=None):
 @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
 def test_safetensors_golden_numbers_survive(golden_checkpoint, golden_network, tmp_path, name):
     path = tmp_path / "net.safetensors"
-    save_safetensors(path, golden_checkpoint(name))
+    save(golden_checkpoint(name), path)
     again = finetune.load(path)
     _, golden = golden_network(name)
     z, c, real = (torch.from_numpy(golden[key]) for key in ("z", "c", "real"))

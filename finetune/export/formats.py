@@ -1,0 +1,74 @@
+"""The formats that a checkpoint can be written in, one row each. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from finetune.errors import ConfigError
+
+WHICH = ("G_ema", "G", "D", "all")  # networks of a checkpoint to write
+# Equal weights, equal code, one machine: what may differ is the order of a sum, where a library picks its
+# kernel by how memory happens to be aligned. 8-bit images have steps of 2/255.
+EQUAL = 1e-4
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format to export.
+
+    `module`, of finetune.export, has `write(path, checkpoint, *, check)`: it writes the networks that
+    `checkpoint` holds, calls `check` with the finished temporary file, and only then gives it its name; it
+    raises ExportError if the format cannot hold them. If `finetune.load` does not open the format, the module
+    also has `reopen(path, device)`, which returns its networks by name, callable as those of the source.
+    """
+
+    name: str
+    suffix: str  # of the file name
+    module: str
+    opens_in: str  # completes "opens in ..."
+    tolerance: float = EQUAL  # largest difference of a value of an image, in -1 to 1
+    which: str = "all"  # networks that are written by default, one of WHICH
+    half: bool = True  # readers accept weights in float16
+    augment_pipe: bool = False  # keeps the augmentation pipe
+
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            "stylegan-pkl",
+            ".pkl",
+            "finetune.export.stylegan_pickle",
+            "the StyleGAN2-ADA and StyleGAN3 code bases",
+            half=False,  # their loaders compute in the type of the weights
+            augment_pipe=True,
+        ),
+        Format("safetensors", ".safetensors", "finetune.export.safetensors", "finetune, as tensors and JSON"),
+    )
+}
+
+
+def format_of(path: str | os.PathLike, name: str | None = None, *, option: str = "format") -> Format:
+    """Return the format called `name`, by default that of the ending of `path`.
+
+    Raises ConfigError if there is none, or if the ending is that of another format; `option` is the word for
+    the format in its message.
+    """
+    ending = PurePath(path).suffix.lower()
+    by_ending = next((row for row in FORMATS.values() if row.suffix == ending), None)
+    if name is None:
+        if by_ending is None:
+            endings = ", ".join(f"{row.suffix} ({row.name})" for row in FORMATS.values())
+            raise ConfigError(f"{path}: the ending {ending!r} is of no format. Use one of {endings}.")
+        return by_ending
+    if name not in FORMATS:
+        raise ConfigError(f"{option} {name!r} is unknown. Choose from {', '.join(FORMATS)}.")
+    if by_ending not in (None, FORMATS[name]):
+        assert by_ending is not None
+        raise ConfigError(
+            f"{path}: {ending} is the ending of {by_ending.name}, and {option} is {name}. Give {option} "
+            f"{by_ending.name}, or a name that ends in {FORMATS[name].suffix}."
+        )
+    return FORMATS[name]
