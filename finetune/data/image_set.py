@@ -49,7 +49,7 @@ class ImageSet(Dataset):
         if channels not in CHANNELS:
             known = "1 (gray), 3 (color) and 4 (color with alpha)"
             raise DataError(
-                f"The network makes images of {channels} channels; there are rules for {known} only."
+                f"The network has {channels} image channels, which is not supported ({known} are)."
             )
         if fit is not None and fit not in FITS:
             raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")

@@ -85,8 +85,8 @@ def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
         raise DataError(f"{source.path}: {error.what}", hint=error.hint) from None
     if not folders:
         raise DataError(
-            f"{source.path}: --labels folders, but no image is in a folder.",
-            hint="Put the images of each class in a folder of its own, or use --labels none.",
+            f"{source.path}: --labels folders: no image is in a subfolder.",
+            hint="Put the images of each class in a folder of their own, or use --labels none.",
         )
     return classes, folders
 
@@ -149,34 +149,37 @@ def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
     if num_classes is None:
         advice += ", or train without labels."
     else:
-        advice += f": the network has {num_classes} classes, so every image needs one (maybe the same)."
+        advice += f": the network has {num_classes} classes, so every image needs one."
     if has_class_folders(source):
         advice += " To use the folders as classes: --labels folders."
     if source.labels_name is None:
-        raise DataError(f"{source.path}: labels are needed, but there is no {LABELS_NAME}.", hint=advice)
+        raise DataError(f"{source.path}: {LABELS_NAME} is missing, and labels are needed.", hint=advice)
     where = f"{source.path}: {source.labels_name}"
     try:
         content = json.loads(source.read(source.labels_name))
     except Unusable as problem:
-        raise DataError(f"{where} {problem.detail}.") from None
+        raise DataError(f"{where}: {problem.detail}.") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {error}.") from None
+        raise DataError(f"{where}: not valid JSON ({error}).") from None
     pairs = content.get("labels") if isinstance(content, dict) else None
     if pairs is None:
         raise DataError(
-            f'{where} holds no labels ("labels" is null or missing), but they are needed.', hint=advice
+            f'{where}: no labels ("labels" is null or missing), and labels are needed.', hint=advice
         )
     if not isinstance(pairs, list):
-        raise DataError(f'{where}: "labels" has to be a list, it is a {type(pairs).__name__}.', hint=advice)
+        raise DataError(f'{where}: "labels" must be a list, not {type(pairs).__name__}.', hint=advice)
     table: dict[str, Any] = {}
     for number, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
             raise DataError(
-                f"{where}: entry {number} of labels is {_shown(pair)}, not [name, label].", hint=advice
+                f"{where}: entry {number} of labels must be [name, label], not {_shown(pair)}.", hint=advice
             )
         name = pair[0].replace("\\", "/")
         if table.setdefault(name, pair[1]) != pair[1]:
-            raise DataError(f"{where}: {name!r} has two labels, {_shown(table[name])} and {_shown(pair[1])}.")
+            raise DataError(
+                f"{where}: {name!r} has two labels, {_shown(table[name])} and {_shown(pair[1])}.",
+                hint="Keep one of them.",
+            )
     return table
 
 

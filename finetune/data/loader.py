@@ -19,8 +19,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 NUM_STAND_INS = 8  # images tried in place of one that cannot be read any more
 MAX_UNREADABLE = 0.1  # of the items of an epoch; above that, the set is no longer the given one
 GONE = (
-    "Cannot read the images: is a disk or a network drive gone? Saved files are intact; once "
-    "they are back, --resume the run folder."
+    "A disk or network drive may be disconnected. Saved files are intact: once the images can be read, "
+    "--resume the run folder."
 )
 
 log = logging.getLogger("finetune.data")
@@ -63,7 +63,7 @@ class InfiniteLoader(Iterator[Batch]):
     def _count(self, lost: list[str]) -> None:
         """Count the images of a batch that had to be replaced. Raises DataError if they are too many."""
         if lost and not self.unreadable:
-            log.warning("%s Another image takes its place; the log counts these as `unreadable`.", lost[0])
+            log.warning("%s Another image replaces it; `unreadable` in the log counts these.", lost[0])
         self.unreadable += len(lost)
         num_items = self._sampler.num_items
         if self._position % num_items < self._step:  # another epoch
@@ -71,8 +71,8 @@ class InfiniteLoader(Iterator[Batch]):
         self._replaced += len(lost)
         if self._replaced > MAX_UNREADABLE * num_items / self._sampler.num_replicas:
             raise DataError(
-                f"{self._replaced} items of this epoch of {num_items} could not be read any more, and "
-                f"training stops at more than {MAX_UNREADABLE:.0%}. The last one: {lost[-1]}",
+                f"{self._replaced} of {num_items} images of this epoch can no longer be read (limit: "
+                f"{MAX_UNREADABLE:.0%}). The last one: {lost[-1]}",
                 hint=GONE,
             )
 
@@ -153,7 +153,7 @@ class _Items(Dataset):
                 return (*self.image_set[candidate], why)
             except DataError as error:
                 why = why or error.what
-        return DataError(f"{why} Nor can {NUM_STAND_INS} replacements.", hint=GONE)
+        return DataError(f"{why} Neither can {NUM_STAND_INS} replacements.", hint=GONE)
 
 
 def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list[str]] | DataError:

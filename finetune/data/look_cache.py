@@ -133,7 +133,7 @@ class LookCache:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            log.info("%s cannot be used (%s): the images are looked at without it.", self.path, error)
+            log.info("%s cannot be used (%s): all images are decoded.", self.path, error)
             if self._connection is not None:
                 self._connection.close()
             self._connection, self._is_off = None, True

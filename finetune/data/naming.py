@@ -65,8 +65,8 @@ def _check_splits(folders: list[str], paths: list[list[str]]) -> None:
     if len(folders) > 1 and fewest and all(fewest <= names for names in below.values()):
         shown = ", ".join(sorted(fewest, key=_natural)[:5])
         raise DataError(
-            f"The folders {', '.join(folders[:5])} hold the same sub-folders ({shown}). Which are classes?",
-            hint=f"To use the sub-folders as classes, name one folder as the data set, such as {folders[0]}; "
+            f"The folders {', '.join(folders[:5])} have the same subfolders ({shown}): classes are unclear.",
+            hint=f"To use the subfolders as classes, pass one folder as the data set, such as {folders[0]}; "
             "to use all images, move those of each class into one folder.",
         )
 

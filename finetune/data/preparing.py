@@ -281,19 +281,19 @@ class _Encoded(Dataset):
 
 def _check_destination(source: Source, path: Path, force: bool) -> None:
     if path.suffix.lower() != ".zip":
-        raise ConfigError(f"{path}: the set is written as a zip; give it a name that ends in .zip.")
+        raise ConfigError(f"{path}: not the name of a zip. Use a name that ends in .zip.")
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder, not a file to write.")
+        raise ConfigError(f"{path}: this is a folder. Pass the name of a zip to write.")
     if path.exists() and path.samefile(source.path):
-        raise ConfigError(f"{path} is the input itself. Give the prepared set another name.")
+        raise ConfigError(f"{path}: this is the input. Choose another name.")
     if path.exists() and not force:
-        raise ConfigError(f"{path} exists already; --force replaces it.")
+        raise ConfigError(f"{path}: already exists. Choose another name, or use --force to replace it.")
 
 
 def _first_resolution(source: Source, fit: str | None) -> int:
     """Return the side of the first readable image, used if no size was given."""
     if fit is not None:
-        raise ConfigError(f"--fit {fit} needs --resolution: the size that images are brought to.")
+        raise ConfigError(f"--fit {fit}: the size is unknown. Set it with --resolution.")
     for name in source.names:
         with contextlib.suppress(Unusable):
             width, height = open_image(source.read(name)).size
@@ -301,7 +301,7 @@ def _first_resolution(source: Source, fit: str | None) -> int:
                 return width
             raise ConfigError(
                 f"{source.path}: the first image is {width}×{height}, not square.",
-                hint="Say what to bring images to: --resolution PIXELS (--fit pad or stretch: not cropped).",
+                hint="Set a size with --resolution; --fit says how images are brought to it (default: crop).",
             )
     raise DataError(f"{source.path}: none of the {len(source.names)} images can be read.")
 
@@ -335,9 +335,9 @@ def _check_space(path: Path, num_images: int, settings: Settings) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise DataError(
-            f"{path}: the prepared set takes up to {needed / 2**20:,.0f} MiB more, and "
-            f"{free / 2**20:,.0f} MiB are free there.",
-            hint="Make room, or write to another disk. What is done is kept for the next call.",
+            f"{path}: not enough space (up to {needed / 2**20:,.0f} MiB needed, "
+            f"{free / 2**20:,.0f} MiB free).",
+            hint="Free some space, or write to another disk. Finished images are kept for the next call.",
         )
 
 
@@ -348,7 +348,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path} could not be written: {error.strerror or error}.",
+            f"{path}: cannot be written ({error.strerror or error}).",
             hint="Finished images are kept; run the same command to resume.",
         ) from error
 
@@ -359,6 +359,6 @@ def _only_one(path: Path) -> Iterator[None]:
     busy: list[bool] = []
     with lock(lock_path(path), timeout_sec=0, on_wait=lambda: busy.append(True)) as held:
         if busy and not held:
-            raise DataError(f"{path} is being prepared by another process; wait for it to end.")
+            raise DataError(f"{path}: another process is preparing it. Wait until it has finished.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -16,7 +16,7 @@ NO_RULE = "has pixel values without a rule"
 WRONG_SIZE = "has another size"
 BAD_LABEL = "has no usable label"
 LOW_RANGE = "has 16 bits a channel of which the upper ones are never used"
-# What training refuses, with the name of the kind in JSON.
+# Problems that training refuses, and their names in JSON.
 REFUSED = {
     UNREADABLE: "unreadable",
     CUT_SHORT: "truncated",
@@ -36,7 +36,7 @@ FRAMES = "has several frames, of which the first counts"
 DUPLICATE = "shows the same as another one"
 NO_IMAGE = "has a label, but is not there"
 SAME_NAME = "file name collides on case-insensitive file systems"
-# What training accepts, with a remark.
+# Problems that training accepts, with a remark.
 REMARKS = {
     NOT_SQUARE: "not-square",
     TOO_LONG: "too-long",
@@ -55,10 +55,10 @@ COUNTED = (WRONG_SIZE, LOW_RANGE, NOT_SQUARE, TOO_LONG, TOO_SMALL, UNUSUAL, FRAM
 
 HINTS = {
     UNREADABLE: "Repair or remove the files that cannot be read.",
-    CUT_SHORT: "Get the files that are cut short again, or remove them.",
-    TOO_LARGE: "Make images with too many pixels smaller: they could be decompression bombs.",
+    CUT_SHORT: "Copy or download truncated files again, or remove them.",
+    TOO_LARGE: "Reduce images with too many pixels: they could be decompression bombs.",
     NO_RULE: "Save such images with 8 or 16 bits a channel.",
-    WRONG_SIZE: "Say how images are brought to size: --fit crop (center square), --fit pad (white margins) "
+    WRONG_SIZE: "Choose how images are resized: --fit crop (center square), --fit pad (white margins) "
     "or --fit stretch.",
     BAD_LABEL: "Every image needs a label: in dataset.json, or from its folder with --labels folders.",
     LOW_RANGE: "Such images would be nearly black. Rescale them, with N as listed above, and train on the "

@@ -82,17 +82,17 @@ class Scan:
         notes = []
         if alpha and channels < 4:
             notes.append(
-                f"{alpha} images are transparent and come onto white: the network has {channels} channels; "
-                "--channels 4 changes it."
+                f"{alpha} images are transparent and are put on white: the network has {channels} channels. "
+                "Use --channels 4 to keep alpha."
             )
         if colors and channels == 1:
             notes.append(
-                f"{colors} images have colors and become gray: the network has 1 channel; --channels 3 "
-                "changes it."
+                f"{colors} images have colors and become gray: the network has 1 channel. Use --channels 3 "
+                "to keep colors."
             )
         if channels > 1 and gray == self.num_images:
             notes.append(
-                f"All images are gray and the network has {channels} channels; --channels 1 changes it."
+                f"All images are gray and the network has {channels} channels. --channels 1 makes it gray."
             )
         return notes
 
@@ -146,7 +146,7 @@ def scan(
         class_counts = np.bincount(labels.values, minlength=labels.num_classes).tolist()
     notes = [*findings.notes(listed=thorough), *_notes_on_classes(class_counts)]
     if thorough and not use_labels and not has_labels(source) and has_class_folders(source):
-        notes.append("The folders can be classes: --labels folders.")
+        notes.append("The folders can serve as classes: use --labels folders.")
     return Scan(
         path=source.path,
         num_images=len(names),
@@ -191,7 +191,7 @@ class Findings:
         if wanted is not None and self.fit is None and size != wanted:
             seen = f"{_times(size)} instead of {_times(wanted)}"
             self.problems.append(Problem(name, WRONG_SIZE, seen))
-            wanted = None  # what would have to be changed is no remark then
+            wanted = None  # reported as a problem, so not as a remark
         self.remarks += self._remarks(name, look, wanted)
 
     def _remarks(self, name: str, look: Look, wanted: tuple[int, int] | None) -> list[Problem]:
@@ -231,15 +231,15 @@ class Findings:
                 num_others, how = sum(others.values()), HOW_FITTED[self.fit]
                 also = ", ".join(f"--fit {fit}" for fit in FITS if fit != self.fit)
                 size = _times(self.wanted)
-                notes.append(f"{num_others} images of other sizes are {how} {size}; otherwise: {also}.")
+                notes.append(f"{num_others} images of other sizes are {how} {size}. Alternatives: {also}.")
             much = sum(n for size, n in others.items() if self._enlargement(size) > 2)
             if much:
-                notes.append(f"{much} images are enlarged more than 2×, and will look blurred.")
+                notes.append(f"{much} images are enlarged more than 2× and will look blurred.")
         kinds = {TOO_LONG: "more than twice as long as wide", BLACK: "nearly black"}
         kinds |= {UNIFORM: "of nearly one color", DUPLICATE: "equal to another one"}
         found = [f"{counts[kind]} {words}" for kind, words in kinds.items() if counts[kind]]
         if found and not listed:
-            notes.append(f"Worth a look: {', '.join(found)}; `finetune dataset check` lists their names.")
+            notes.append(f"Check these: {', '.join(found)}. `finetune dataset check` lists their names.")
         return notes
 
 
@@ -285,7 +285,7 @@ def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
             absent = labels_without_image(source)
         except DataError:  # reported as a problem
             absent = []
-        remarks += [Problem(name, NO_IMAGE, "passed over") for name in absent]
+        remarks += [Problem(name, NO_IMAGE, "ignored") for name in absent]
     return remarks
 
 

@@ -102,7 +102,7 @@ class FolderSource(Source):
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
-                raise Unusable(UNREADABLE, "is no regular file")
+                raise Unusable(UNREADABLE, "not a regular file")
             if status.st_size > MAX_FILE_BYTES:
                 raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
             return path.read_bytes()
@@ -139,7 +139,7 @@ class ZipSource(Source):
             try:
                 self._handle = (os.getpid(), zipfile.ZipFile(self.path))
             except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-                raise DataError(f"{self.path}: the zip cannot be opened: {error}.") from None
+                raise DataError(f"{self.path}: the zip cannot be opened ({error}).") from None
         return self._handle[1]
 
     def __getstate__(self) -> dict:
@@ -185,7 +185,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04":
             raise DataError(
-                f"{path}: the zip is cut short: its directory, which is at the end, is missing.",
+                f"{path}: the zip is truncated (its central directory is missing).",
                 hint="Copy or download it again.",
             )
     raise DataError(
@@ -200,7 +200,7 @@ def is_hidden(name: str) -> bool:
 
 
 def _raise_unlistable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from None
+    raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}).") from None
 
 
 def _no_images(path: Path, files: list[str]) -> DataError:
@@ -210,6 +210,6 @@ def _no_images(path: Path, files: list[str]) -> DataError:
     return DataError(
         f"{path}: no image found ({f'only {seen}' if seen else 'it is empty'}).",
         hint=" ".join(
-            advice or ["Images are known by their endings: .png .jpg .webp .bmp .tif .gif and so on."]
+            advice or ["Images are recognized by suffix: .png, .jpg, .webp, .bmp, .tif, .gif and others."]
         ),
     )

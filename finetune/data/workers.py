@@ -69,11 +69,11 @@ def surviving(start: Callable[[], Iterator]) -> Iterator:
         deaths += 1
         if deaths > MAX_DEATHS:
             raise DataError(
-                f"Processes that decode images died {deaths} times in a row ({why}).",
-                hint="The usual cause is a lack of memory, or of shared memory (/dev/shm): use fewer "
+                f"Data workers died {deaths} times in a row ({why}).",
+                hint="The usual cause is too little memory or shared memory (/dev/shm): use fewer "
                 "--workers, or --workers 0.",
             )
-        log.warning("A process that decodes images died (%s) and was restarted.", why)
+        log.warning("A data worker died (%s) and was restarted.", why)
         items = iter(())  # ends the others before there are new ones
         items = start()
 

@@ -90,7 +90,7 @@ def test_check_labels_if_present(folder):
     assert "c.png: not in dataset.json" in call("check", folder).stdout
     assert call("check", folder, "--no-cond").exit_code == 0
     result = call("check", folder / "a", "--cond")
-    assert result.exit_code == 2 and "there is no dataset.json" in result.stdout
+    assert result.exit_code == 2 and "is missing, and labels are needed" in result.stdout
 
 
 def test_check_uses_network_size(folder, golden_dir):
@@ -134,9 +134,9 @@ def test_check_refuses_other_paths(tmp_path, command):
             archive.writestr(f"{i}.png", b"x" * 100)
     cut = tmp_path / "cut.zip"
     cut.write_bytes(whole.getvalue()[:-200])
-    assert "the zip is cut short" in refused(cut)
+    assert "the zip is truncated" in refused(cut)
     cut.write_bytes(whole.getvalue()[:1000])
-    assert "the zip is cut short" in refused(cut)
+    assert "the zip is truncated" in refused(cut)
 
 
 def test_prepare_command(folder, tmp_path):
@@ -148,7 +148,7 @@ def test_prepare_command(folder, tmp_path):
         f"To train on them: finetune train --data {out} --cond\n"
     )
     again = call("prepare", folder, out, "--resolution", 8)
-    assert again.exit_code == 2 and "--force replaces it" in again.stderr
+    assert again.exit_code == 2 and "use --force to replace it" in again.stderr
     forced = call(
         "prepare",
         folder,

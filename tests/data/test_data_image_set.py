@@ -57,7 +57,7 @@ def test_image_set_channels_follow_network(eight, channels):
 
 
 def test_image_set_refuses_impossible_channels_and_fits(eight):
-    with pytest.raises(DataError, match="2 channels"):
+    with pytest.raises(DataError, match="2 image channels"):
         ImageSet(eight(), resolution=8, channels=2)
     with pytest.raises(ValueError, match="squash"):
         ImageSet(eight(), resolution=8, channels=3, fit="squash")

@@ -136,7 +136,7 @@ def test_loader_keeps_messages_of_errors(eight, two_cores, num_workers):
     with pytest.raises(DataError) as caught:
         next(batches)
     assert str(caught.value).startswith(str(path)) and "Traceback" not in str(caught.value)
-    assert "Nor can 8 replacements" in str(caught.value) and "--resume" in caught.value.hint
+    assert "Neither can 8 replacements" in str(caught.value) and "--resume" in caught.value.hint
     batches.close()
 
 
@@ -233,7 +233,7 @@ def test_loader_stops_if_too_many_images_are_lost(forty, two_cores):
     assert batches.unreadable == 12
     lose(path, 4, "deleted")
     with pytest.raises(
-        DataError, match=r"5 items of this epoch of 40 .* more than 10%.*No such file"
+        DataError, match=r"5 of 40 images of this epoch .* 10%.*No such file"
     ) as caught:
         for _ in range(20):
             next(batches)
@@ -281,7 +281,7 @@ def test_loader_loss_limit_is_shared_by_ranks(forty):
     # A tenth of an epoch is four items, of which two fall to each of two processes.
     for number in take(InfiniteSampler(40, seed=1), 8):
         lose(path, number, "deleted")
-    with pytest.raises(DataError, match=r"4 items of this epoch of 40"):
+    with pytest.raises(DataError, match=r"4 of 40 images of this epoch"):
         next(batches)
 
 

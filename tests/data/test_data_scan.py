@@ -51,11 +51,11 @@ def test_scan_describes_good_set(write_set, encode, noise, name):
     cropped.raise_for_problems()
     others = "3 images of other sizes are"
     assert cropped.notes == [
-        f"{others} center-cropped and resized to 16×16; otherwise: --fit pad, --fit stretch.",
-        "1 images are enlarged more than 2×, and will look blurred.",
+        f"{others} center-cropped and resized to 16×16. Alternatives: --fit pad, --fit stretch.",
+        "1 images are enlarged more than 2× and will look blurred.",
     ]
     assert scan(path, resolution=16, fit="pad").notes == [
-        f"{others} resized, with white margins, to 16×16; otherwise: --fit crop, --fit stretch."
+        f"{others} resized, with white margins, to 16×16. Alternatives: --fit crop, --fit stretch."
     ]
 
 
@@ -90,7 +90,7 @@ def test_scan_lists_all_problems(write_set, encode, noise, monkeypatch):
         "    12×8 instead of 8×8: 1 (wide.png)\n",
         "--fit crop",
         "Repair or remove",
-        "Get the files that are cut short again",
+        "Copy or download truncated files again",
     ):
         assert expected in text
     assert "good.png" not in text
@@ -216,7 +216,7 @@ def test_scan_thorough_continues_without_labels(write_set, encode, noise):
         scan(path, use_labels=True)
     found = scan(path, use_labels=True, thorough=True)
     assert kinds_of(found) == {BAD_LABEL: ["dataset.json"], UNREADABLE: ["b.png"]}
-    assert found.problems[0].detail.startswith("is not valid JSON")
+    assert found.problems[0].detail.startswith("not valid JSON")
 
 
 def test_scan_duplicate_name_in_zip(tmp_path, encode, noise):

@@ -131,11 +131,11 @@ def test_scan_counts_black_and_uniform_images(write_set, encode, noise):
     assert found[BLACK] == ["black.png", "stamped.png"] and found[UNIFORM] == ["clear.png", "white.png"]
     assert found[DUPLICATE] == ["twin.bmp"]
     assert scan(path, resolution=64).notes == [
-        "Worth a look: 2 nearly black, 2 of nearly one color, 1 equal to another one; "
+        "Check these: 2 nearly black, 2 of nearly one color, 1 equal to another one. "
         "`finetune dataset check` lists their names."
     ]
     listed = run("dataset", "check", path, "--resolution", 64).stdout
-    assert "is nearly black: 2\n    black.png" in listed and "Worth a look" not in listed
+    assert "is nearly black: 2\n    black.png" in listed and "Check these" not in listed
 
 
 # ---- Sizes and shapes
@@ -277,8 +277,8 @@ def test_labels_folders_refuse_splits(write_set, encode, noise, tmp_path, names)
         ("prepare", path, tmp_path / "out.zip", "--labels", "folders"),
     ):
         result = run("dataset", *words)
-        assert result.exit_code == 2 and "hold the same sub-folders" in result.output, result.output
-        assert "name one folder as the data set" in result.output
+        assert result.exit_code == 2 and "have the same subfolders" in result.output, result.output
+        assert "pass one folder as the data set" in result.output
 
 
 @pytest.mark.parametrize(

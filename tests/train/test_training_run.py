@@ -389,9 +389,9 @@ def test_prepare_checks_free_space(images, tmp_path, monkeypatch):
 def test_prepare_notes_fitted_images(images, tmp_path):
     console = quiet()
     run(options(images, tmp_path, resolution=32, kimg=0.004), console=console)
-    assert "12 images of other sizes are center-cropped and resized to 32×32;" in console.file.getvalue()
+    assert "12 images of other sizes are center-cropped and resized to 32×32. " in console.file.getvalue()
     prepared = prepare(options(images, tmp_path, resolution=64, fit="stretch"))
-    assert prepared.notes[1] == "12 images are enlarged more than 2×, and will look blurred."
+    assert prepared.notes[1] == "12 images are enlarged more than 2× and will look blurred."
 
 
 def test_resume_folder_without_snapshots(images, tmp_path):
