@@ -24,7 +24,7 @@ def _import_ours(name: str) -> None:
         if places and root / name not in places:
             raise ImportError(
                 f"finetune needs its own package {name}, and this process has already imported that of "
-                f"{places[0].parent}: restart it (the notebook's kernel) and import finetune first"
+                f"{places[0].parent}. Restart it (the notebook's kernel) and import finetune first."
             )
         return
     spec = importlib.machinery.PathFinder.find_spec(name, [str(root)])

@@ -24,18 +24,18 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1 or mps.") from None
+        raise ConfigError(f"--device {name}: not a device. Use auto, cpu, cuda, cuda:1 or mps.") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigError(
-                f"--device {name}: this machine shows torch {count} CUDA devices; use --device auto."
+                f"--device {name}: torch sees {count} CUDA devices. Use --device auto."
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ConfigError("--device mps: torch sees no Apple GPU here; use --device auto.")
+            raise ConfigError("--device mps: torch sees no Apple GPU. Use --device auto.")
     elif device.type != "cpu":
-        raise ConfigError(f"--device {name}: not supported; use auto, cpu, cuda or mps.")
+        raise ConfigError(f"--device {name}: not supported. Use auto, cpu, cuda or mps.")
     return device
 
 

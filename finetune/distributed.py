@@ -158,13 +158,13 @@ def init(device: torch.device) -> tuple[ProcessGroup, torch.device]:
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ConfigError(
-                f"{int(os.environ.get('LOCAL_WORLD_SIZE', world_size))} processes on this machine, and torch "
-                f"sees {torch.cuda.device_count()} CUDA devices; start one for each, or use --device cpu."
+                f"{int(os.environ.get('LOCAL_WORLD_SIZE', world_size))} ranks on this machine, torch sees "
+                f"{torch.cuda.device_count()} CUDA devices. Start one rank per device, or use --device cpu."
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        raise ConfigError(f"several processes train on CUDA devices or on CPUs, not on {device}.")
+        raise ConfigError(f"--device {device}: training on several ranks needs CUDA devices or CPUs.")
     timeout = datetime.timedelta(minutes=timeout_min())
     if not dist.is_initialized():
         on_cuda = device.type == "cuda"

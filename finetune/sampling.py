@@ -30,7 +30,7 @@ def z_from_seeds(seeds: Iterable[int], z_dim: int, device: torch.device | str = 
     rows = []
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
-            raise ConfigError(f"seed {seed} is outside 0 to {MAX_SEED}.")
+            raise ConfigError(f"seed {seed}: must be 0 to {MAX_SEED}.")
         rows.append(np.random.RandomState(seed).randn(1, z_dim).astype(np.float32))
     stacked = np.concatenate(rows) if rows else np.zeros([0, z_dim], dtype=np.float32)
     return torch.from_numpy(stacked).to(device)
@@ -47,13 +47,13 @@ def label_from_class(
     if c_dim == 0:
         if class_index is not None:
             raise ConfigError(
-                f"--class {class_index} was given, but this network has no classes; leave it out."
+                f"--class {class_index}: this network has no classes. Omit the option."
             )
         return torch.zeros([n, 0], device=device)
     if class_index is None:
-        raise ConfigError(f"this network has {c_dim} classes: choose one with --class 0 to {c_dim - 1}.")
+        raise ConfigError(f"--class: this network has {c_dim} classes. Choose one from 0 to {c_dim - 1}.")
     if not 0 <= class_index < c_dim:
-        raise ConfigError(f"--class {class_index} is not a class of this network; it has 0 to {c_dim - 1}.")
+        raise ConfigError(f"--class {class_index}: must be 0 to {c_dim - 1} for this network.")
     label = torch.zeros([n, c_dim], device=device)
     label[:, class_index] = 1
     return label
@@ -107,7 +107,7 @@ def generate(
     not finite.
     """
     if noise_mode not in NOISE_MODES:
-        raise ConfigError(f"--noise-mode {noise_mode} is not one of {', '.join(NOISE_MODES)}.")
+        raise ConfigError(f"--noise-mode {noise_mode}: must be one of {', '.join(NOISE_MODES)}.")
     device = device_of(G)
     c = label_from_class(G, class_index, 1, device) if label is None else label_from_vector(G, label, device)
     for done, seed in enumerate(seeds, 1):
@@ -122,8 +122,8 @@ def generate(
             )
         if not bool(torch.isfinite(img).all()):
             raise CheckpointError(
-                f"The output of the network for seed {seed} is not finite.",
-                hint="Its weights are damaged, or training had diverged before: use an older file.",
+                f"seed {seed}: the image has non-finite values.",
+                hint="The weights are damaged, or training had diverged. Use an earlier snapshot.",
             )
         yield seed, to_uint8(img)[0]
         if progress is not None:
@@ -166,8 +166,8 @@ def to_image(image: np.ndarray) -> Image.Image:
     channels = image.shape[2]
     if channels not in _PIL_MODES:
         raise ConfigError(
-            f"this network makes images of {channels} channels; images are written for 1 (gray), 3 (RGB) "
-            "and 4 (RGBA)."
+            f"the network has {channels} image channels. Images can be written for 1 (gray), 3 (RGB) and "
+            "4 (RGBA)."
         )
     return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 

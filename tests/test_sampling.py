@@ -48,7 +48,7 @@ def test_z_from_seeds_convention():
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_z_from_seeds_refuses_out_of_range(seed):
-    with pytest.raises(ConfigError, match=f"seed {seed} is outside"):
+    with pytest.raises(ConfigError, match=f"seed {seed}: must be 0 to"):
         z_from_seeds([0, seed], 4)
 
 
@@ -61,10 +61,10 @@ def test_labels(G, conditional):
 @pytest.mark.parametrize(
     ("network", "class_index", "message"),
     [
-        ("conditional", None, r"5 classes: choose one with --class 0 to 4"),
-        ("conditional", 5, r"--class 5 is not a class of this network; it has 0 to 4"),
-        ("conditional", -1, r"--class -1 is not"),
-        ("G", 0, r"--class 0 was given, but this network has no classes"),
+        ("conditional", None, r"5 classes. Choose one from 0 to 4"),
+        ("conditional", 5, r"--class 5: must be 0 to 4"),
+        ("conditional", -1, r"--class -1: must be 0 to 4"),
+        ("G", 0, r"--class 0: this network has no classes"),
     ],
 )
 def test_label_from_class_errors(request, network, class_index, message):
@@ -134,7 +134,7 @@ def test_generate_progress_and_no_gradients(G):
 
 
 def test_generate_refuses_noise_mode(G):
-    with pytest.raises(ConfigError, match="--noise-mode loud is not one of const, random, none"):
+    with pytest.raises(ConfigError, match="--noise-mode loud: must be one of const, random, none"):
         next(generate(G, [0], noise_mode="loud"))
 
 
@@ -142,7 +142,7 @@ def test_generate_refuses_non_finite_output(G):
     broken = copy.deepcopy(G)
     with torch.no_grad():
         broken.synthesis.b32.torgb.bias.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="for seed 8 is not finite"):
+    with pytest.raises(CheckpointError, match="seed 8: the image has non-finite values"):
         next(generate(broken, [8]))
 
 
@@ -169,7 +169,7 @@ def test_image_grid_width():
 
 
 def test_image_grid_errors(tmp_path):
-    with pytest.raises(ConfigError, match="2 channels"):
+    with pytest.raises(ConfigError, match="2 image channels"):
         image_grid([np.zeros([2, 2, 2], dtype=np.uint8)], 1)
     with pytest.raises(ConfigError, match="at least one image"):
         image_grid([], 1)

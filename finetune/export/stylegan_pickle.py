@@ -99,7 +99,7 @@ def save_stylegan_pickle(
     networks = {"G": G, "D": D, "G_ema": G_ema}
     present = {name: network for name, network in networks.items() if network is not None}
     if not present:
-        raise ExportError("There is no network to save: G, D and G_ema are all missing.")
+        raise ExportError("No network to save: G, D and G_ema are all None.")
     shared: dict[int, tuple[Any, Any]] = {}
     content: dict[str, Any] = {name: _describe(net, shared, name) for name, net in present.items()}
     content["augment_pipe"] = (
@@ -130,7 +130,7 @@ def _describe(module: Network, shared: dict, where: str) -> _Record:
     """Turn a module, and all modules within, into records that hold nothing but plain values and tensors."""
     if not persistence.is_persistent(module):
         raise ExportError(
-            f"{where} is a {type(module).__name__}, which other code bases cannot rebuild.",
+            f"{where}: other code bases cannot rebuild a {type(module).__name__}.",
             hint="Only the networks of finetune.models can be written to a pickle.",
         )
     own = module.__reduce__()[1][0]
@@ -198,14 +198,14 @@ def plain(value: Any, where: str, shared: dict | None = None) -> Any:
         items = [plain(item, f"{where}[{i}]", shared) for i, item in enumerate(value)]
         return next(kind(items) for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
     kind = type(value)
-    raise ExportError(f"{where} is a {kind.__module__}.{kind.__qualname__}, which has no plain form.")
+    raise ExportError(f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be written as plain values.")
 
 
 def _refuse_other_globals(stream: BinaryIO, path: Path) -> None:
     unknown = sorted(set(named_globals(stream)) - ALLOWED_GLOBALS)
     if unknown:
         raise ExportError(
-            f"{path} was not written: torch {torch.__version__} makes it refer to {', '.join(unknown)}, "
+            f"{path}: not written, since torch {torch.__version__} makes it refer to {', '.join(unknown)}, "
             "which older readers do not have.",
             hint="Please report this with the version of torch.",
         )

@@ -53,7 +53,7 @@ def verify_export(
     try:
         again = (reopen or _load)(Path(path), device)
     except CheckpointError as error:
-        raise ExportError(f"The written file cannot be read again: {error}", hint=_REPORT) from error
+        raise ExportError(f"The written file cannot be opened: {error}", hint=_REPORT) from error
     if set(again) != set(names):
         raise ExportError(
             f"The written file has the networks {sorted(again)}, its source {sorted(names)}.", hint=_REPORT
@@ -78,11 +78,11 @@ def _compare_tensors(name: str, ours: torch.nn.Module, theirs: Network) -> int:
         return 0
     wanted, found = tensors_of(ours), tensors_of(theirs)
     if list(wanted) != list(found):
-        raise ExportError(f"The tensors of {name} in the written file have other names.", hint=_REPORT)
+        raise ExportError(f"{name}: the tensors in the written file have other names.", hint=_REPORT)
     for key, tensor in wanted.items():
         # Compared as bits, so that a NaN equals itself.
         if not torch.equal(_bits(tensor.to(found[key].dtype)), _bits(found[key])):
-            raise ExportError(f"{name}.{key} in the written file has other values.", hint=_REPORT)
+            raise ExportError(f"{name}.{key}: differs in the written file.", hint=_REPORT)
     return len(wanted)
 
 

@@ -1,7 +1,7 @@
-"""Download files: verified, resumed, retried, and from another address if one fails.
+"""Download files: verified, resumed, retried, and from another URL if one fails.
 
-A file gets its name only when it is complete and right. What has arrived so far is kept in `NAME.part` for
-the next attempt. Two processes that want one file download it once.
+A file gets its name only when it is complete and verified. Until then its bytes are in `NAME.part`, which the
+next attempt resumes. Two processes that need the same file download it once.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ TIMEOUT_SEC = (10, 60)  # to connect, and between two chunks
 RETRYABLE_STATUS = (408, 425, 429, 500, 502, 503, 504)  # transient HTTP errors
 ATTEMPTS = 4  # in a row without a new byte
 PAUSE_SEC = 1.0  # before the second attempt; doubled each time
-MAX_PAUSE_SEC = 120.0  # if a server asks for more, the address is given up
+MAX_PAUSE_SEC = 120.0  # if a server asks for more, the URL is given up
 NO_SPACE = "Free some space, or set FINETUNE_CACHE to a folder on another disk."
-WAITING = "Waiting for another process, which fetches the same file."
+WAITING = "Waiting for another process, which downloads the same file."
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all
@@ -47,7 +47,7 @@ sleep = time.sleep
 
 
 class DownloadFailed(FinetuneError):
-    """An address does not give the file."""
+    """The file cannot be downloaded from a URL."""
 
 
 class Retryable(DownloadFailed):
@@ -123,7 +123,7 @@ class Part:
         except DownloadFailed as error:
             self.discard()
             if was_resumed:  # two halves of different files; from the start it may be right
-                raise Retryable(f"{error.what}: its parts do not fit together", wait=0.0) from None
+                raise Retryable(f"{error.what}: its parts are of different files", wait=0.0) from None
             error.hint = "The file there has changed, or the download was damaged."
             raise
         with self.path.open("rb") as stream:
@@ -132,7 +132,7 @@ class Part:
             is_cut = head[:1] == b"\x80" and head != TORCH_SAVE and stream.read(1) != b"."
         if is_cut and not self.expected.sha256:  # the length that a server states may be wrong
             self.discard()
-            raise Retryable(f"{url} broke off after {size:,} bytes, in the middle of a pickle")
+            raise Retryable(f"{url}: the connection broke after {size:,} bytes, in the middle of a pickle")
 
 
 def is_offline() -> bool:
@@ -151,11 +151,11 @@ def fetch(
 ) -> Path:
     """Download a file to `dest` and verify it; a file that is already there is verified and kept.
 
-    url: an address, or several of the same file, the best one first. sha256: hex digest, or its beginning.
+    url: one URL, or several of the same file, preferred ones first. sha256: hex digest, or its beginning.
     size: bytes. progress: called with the bytes so far and the bytes in all (None: the server does not state
     them). tell: called with a sentence for each failed attempt. Raises WeightsMissing if FINETUNE_OFFLINE is
-    set and the file is not there, FinetuneError if the download fails or is not the file expected; nothing
-    stands at `dest` then.
+    set and the file is missing, FinetuneError if the download fails or is not the file expected; `dest` does
+    not exist then.
     """
     dest = Path(dest)
     urls = [url] if isinstance(url, str) else list(url)
@@ -164,7 +164,7 @@ def fetch(
         return dest
     if is_offline():
         raise WeightsMissing(
-            f"{dest} is not there, and FINETUNE_OFFLINE forbids downloading it",
+            f"{dest} is missing, and FINETUNE_OFFLINE forbids downloading it",
             hint=f"Put the file from {urls[0]} there, or unset FINETUNE_OFFLINE.",
         )
     part = Part(dest.with_name(dest.name + ".part"), expected)
@@ -177,7 +177,7 @@ def fetch(
                 part.discard()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise FinetuneError(f"{dest} cannot be written: {error.strerror or error}") from None
+            raise FinetuneError(f"{dest}: cannot be written ({error.strerror or error})") from None
         what = f"No space left in {dest.parent} after {part.size():,} bytes of a download"
         part.discard()
         raise FinetuneError(what, hint=NO_SPACE) from None
@@ -208,11 +208,11 @@ def _fetch_from_any(urls: list[str], part: Part, progress: Progress | None, tell
         except DownloadFailed as error:
             failures.append(error)
             if url != urls[-1]:
-                tell(f"{error.what}. Trying another address.")
-    hint = failures[0].hint or f"Check the connection, or get {urls[0]} by other means."
+                tell(f"{error.what}. Trying another URL.")
+    hint = failures[0].hint or f"Check the connection, or download {urls[0]} elsewhere."
     raise FinetuneError(
         "; ".join(failure.what for failure in failures),
-        hint=f"{hint} `finetune checkpoints add-file` takes a file that you have.",
+        hint=f"{hint} `finetune checkpoints add-file` adds a file that you have.",
     )
 
 
@@ -227,10 +227,10 @@ def _fetch_with_retries(url: str, part: Part, progress: Progress | None, tell: T
             pause = PAUSE_SEC * 2 ** (failed - 1) * (1 + random.random() / 4)
             pause = pause if error.wait is None else error.wait
             if pause > MAX_PAUSE_SEC:
-                raise DownloadFailed(f"{error.what}, and asks to come back in {pause:,.0f} s") from None
+                raise DownloadFailed(f"{error.what}, and asks to retry in {pause:,.0f} s") from None
             if failed >= ATTEMPTS:
                 raise
-            tell(f"{error.what}. Trying again" + (f" in {pause:.0f} s." if pause >= 1 else "."))
+            tell(f"{error.what}. Retrying" + (f" in {pause:.0f} s." if pause >= 1 else "."))
             sleep(pause)
 
 
@@ -255,13 +255,13 @@ def transfer(url: str, part: Part, progress: Progress | None = None) -> None:
             if not start or start != total:
                 _receive(url, response, part, start, total, progress)
     except requests.TooManyRedirects:
-        raise DownloadFailed(f"{url} redirects in a circle, or too often") from None
+        raise DownloadFailed(f"{url}: too many redirects") from None
     except requests.exceptions.SSLError as error:
-        raise DownloadFailed(f"{url}: the certificate is not accepted: {_reason(error)}") from None
+        raise DownloadFailed(f"{url}: the certificate is not accepted ({_reason(error)})") from None
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-        raise DownloadFailed(f"{url} is no address to download from: {_reason(error)}") from None
+        raise DownloadFailed(f"{url}: not a URL to download from ({_reason(error)})") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Retryable(f"{url} cannot be downloaded: {_reason(error)}") from None
+        raise Retryable(f"{url}: download failed ({_reason(error)})") from None
     part.verify(url, was_resumed=start > 0)
 
 
@@ -269,7 +269,7 @@ def _check_response(url: str, response: Any, expected: Expected) -> None:
     steps = [step.url for step in (*response.history, response)]
     is_secure = not url.startswith("https:") or all(step.startswith("https:") for step in steps)
     if not is_secure and not expected.is_certain:
-        raise DownloadFailed(f"{url} leads to {steps[-1]}, which is not encrypted")
+        raise DownloadFailed(f"{url}: redirects to {steps[-1]}, which is not encrypted")
     if response.status_code in (200, 206, 416):
         return
     what = f"{url} answers {response.status_code} {response.reason or ''}".rstrip()
@@ -295,8 +295,8 @@ def _resume_offset(url: str, response: Any, part: Part, have: int) -> tuple[int,
     now = _version(response)
     if match is None or response.status_code == 416 or (part.version and now and part.version != now):
         part.discard()
-        why = "the file has changed since, or the server sends another part than asked for"
-        raise Retryable(f"{url} cannot be resumed at byte {have:,}: {why}", wait=0.0)
+        why = "the file has changed, or the server sent another range than requested"
+        raise Retryable(f"{url}: cannot be resumed at byte {have:,} ({why})", wait=0.0)
     return have, int(match[1])
 
 
@@ -327,7 +327,7 @@ def _receive(
             received += stream.write(chunk)
             if received > (size or received):
                 part.discard()
-                raise DownloadFailed(f"{url} sends more than the {size:,} bytes expected")
+                raise DownloadFailed(f"{url}: more than the {size:,} bytes expected")
             if progress is not None and chunk:
                 progress(received, total or size)
         total = total or received  # the response ended as it should
@@ -335,7 +335,7 @@ def _receive(
         os.fsync(stream.fileno())
     if received != total:
         of = f" of {total:,}" if total else ""
-        raise Retryable(f"{url} broke off after {received:,}{of} bytes")
+        raise Retryable(f"{url}: the connection broke after {received:,}{of} bytes")
 
 
 def _first_chunk(url: str, chunks: Iterator[bytes]) -> bytes:
@@ -345,7 +345,7 @@ def _first_chunk(url: str, chunks: Iterator[bytes]) -> bytes:
         first += chunk
     what = describe_text(first[:HEAD]) if first else "an empty file"
     if what is not None:
-        raise DownloadFailed(f"{url} gives no network but {what}")
+        raise DownloadFailed(f"{url}: not a network but {what}")
     return first
 
 

@@ -63,4 +63,4 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float
 
 def too_few() -> ConfigError:
     """Return the error for fewer images than neighbors."""
-    return ConfigError(f"precision and recall need more than {NEIGHBORS} images on both sides.")
+    return ConfigError(f"precision and recall need more than {NEIGHBORS} real and generated images.")

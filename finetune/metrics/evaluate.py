@@ -73,7 +73,7 @@ class Evaluation:
         self.group = group
         self.which = check_names(which)
         if len(image_set) < 2:
-            raise ConfigError(f"a distance needs at least 2 real images, {image_set.path} has one.")
+            raise ConfigError(f"{image_set.path}: one image, and a distance needs at least 2.")
         self.device = torch.device(device)
         self.image_set = image_set
         self.batch = BATCH if batch is None else batch
@@ -126,7 +126,7 @@ class Evaluation:
         total)` counts images. Raises ConfigError if there are too few images.
         """
         if num < 2:
-            raise ConfigError(f"a distance needs at least 2 generated images, not {num}.")
+            raise ConfigError(f"--num {num}: a distance needs at least 2 generated images.")
         for name in self.which:
             if METRICS[name][1] == "prc" and num <= NEIGHBORS:
                 raise too_few()

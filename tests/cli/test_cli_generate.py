@@ -116,7 +116,7 @@ def test_generate_label_vector(of_kind, run, tmp_path):
         (None, ["--label", "1,x"], "'1,x' is not a list of finite numbers"),
         (None, ["--label", "1,nan"], "'1,nan' is not a list of finite numbers"),
         (None, ["--label", "1", "--class", "0"], "Give one of the two"),
-        (None, ["--class", "1,7"], "--class 7 is not a class of this network"),
+        (None, ["--class", "1,7"], "--class 7: must be 0 to 4"),
     ],
 )
 def test_generate_label_errors(of_kind, tmp_path, kind, args, message):
@@ -144,8 +144,8 @@ def test_generate_options_without_effect(run, network, args, line):
 @pytest.mark.parametrize(
     ("network", "args", "message"),
     [
-        ("stylegan2-64-cond", [], "this network has 5 classes: choose one with --class 0 to 4"),
-        ("stylegan2-64-cond", ["--class", "9"], "--class 9 is not a class of this network; it has 0 to 4"),
+        ("stylegan2-64-cond", [], "this network has 5 classes. Choose one from 0 to 4"),
+        ("stylegan2-64-cond", ["--class", "9"], "--class 9: must be 0 to 4"),
         ("stylegan2-32", ["--class", "0"], "this network has no classes"),
         ("absent", [], "does not exist"),
         ("stylegan2-32", ["--device", "cuda:99"], "--device cuda:99"),

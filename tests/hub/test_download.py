@@ -94,16 +94,16 @@ def test_a_file_that_is_there_is_verified_and_kept(server, get, tmp_path):
     "plan, expected, words",
     [
         (404, {}, "answers 404 Not Found"),
-        ((302, {"Location": "/a"}), {}, "redirects in a circle"),
-        (PAGE, {}, "gives no network but a web page: 'Model not found'"),
+        ((302, {"Location": "/a"}), {}, "too many redirects"),
+        (PAGE, {}, "not a network but a web page: 'Model not found'"),
         (PAGE, {"size": SIZE, "sha256": SHA256}, "a web page: 'Model not found'"),
         (b'{"requestStatus": {"statusCode": "NOT_FOUND"}}', {}, 'JSON: .*"NOT_FOUND"'),
         (b"moved to another place\n", {}, "text: 'moved to another place'"),
-        (b"", {}, "gives no network but an empty file"),
+        (b"", {}, "not a network but an empty file"),
         ("file", {"sha256": "0" * 64}, f"has SHA-256 {SHA256} instead of 0000"),
         ("file", {"sha256": "abc"}, "instead of abc"),
         ("file", {"size": 10}, f"has {SIZE:,} bytes instead of 10"),
-        ("unknown-size", {"size": 10}, "sends more than the 10 bytes expected"),
+        ("unknown-size", {"size": 10}, "more than the 10 bytes expected"),
         ("unknown-size", {"size": SIZE + 1}, f"instead of {SIZE + 1:,}"),
         ("too-short", {"size": SIZE}, f"has {HALF:,} bytes instead of {SIZE:,}"),
         ("too-short", {"sha256": SHA256}, f"has SHA-256 .* instead of {SHA256}"),
@@ -123,10 +123,10 @@ def test_what_is_wrong_leaves_nothing_behind(server, get, pauses, tmp_path, plan
         (503, "answers 503"),
         (
             "half-unnamed",
-            f"broke off after {HALF // 4096 * 4096:,}|broke off after {HALF:,} of {SIZE:,} bytes",
+            f"broke after {HALF // 4096 * 4096:,}|broke after {HALF:,} of {SIZE:,} bytes",
         ),
-        ("unknown-size-half", f"broke off after {HALF:,} bytes"),
-        ("too-short", f"broke off after {HALF:,} bytes, in the middle of a pickle"),
+        ("unknown-size-half", f"the connection broke after {HALF:,} bytes"),
+        ("too-short", f"the connection broke after {HALF:,} bytes, in the middle of a pickle"),
     ],
 )
 def test_what_fails_again_and_again(get, pauses, tmp_path, thing, words):
@@ -191,8 +191,8 @@ def test_parts_that_do_not_fit_together_are_fetched_again(server, get, tmp_path)
     heard = []
     path = fetch(urls, tmp_path / "a.pkl", sha256=SHA256, tell=heard.append)
     assert path.read_bytes() == CONTENT
-    assert "answers 404 Not Found. Trying another address." in heard[1]
-    assert "do not fit together" in heard[2]
+    assert "answers 404 Not Found. Trying another URL." in heard[1]
+    assert "are of different files" in heard[2]
     assert [("Range" in headers) for name, headers in server.requests if name == "b"] == [True, False]
 
 
@@ -211,7 +211,7 @@ def test_too_many_requests(get, pauses):
 
 
 def test_a_server_that_wants_to_be_left_alone_for_long(get, pauses):
-    refused(get, "429 Too Many Requests, and asks to come back in 3,600 s", (429, {"Retry-After": "3600"}))
+    refused(get, "429 Too Many Requests, and asks to retry in 3,600 s", (429, {"Retry-After": "3600"}))
     assert pauses == []
 
 
@@ -220,7 +220,7 @@ def test_no_server(pauses, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(FinetuneError) as caught:
         fetch("http://127.0.0.1:9/a", tmp_path / "a")
-    assert caught.value.what == "http://127.0.0.1:9/a cannot be downloaded: Connection refused"
+    assert caught.value.what == "http://127.0.0.1:9/a: download failed (Connection refused)"
     assert left(tmp_path) == []
 
 
@@ -298,6 +298,6 @@ def test_an_encrypted_address_must_not_lead_to_one_that_is_not(server, tmp_path,
         return response
 
     monkeypatch.setattr(requests.Session, "get", get)
-    with pytest.raises(FinetuneError, match=r"https://models\.invalid/a leads to http://.*not encrypted"):
+    with pytest.raises(FinetuneError, match=r"/a: redirects to http://.*not encrypted"):
         fetch("https://models.invalid/a", tmp_path / "a")
     assert fetch("https://models.invalid/a", tmp_path / "a", sha256=SHA256).is_file()

@@ -82,7 +82,7 @@ def test_effnet_missing_package(monkeypatch):
 
 def test_effnet_refuses_other_file(monkeypatch):
     monkeypatch.setattr(features, "WEIGHTS_SHA256", "0" * 64)
-    with pytest.raises(WeightsMissing, match=r"not the known file \(sha256 579344248a93"):
+    with pytest.raises(WeightsMissing, match=r"not the expected file \(sha256 579344248a93"):
         EfficientNetLite0()
 
 

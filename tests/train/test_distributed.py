@@ -301,7 +301,7 @@ def test_init_refuses_more_ranks_than_gpus(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="2 processes on this machine, and torch sees 1 CUDA devices"):
+    with pytest.raises(ConfigError, match="2 ranks on this machine, torch sees 1 CUDA devices"):
         init(torch.device("cuda"))
     with pytest.raises(ConfigError, match="not on mps"):
         init(torch.device("mps"))
