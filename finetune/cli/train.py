@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -130,13 +131,18 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
         raise click.exceptions.Exit(launch(sys.argv[1:], gpus, asked.device or "auto"))
     from rich.console import Console
 
+    from finetune.train.checkpointing import RunFinished
     from finetune.train.prepare import prepare, show
     from finetune.train.train import start
 
     is_first = not env_rank()
     console = Console(quiet=not is_first)
     with report_errors_on_rank0():
-        prepared = prepare(asked, console)
+        try:
+            prepared = prepare(asked, console)
+        except RunFinished as finished:  # exit code 0: job schedulers start the same command again
+            console.print(str(finished), highlight=False, markup=False, soft_wrap=True)
+            return
     show(prepared, console)
     if dry_run:
         console.print("Dry run: all checks passed; nothing was written.", highlight=False)
@@ -150,7 +156,7 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     shutdown()
     console.print(
         f"Done: {result.nimg / 1000:g} kimg. To generate images: finetune generate "
-        f"--network {result.snapshot} --seeds 0-15 --outdir images",
+        f"--network {shlex.quote(str(result.snapshot))} --seeds 0-15 --outdir images",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -20,7 +20,8 @@ import torch
 
 from finetune.config import TrainConfig, TrainOptions, flag
 from finetune.data import InfiniteLoader
-from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from finetune.errors import CheckpointError, ConfigError, ExportError, FinetuneError, TrainingError
+from finetune.train import run_lock
 from finetune.train.allocator import freed_at_once
 from finetune.train.divergence import Alarm, Diverged
 from finetune.train.progress import Display
@@ -53,16 +54,40 @@ log = logging.getLogger("finetune.train")
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state file that was read: its path, its content, and what is wrong with newer ones."""
+    """A state file that was read: its path, its content, and what is wrong with newer ones.
+
+    seen: names of the state files in its folder at that time.
+    """
 
     path: Path
     content: dict[str, Any]
     skipped: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
 
     @property
     def nimg(self) -> int:
         """Images that had been seen."""
         return self.content["nimg"]
+
+    def check_unchanged(self) -> None:
+        """Raise ConfigError if another process has continued the run since this state was read."""
+        if state_names(self.path.parent) != self.seen:
+            raise ConfigError(
+                f"--resume {self.path.parent}: another process continued this run while this one started. "
+                "Run the same command again."
+            )
+
+
+class RunFinished(FinetuneError):
+    """A run has reached its length: nothing is left to do, which is no error for whoever starts it again."""
+
+    exit_code = 0
+
+    def __init__(self, saved: SavedState, config: TrainConfig, kimg: float) -> None:
+        super().__init__(
+            f"{saved.path.parent}: the run has seen its {kimg:g} kimg. To continue it, give a larger --kimg."
+        )
+        self.saved, self.config = saved, config
 
 
 class Checkpointer:
@@ -126,6 +151,7 @@ class Checkpointer:
 
         A failure is a warning, but for the last save. Raises TrainingError.
         """
+        run_lock.confirm(self.run_dir.path)
         try:
             self._check_space()
             self.run_dir.write_fakes(self.state.G_ema, self.run_dir.stem(self.state.nimg))
@@ -141,6 +167,7 @@ class Checkpointer:
         """Write the state alone, on rank 0."""
         if not self.run_dir.is_writable:
             return
+        run_lock.confirm(self.run_dir.path)
         self.last_save = time.monotonic()
         content = {**self.state_dict(), "config": self.config.to_json(), "source": self.run_dir.source}
         try:
@@ -215,9 +242,9 @@ class Checkpointer:
 
 
 def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions, list[str]]:
-    """Return the options of the run with those asked for now, and what changed.
+    """Return the options of the run with those asked for now, and lines on what changed.
 
-    Raises ConfigError that lists what cannot be changed.
+    Raises ConfigError that lists what cannot be changed; RunFinished if the run has reached its length.
     """
     before = TrainConfig.from_json(saved.content["config"])
     new = {name: value for name, value in asked.given().items() if value != getattr(before, name)}
@@ -231,11 +258,11 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
     changes = {name: value for name, value in new.items() if name in CHANGEABLE}
     kimg = changes.get("kimg", before.kimg)
     if saved.nimg >= round(kimg * 1000):
-        raise ConfigError(
-            f"--resume {saved.path.parent}: the run has seen its {kimg:g} kimg; "
-            "to continue, give a larger --kimg."
-        )
-    lines = [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in changes.items()]
+        raise RunFinished(saved, before, kimg)
+    changed = [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in changes.items()]
+    lines = [f"Changed: {'; '.join(changed)}" if changed else "All options as before."]
+    ignored = {name: value for name, value in new.items() if name in ("outdir", "recipe")}
+    lines += [f"{flag(name)} {value} has no effect on a resumed run." for name, value in ignored.items()]
     return before.as_options(**changes), lines
 
 
@@ -269,6 +296,11 @@ def states_of(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: float(NAME.fullmatch(path.name)[1]), reverse=True)  # type: ignore[index]
 
 
+def state_names(run_dir: Path) -> tuple[str, ...]:
+    """Return the names of the state files of a run folder."""
+    return tuple(path.name for path in states_of(run_dir))
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Return the content of a state file. Raises CheckpointError if it is damaged or of another format."""
     try:
@@ -298,13 +330,17 @@ def find_state(place: Path) -> SavedState | None:
     None if PLACE is neither. Raises CheckpointError if the file, or all in the folder, are damaged.
     """
     if place.is_file():
-        return SavedState(place, read_state(place)) if NAME.fullmatch(place.name) else None
+        if not NAME.fullmatch(place.name):
+            return None
+        seen = state_names(place.parent)
+        return SavedState(place, read_state(place), seen=seen)
     if not place.is_dir() or not (paths := states_of(place)):
         return None
+    seen = tuple(path.name for path in paths)
     skipped: list[str] = []
     for path in paths:
         try:
-            return SavedState(path, read_state(path), tuple(skipped))
+            return SavedState(path, read_state(path), tuple(skipped), seen)
         except CheckpointError as error:
             skipped.append(f"{error.what}; skipped.")
     raise CheckpointError(

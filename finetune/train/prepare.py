@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,12 @@ from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet, scan
 from finetune.device import resolve_device
-from finetune.distributed import SINGLE, ProcessGroup, init
+from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot, published_for
-from finetune.train import validation
+from finetune.train import run_lock, validation
 from finetune.train.build import build_plan, build_state
 from finetune.train.checkpointing import SavedState, find_state, merge_options
 from finetune.train.progress import print_reasons
@@ -127,11 +128,12 @@ def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
     """Open what `--resume` names. Raises FinetuneError if it cannot be used."""
     saved = find_state(Path(asked.resume).expanduser()) if asked.resume else None
     if saved is not None:
-        options, changes = merge_options(asked, saved)
+        if not env_rank():
+            run_lock.check_free(saved.path.parent)
+        options, changed = merge_options(asked, saved)
         check_options(asked, options)
         checkpoint = checkpoint_of(saved)
-        changed = "Changed: " + "; ".join(changes) if changes else "All options as before."
-        lines = (*saved.skipped, f"Resuming after {saved.nimg / 1000:g} kimg, from {saved.path}.", changed)
+        lines = (*saved.skipped, f"Resuming after {saved.nimg / 1000:g} kimg, from {saved.path}.", *changed)
         shape = replace(options, classes=None, new_d=False)  # the networks have their shape already
         place, source = saved.path.parent, saved.content["source"]
         return Origin(
@@ -204,7 +206,7 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
             raise ConfigError(f"--resume {path}: this is a folder without snapshots; name a file.") from None
         raise ConfigError(
             f"--resume {path}: this run folder holds no training state to go on from.",
-            hint=f"To start from the weights of its newest snapshot: --resume {snapshot}",
+            hint=f"To start from the weights of its newest snapshot: --resume {shlex.quote(str(snapshot))}",
         )
     checkpoint = load(path)
     if checkpoint.best is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ from rich.console import Console
 from finetune.config import TrainConfig, TrainOptions
 from finetune.data import build_loader
 from finetune.device import training_math
-from finetune.train import steps
+from finetune.resolve import newest_snapshot
+from finetune.train import run_lock, steps
 from finetune.train.allocator import keep_freed_memory
-from finetune.train.checkpointing import Checkpointer
+from finetune.train.checkpointing import Checkpointer, RunFinished
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.divergence import Alarm, DivergenceMonitor
 from finetune.train.optim import set_learning_rate
@@ -60,11 +63,17 @@ class Run:
 def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     """Train as `options` ask and return the result.
 
-    Raises FinetuneError before anything is written if something does not fit; KeyboardInterrupt, after the
-    snapshot is safe, if the run was asked to stop.
+    A resumed run that has reached its length is returned as it is. Raises FinetuneError before anything is
+    written if something does not fit; KeyboardInterrupt, after the snapshot is safe, if the run was asked to
+    stop.
     """
     console = console if console is not None else Console()
-    prepared = prepare(options, console)
+    try:
+        prepared = prepare(options, console)
+    except RunFinished as finished:
+        console.print(str(finished), highlight=False, markup=False, soft_wrap=True)
+        run_dir = finished.saved.path.parent
+        return RunResult(run_dir, newest_snapshot(run_dir), finished.saved.nimg, finished.config)
     show(prepared, console)
     return start(prepared, console=console)
 
@@ -75,15 +84,15 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
     math = training_math(prepared.config.precision)
-    with math, Display(console, prepared.plan.total_nimg) as display:
-        run = open_run(prepared, display)
+    with math, Display(console, prepared.plan.total_nimg) as display, run_folder(prepared) as path:
+        run = open_run(prepared, display, path)
         with run.stop, run.plan.graphs.stream():
             snapshot = train(run)
         if run.stop.number is not None:
             name = "SIGTERM" if run.stop.number == signal.SIGTERM else "Ctrl-C"
             display.say(
                 f"Stopped by {name} after {run.state.nimg / 1000:g} kimg. "
-                f"To resume: finetune train --resume {run.run_dir.path}"
+                f"To resume: finetune train --resume {shlex.quote(str(run.run_dir.path))}"
             )
     group.barrier("the end")  # until everything is saved and printed
     if run.stop.number == signal.SIGINT:
@@ -91,15 +100,26 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     return RunResult(run.run_dir.path, snapshot, run.state.nimg, run.config)
 
 
-def open_run(prepared: Prepared, display: Display) -> Run:
-    """Make the run folder, or open that of a resumed run and load its state."""
+@contextlib.contextmanager
+def run_folder(prepared: Prepared) -> Iterator[Path]:
+    """Make the run folder, or take that of a resumed run; rank 0 holds its lock inside the block."""
+    saved = prepared.origin.saved
+    path = new_run_dir(prepared) if saved is None else prepared.origin.place
+    with run_lock.own(path) if prepared.plan.group.is_first else contextlib.nullcontext():
+        if saved is not None:
+            saved.check_unchanged()
+        yield path
+
+
+def open_run(prepared: Prepared, display: Display, path: Path) -> Run:
+    """Open the run folder; load the state of a resumed run."""
     origin, state = prepared.origin, prepared.state
     if origin.saved is None:
-        run = build_run(prepared, display, new_run_dir(prepared))
+        run = build_run(prepared, display, path)
         run.run_dir.write_fakes(state.G_ema, "-init")
         run.checkpointer.save_state()  # so that there is always one
     else:
-        run = build_run(prepared, display, origin.place)
+        run = build_run(prepared, display, path)
         run.checkpointer.load_state_dict(origin.saved.content)
         run.run_dir.drop_later_lines(state.nimg)
     display.start_at(state.nimg)

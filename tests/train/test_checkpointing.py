@@ -9,9 +9,11 @@ import zipfile
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from tiny_runs import after_each_step, options, quiet
 
+from finetune.cli import cli
 from finetune.config import OPTIONS, TrainOptions
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.train import checkpointing, prepare, run
@@ -99,11 +101,12 @@ def test_resume_with_own_teacher_and_changed_rates(images, tmp_path, monkeypatch
     content = state_of(run_dir)
     assert "teacher" in content["networks"]
     console = Console(file=io.StringIO(), width=200)
-    prepared = prepare(TrainOptions(resume=str(run_dir), glr=0.001, kimg=0.04))
+    prepared = prepare(TrainOptions(resume=str(run_dir), glr=0.001, kimg=0.04, outdir="a b", recipe="custom"))
     show(prepared, console)
     said = console.file.getvalue()
     assert "Resuming after 0.008 kimg" in said
     assert "Changed: --kimg: 0.032 -> 0.04; --glr: 0.002 -> 0.001" in said
+    assert "--outdir a b has no effect on a resumed run" in said and "--recipe custom has no effect" in said
     assert prepared.state.teacher is not prepared.state.G_ema
     assert prepared.state.opt_G.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
     assert prepared.state.opt_D.param_groups[0]["lr"] == content["opt_D"]["param_groups"][0]["lr"]
@@ -124,8 +127,12 @@ class TestRefused:
 
     def test_resume_finished_run(self, images, tmp_path):
         result = run(options(images, tmp_path), console=quiet())
-        with pytest.raises(ConfigError, match=r"has seen its 0\.032 kimg; to continue, give a larger --kimg"):
-            prepare(TrainOptions(resume=str(result.run_dir)))
+        again = ["train", "--resume", str(result.run_dir)]
+        for words in (again, [*again, "--dry-run"]):
+            finished = CliRunner().invoke(cli, words)
+            assert finished.exit_code == 0, finished.output
+            assert "the run has seen its 0.032 kimg. To continue it, give a larger --kimg." in finished.output
+        assert run(TrainOptions(resume=str(result.run_dir)), console=quiet()) == result
         more = TrainOptions(resume=str(result.run_dir), kimg=0.036)
         assert run(more, console=quiet()).nimg == 36
 

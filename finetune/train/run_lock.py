@@ -1,0 +1,122 @@
+"""The lock of a run folder: one process writes into it, on whatever machine."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError, TrainingError
+from torch_utils.files import lock, lock_path
+
+NAME = "run.lock"
+HEARTBEAT_SEC = 30.0
+STALE_SEC = 300.0  # without a heartbeat
+
+
+@contextlib.contextmanager
+def own(run_dir: Path) -> Iterator[None]:
+    """Hold the lock file of a run folder: host, pid and start time, with its modification time as heartbeat.
+
+    A lock without a heartbeat for STALE_SEC, or of a process of this machine that has ended, is replaced.
+    Raises ConfigError if another process has it.
+    """
+    path = run_dir / NAME
+    with lock(lock_path(path)):  # processes of this machine that find the same stale lock take turns
+        check_free(run_dir)
+        path.unlink(missing_ok=True)
+        with open(path, "x", encoding="utf-8") as file:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            json.dump({**_this_process(), "started": now}, file)
+    ended = threading.Event()
+    heartbeat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    heartbeat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heartbeat.join()
+        if _is_ours(_read(path)):
+            path.unlink(missing_ok=True)
+
+
+def check_free(run_dir: Path) -> None:
+    """Raise ConfigError if another process trains in a run folder."""
+    path = run_dir / NAME
+    owner = _read(path)
+    if owner is None or _is_ours(owner) or _has_ended(owner):
+        return
+    try:
+        age = _age_sec(path)
+    except FileNotFoundError:  # released meanwhile
+        return
+    if age > STALE_SEC:
+        return
+    raise ConfigError(
+        f"--resume {run_dir}: this run is being trained by process {owner.get('pid', 'unknown')} on "
+        f"{owner.get('host', 'an unknown host')} (since {owner.get('started', 'an unknown time')}, last "
+        f"heartbeat {max(age, 0):.0f} s ago). Stop that process first.",
+        hint=f"If it no longer exists, its lock expires in {STALE_SEC - age:.0f} s; or delete {path}.",
+    )
+
+
+def confirm(run_dir: Path) -> None:
+    """Raise TrainingError if another process has taken the run over, because this one slept for too long."""
+    owner = _read(run_dir / NAME)
+    if owner is not None and not _is_ours(owner):
+        raise TrainingError(
+            f"{run_dir}: process {owner.get('pid')} on {owner.get('host')} has taken over this run, after no "
+            f"heartbeat of this process for {STALE_SEC / 60:g} minutes. Nothing more is saved here."
+        )
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _is_ours(owner: dict[str, Any] | None) -> bool:
+    return owner is not None and _this_process().items() <= owner.items()
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Return whether the owner is a process of this machine that no longer exists."""
+    if os.name == "nt" or owner.get("host") != socket.gethostname():  # os.kill would end it on Windows
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, KeyError, TypeError, OverflowError):
+        return False
+    return False
+
+
+def _age_sec(path: Path) -> float:
+    """Return the time since the last heartbeat, by the clock of the file system, which all machines share."""
+    with tempfile.NamedTemporaryFile(dir=path.parent) as probe:
+        return os.stat(probe.name).st_mtime - path.stat().st_mtime
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a lock file states, `{}` if it is not readable (being written), None without one."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_SEC):
+        if _is_ours(_read(path)):
+            with contextlib.suppress(OSError):
+                os.utime(path)

@@ -1,0 +1,116 @@
+"""Only one process trains in a run folder; a second one is told which process has it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_runs import after_each_step, options, quiet
+
+from finetune.config import TrainOptions
+from finetune.errors import ConfigError, TrainingError
+from finetune.train import checkpointing, prepare, run, run_lock
+from finetune.train.train import start
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from finetune.train.run_lock import own
+with own(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def unfinished(images, tmp_path):
+    """A run folder with a state after 8 of 16 images."""
+    run_dir = run(options(images, tmp_path, kimg=0.008), console=quiet()).run_dir
+    return TrainOptions(resume=str(run_dir), kimg=0.016), run_dir
+
+
+def write_lock(run_dir, age_sec=0.0, **owner):
+    path = run_dir / run_lock.NAME
+    path.write_text(json.dumps(owner))
+    os.utime(path, (time.time() - age_sec,) * 2)
+    return path
+
+
+def test_run_lock_of_another_process(unfinished):
+    asked, run_dir = unfinished
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            said = f"trained by process {other.pid} on {socket.gethostname()}"
+            with pytest.raises(ConfigError, match=said):
+                prepare(asked)
+            with pytest.raises(ConfigError, match=said), run_lock.own(run_dir):
+                pass
+        finally:
+            other.kill()
+    assert (run_dir / run_lock.NAME).exists()  # it was killed
+    assert run(asked, console=quiet()).nimg == 16
+    assert not (run_dir / run_lock.NAME).exists()
+
+
+@pytest.mark.parametrize("age_sec", [0, 290])
+def test_run_lock_of_another_host(unfinished, age_sec):
+    asked, run_dir = unfinished
+    path = write_lock(run_dir, age_sec, host="node7", pid=os.getpid(), started="2026-11-26T10:00:00+00:00")
+    with pytest.raises(ConfigError, match=r"process \d+ on node7 \(since 2026-11-26T10:00:00") as refusal:
+        prepare(asked)
+    assert f"delete {path}" in str(refusal.value) and path.exists()
+    os.utime(path, (time.time() - 310,) * 2)
+    assert run(asked, console=quiet()).nimg == 16 and not path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])
+def test_run_lock_that_is_damaged_counts_until_it_is_stale(tmp_path, content):
+    path = tmp_path / run_lock.NAME
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="trained by process unknown"):
+        run_lock.check_free(tmp_path)
+    os.utime(path, (time.time() - 310,) * 2)
+    with run_lock.own(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_run_lock_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SEC", 0.01)
+    with run_lock.own(tmp_path):
+        path = tmp_path / run_lock.NAME
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 30
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > 0
+
+
+def test_run_lock_taken_over_stops_saving(unfinished, monkeypatch):
+    asked, run_dir = unfinished
+    before = checkpointing.state_names(run_dir)
+    after_each_step(monkeypatch, lambda state: write_lock(run_dir, host="node7", pid=1))
+    with pytest.raises(TrainingError, match="process 1 on node7 has taken over"):
+        run(asked, console=quiet())
+    assert checkpointing.state_names(run_dir) == before and (run_dir / run_lock.NAME).exists()
+
+
+def test_resume_refuses_state_that_another_process_continued(unfinished):
+    asked, _ = unfinished
+    prepared = prepare(asked)
+    run(asked, console=quiet())
+    with pytest.raises(ConfigError, match="another process continued this run"):
+        start(prepared, console=quiet())
+
+
+def test_run_lock_is_released_after_an_error(images, tmp_path, monkeypatch):
+    def fail(state):
+        raise ValueError("bug")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="bug"):
+        after_each_step(patch, fail)
+        run(options(images, tmp_path), console=quiet())
+    assert not list((tmp_path / "runs").glob(f"*/{run_lock.NAME}"))
