@@ -191,6 +191,7 @@ def _why_metrics_num(run: Any) -> str:
 # fmt: off
 RULES = (
     # Shape. Surgery is listed if the user asked for it; an architecture belongs to --scratch.
+    Rule("cond", ANY, True, "--labels folders", when=lambda run: run.labels == "folders"),
     Rule("cond", (SCRATCH,), lambda run: run.c_dim > 0, "from scratch: labels only on request"),
     Rule("cond", CHECKPOINT, lambda run: run.c_dim > 0, "as the checkpoint"),
     Rule("resolution", ANY, lambda run: run.resolution, ""),

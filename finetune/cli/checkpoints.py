@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,9 +164,8 @@ def where_command(name: str | None) -> None:
         return
     path = place(name)
     if not path.is_file():
-        raise CheckpointError(
-            f"{name} is not on this machine", hint=f"`finetune checkpoints fetch {name}` gets it."
-        )
+        hint = f"To get it: finetune checkpoints fetch {shlex.quote(name)}"
+        raise CheckpointError(f"{name} is not on this machine.", hint=hint)
     click.echo(path)
 
 

@@ -198,4 +198,5 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
     for number, name in enumerate(made.classes):
         click.echo(f"class {number}: {printable(name)}")
     cond = " --cond" if made.has_labels else ""
-    click.echo(f"To train on them: finetune train --data {shlex.quote(str(made.path))}{cond}")
+    data = shlex.quote(str(made.path))
+    click.echo(f"To train on them: finetune train --resume CHECKPOINT --data {data}{cond}")

@@ -18,7 +18,7 @@ from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
 
-MAX_NAME = 64  # characters; run folders are named after the set
+MAX_NAME = 64  # bytes; run folders are named after the set
 CACHE_BYTES = 256 << 20  # decoded; sets that take no more are read into memory once
 
 
@@ -59,7 +59,8 @@ class ImageSet(Dataset):
         self.source = open_source(path)
         self.path = self.source.path
         real = self.path.resolve()
-        self.name = (real.stem if self.path.is_file() else real.name)[:MAX_NAME]
+        name = real.stem if self.path.is_file() else real.name
+        self.name = name.encode("utf-8", "replace")[:MAX_NAME].decode("utf-8", "ignore")
         self.names = choose(self.source, limit, seed)
         self._labels = None
         if use_labels:

@@ -145,7 +145,7 @@ def test_prepare_command(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout == (
         f"{out}: 6 images of 8×8, 0.0 MiB\nclass 0: a\nclass 1: b\n"
-        f"To train on them: finetune train --data {out} --cond\n"
+        f"To train on them: finetune train --resume CHECKPOINT --data {out} --cond\n"
     )
     again = call("prepare", folder, out, "--resolution", 8)
     assert again.exit_code == 2 and "use --force to replace it" in again.stderr

@@ -259,7 +259,7 @@ def test_labels_folders_sort_naturally(write_set, encode, noise, tmp_path, names
     made = run("dataset", "prepare", path, tmp_path / "out file.zip", "--labels", "folders")
     assert made.exit_code == 0, made.output
     assert re.findall(r"class \d: (\S+)", made.stdout) == order
-    assert f"finetune train --data '{tmp_path / 'out file.zip'}' --cond\n" in made.stdout
+    assert f"finetune train --resume CHECKPOINT --data '{tmp_path / 'out file.zip'}' --cond\n" in made.stdout
 
 
 @pytest.mark.parametrize(
