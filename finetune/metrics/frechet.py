@@ -93,7 +93,10 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
     Source: Dowson and Landau 1982, equation 4.
     """
     mu1, cov1, mu2, cov2 = (value.detach().cpu().to(torch.float64) for value in (mu1, cov1, mu2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
+    try:
+        values, vectors = torch.linalg.eigh(cov1)
+    except torch.linalg.LinAlgError:  # divide and conquer does not converge on some singular matrices
+        vectors, values, _ = torch.linalg.svd(cov1)
     # Directions in which cov1 has no extent but rounding add nothing; without them the second step is small.
     kept = values > values.amax() * len(values) * torch.finfo(torch.float64).eps
     root = vectors[:, kept] * values[kept].sqrt()

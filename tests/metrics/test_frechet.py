@@ -50,6 +50,17 @@ def test_frechet_distance_zero_and_symmetric():
     assert frechet_distance(mu2, cov2, mu1, cov1) == pytest.approx(there, rel=1e-7)
 
 
+def test_frechet_distance_where_eigh_does_not_converge(monkeypatch):
+    (mu1, cov1), (mu2, cov2) = normal(8, 0, rank=3), normal(8, 1)
+    expected = frechet_distance(mu1, cov1, mu2, cov2)
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize("sizes", [[100], [1, 99], [33, 0, 40, 27]], ids=str)
 def test_feature_statistics_independent_of_batches(sizes):
     features = torch.randn(100, 7, dtype=torch.float64) * 3 + 1e6  # a large mean shows lost digits
