@@ -14,7 +14,7 @@ from typing import Any
 
 import _checkout  # noqa: F401
 
-from finetune.metrics.evaluate import HIGHER_IS_BETTER
+from finetune.metrics.evaluate import HIGHER_IS_BETTER, names_in
 
 Records = dict[tuple[str, int], dict[str, Any]]
 
@@ -32,8 +32,7 @@ def is_higher_better(name: str) -> bool:
 
 def names_of(records: Records) -> list[str]:
     """Return the metrics that were measured."""
-    first = next(iter(records.values()))["points"][-1]
-    return [name for name in first if name not in ("kimg", "num", "sec") and not name.endswith("_spread")]
+    return names_in(next(iter(records.values()))["points"][-1])
 
 
 def last_of(record: dict[str, Any], name: str) -> float:

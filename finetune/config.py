@@ -259,8 +259,8 @@ class TrainOptions(_Fields):
         RECORDS, "If training diverges: stop, return to the last state with half the learning rates (at most "
         "three times), or ignore it.", default="stop", choices=("stop", "rollback", "ignore"))
     metrics: str | None = _option(
-        RECORDS, "Metrics to compute at each snapshot, named as in `finetune evaluate`, or none.",
-        default="none", metavar="LIST")
+        RECORDS, "Metrics to compute at each snapshot, named as in `finetune evaluate`, or none. The first "
+        "decides which snapshot is best.", shown="random-fid", metavar="LIST")
     metrics_num: int | None = _option(
         RECORDS, "Generated images for the metrics.", shown="1000 on a CPU, 5000 on a GPU", at_least=2)
     # fmt: on
@@ -426,8 +426,8 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
             problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch; use ema.")
         why = "only for --resume; a network from scratch has nothing to keep."
         problems += each(RESUME_ONLY, why, zero=False)
-    if run.metrics in (None, "none"):
-        problems += each(("metrics_num",), "has no effect without --metrics.")
+    if run.metrics == "none":
+        problems += each(("metrics_num",), "has no effect with --metrics none.")
     if run.cond is False:
         problems += each(("classes",), "has no effect with --no-cond, which drops the classes.")
         if run.labels == "folders":

@@ -276,6 +276,7 @@ RULES = (
     Rule("graphs", ANY, "auto", ""),
     Rule("tick", ANY, lambda run: tick_kimg(run.kimg), "kimg between log lines"),
     Rule("snap", ANY, lambda run: max(1, round(run.kimg / run.tick / 5)), "about five snapshots"),
+    Rule("metrics", ANY, "random-fid", "keeps the best snapshot; independent of the loss, needs no download"),
     Rule("metrics_num", ANY, 5000, _why_metrics_num, when=_on_gpu),
     Rule("metrics_num", ANY, 1000, _why_metrics_num),
     Rule("workers", ANY, lambda run: min(4, run.cpu_count), "decode in parallel with the GPU", when=_on_gpu),
@@ -334,8 +335,6 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
             why = "no effect: --sd-weight is 0" if why == USER else ""
         if why:
             reasons.append(Reason(name, value, why))
-    if run.metrics != "none":
-        reasons.append(Reason("metrics", run.metrics, USER))
     return TrainConfig(**{name: getattr(run, name) for name in OPTIONS}), reasons
 
 

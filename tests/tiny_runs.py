@@ -25,6 +25,7 @@ def options(images, tmp_path, family="stylegan2", **changes):
     if changes.get("resume"):
         tiny, family = {}, None
     short = {"kimg": 0.032, "batch": 4, "tick": 0.016, "snap": 1, "device": "cpu", "workers": 0}
+    short["metrics"] = "none"
     distil = {"sd_backbone": "l2", "sd_weight": 0.5}
     settings = {"data": str(images(16)), "outdir": str(tmp_path / "runs"), "scratch": family}
     return TrainOptions(**(settings | tiny | short | distil | changes))

@@ -15,10 +15,14 @@ PRC_BATCH = 2500  # rows of distances at once
 
 @dataclass(frozen=True)
 class Distance:
-    """One number and its spread: over random networks (random-fid), subsets (kid), or its error (ppl)."""
+    """One number and its spread: over random networks (random-fid), subsets (kid), or its error (ppl).
+
+    error: its standard error with respect to the generated images, where it was computed.
+    """
 
     value: float
     spread: float = 0.0
+    error: float = 0.0
 
 
 def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:

@@ -16,6 +16,7 @@ from finetune.errors import ConfigError
 from finetune.metrics import real_side
 from finetune.metrics.clouds import NEIGHBORS, Distance, kid, precision_recall, too_few
 from finetune.metrics.features import POOLED_SIZE, WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
+from finetune.metrics.frechet import frechet_error
 from finetune.metrics.inception import inception_features, inception_weights, require_torch_fidelity
 from finetune.metrics.path_length import perceptual_path_length
 from finetune.metrics.perceptual import Distance as Perceptual
@@ -52,8 +53,9 @@ class Evaluation:
     `ppl`: perceptual path length. workers: processes that decode images. cache: keep what is found out
     about the images. inception: the file of its weights, fetched if None. group: this process among others
     that do the same; each processes its part of the images, in batches that do not depend on their
-    number, and all get the same distances. Raises ConfigError for unknown metrics and if torch-fidelity is
-    missing, WeightsMissing without weights.
+    number, and all get the same distances. with_error: also compute the standard error of the first of
+    `which` if it is a Fréchet distance (eight more distances). Raises ConfigError for unknown metrics and if
+    torch-fidelity is missing, WeightsMissing without weights.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Evaluation:
         tell: Callable[[str], None] = lambda text: None,
         progress: Callable[[int, int], None] | None = None,
         group: ProcessGroup = SINGLE,
+        with_error: bool = False,
     ) -> None:
         self.group = group
+        self.with_error = with_error
         self.which = check_names(which)
         if len(image_set) < 2:
             raise ConfigError(f"{image_set.path}: one image, and a distance needs at least 2.")
@@ -131,7 +135,7 @@ class Evaluation:
             if METRICS[name][1] == "prc" and num <= NEIGHBORS:
                 raise too_few()
         images = _generated(G, self.image_set, num, seed, self.batch, self.group)
-        fake = self._statistics(self._networks, images, num, progress)
+        fake = self._statistics(self._networks, images, num, progress, self._keeps | self._jackknifed())
         result: dict[str, Distance] = {}
         for metric in self.which:
             result |= self._compute(metric, fake, G, num, seed)
@@ -153,15 +157,25 @@ class Evaluation:
     ) -> dict[str, Distance]:
         """Compute numbers from features, on rank 0, which has them all."""
         if kind == "frechet":
-            names = [f"random-{each}" for each in SEEDS] if space == "random" else [space]
-            found = [fake[name].statistics.distance(self._real[name].statistics) for name in names]
-            return {metric: Distance(*mean_and_spread(found))}
+            names = networks_of(space)
+            statistics = [self._real[name].statistics for name in names]
+            found = [
+                fake[name].statistics.distance(each) for name, each in zip(names, statistics, strict=True)
+            ]
+            is_jackknifed = self.with_error and metric == self.which[0]
+            error = frechet_error([fake[name].kept for name in names], statistics) if is_jackknifed else 0.0
+            return {metric: Distance(*mean_and_spread(found), error)}
         generated, real = fake[space].kept, self._real[space].kept
         if kind == "kid":
             return {metric: kid(generated, real, seed)}
         precision, recall = precision_recall(generated, real)
         suffix = metric.removeprefix("prc")
         return {f"precision{suffix}": Distance(precision), f"recall{suffix}": Distance(recall)}
+
+    def _jackknifed(self) -> set[str]:
+        """Return the networks whose features of generated images are needed for a standard error."""
+        space, kind = METRICS[self.which[0]]
+        return set(networks_of(space)) if self.with_error and kind == "frechet" else set()
 
     def _of_images(
         self, workers: int, cache: bool, progress: Callable[[int, int], None] | None
@@ -183,7 +197,7 @@ class Evaluation:
         missing = {name: self._networks[name] for name in self.group.broadcast_result(look, "the cache")}
         if missing:
             images = _real(self.image_set, self.batch, workers, self.group)
-            new = self._statistics(missing, images, len(self.image_set), progress)
+            new = self._statistics(missing, images, len(self.image_set), progress, self._keeps)
             if self.group.is_first:
                 for name in places.keys() & new.keys():
                     real_side.write(places[name], new[name])
@@ -197,13 +211,14 @@ class Evaluation:
         batches: Iterator[torch.Tensor],
         total: int,
         progress: Callable[[int, int], None] | None,
+        keeps: set[str],
     ) -> dict[str, Features]:
         """Return features of all images, in order, on rank 0; nothing is kept on the others.
 
-        batches: those of this process, every `world`-th. One of each process at a time, so that memory stays
-        bounded.
+        keeps: networks whose features themselves are needed. batches: those of this process, every
+        `world`-th. One of each process at a time, so that memory stays bounded.
         """
-        found = {name: Features(name in self._keeps) for name in networks}
+        found = {name: Features(name in keeps) for name in networks}
         num_batches = -(-total // self.batch) if networks else 0
 
         def next_features() -> dict[str, torch.Tensor]:
@@ -222,6 +237,17 @@ class Evaluation:
             if progress is not None:
                 progress(done, total)
         return found
+
+
+def networks_of(space: str) -> list[str]:
+    """Return the networks of a feature space: one, or several random ones."""
+    return [f"random-{seed}" for seed in SEEDS] if space == "random" else [space]
+
+
+def names_in(measured: dict[str, Any]) -> list[str]:
+    """Return the metrics in the entry `metrics` of a line of the log, without what belongs to them."""
+    others, endings = ("kimg", "num", "sec"), ("_spread", "_error")
+    return [name for name in measured if name not in others and not name.endswith(endings)]
 
 
 def check_names(which: Sequence[str]) -> tuple[str, ...]:

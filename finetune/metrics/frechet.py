@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 BLOCK = 1024  # features that are added to the sums together
+JACKKNIFE = 8  # groups of images
 
 
 class FeatureStatistics:
@@ -83,6 +84,27 @@ class FeatureStatistics:
     def distance(self, other: FeatureStatistics) -> float:
         """Return the Fréchet distance to the features of `other`."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+
+def frechet_error(generated: list[torch.Tensor], real: list[FeatureStatistics]) -> float:
+    """Return the standard error of a Fréchet distance with respect to the generated images.
+
+    generated, real: features `[N, d]` and statistics in one or more spaces, whose distances are averaged. The
+    delete-one-group jackknife over `JACKKNIFE` groups; 0 for fewer than 3 images.
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, equation 11.5.
+    """
+    count = len(generated[0])
+    groups = min(JACKKNIFE, count)
+    if count < 3:
+        return 0.0
+    group = torch.arange(count) % groups
+    values = torch.zeros(groups, dtype=torch.float64)
+    for index in range(groups):
+        for features, statistics in zip(generated, real, strict=True):
+            rest = FeatureStatistics()
+            rest.add(features[group != index])
+            values[index] += rest.distance(statistics) / len(real)
+    return float(((groups - 1) / groups * (values - values.mean()).square().sum()).sqrt())
 
 
 def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor) -> float:

@@ -31,7 +31,7 @@ from finetune.train.stats import Stats
 from finetune.version import __version__
 from torch_utils.files import atomic_write
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"training-state-(\d{6,}\.\d{3})\.pt")
 KEPT = 2  # the newest, and the one before it in case that is damaged
 MAX_ROLLBACKS = 3  # in one run
@@ -181,9 +181,10 @@ class Checkpointer:
         if minutes and time.monotonic() - self.last_save > minutes * 60 and self.stats.is_finite():
             self.save_state()
 
-    def save_best(self, name: str, value: float) -> None:
-        """Keep this generator as `network-best.pkl`: it has the best value of a metric so far."""
-        self.counters.best = {"metric": name, "value": value, "nimg": self.state.nimg}
+    def save_best(self, found: dict[str, Any]) -> None:
+        """Keep this generator as `network-best.pkl`: its measurement is the best so far."""
+        self.counters.best = self.counters.last = found
+        self.counters.worse = 0
         try:
             self.run_dir.write_best(self.state)
         except (ExportError, OSError) as error:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from finetune.metrics.evaluate import names_in
 from finetune.recipes import Reason
 from finetune.train.state import TrainState
 
@@ -77,9 +78,8 @@ def _losses(numbers: dict, state: TrainState) -> str:
     parts = [f"{name} {numbers[key]:.3f}" for name, key in shown.items() if key in numbers]
     metrics = numbers.get("metrics", {})
     parts += [
-        f"{name}@{metrics['num']} {value:.4g}"
-        for name, value in metrics.items()
-        if name not in ("num", "sec") and not name.endswith("_spread")
+        f"{name}@{metrics['num']} {metrics[name]:.4g}"
+        for name in names_in(metrics)
     ]
     return " ".join([*parts, f"p {state.ada.p:.3f}"] if state.augment_pipe is not None else parts)
 

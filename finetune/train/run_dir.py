@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("finetune.train")
 
+BEST = "network-best.pkl"
+
 
 def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Module], nimg: int) -> None:
     """Raise ConfigError if `place` (`--outdir`, or the run folder) cannot take the snapshots after `nimg`."""
@@ -169,7 +171,7 @@ class RunDir:
 
     def write_best(self, state: TrainState) -> Path:
         """Write `network-best.pkl`, replacing the previous one."""
-        path = self.path / "network-best.pkl"
+        path = self.path / BEST
         self._write(path, state)
         return path
 

@@ -92,10 +92,16 @@ class TrainState:
 
 @dataclass
 class RunCounters:
-    """What a run counts besides images and steps. best: metric, value, nimg of `network-best.pkl`."""
+    """What a run counts besides images and steps.
+
+    best, last: metric, value, standard error and nimg of `network-best.pkl` and of the last measurement.
+    worse: measurements in a row that were clearly worse than the best.
+    """
 
     rollbacks: int = 0
     best: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    worse: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return all counters."""
@@ -103,7 +109,8 @@ class RunCounters:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.rollbacks, self.best = int(state["rollbacks"]), dict(state["best"])
+        self.rollbacks, self.worse = int(state["rollbacks"]), int(state["worse"])
+        self.best, self.last = dict(state["best"]), dict(state["last"])
 
 
 @dataclass(frozen=True)

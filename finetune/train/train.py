@@ -26,20 +26,22 @@ from finetune.train.optim import set_learning_rate
 from finetune.train.prepare import Prepared, prepare, show
 from finetune.train.progress import Display
 from finetune.train.run_dir import NullRunDir, RunDir, make_run_dir
+from finetune.train.selection import Recommendation, follow, is_better, measurement, recommend
 from finetune.train.signals import StopSignal
 from finetune.train.state import Plan, RunCounters, TrainState
 from finetune.train.stats import Stats
-from finetune.train.validation import Validation, is_better
+from finetune.train.validation import Validation
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run: folder, last snapshot, images seen, and the resolved config."""
+    """The result of a run: folder, last snapshot, images seen, the resolved config, the snapshot to use."""
 
     run_dir: Path
     snapshot: Path
     nimg: int
     config: TrainConfig
+    recommended: Recommendation
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     group.barrier("the end")  # until everything is saved and printed
     if run.stop.number == signal.SIGINT:
         raise KeyboardInterrupt
-    return RunResult(run.run_dir.path, snapshot, run.state.nimg, run.config)
+    nimg = run.state.nimg
+    recommended = recommend(run.counters, snapshot, nimg)
+    return RunResult(run.run_dir.path, snapshot, nimg, run.config, recommended)
 
 
 @contextlib.contextmanager
@@ -227,7 +231,7 @@ def train(run: Run) -> Path:
             # Divergence; snapshot and state.
             diverged = report(run, run.monitor.check(state, numbers))
             if diverged is None:
-                keep_best(run, numbers.get("metrics"))
+                report(run, keep_best(run, numbers.get("metrics")))
                 if is_snapshot:
                     checkpointer.save()
 
@@ -255,11 +259,12 @@ def report(run: Run, alarms: Iterable[Alarm]) -> Alarm | None:
     return None
 
 
-def keep_best(run: Run, metrics: dict | None) -> None:
-    """Keep the generator with the best value of the first metric."""
+def keep_best(run: Run, metrics: dict | None) -> list[Alarm]:
+    """Keep the generator that is best by the first metric; return an alarm if training has passed it."""
     if metrics is None:
-        return
-    name = next(key for key in metrics if key != "num")
-    best = run.counters.best
-    if is_better(name, metrics[name], best.get("value") if best.get("metric") == name else None):
-        run.checkpointer.save_best(name, metrics[name])
+        return []
+    found = measurement(metrics, run.state.nimg)
+    if not is_better(found, run.counters.best):
+        return follow(run.counters, found)
+    run.checkpointer.save_best(found)
+    return []

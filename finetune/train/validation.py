@@ -13,7 +13,7 @@ from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
-from finetune.metrics.evaluate import HIGHER_IS_BETTER, Evaluation, check_names, ensure_metric_weights
+from finetune.metrics.evaluate import Evaluation, check_names, ensure_metric_weights
 from finetune.train.state import TrainState
 from finetune.train.stats import Stats
 
@@ -57,7 +57,10 @@ class Validation:
         return bool(self.names) and (is_end or stats.passed(self.interval_nimg, nimg))
 
     def measure(self, state: TrainState) -> dict[str, Any] | None:
-        """Return `{"num": …, "sec": …, name: value, name_spread: spread}`, None if it failed."""
+        """Return `{"num": …, name: value, name_spread: …, name_error: …, "sec": …}`, None if it failed.
+
+        Spread and standard error are left out where they are 0.
+        """
         started = time.perf_counter()
         try:
             if self._evaluation is None:
@@ -69,6 +72,7 @@ class Validation:
                     cache=True,
                     tell=self.tell,
                     group=self.group,
+                    with_error=True,
                 )
             num = self.config.metrics_num
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
@@ -83,11 +87,6 @@ class Validation:
             numbers[name] = each.value
             if each.spread:
                 numbers[f"{name}_spread"] = each.spread
+            if each.error:
+                numbers[f"{name}_error"] = each.error
         return numbers | {"sec": time.perf_counter() - started}
-
-
-def is_better(name: str, value: float, than: float | None) -> bool:
-    """Return whether a value of a metric beats another one (None: there is none)."""
-    if than is None:
-        return True
-    return value > than if name.startswith(HIGHER_IS_BETTER) else value < than

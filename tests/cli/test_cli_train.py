@@ -41,7 +41,8 @@ SCRATCH = (
     "--z-dim",
     8,
 )
-SHORT = ("--kimg", 0.008, "--batch", 4, "--tick", 0.004, "--sd-backbone", "l2", "--device", "cpu")
+SHORT = ("--kimg", 0.008, "--batch", 4, "--tick", 0.004, "--sd-backbone", "l2", "--device", "cpu",
+         "--metrics", "none")  # fmt: skip
 
 
 def test_every_option_is_a_field_and_every_field_an_option():

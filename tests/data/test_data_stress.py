@@ -123,7 +123,7 @@ def test_scan_ten_thousand_files(tmp_path, monkeypatch, capsys):
 
 TRAIN = (
     "--scratch stylegan2 --resolution 16 --cbase 128 --cmax 8 --z-dim 8 --map-depth 2 --batch 4 "
-    "--sd-backbone l2 --device cpu --workers 2 --tick 0.02 --snap 1"
+    "--sd-backbone l2 --device cpu --workers 2 --tick 0.02 --snap 1 --metrics none"
 ).split()
 # `finetune train`, with the workers that a set of this size would not get.
 PROGRAM = (

@@ -51,6 +51,7 @@ REMOVED = ("w_dim",)
 COMMON = {
     "batch": BATCH, "kimg": STEPS * BATCH / 1000, "tick": 8 * BATCH / 1000, "snap": 100, "device": "cpu",
     "workers": 0, "seed": 3, "save_every_min": 0, "sd_backbone": "l2", "sd_weight": 0.5,
+    "metrics": "none",
 }  # fmt: skip
 SCRATCH_2 = {"scratch": "stylegan2", "resolution": 16, **TINY}
 # Augmentation that is in use after four steps: D's mean sign is above a target of 0 now and then.

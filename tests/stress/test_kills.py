@@ -29,7 +29,7 @@ KIMG, LONGEST_SEC, SEED = 20, 3, 0
 TINY = (
     "--scratch stylegan2 --resolution 64 --fit stretch --cbase 256 --cmax 16 --z-dim 16 "
     "--map-depth 2 --batch 4 --aug ada --target 0 --augpipe blit --sd-backbone l2 --sd-weight auto:0.2 "
-    "--device cpu --workers 2 --snap 1 --keep 2"
+    "--device cpu --workers 2 --snap 1 --keep 2 --metrics none"
 ).split()
 PARTS = "networks opt_G opt_D ada path_mean sd_norms nimg step random sampler".split()
 

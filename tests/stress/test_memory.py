@@ -36,7 +36,8 @@ BATCH, TICK_STEPS, SAVE_STEPS = 4, 20, 200
 TINY = (
     "--scratch stylegan2 --resolution 64 --cbase 256 --cmax 16 --z-dim 16 --map-depth 2 --aug ada "
     "--target 0 "  # so that p rises at once, and the pipe has something to do
-    "--sd-backbone l2 --sd-weight 0.1 --sd-interval 2 --device cpu --workers 2 --keep 2"
+    "--sd-backbone l2 --sd-weight 0.1 --sd-interval 2 --device cpu --workers 2 --keep 2 "
+    "--metrics none"
 ).split()
 SET_BYTES = 257 << 20  # decoded: more than the cache holds
 START = 0.25  # fraction of the steps that is ignored

@@ -178,7 +178,7 @@ class TestDamage:
     def test_load_refuses_other_file(self, tmp_path):
         path = tmp_path / "training-state-000001.000.pt"
         torch.save({"format": 99}, path)
-        with pytest.raises(CheckpointError, match="its format is 99, not 2"):
+        with pytest.raises(CheckpointError, match="its format is 99, not 3"):
             checkpointing.find_state(path)
         torch.save([torch.nn.Linear(1, 1)], path)  # which weights_only refuses
         with pytest.raises(CheckpointError, match="damaged"):
