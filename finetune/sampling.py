@@ -112,6 +112,7 @@ def generate(
     c = label_from_class(G, class_index, 1, device) if label is None else label_from_vector(G, label, device)
     for done, seed in enumerate(seeds, 1):
         z = z_from_seeds([seed], G.z_dim, device)
+<<<<<<< Updated upstream
         with _random_state_of(seed, device) if noise_mode == "random" else contextlib.nullcontext():
             img = G(
                 z,
@@ -126,8 +127,29 @@ def generate(
                 hint="The weights are damaged, or training had diverged. Use an earlier snapshot.",
             )
         yield seed, to_uint8(img)[0]
+=======
+        ws = G.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        yield seed, synthesize(G, ws[0], noise_mode=noise_mode, seed=seed)
+>>>>>>> Stashed changes
         if progress is not None:
             progress(done, len(seeds))
+
+
+@torch.no_grad()
+def synthesize(G: Network, ws: torch.Tensor, *, noise_mode: str = "const", seed: int = 0) -> np.ndarray:
+    """Return the image of `ws` `[num_ws, w_dim]`, uint8 `[H, W, C]`; `seed` is that of random noise.
+
+    CheckpointError if the output is not finite.
+    """
+    device = device_of(G)
+    with _random_state_of(seed, device) if noise_mode == "random" else contextlib.nullcontext():
+        img = G.synthesis(ws.unsqueeze(0).to(device), noise_mode=noise_mode)
+    if not bool(torch.isfinite(img).all()):
+        raise CheckpointError(
+            f"The output of the network for seed {seed} is not finite.",
+            hint="Its weights are damaged, or training had diverged before: use an older file.",
+        )
+    return to_uint8(img)[0]
 
 
 @torch.no_grad()

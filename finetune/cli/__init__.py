@@ -24,7 +24,9 @@ from finetune.version import __version__
 from torch_utils.files import WriteError
 
 # In the order of use; `finetune --help` keeps it.
-COMMANDS = ("demo", "checkpoints", "inspect", "dataset", "train", "generate", "evaluate", "export", "doctor")
+COMMANDS = (
+    "demo", "checkpoints", "inspect", "dataset", "train", "generate", "video", "evaluate", "export", "doctor",
+)  # fmt: skip
 
 
 class CommandFailed(click.ClickException):

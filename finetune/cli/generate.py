@@ -1,32 +1,37 @@
-"""`finetune generate`: images from a checkpoint, one for each seed."""
+"""`finetune generate`: images from a checkpoint, one for each seed or saved w and each variation of it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.cli.latent_options import (
+    generator_of,
+    latent_options,
+    latent_table,
+    print_options_without_effect,
+)
 from finetune.cli.options import (
     GridSize,
     NumberRange,
-    Vector,
     device_option,
     network_file,
     network_option,
     offline_option,
     ops_option,
     outdir_option,
-    seeds_option,
 )
 from finetune.cli.progress import progress_bar
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetune.checkpoint.load import Checkpoint
+    import numpy as np
 
+    from finetune.editing.latents import LatentTable
+
+MAX_SHEET_PIXELS = 1 << 27  # of a sheet that nobody asked for: 400 MB in memory
 # Few enough pixels that plain torch makes them sooner than the kernels are built (half a minute); StyleGAN3
 # takes some thirty times as long without kernels, StyleGAN2 hardly longer.
 QUICK_PIXELS = {"stylegan2": 1 << 22, "stylegan3-t": 1 << 14, "stylegan3-r": 1 << 14}
@@ -43,140 +48,105 @@ def start_without_build(device_type: str) -> None:
 
 @click.command("generate", short_help="Make images from a checkpoint, one for each seed.")
 @network_option()
-@seeds_option()
+@latent_options
+@click.option(
+    "--mix",
+    "mix_seeds",
+    type=NumberRange("seed"),
+    help="Style mixing: also take some rows of ws from each of these seeds.",
+)
+@click.option(
+    "--mix-layers", metavar="N-M", help="Rows of ws that --mix replaces.  [default: the first half]"
+)
 @outdir_option()
 @click.option(
-    "--trunc",
-    type=click.FloatRange(-10, 10),
-    default=1.0,
-    show_default=True,
-    metavar="PSI",
-    help="Truncation: 1 is full variety, 0 the average image.",
+    "--grid",
+    type=GridSize(),
+    help="Also write grid.png, columns x rows, like 8x4.",
 )
 @click.option(
-    "--trunc-cutoff",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Truncate only the first N rows of ws (coarse features).  [default: all]",
-)
-@click.option(
-    "--class",
-    "classes",
-    type=NumberRange("class"),
-    help="Classes, like 2 or 0-4, for a checkpoint that has classes; every seed is used with each.",
-)
-@click.option("--label", type=Vector(), help="Label, like 1,180, for a checkpoint whose labels are vectors.")
-@click.option("--grid", type=GridSize(), help="Also write grid.png, columns x rows, like 8x4.")
-@click.option(
-    "--noise-mode",
-    type=click.Choice(["const", "random", "none"]),
-    default="const",
-    show_default=True,
-    help="StyleGAN2's noise: the stored maps, maps drawn from the seed, or none.",
+    "--save-w",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the w of all images, for --w (.npz).",
 )
 @offline_option()
 @device_option()
 @ops_option()
 def command(
     network: str,
-    seeds: list[int],
     outdir: Path,
-    trunc: float,
-    trunc_cutoff: int | None,
-    classes: list[int] | None,
-    label: list[float] | None,
     grid: tuple[int, int] | None,
+    save_w: Path | None,
     noise_mode: str,
     device: str,
+    **latents: Any,
 ) -> None:
-    """Make one image for each seed: OUTDIR/seed0000.png and so on; with several classes seed0000-class2.png.
+    """Make one image for each seed or saved w: OUTDIR/seed0000.png and so on.
 
-    A seed always gives the same image, independent of the other seeds.
+    A seed always gives the same image, independent of the other seeds. If --trunc, --class or --edit have
+    several values, or with --mix, an image is made for each combination, OUTDIR/seed0000-trunc0.5.png, and
+    grid.png has a row for each seed.
     """
-    if math.isnan(trunc):
-        raise ConfigError("--trunc nan is not a number.")
-    num_images = len(seeds) * len(chosen(classes))
-    if grid is not None and num_images > grid[0] * grid[1]:
-        named = "--seeds and --class name" if classes and len(classes) > 1 else "--seeds names"
-        raise ConfigError(
-            f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, {named} {num_images} images."
-        )
+    import torch
 
     from finetune.device import float32_math, resolve_device
+    from finetune.editing.latents import save_ws
     from finetune.resolve import load
-    from finetune.sampling import generate, save_grid, to_image
+    from finetune.sampling import save_grid, synthesize, to_image
 
     checkpoint = load(network_file(network), device=resolve_device(device))
-    G = checkpoint.best
-    if G is None:
-        raise CheckpointError(f"{network} holds no generator, only D.")
-    if G.img_resolution**2 * num_images <= QUICK_PIXELS.get(checkpoint.family, 0):
+    G = generator_of(checkpoint, network)
+    table = latent_table(checkpoint, **latents)  # raises before the folder is created
+    total = len(table) * len(table.columns)
+    if grid is not None and total > grid[0] * grid[1]:
+        raise ConfigError(f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {total} images.")
+    if save_w is not None and save_w.suffix != ".npz":
+        raise ConfigError(f"--save-w {save_w} has not the ending .npz; give a name that has.")
+    print_options_without_effect(table, noise_mode)
+    pixels = G.img_resolution**2 * total
+    if pixels <= QUICK_PIXELS.get(checkpoint.family, 0):
         start_without_build(next(G.parameters()).device.type)
-    check_labels(checkpoint, classes, label)  # raises before the folder is created
-    if checkpoint.G_ema is None:
-        click.echo("The checkpoint has no G_ema; the images come from G.", err=True)
-    for line in without_effect(G, trunc, trunc_cutoff, noise_mode):
-        click.echo(line, err=True)
+    is_table = grid is None and len(table.columns) > 1 and pixels <= MAX_SHEET_PIXELS
+
     outdir.mkdir(parents=True, exist_ok=True)
-    images, paths = [], []
-    with float32_math(), progress_bar("images", num_images) as progress:
-        for class_index in chosen(classes):
-            suffix = f"-class{class_index}" if classes and len(classes) > 1 else ""
-            for seed, image in generate(
-                G,
-                seeds,
-                class_index=class_index,
-                label=label,
-                truncation_psi=trunc,
-                truncation_cutoff=trunc_cutoff,
-                noise_mode=noise_mode,
-            ):
-                paths.append(outdir / f"seed{seed:04d}{suffix}.png")
-                to_image(image).save(paths[-1])
-                progress(len(paths), num_images)
-                if grid is not None:
+    saved, images, files = [], [], []
+    with float32_math(), progress_bar("images", total) as progress:
+        for name, noise_seed, row in zip(table.row_names(), table.noise_seeds(), table):
+            for column, ws in zip(table.columns, row):
+                image = synthesize(G, ws, noise_mode=noise_mode, seed=noise_seed)
+                files.append(outdir / f"{'-'.join(filter(None, (name, column.name)))}.png")
+                to_image(image).save(files[-1])
+                if grid is not None or is_table:
                     images.append(image)
-    click.echo(f"{len(set(paths))} images: {paths[0]}{' …' if len(paths) > 1 else ''}")
+                if save_w is not None:
+                    saved.append(ws.cpu())
+                progress(len(files), total)
+        if is_table:
+            header = mixing_header(table, noise_mode)
+            images = header + images
+            grid = len(table.columns), len(table) + bool(header)
+    click.echo(f"{len(set(files))} images: {files[0]}{' …' if len(files) > 1 else ''}")
     if grid is not None:
         click.echo(f"Grid: {save_grid(images, outdir / 'grid.png', grid=grid)}")
+    if save_w is not None:
+        save_ws(save_w, torch.stack(saved))
+        click.echo(f"w of all images: {save_w}")
 
 
-def chosen(classes: list[int] | None) -> list[int] | list[None]:
-    """Return the classes to use, `[None]` without `--class`."""
-    return classes or [None]
+def mixing_header(table: LatentTable, noise_mode: str) -> list[np.ndarray]:
+    """Return a row of the images of the seeds that are mixed in, black above others; empty without mixing."""
+    import numpy as np
 
+    from finetune.sampling import synthesize
 
-def check_labels(checkpoint: Checkpoint, classes: list[int] | None, label: list[float] | None) -> None:
-    """Raise ConfigError for `--class` and `--label` that the network cannot take."""
-    from finetune.sampling import label_from_class, label_from_vector
-
-    G: Any = checkpoint.best
-    if label is not None:
-        if classes is not None:
-            raise ConfigError("--class and --label: an image has one label. Give one of the two.")
-        if checkpoint.label_kind == "classes":
-            raise ConfigError(f"--label: the labels of this network are {G.c_dim} classes. Use --class.")
-        label_from_vector(G, label)
-    elif checkpoint.label_kind == "vectors":
-        given = "" if classes is None else "--class: "
-        raise ConfigError(
-            f"{given}the labels of this network are vectors of {G.c_dim} numbers. "
-            f"Use --label {','.join(['0'] * G.c_dim)} with the numbers of your choice."
-        )
-    else:
-        for class_index in chosen(classes):
-            label_from_class(G, class_index)
-
-
-def without_effect(G: Any, trunc: float, trunc_cutoff: int | None, noise_mode: str) -> Iterator[str]:
-    """Yield a line for each option that changes nothing for this network."""
-    from finetune.sampling import has_noise
-
-    if noise_mode != "const" and not has_noise(G):
-        yield f"--noise-mode {noise_mode} has no effect: this network adds no noise."
-    if trunc_cutoff is not None and trunc == 1:
-        yield f"--trunc-cutoff {trunc_cutoff} has no effect without --trunc."
-    elif trunc_cutoff == 0:
-        yield "--trunc has no effect with --trunc-cutoff 0."
-    elif trunc_cutoff is not None and trunc_cutoff >= G.num_ws:
-        yield f"--trunc-cutoff {trunc_cutoff} has no effect: this network has {G.num_ws} rows of ws."
+    if all(column.mix_seed is None for column in table.columns):
+        return []
+    images = [
+        None
+        if (seed := column.mix_seed) is None
+        else synthesize(table.G, table.cell(seed, column), noise_mode=noise_mode, seed=seed)
+        for column in table.columns
+    ]
+    black = np.zeros_like(next(image for image in images if image is not None))
+    return [black if image is None else image for image in images]

@@ -76,7 +76,7 @@ class Vector(click.ParamType):
         except ValueError:
             numbers = [math.nan]
         if not all(map(math.isfinite, numbers)):
-            self.fail(f"{value!r} is not a list of finite numbers; write it like 1,180.", param, ctx)
+            self.fail(f"{value!r} is not a list of finite numbers; separate them with commas.", param, ctx)
         return numbers
 
 

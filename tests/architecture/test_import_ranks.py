@@ -30,6 +30,7 @@ RANKS = {
     "finetune.metrics": 6,
     "finetune.export": 6,
     "finetune.report": 7,
+    "finetune.editing": 7,
     "finetune.train": 8,
     "finetune.demo": 9,
     "finetune.cli": 10,

@@ -61,7 +61,7 @@ def test_generate_grid(run):
 
 def test_generate_grid_too_small(run):
     result, outdir = run("--seeds", "0-4", "--grid", "2x2", code=2)
-    assert "--grid 2x2 has 4 places, --seeds names 5 images" in result.output
+    assert "--grid 2x2 has 4 places, for 5 images" in result.output
     assert not outdir.exists()
 
 
@@ -73,14 +73,14 @@ def test_generate_classes(run):
 
 
 def test_generate_several_classes(run):
-    result, outdir = run("--seeds", "0-1", "--class", "0-1,4", "--grid", "2x3", network="stylegan2-64-cond")
+    result, outdir = run("--seeds", "0-1", "--class", "0-1,4", network="stylegan2-64-cond")
     names = [f"seed{seed:04d}-class{index}.png" for index in (0, 1, 4) for seed in (0, 1)]
     assert sorted(path.name for path in outdir.iterdir()) == sorted(["grid.png", *names])
     assert "6 images" in result.output
     sheet = pixels(outdir / "grid.png")
-    np.testing.assert_array_equal(sheet[128:, :64], pixels(outdir / "seed0000-class4.png"))
+    np.testing.assert_array_equal(sheet[:64, 128:], pixels(outdir / "seed0000-class4.png"))
     run("--seeds", "0", "--class", "4", network="stylegan2-64-cond")
-    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), sheet[128:, :64])
+    np.testing.assert_array_equal(pixels(outdir / "seed0000.png"), sheet[:64, 128:])
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_generate_options_without_effect(run, network, args, line):
         ("stylegan2-32", ["--device", "cuda:99"], "--device cuda:99"),
         ("stylegan2-32", ["--noise-mode", "loud"], "--noise-mode"),
         ("stylegan2-32", ["--grid", "0x3"], "--grid"),
-        ("stylegan2-32", ["--trunc", "nan"], "--trunc nan is not a number"),
+        ("stylegan2-32", ["--trunc", "nan"], "'nan' is not a list of finite numbers"),
     ],
 )
 def test_generate_errors(run, network, args, message):
@@ -159,6 +159,60 @@ def test_generate_errors(run, network, args, message):
     assert message in result.output
     assert "Traceback" not in result.output
     assert not outdir.exists()
+
+
+def test_generate_variations(run):
+    _, outdir = run("--seeds", "0-1", "--trunc", "0.5,1", "--edit", "pc1=-1,0,1")
+    names = [f"seed000{i}-trunc{psi}-pc1={x}.png" for i in (0, 1) for psi in ("0.5", "1") for x in (-1, 0, 1)]
+    assert sorted(path.name for path in outdir.iterdir()) == sorted([*names, "grid.png"])
+    sheet = pixels(outdir / "grid.png")
+    assert sheet.shape == (64, 192, 3)
+    np.testing.assert_array_equal(sheet[32:, 160:], pixels(outdir / names[-1]))
+    edited = [pixels(outdir / name) for name in names]
+    run("--seeds", "1")
+    np.testing.assert_array_equal(pixels(outdir / "seed0001.png"), edited[-2])
+    run("--seeds", "1", "--edit", "pc1=1@2-3")
+    assert not np.array_equal(pixels(outdir / "seed0001.png"), edited[-1])
+    assert not np.array_equal(pixels(outdir / "seed0001.png"), edited[-2])
+
+
+def test_generate_mixing(run):
+    _, outdir = run("--seeds", "0-1", "--mix", "5,6", "--mix-layers", "0-3")
+    sheet = pixels(outdir / "grid.png")
+    assert sheet.shape == (96, 96, 3) and not sheet[:32, :32].any()
+    run("--seeds", "5")
+    np.testing.assert_array_equal(sheet[:32, 32:64], pixels(outdir / "seed0005.png"))
+    result, _ = run("--seeds", "0", "--mix", "5", "--mix-layers", "0-99", code=2)
+    assert "layers '0-99' are not rows of ws; write them like 0-3, from 0 to" in result.output
+
+
+def test_generate_saved_w(run, tmp_path):
+    file = tmp_path / "w.npz"
+    result, outdir = run("--seeds", "0,9", "--trunc", "0.6", "--save-w", str(file))
+    assert f"w of all images: {file}" in result.output
+    run("--w", str(file))
+    np.testing.assert_array_equal(pixels(outdir / "w0001.png"), pixels(outdir / "seed0009.png"))
+    result, _ = run("--w", str(file), "--seeds", "1", code=2)
+    assert "give either --seeds or --w" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give either --seeds or --w"),
+        (["--seeds", "0", "--edit", "pc1"], "'pc1' is not an edit; write it like pc1=2.0"),
+        (["--seeds", "0", "--edit", "pc1=much"], "'much' is not a list of finite numbers"),
+        (["--seeds", "0", "--edit", "smile=1"], "--edit smile: not a principal direction"),
+        (["--seeds", "0", "--directions", "d.npz"], "--directions has no effect without --edit"),
+        (["--seeds", "0", "--mix-layers", "0-3"], "--mix-layers has no effect without --mix"),
+        (["--seeds", "0", "--trunc", "11"], "11 is outside -10 to 10"),
+        (["--seeds", "0", "--save-w", "w.pt"], "--save-w w.pt has not the ending .npz"),
+        (["--w", "absent.npz"], "absent.npz does not exist"),
+    ],
+)
+def test_generate_latent_errors(run, args, message):
+    result, outdir = run(*args, code=2)
+    assert message in result.output and not outdir.exists()
 
 
 def test_generate_noise_modes(run):
@@ -224,12 +278,14 @@ def test_generate_gray_and_rgba(tmp_path, channels, mode):
 def test_generate_short_job_skips_build(golden_dir, tmp_path, monkeypatch, network, seeds, ops, builds_later):
     from torch_utils import custom_ops
 
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
     asked = []
     monkeypatch.setenv("FINETUNE_OPS", ops)
     monkeypatch.setattr(custom_ops, "build_for_next_start", lambda: asked.append(1))
-    image = np.zeros((8, 8, 3), np.uint8)
-    monkeypatch.setattr("finetune.sampling.generate", lambda *args, **kwargs: iter([(0, image)]))
+    monkeypatch.setattr("finetune.sampling.synthesize", interrupt)
     words = ["generate", "--network", str(golden_dir / network), "--seeds", seeds, "--outdir", str(tmp_path)]
     result = CliRunner().invoke(cli, [*words, "--device", "cpu"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 130, result.output
     assert bool(asked) == builds_later

@@ -1,0 +1,1 @@
+"""Images, videos, blends and projections made with a checkpoint."""
