@@ -112,25 +112,8 @@ def generate(
     c = label_from_class(G, class_index, 1, device) if label is None else label_from_vector(G, label, device)
     for done, seed in enumerate(seeds, 1):
         z = z_from_seeds([seed], G.z_dim, device)
-<<<<<<< Updated upstream
-        with _random_state_of(seed, device) if noise_mode == "random" else contextlib.nullcontext():
-            img = G(
-                z,
-                c,
-                truncation_psi=truncation_psi,
-                truncation_cutoff=truncation_cutoff,
-                noise_mode=noise_mode,
-            )
-        if not bool(torch.isfinite(img).all()):
-            raise CheckpointError(
-                f"seed {seed}: the image has non-finite values.",
-                hint="The weights are damaged, or training had diverged. Use an earlier snapshot.",
-            )
-        yield seed, to_uint8(img)[0]
-=======
         ws = G.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         yield seed, synthesize(G, ws[0], noise_mode=noise_mode, seed=seed)
->>>>>>> Stashed changes
         if progress is not None:
             progress(done, len(seeds))
 
