@@ -74,8 +74,11 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
         prepared = prepare(options, console)
     except RunFinished as finished:
         console.print(str(finished), highlight=False, markup=False, soft_wrap=True)
-        run_dir = finished.saved.path.parent
-        return RunResult(run_dir, newest_snapshot(run_dir), finished.saved.nimg, finished.config)
+        saved, counters = finished.saved, RunCounters()
+        counters.load_state_dict(saved.content["counters"])
+        snapshot = newest_snapshot(saved.path.parent)
+        recommended = recommend(counters, snapshot, saved.nimg)
+        return RunResult(saved.path.parent, snapshot, saved.nimg, finished.config, recommended)
     show(prepared, console)
     return start(prepared, console=console)
 
