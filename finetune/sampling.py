@@ -129,8 +129,8 @@ def synthesize(G: Network, ws: torch.Tensor, *, noise_mode: str = "const", seed:
         img = G.synthesis(ws.unsqueeze(0).to(device), noise_mode=noise_mode)
     if not bool(torch.isfinite(img).all()):
         raise CheckpointError(
-            f"The output of the network for seed {seed} is not finite.",
-            hint="Its weights are damaged, or training had diverged before: use an older file.",
+            f"seed {seed}: the image has non-finite values.",
+            hint="The weights are damaged, or training had diverged. Use an earlier snapshot.",
         )
     return to_uint8(img)[0]
 
