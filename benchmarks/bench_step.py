@@ -159,6 +159,7 @@ def bare(config: TrainConfig, state: Any, plan: Any, batches: Iterator, cycles: 
         validation=Mock(is_due=Mock(return_value=False)),
         checkpointer=Mock(count_unreadable=Mock(return_value=0)),
         run_dir=Mock(),
+        page=Mock(),
         display=Mock(tick=cycles.tick),
         stop=StopSignal(),
     )

@@ -79,6 +79,7 @@ def train_alone(state, plan, batches, display=None):
             validation=Mock(is_due=Mock(return_value=False)),
             checkpointer=Mock(count_unreadable=Mock(return_value=0)),
             run_dir=Mock(),
+            page=Mock(),
             display=display or Mock(),
             stop=StopSignal(),
         )

@@ -18,7 +18,7 @@ from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig, TrainOptions
-from finetune.data import ImageSet, scan
+from finetune.data import ImageSet, Scan, scan
 from finetune.device import resolve_device
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
@@ -55,7 +55,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run in which everything has been checked and built, and that can start."""
+    """A run in which everything has been checked and built, and that can start.
+
+    overview: the data set in words, by subject; empty on ranks other than 0.
+    """
 
     config: TrainConfig
     facts: RunFacts
@@ -65,6 +68,7 @@ class Prepared:
     state: TrainState
     plan: Plan
     notes: list[str]
+    overview: dict[str, str]
     operations: list[Operation]
 
 
@@ -83,7 +87,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
     group, device = init(resolve_device(shape.device or "auto"))
     if shape.batch and shape.batch % group.world_size:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
-    image_set, facts, notes = read_data(shape, checkpoint, device, tell, group)
+    image_set, facts, notes, overview = read_data(shape, checkpoint, device, tell, group)
     facts = replace(facts, from_scratch=bool(shape.scratch), num_processes=group.world_size)
     # After the checks that are quick: these may be half a gigabyte to download.
     if shape.sd_weight is None or shape.sd_weight:  # every recipe has a weight above 0
@@ -121,7 +125,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
     check_place(origin.place, config, [state.G, state.D, state.G_ema], origin.nimg)
     networks = state.networks().values()
     group.broadcast((each for net in networks for each in net.state_dict().values()), "the start")
-    return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, operations)
+    return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, overview, operations)
 
 
 def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
@@ -240,8 +244,8 @@ def read_data(
     device: torch.device,
     tell: Callable[[str], None],
     group: ProcessGroup = SINGLE,
-) -> tuple[ImageSet, RunFacts, list[str]]:
-    """Scan the data and compare it with the network; return the image set, facts of the run, and notes."""
+) -> tuple[ImageSet, RunFacts, list[str], dict[str, str]]:
+    """Scan the data and compare it with the network; return image set, facts of the run, notes, overview."""
     group_size = RunFacts.group_size
     family, resolution, channels = options.scratch or "", options.resolution or 0, options.channels or 3
     data, labels_from, mirror, seed = (
@@ -267,6 +271,7 @@ def read_data(
                 "of the images."
             )
     notes: list[str] = []
+    overview: dict[str, str] = {}
     if group.is_first:
         with suggest_label_options(num_classes):
             found = scan(
@@ -280,7 +285,7 @@ def read_data(
                 progress=lambda done, total: tell(f"Reading images: {done} of {total}"),
             )
             found.raise_for_problems()
-        notes = [*found.notes, *found.against(channels)]
+        notes, overview = [*found.notes, *found.against(channels)], describe_data(found)
         if checkpoint is not None and cond is None and not use_labels and found.has_labels:
             notes.append(
                 "The images have labels and the checkpoint has no classes: they are not used. --cond gives "
@@ -313,7 +318,29 @@ def read_data(
         group_size=group_size,
         gpu_memory_gib=gpu_memory_gib(device),
     )
-    return image_set, facts, notes
+    return image_set, facts, notes, overview
+
+
+def describe_data(found: Scan) -> dict[str, str]:
+    """Return what a scan found, for the page of the run."""
+    sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
+    overview = {
+        "data set": found.path.name,
+        "images": str(found.num_images),
+        "sizes": _tally(sizes),
+        "stored as": _tally(found.modes),
+    }
+    if found.class_counts:
+        counts = {f"class {index}": count for index, count in enumerate(found.class_counts)}
+        overview["classes"] = f"{len(counts)}: {_tally(counts)}"
+    if found.num_ignored:
+        overview["other files"] = f"{found.num_ignored}, not used"
+    return overview
+
+
+def _tally(counts: dict[str, int], shown: int = 12) -> str:
+    parts = [f"{name}: {count}" for name, count in list(counts.items())[:shown]]
+    return ", ".join(parts) + (f", and {len(counts) - shown} more" if len(counts) > shown else "")
 
 
 def check_label_kind(checkpoint: Checkpoint, image_set: ImageSet) -> None:

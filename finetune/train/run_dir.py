@@ -113,7 +113,7 @@ class RunDir:
         self.written: dict[str, int] = {}  # snapshot -> images seen
         spacing = config.tick * config.snap
         self.decimals = 0 if spacing >= 1 and float(config.kimg).is_integer() else 3
-        self.board = Board(path if self.is_writable else None)
+        self.board = Board(path if self.is_writable else None, config.to_dict())
         if self.is_writable:
             (path / "config.json").write_text(config.to_json(), encoding="utf-8")
 

@@ -13,17 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from finetune.sampling import image_grid, to_uint8
+
 log = logging.getLogger("finetune.train")
 
 
 class Board:
-    """Writes numbers for TensorBoard into a run folder; does nothing if the package is missing.
+    """Writes numbers, images and options for TensorBoard; does nothing without the package or a folder.
 
-    Record by record and without the package's own writer, whose thread dies of a full disk. Here that costs
-    the numbers of a tick.
+    The records are those of torch's SummaryWriter, written one by one: the thread of that writer dies of a
+    full disk and keeps its file open. Here a full disk costs the numbers of a tick.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, options: dict[str, Any] | None = None) -> None:
         self._path: Path | None = None
         if folder is None:
             return
@@ -32,11 +37,20 @@ class Board:
             try:
                 from tensorboard.compat.proto import event_pb2, summary_pb2
                 from tensorboard.summary.writer.record_writer import RecordWriter
+                from torch.utils.tensorboard import summary
             except ImportError:
                 return
         self._event, self._summary, self._writer = event_pb2.Event, summary_pb2.Summary, RecordWriter
+        self._protos = summary
         self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._append(file_version="brain.Event:2")
+        if options:
+            names = [name.strip() for name in options["metrics"].split(",") if name.strip() != "none"]
+            shown = {
+                tag: 0.0 for tag in ("loss_G", "loss_D", "loss_sd", *(f"metrics/{name}" for name in names))
+            }
+            for proto in summary.hparams(options, shown):
+                self._append(summary=proto)
 
     def add(self, nimg: int, numbers: dict[str, Any]) -> None:
         """Add the numbers of a tick, nested ones as `outer/inner`; the axis is images seen."""
@@ -44,6 +58,12 @@ class Board:
             return
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in _flat(numbers)]
         self._append(step=nimg, summary=self._summary(value=values))
+
+    def add_images(self, nimg: int, images: torch.Tensor) -> None:
+        """Add images `[N, C, H, W]`, -1 to 1, as one sheet."""
+        if self._path is not None:
+            sheet = np.asarray(image_grid(list(to_uint8(images)), 4).convert("RGB"))
+            self._append(step=nimg, summary=self._protos.image("samples", sheet, dataformats="HWC"))
 
     def _append(self, **content: Any) -> None:
         assert self._path is not None

@@ -23,6 +23,7 @@ from finetune.train.checkpointing import Checkpointer, RunFinished
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.divergence import Alarm, DivergenceMonitor
 from finetune.train.optim import set_learning_rate
+from finetune.train.page import RunPage
 from finetune.train.prepare import Prepared, prepare, show
 from finetune.train.progress import Display
 from finetune.train.run_dir import NullRunDir, RunDir, make_run_dir
@@ -58,6 +59,7 @@ class Run:
     validation: Validation
     checkpointer: Checkpointer
     run_dir: RunDir
+    page: RunPage
     display: Display
     stop: StopSignal
 
@@ -89,10 +91,16 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
     math = training_math(prepared.config.precision)
-    with math, Display(console, prepared.plan.total_nimg) as display, run_folder(prepared) as path:
+    show = Display(console, prepared.plan.total_nimg, prepared.plan.snap_nimg)
+    with math, show as display, run_folder(prepared) as path:
         run = open_run(prepared, display, path)
         with run.stop, run.plan.graphs.stream():
-            snapshot = train(run)
+            recommended = None
+            try:
+                snapshot = train(run)
+                recommended = recommend(run.counters, snapshot, run.state.nimg)
+            finally:
+                run.page.finish(run.state, recommended)
         if run.stop.number is not None:
             name = "SIGTERM" if run.stop.number == signal.SIGTERM else "Ctrl-C"
             display.say(
@@ -102,9 +110,7 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     group.barrier("the end")  # until everything is saved and printed
     if run.stop.number == signal.SIGINT:
         raise KeyboardInterrupt
-    nimg = run.state.nimg
-    recommended = recommend(run.counters, snapshot, nimg)
-    return RunResult(run.run_dir.path, snapshot, nimg, run.config, recommended)
+    return RunResult(run.run_dir.path, snapshot, run.state.nimg, run.config, recommended)
 
 
 @contextlib.contextmanager
@@ -129,6 +135,7 @@ def open_run(prepared: Prepared, display: Display, path: Path) -> Run:
         run = build_run(prepared, display, path)
         run.checkpointer.load_state_dict(origin.saved.content)
         run.run_dir.drop_later_lines(state.nimg)
+    run.page.start(prepared)
     display.start_at(state.nimg)
     run.monitor.restart(state.nimg)
     if run.plan.group.is_first:
@@ -174,6 +181,7 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
         validation=Validation(config, image_set, plan.device, display.say, group),
         checkpointer=Checkpointer(config, plan, state, counters, batches, stats, run_dir, display),
         run_dir=run_dir,
+        page=RunPage(run_dir, config),
         display=display,
         stop=StopSignal(),
     )
@@ -237,6 +245,7 @@ def train(run: Run) -> Path:
                 report(run, keep_best(run, numbers.get("metrics")))
                 if is_snapshot:
                     checkpointer.save()
+                run.page.update(state)
 
         if diverged is not None:
             # Stop with an error, or return to the last state with half the learning rates.

@@ -100,6 +100,8 @@ def test_tensorboard_gets_log_numbers(images, tmp_path):
     for line, event in zip(lines_of(result), board.Scalars("loss_G"), strict=True):
         assert event.step == line["nimg"] and event.value == pytest.approx(line["loss_G"], rel=1e-4)
     assert {"sec_per_phase/Gmain", "sd_cosine_of/mapping"} <= set(board.Tags()["scalars"])
+    assert [image.step for image in board.Images("samples")] == [0, 16, 32]
+    assert board.summary_metadata["_hparams_/session_start_info"]
 
 
 class TestWeightByRatio:

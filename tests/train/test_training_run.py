@@ -37,7 +37,9 @@ def test_run_writes_all_files(family, images, tmp_path):
     (events,) = [name for name in names if name.startswith("events.out.tfevents")]
     names.remove(events)
     stems = ("000000.016", "000000.032")
-    assert names == {"config.json", "log.jsonl", "reals.png", "fakes-init.png"} | {
+    assert names == {
+        "config.json", "about.json", "log.jsonl", "reals.png", "fakes-init.png", "preview", "report.html"
+    } | {
         name
         for stem in stems
         for name in (f"fakes{stem}.png", f"network-snapshot-{stem}.pkl", f"training-state-{stem}.pt")
@@ -249,8 +251,9 @@ class _Critic(torch.nn.Module):
 def test_display_bar_on_terminal(images, tmp_path):
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     run(options(images, tmp_path), console=console)
-    last = [line for line in console.file.getvalue().splitlines() if "0.03/0.032 kimg" in line][-1]
-    assert all(words in last for words in ("img/s", "0:00 left", "G ", "D ", "SD ", "p 0.0"))
+    bar, numbers = console.file.getvalue().split("0.03/0.032 kimg")[-1].splitlines()[:2]
+    assert "100%" in bar
+    assert all(words in numbers for words in ("img/s", "0:00 left", "GiB", "G ", "D ", "SD ", "p 0.0"))
 
 
 def test_run_sigint_saves(images, tmp_path, monkeypatch):
