@@ -217,15 +217,23 @@ class TrainOptions(_Fields):
         RECIPE, "Augmentations: blit, geometry, color, filter, noise, cutout, or several by their initials.",
         default="bgc", choices=tuple(AUGPIPES))
 
+    sd_preset: str | None = _option(
+        DISTILLATION, "Defaults of the options below: those measured here, or the settings of the method's "
+        "authors (LPIPS-VGG, augmented pairs, every step, all pixels, a fixed weight).", default="measured",
+        choices=("measured", "authors"))
     sd_weight: DistillWeight | None = _option(  # noqa: RUF009
-        DISTILLATION, "Weight of the self-distillation loss; 0 disables it. auto:0.1 keeps its gradient at a "
-        "tenth of the adversarial one.", shown="auto:1; auto:0.1 with custom and --scratch",
-        metavar="WEIGHT|auto:RATIO")
+        DISTILLATION, "Weight of the self-distillation loss; 0 disables it, and the distance is only logged. "
+        "auto:0.1 keeps its gradient at a tenth of the adversarial one.",
+        shown="auto:1; auto:0.1 with custom and --scratch; authors: 1", metavar="WEIGHT|auto:RATIO")
     sd_backbone: str | None = _option(
-        DISTILLATION, "Perceptual distance between student and teacher.", default="lpips-vgg",
-        choices=BACKBONES)
+        DISTILLATION, "Perceptual distance between student and teacher.",
+        shown="lpips-vgg; ms-ssim with --sd-weight 0", choices=BACKBONES)
+    sd_augment: bool | None = _option(
+        DISTILLATION, "Flip, turn by 5° or shift by 1 % at most, by one draw for student and teacher, before "
+        "they are compared.", shown="no-sd-augment; authors: sd-augment")
     sd_interval: int | None = _option(
-        DISTILLATION, "Apply the loss every k-th step, k times as strong.", shown="4; 1 for l2", above=0)
+        DISTILLATION, "Apply the loss every k-th step, k times as strong.",
+        shown="4; 1 for l2 and authors; 64 with --sd-weight 0", above=0)
     sd_teacher: str | None = _option(
         DISTILLATION, "The teacher: an EMA of G, or the checkpoint itself.", default="ema",
         choices=("ema", "initial"))
@@ -334,8 +342,10 @@ class TrainConfig(_Fields):
     p: float
     augpipe: str
 
+    sd_preset: str
     sd_weight: DistillWeight
     sd_backbone: str
+    sd_augment: bool
     sd_interval: int
     sd_teacher: str
     sd_teacher_kimg: float

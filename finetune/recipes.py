@@ -20,6 +20,7 @@ ADAPT = "benchmarks/results/ab_adapt_epyc-2core_202611.md"
 UNVERIFIED = "default (unverified)"
 TRAINED = "published settings of {name_published}"
 USER = "user-specified"
+AUTHORS = "public code of the authors of 2605.08577"
 
 # By ratio, because distances of different backbones differ by orders of magnitude. Compared with none in
 # AB and ADAPT, at the interval below, on small networks.
@@ -121,6 +122,14 @@ class Rule:
 
 def _is_stylegan2(run: Any) -> bool:
     return run.family == "stylegan2"
+
+
+def _as_authors(run: Any) -> bool:
+    return run.sd_preset == "authors"
+
+
+def _logs_only(run: Any) -> bool:
+    return not run.sd_weight
 
 
 def _on_gpu(run: Any) -> bool:
@@ -260,12 +269,21 @@ RULES = (
     Rule("augpipe", ANY, OPTIONS["augpipe"].default, "blit, geometry and color, as in the ADA paper"),
 
     # Self-distillation.
+    Rule("sd_preset", ANY, OPTIONS["sd_preset"].default, ""),
+    Rule("sd_weight", ANY, DistillWeight(1.0), "a fixed weight, as the authors use; theirs is not public",
+         UNVERIFIED, when=_as_authors),
     Rule("sd_weight", IMPROVE, SD_WEIGHT, "gradient as long as the adversarial one", AB),
     Rule("sd_weight", TRANSFER, SD_WEIGHT, "gradient as long as the adversarial one", ADAPT),
     Rule("sd_weight", ANY, CAREFUL_SD_WEIGHT, "gradient a tenth of the adversarial one", UNVERIFIED),
-    Rule("sd_backbone", ANY, OPTIONS["sd_backbone"].default, "perceptual distance to the teacher"),
+    Rule("sd_backbone", ANY, "ms-ssim", "distance to G_ema, for the log; needs no weights", when=_logs_only),
+    Rule("sd_backbone", ANY, "lpips-vgg", "perceptual distance to the teacher"),
+    Rule("sd_augment", ANY, True, "student and teacher are changed alike", AUTHORS, when=_as_authors),
+    Rule("sd_augment", ANY, False, ""),
+    Rule("sd_teacher", ANY, OPTIONS["sd_teacher"].default, "", when=_logs_only),
     Rule("sd_teacher", ANY, OPTIONS["sd_teacher"].default, "the student is regularized toward its EMA"),
     Rule("sd_teacher_kimg", ANY, 0.0, ""),
+    Rule("sd_interval", ANY, 64, "a distance for the log every 64th step", when=_logs_only),
+    Rule("sd_interval", ANY, 1, "every step", AUTHORS, when=_as_authors),
     Rule("sd_interval", ANY, 1, "every step: l2 is cheap", when=lambda run: run.sd_backbone == "l2"),
     Rule("sd_interval", ANY, 4, "every 4th step, four times as strong", AB),
 
@@ -331,8 +349,6 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
         if value is None:
             value, why = derive(name, run)
         setattr(run, name, value)
-        if name.startswith("sd_") and name != "sd_weight" and not run.sd_weight:
-            why = "no effect: --sd-weight is 0" if why == USER else ""
         if why:
             reasons.append(Reason(name, value, why))
     return TrainConfig(**{name: getattr(run, name) for name in OPTIONS}), reasons

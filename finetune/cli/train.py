@@ -52,7 +52,7 @@ def train_options(command: Callable) -> Callable:
         if kind is bool:
             settings = {"is_flag": True}
             if name != "new_d":
-                spelling = f"{spelling}/--no-{name}"
+                spelling = f"{spelling}/--no-{spelling[2:]}"
             default = option.shown or ("" if name == "new_d" else f"no-{name}")
         elif option.choices and kind is str:
             settings["type"] = click.Choice(option.choices)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 R1_INTERVAL = 16
 PATH_INTERVAL = 4
 G_BETA1 = D_BETA1 = 0.0  # as published
-SD_RESOLUTION = 256  # the distance is computed at this many pixels at most
+SD_RESOLUTION = 256  # the distance is computed at this many pixels at most; --sd-preset authors: at all
 ADA_SWING_KIMG = {True: 500.0, False: 100.0}  # from scratch; fine-tuning
 # Source: Karras et al. 2021 (2106.12423), appendix: config R from scratch
 BLUR_SIGMA, BLUR_KIMG = 10.0, 200.0
@@ -97,7 +97,7 @@ def build_plan(
     device: torch.device,
     group: ProcessGroup = SINGLE,
 ) -> Plan:
-    """Collect what stays fixed during training. `distance` None means no self-distillation."""
+    """Collect what stays fixed during training. `distance` None: student and teacher are not compared."""
     rate_G, rate_D = learning_rates(config, facts)
     stylegan2 = facts.family == "stylegan2"
     blurred = facts.from_scratch and facts.family == "stylegan3-r"
@@ -109,7 +109,8 @@ def build_plan(
             weight=1.0 if config.sd_weight.is_ratio else config.sd_weight.value,
             ratio=config.sd_weight.value if config.sd_weight.is_ratio else None,
             interval=config.sd_interval,
-            resolution=SD_RESOLUTION,
+            resolution=facts.resolution if config.sd_preset == "authors" else SD_RESOLUTION,
+            augment=config.sd_augment,
             tf32=not force_fp32,
         )
     return Plan(

@@ -39,13 +39,13 @@ MAX_ROLLBACKS = 3  # in one run
 # On resume, options may change that change neither a network nor a batch; the others make another run.
 CHANGEABLE = (
     "data", "kimg", "gamma", "glr", "dlr", "lr_warmup_kimg", "ema_kimg", "target", "sd_weight", "sd_interval",
-    "batch_gpu", "device", "graphs", "workers", "tick", "snap", "keep", "save_every_min", "on_divergence",
-    "metrics", "metrics_num",
+    "sd_augment", "batch_gpu", "device", "graphs", "workers", "tick", "snap", "keep", "save_every_min",
+    "on_divergence", "metrics", "metrics_num",
 )  # fmt: skip
 FIXED = (
     "mirror", "fit", "cond", "labels", "scratch", "resolution", "channels", "classes", "new_d",
     "d_warmup_kimg", "cbase", "cmax", "map_depth", "z_dim", "batch", "freezed", "aug", "p", "augpipe",
-    "sd_backbone", "sd_teacher", "sd_teacher_kimg", "precision", "seed",
+    "sd_preset", "sd_backbone", "sd_teacher", "sd_teacher_kimg", "precision", "seed",
 )  # fmt: skip
 IGNORED_ON_RESUME = ("resume", "outdir", "recipe")
 

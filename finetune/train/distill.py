@@ -18,6 +18,7 @@ from finetune.device import float32_math
 from finetune.metrics.perceptual import Distance
 from finetune.models import Network
 from finetune.train.latents import Latents, NoiseReplay, map_latents
+from finetune.train.paired_augment import augment_pair
 
 NORMS_DECAY = 0.05  # weight of the newest step in the averages behind `auto:`
 MAX_GRAD_RATIO = 4.0  # bound of a single step, times the ratio of `auto:`
@@ -28,10 +29,12 @@ MIN_RMS = 1e-3  # of student minus teacher (an eighth of a gray level); below, `
 class Distillation:
     """Interval and weight of the distillation loss.
 
-    weight: λ; or, if ratio is given, a factor of the λ that makes the gradient of the distance, at the
-    image and averaged over steps, `ratio` times as long as the adversarial one. interval: computed every k-th
-    step and counted k times. resolution: pixels at which images are compared, if fewer than they have. tf32:
-    compute the distance in TF32 on CUDA, whose rounding is far below any distance that matters.
+    weight: λ, 0 to measure the distance only; or, if ratio is given, a factor of the λ that makes the
+    gradient of the distance, at the image and averaged over steps, `ratio` times as long as the adversarial
+    one. interval: computed every k-th step and counted k times. resolution: pixels at which images are
+    compared, if fewer than they have. augment: change both images by one random draw before they are
+    compared. tf32: compute the distance in TF32 on CUDA, whose rounding is far below any distance that
+    matters.
     """
 
     distance: Distance
@@ -39,6 +42,7 @@ class Distillation:
     interval: int
     resolution: int
     ratio: float | None = None
+    augment: bool = False
     tf32: bool = False
 
     def due(self, step: int) -> bool:
@@ -59,19 +63,23 @@ class Distillation:
         synthesis: dict,
         adversarial: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the gradient of λ·d (batch mean) with respect to the student's images, and the distances.
 
         img: `[N, C, H, W]`, detached. adversarial, norms: the other gradient, and `TrainState.sd_norms`,
-        which is updated; required if λ follows a ratio. Returns (`[N, C, H, W]`, `[N]`).
+        which is updated; required if λ follows a ratio. Returns (`[N, C, H, W]`, or None with weight 0;
+        `[N]`).
         """
         with torch.no_grad():
             ws = map_latents(teacher, latents)
             with replay.again():
                 target = teacher.synthesis(ws, **synthesis)
-        img = img.detach().requires_grad_()
+        img = img.detach().requires_grad_(bool(self.weight))
         with float32_math(tf32=self.tf32):
-            distances = self.distance(area_resize(img, self.resolution), area_resize(target, self.resolution))
+            pair = area_resize(img, self.resolution), area_resize(target, self.resolution)
+            distances = self.distance(*(augment_pair(*pair) if self.augment else pair))
+            if not self.weight:
+                return None, distances
             (gradient,) = torch.autograd.grad(distances.mean() * self.scale, img)
         if self.ratio is not None:
             assert adversarial is not None and norms is not None, "a ratio needs something to compare with"

@@ -89,11 +89,6 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
     image_set, facts, notes, overview = read_data(shape, checkpoint, device, tell, group)
     facts = replace(facts, from_scratch=bool(shape.scratch), num_processes=group.world_size)
-    # After the checks that are quick: these may be half a gigabyte to download.
-    if shape.sd_weight is None or shape.sd_weight:  # every recipe has a weight above 0
-        tell(f"Checking the weights of {shape.sd_backbone} …")
-        ensure_weights(str(shape.sd_backbone), tell)
-    validation.ensure_weights(shape, tell)
     tell("Building the networks …")
     operations: list[Operation] = []
     if checkpoint is not None:
@@ -106,14 +101,16 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(origin.options, facts)
     check_batch(config, facts)
+    # After all other checks: these may be half a gigabyte to download.
+    tell(f"Checking the weights of {config.sd_backbone} …")
+    ensure_weights(config.sd_backbone, tell)
+    validation.ensure_weights(config, tell)
 
     torch.manual_seed(config.seed)
     state = build_state(config, facts, checkpoint, device)
-    distance = None
-    if config.sd_weight:
-        # Building a network draws random numbers even if its weights are then loaded.
-        with torch.random.fork_rng(devices=[]):
-            distance = build_distance(config.sd_backbone, facts.channels, device)
+    # Building a network draws random numbers even if its weights are then loaded.
+    with torch.random.fork_rng(devices=[]):
+        distance = build_distance(config.sd_backbone, facts.channels, device)
     state.label_generator.manual_seed(config.seed)
 
     def labels(count: int) -> torch.Tensor:

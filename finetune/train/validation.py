@@ -27,7 +27,7 @@ def names_of(options: TrainConfig | TrainOptions) -> tuple[str, ...]:
     return check_names([name.strip() for name in str(options.metrics).split(",") if name.strip()])
 
 
-def ensure_weights(options: TrainOptions, tell: Callable[[str], None]) -> None:
+def ensure_weights(options: TrainConfig | TrainOptions, tell: Callable[[str], None]) -> None:
     """Download what the metrics of a run need, before it starts. Raises WeightsMissing, ConfigError."""
     ensure_metric_weights(names_of(options), None, tell)
 

@@ -10,7 +10,9 @@ from tolerances import assert_close
 from finetune.metrics.perceptual import mean_squared
 from finetune.train.distill import Distillation, area_resize
 from finetune.train.latents import Latents, NoiseReplay, draw_latents, map_latents
+from finetune.train.paired_augment import augment_pair, draw_transforms
 
+CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SYNTHESIS = {"noise_mode": "random", "fused_modconv": False, "force_fp32": False}
 
@@ -72,6 +74,57 @@ def test_distillation_needs_shared_noise_and_cut():
     for changed in ((draw, other_noise), (other_cut, replay)):
         _, distances = distillation().image_gradient(teacher, img, *changed, SYNTHESIS)
         assert (distances > 1e-6).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_paired_augmentation_changes_both_alike(device):
+    torch.manual_seed(0)
+    a = torch.randn(64, 3, 16, 16, device=device).requires_grad_()
+    b = torch.randn_like(a)
+    first, second = augment_pair(a, a.detach())
+    assert torch.equal(first, second) and not torch.equal(first, a)
+    state = torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+    first, _ = augment_pair(a, b)
+    (torch.set_rng_state if device == "cpu" else torch.cuda.set_rng_state)(state)
+    _, second = augment_pair(b, a)
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(first.sum(), a)
+    assert torch.isfinite(gradient).all() and (gradient.abs().sum(dim=[1, 2, 3]) > 0).all()
+
+
+def test_paired_augmentation_draws_two_of_three():
+    torch.manual_seed(0)
+    rows = []
+    for _ in range(300):
+        theta = draw_transforms(40, CPU)
+        linear, shift = theta[:, :, :2], theta[:, :, 2]
+        angle = torch.rad2deg(torch.asin(linear[:, 1, 0]))
+        flipped = linear.det() < 0
+        assert angle.abs().max() <= 5 and shift.abs().max() <= 0.02
+        rows.append([flipped.float().mean(), (angle != 0).float().mean(), (shift != 0).all(1).float().mean()])
+    rates = torch.tensor(rows)
+    assert ((rates == 0).sum(dim=1) == 1).all()  # one of the three is left out
+    applied = rates.sum(dim=0) / (rates > 0).sum(dim=0)
+    assert_close(applied, torch.full([3], 0.5), 0.05)
+
+
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
+def test_distillation_equal_teacher_gives_exactly_zero_with_augmentation(family):
+    G = generator(family)
+    draw = draw_latents(G, torch.zeros(8, 0), mixing=0)
+    img, replay = student_images(G, draw)
+    distil = distillation(augment=True)
+    gradient, distances = distil.image_gradient(copy.deepcopy(G).eval(), img, draw, replay, SYNTHESIS)
+    assert torch.equal(distances, torch.zeros(8)) and torch.equal(gradient, torch.zeros_like(img))
+
+
+def test_distillation_of_weight_zero_measures_only():
+    G, teacher = generator("stylegan2"), generator("stylegan2").eval()
+    draw = draw_latents(G, torch.zeros(4, 0), mixing=0)
+    img, replay = student_images(G, draw)
+    gradient, distances = distillation(weight=0.0).image_gradient(teacher, img, draw, replay, SYNTHESIS)
+    _, expected = distillation().image_gradient(teacher, img, draw, replay, SYNTHESIS)
+    assert gradient is None and torch.equal(distances, expected) and not distances.requires_grad
 
 
 def test_distillation_keeps_random_state():

@@ -83,9 +83,10 @@ class Replays(Graphs):
     "changes",
     [
         dict(batch_gpu=2, aug="fixed", p=0.5, augpipe="color", sd_weight="auto:1", sd_interval=2),
-        dict(family="stylegan3-t", aug="noaug", sd_teacher_kimg=0.01),
+        dict(family="stylegan3-t", aug="noaug", sd_augment=True, sd_teacher_kimg=0.01),
+        dict(aug="noaug", sd_weight=0, sd_interval=2),
     ],
-    ids=["stylegan2", "stylegan3-t"],
+    ids=["stylegan2", "stylegan3-t", "measured only"],
 )
 def test_steps_made_for_graphs_compute_the_same(images, tmp_path, changes):
     """Static inputs, kept gradients and averages on the device change no bit."""
@@ -105,7 +106,7 @@ def test_steps_made_for_graphs_compute_the_same(images, tmp_path, changes):
 def test_graphs_give_losses_of_plain_steps(images, tmp_path, family):
     """Rounding grows step by step, so that the losses of a few steps are compared."""
     changes = dict(family=family, device="cuda", aug="fixed", p=0.3, sd_weight="auto:1", kimg=0.08)
-    changes |= dict(resolution=32, data=str(images(32)))
+    changes |= dict(sd_augment=True, resolution=32, data=str(images(32)))
     logs = []
     for graphs in ("off", "auto"):
         result = run(options(images, tmp_path, graphs=graphs, **changes), console=quiet())

@@ -129,14 +129,20 @@ def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, 
 def test_options_without_effect_are_not_listed():
     off, reasons = recipes.resolve(TrainOptions(data="x", resume="a", sd_weight=0.0, aug="noaug"), FACTS)
     names = {reason.name for reason in reasons}
-    assert not names & {"sd_backbone", "sd_interval", "augpipe", "target"}
-    assert not off.sd_weight
-    by_hand = TrainOptions(data="x", resume="a", sd_weight=0.0, sd_interval=4, sd_backbone="l2")
-    table = {reason.name: reason for reason in recipes.resolve(by_hand, FACTS)[1]}
-    assert {name for name in table if name.startswith("sd_")} == {"sd_weight", "sd_interval", "sd_backbone"}
-    assert table["sd_interval"].value == 4 and "--sd-weight is 0" in table["sd_interval"].why
+    assert not names & {"sd_preset", "sd_teacher", "augpipe", "target"}
+    assert not off.sd_weight and (off.sd_backbone, off.sd_interval) == ("ms-ssim", 64)
     on, _ = recipes.resolve(TrainOptions(data="x", resume="a", sd_backbone="l2"), FACTS)
     assert on.sd_weight == recipes.SD_WEIGHT and on.sd_interval == 1
+
+
+def test_sd_preset_authors():
+    preset = {"data": "x", "resume": "a", "sd_preset": "authors"}
+    config, reasons = recipes.resolve(TrainOptions(**preset), FACTS)
+    found = (config.sd_backbone, config.sd_augment, config.sd_interval, str(config.sd_weight))
+    assert found == ("lpips-vgg", True, 1, "1")
+    assert "authors" in next(reason.why for reason in reasons if reason.name == "sd_augment")
+    other, _ = recipes.resolve(TrainOptions(**preset, sd_augment=False, sd_weight=2), FACTS)
+    assert (other.sd_augment, other.sd_weight.value, other.sd_interval) == (False, 2, 1)
 
 
 @pytest.mark.parametrize(

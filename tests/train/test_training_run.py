@@ -93,8 +93,8 @@ def test_run_updates_networks_and_ema(family, images, tmp_path):
 def test_sd_weight_zero_is_plain_recipe(family, weight, images, tmp_path):
     """A distillation that pulls with no (or vanishing) force changes no weight: it draws no random number."""
     plain = prepare(options(images, tmp_path, family, sd_weight=0.0, aug="fixed", p=0.3))
-    assert plain.plan.distillation is None
-    distilled = prepare(options(images, tmp_path, family, aug="fixed", p=0.3))
+    plain = dataclasses.replace(plain, plan=dataclasses.replace(plain.plan, distillation=None))
+    distilled = prepare(options(images, tmp_path, family, sd_augment=True, aug="fixed", p=0.3))
     config = dataclasses.replace(distilled.config, sd_weight=DistillWeight(weight))
     arguments = config, distilled.facts, mean_squared, distilled.plan.labels, CPU
     plan = build_plan(*arguments)
@@ -104,6 +104,13 @@ def test_sd_weight_zero_is_plain_recipe(family, weight, images, tmp_path):
     for name in ("G", "D", "G_ema"):
         expected = weights(getattr(plain.state, name))
         assert moved(expected, getattr(distilled.state, name)) == set()
+
+
+def test_distance_is_logged_in_plain_runs(images, tmp_path):
+    result = run(options(images, tmp_path, sd_weight=0, sd_interval=1, sd_backbone=None), console=quiet())
+    lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
+    assert result.config.sd_backbone == "ms-ssim" and all(line["loss_sd"] > 0 for line in lines)
+    assert "sd_weight" not in lines[-1] and "sd_cosine" not in lines[-1]
 
 
 def test_sd_weight_changes_result(images, tmp_path):
