@@ -17,7 +17,7 @@ def assert_shape(tensor: torch.Tensor, ref_shape: Sequence[int | None]) -> None:
     if tensor.ndim != len(ref_shape):
         raise AssertionError(f"expected shape {list(ref_shape)}, got {list(tensor.shape)}")
     for dim, (size, expected) in enumerate(zip(tensor.shape, ref_shape)):
-        if expected is not None and int(size) != int(expected):
+        if expected is not None and size != expected:
             raise AssertionError(f"expected {int(expected)} in dimension {dim}, got {list(tensor.shape)}")
 
 
