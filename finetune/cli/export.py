@@ -101,8 +101,9 @@ def write(
         click.echo("Loaders that insist on G, D and G_ema will refuse it.")
     if checkpoint.augment_pipe is not None and not file_format.augment_pipe:
         click.echo("The augmentation pipe, which only training needs, is not in it.")
+    tensors = f"{result.num_tensors} tensors equal, " if result.num_tensors else ""
     click.echo(
-        f"Read back and compared: {result.num_tensors} tensors equal, {result.num_images} images, "
+        f"Read back and compared: {tensors}{result.num_images} images, "
         f"largest difference {result.max_difference:.3g} (of values in -1 to 1)."
     )
     for line in provenance_lines(checkpoint.provenance.to_dict()):

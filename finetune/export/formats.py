@@ -46,6 +46,15 @@ FORMATS: dict[str, Format] = {
             augment_pipe=True,
         ),
         Format("safetensors", ".safetensors", "finetune.export.safetensors", "finetune, as tensors and JSON"),
+        Format(
+            "onnx",
+            ".onnx",
+            "finetune.export.onnx",
+            "onnxruntime (opset 18)",
+            tolerance=1e-3,  # other kernels sum in another order; an eighth of a step of an 8-bit image
+            which="G_ema",
+            half=False,
+        ),
     )
 }
 

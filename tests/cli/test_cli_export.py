@@ -141,7 +141,7 @@ def test_export_full_disk(source, tmp_path, monkeypatch):
     [
         (["--network", "absent.pkl", "--out", "x.pkl"], "absent.pkl does not exist"),
         (["--network", "{source}", "--out", "."], "is a folder"),
-        (["--network", "{source}", "--out", "x.onnx", "--format", "onnx"], "onnx"),
+        (["--network", "{source}", "--out", "x.onnx", "--format", "onnx", "--half"], "omit half"),
         (["--network", "{source}"], "--out"),
         (["--network", "{source}", "--out", "x.safetensors"], "Give --format safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),

@@ -7,12 +7,13 @@ never falls back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -82,6 +83,17 @@ def set_default_impl(impl: str | None) -> None:
     with _lock:
         _default = impl
         _decided.clear()
+
+
+@contextlib.contextmanager
+def using(impl: str) -> Iterator[None]:
+    """Inside the block, use `impl` for 'auto', as `set_default_impl` does."""
+    before = _default
+    set_default_impl(impl)
+    try:
+        yield
+    finally:
+        set_default_impl(before)
 
 
 def default_impl() -> str:

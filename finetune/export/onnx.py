@@ -1,0 +1,259 @@
+"""Write a generator as ONNX: opset 18, standard operators only, float32, for any batch size.
+
+Inputs: `z` [N, z_dim], `c` [N, c_dim] (only with classes), `truncation_psi` []. Outputs: `img` [N, C, H, W]
+and `ws` [N, num_ws, w_dim], where onnx.utils.extract_model can cut mapping and synthesis apart. Each noise
+map of StyleGAN2 is an optional input, such as `b8.conv0.noise_const` [1 or N, 1, R, R]; left out, it is the
+network's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.checkpoint.load import NETWORKS, Checkpoint
+from finetune.errors import ConfigError, ExportError
+from finetune.export.provenance import entry_of
+from finetune.export.stylegan_pickle import plain
+from finetune.models import Network
+from finetune.version import __version__
+from torch_utils.files import atomic_write
+from torch_utils.ops import impl
+
+OPSET = 18
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PARTS = ("mapping", "synthesis")
+NOISE = ".noise_const"
+
+
+def write(
+    path: str | os.PathLike, checkpoint: Checkpoint, *, check: Callable[[Path], None] | None = None
+) -> None:
+    """Write the generator of `checkpoint`, with its provenance and license as metadata.
+
+    `check` is called with the finished temporary file before it takes its name. Raises ExportError unless
+    there is one generator and nothing else, ConfigError without the packages of the extra `onnx`, WriteError
+    if the file cannot be written; a file that was at `path` before is then untouched.
+    """
+    held = [name for name in NETWORKS if name not in checkpoint.missing]
+    if held not in (["G_ema"], ["G"]):
+        raise ExportError(
+            f"An ONNX file has one generator, not {', '.join(held)}.", hint="Give --which G_ema or --which G."
+        )
+    model = join(*(to_onnx(checkpoint.best, part) for part in PARTS))
+    add_metadata(model, metadata_of(checkpoint))
+    content = model.SerializeToString()
+    with atomic_write(path) as stream:
+        stream.write(content)
+        if check is not None:
+            stream.flush()
+            check(Path(stream.name))
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what an ONNX file says about its origin: strings, as the format demands."""
+    return {
+        "version": __version__,
+        "family": checkpoint.family,
+        "network": "G" if checkpoint.G_ema is None else "G_ema",
+        "finetune": json.dumps(plain(entry_of(checkpoint), "provenance")),
+        "license": checkpoint.provenance.licence or "",
+    }
+
+
+def to_onnx(G: Network, part: str, *, original: Network | None = None, noise_inputs: bool = True) -> Any:
+    """Return a part of `G` as an `onnx.ModelProto`: "mapping" up to `ws`, or "synthesis" from there.
+
+    With `original`, a network of equal shapes, the input `alpha` [] blends the weights linearly, buffers
+    included: 0 is `original`, 1 is `G`, exactly. Its noise maps are not inputs. ConfigError if shapes differ.
+    Source: "Deep Network Interpolation" (1811.10515), equation 1.
+    """
+    require_packages()
+    graph = _Graph(G, part, original, noise_inputs and original is None).eval()
+    with torch.no_grad(), warnings.catch_warnings(), impl.using("ref"):
+        warnings.simplefilter("ignore")  # the exporter warns about its own use of torch
+        program = torch.onnx.export(
+            graph,
+            tuple(graph.examples.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.examples),
+            output_names=["ws" if part == "mapping" else "img"],
+            dynamic_shapes=(graph.dynamic_shapes(),),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    model.producer_name, model.producer_version = "stylegan-finetune", __version__
+    _make_noise_optional(model, graph.noise)
+    return model
+
+
+def join(mapping: Any, synthesis: Any) -> Any:
+    """Return the two parts of `to_onnx` as one model with the outputs `img` and `ws`."""
+    from onnx import compose
+
+    renamed = compose.add_prefix(mapping, "mapping.", rename_inputs=False, rename_outputs=False)
+    model = compose.merge_models(renamed, synthesis, io_map=[("ws", "ws")], name="generator")
+    model.graph.output.extend(mapping.graph.output)
+    del model.opset_import[1:]  # the same once more
+    model.producer_name, model.producer_version = mapping.producer_name, mapping.producer_version
+    return model
+
+
+def add_metadata(model: Any, metadata: Mapping[str, str]) -> None:
+    """Add `metadata` to an `onnx.ModelProto`."""
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+
+
+def require_packages() -> None:
+    """Raise ConfigError unless the packages of the extra `onnx` are installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"ONNX needs {', '.join(missing)}, which this environment lacks.",
+            hint="Install them with: pip install 'stylegan-finetune[onnx]'",
+        )
+
+
+class _Graph(torch.nn.Module):
+    """A part of a generator as a function of tensors alone; `examples` has them in order."""
+
+    run: _Mapping | _Synthesis
+
+    def __init__(self, G: Network, part: str, original: Network | None, noise_inputs: bool) -> None:
+        super().__init__()
+        network = _plain_copy(getattr(G, part))
+        self.run = _Mapping(network) if part == "mapping" else _Synthesis(network)
+        self.original = None if original is None else _plain_copy(getattr(original, part))
+        self.blended = [] if self.original is None else _differing(part, self.run.network, self.original)
+        batch = 2  # one example would make the batch size a constant of the graph
+        if part == "synthesis":
+            self.examples = {"ws": torch.randn([batch, G.num_ws, G.w_dim])}
+        else:
+            self.examples = {"z": torch.randn([batch, G.z_dim])}
+            if G.c_dim > 0:
+                self.examples["c"] = torch.eye(G.c_dim)[torch.arange(batch) % G.c_dim]
+            self.examples["truncation_psi"] = torch.tensor(0.5)
+        self.inputs = list(self.examples)
+        if self.original is not None:
+            self.examples["alpha"] = torch.tensor(0.5)
+        self.noise: dict[str, torch.Tensor] = {}
+        if noise_inputs:
+            self.noise = {name: x for name, x in self.run.network.named_buffers() if name.endswith(NOISE)}
+        self.examples |= {name: x.expand(batch, 1, -1, -1).clone() for name, x in self.noise.items()}
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
+        """Return the dimensions of each example that are variable."""
+        batch = torch.export.Dim("N")
+        return tuple({0: batch} if x.ndim else {} for x in self.examples.values())
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(self.examples, tensors))
+        replaced = {name: given[name] for name in self.noise}
+        if self.original is not None:
+            alpha = given["alpha"]
+            ours, theirs = _tensors(self.run.network), _tensors(self.original)
+            # Not torch.lerp, which not every runtime computes exactly at both ends.
+            replaced = {name: theirs[name] * (1 - alpha) + ours[name] * alpha for name in self.blended}
+        replaced = {f"network.{name}": tensor for name, tensor in replaced.items()}
+        return torch.func.functional_call(self.run, replaced, tuple(given[name] for name in self.inputs))
+
+
+class _Mapping(torch.nn.Module):
+    network: Network
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: torch.Tensor, *c_and_psi: torch.Tensor) -> torch.Tensor:
+        *c, psi = c_and_psi
+        ws = self.network(z, c[0] if c else z[:, :0])
+        return self.network.w_avg.lerp(ws, psi)
+
+
+class _Synthesis(torch.nn.Module):
+    network: Network
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, ws: torch.Tensor) -> torch.Tensor:
+        return self.network(ws, noise_mode="const")
+
+
+def _plain_copy(network: Network) -> Network:
+    return copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+
+
+def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _differing(part: str, network: Network, original: Network) -> list[str]:
+    """Return the names of the tensors whose values differ; ConfigError if names or shapes do."""
+    ours, theirs = _tensors(network), _tensors(original)
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [list(side[name].shape) if name in side else "absent" for side in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"--original: another architecture ({part}.{name} is {shapes[0]}, here {shapes[1]}). Only "
+                "weights of equal shapes can be blended: give the checkpoint that training started from."
+            )
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def _make_noise_optional(model: Any, noise: Mapping[str, torch.Tensor]) -> None:
+    """Give the noise inputs the maps of the network as initializers: such inputs may be left out."""
+    from onnx import numpy_helper
+
+    if not noise:
+        return
+    del model.graph.value_info[:]  # shapes of intermediate values, true for N noise maps only
+    for value in model.graph.input:
+        if value.name in noise:
+            value.type.tensor_type.shape.dim[0].dim_param = "1 or N"
+            array = noise[value.name].numpy()[np.newaxis, np.newaxis]
+            model.graph.initializer.append(numpy_helper.from_array(array, value.name))
+
+
+class OnnxGenerator:
+    """A written generator in onnxruntime on the CPU, called as the network is."""
+
+    def __init__(self, model: str | os.PathLike | bytes) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.inputs = {value.name for value in self.session.get_inputs()}
+        self.noise = {value.name: value.shape for value in self.session.get_overridable_initializers()}
+
+    def __call__(
+        self, z: torch.Tensor, c: torch.Tensor, *, truncation_psi: float = 1, noise_mode: str = "const"
+    ) -> torch.Tensor:
+        """Return images [N, C, H, W] on the CPU; `noise_mode` is "const" or "none"."""
+        given = {"z": z.cpu().numpy(), "truncation_psi": np.array(truncation_psi, np.float32)}
+        if "c" in self.inputs:
+            given["c"] = c.cpu().numpy()
+        if noise_mode == "none":
+            given |= {name: np.zeros([1, *shape[1:]], np.float32) for name, shape in self.noise.items()}
+        return torch.from_numpy(self.session.run(["img"], given)[0])
+
+
+def reopen(path: Path, device: torch.device) -> dict[str, OnnxGenerator]:
+    """Return the generator of a written file by its name; it computes on the CPU whatever `device` is."""
+    generator = OnnxGenerator(path)
+    return {generator.session.get_modelmeta().custom_metadata_map["network"]: generator}

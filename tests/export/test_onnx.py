@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from tolerances import NETWORK_F32, assert_close
+
+from finetune.cli import cli
+from finetune.errors import ConfigError, ExportError
+from finetune.export import onnx as to
+from finetune.export.save import save
+from finetune.models.stylegan2 import Generator
+from finetune.sampling import z_from_seeds
+
+pytest.importorskip("onnxscript", reason="needs the extra onnx")
+onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+SIZES = dict(z_dim=8, c_dim=2, w_dim=8, img_resolution=4, img_channels=3)
+METADATA = {"license": "CC0-1.0", "network": "G_ema"}
+C = torch.eye(2)[[0, 1, 0]]
+
+
+def tiny(seed: int = 0, **changes):
+    torch.manual_seed(seed)
+    sizes = {**SIZES, **changes}
+    G = Generator(**sizes, channel_base=32, channel_max=8, mapping_kwargs={"num_layers": 2}).eval()
+    for name, tensor in (*G.named_parameters(), *G.named_buffers()):
+        if name.endswith(("noise_strength", "w_avg")):
+            tensor.data.normal_()
+    return G.requires_grad_(False)
+
+
+def run(model, outputs=None, **inputs):
+    content = model.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session.run(outputs, {name: np.asarray(x, np.float32) for name, x in inputs.items()})
+
+
+@pytest.fixture(scope="module")
+def exported():
+    model = to.join(*(to.to_onnx(tiny(), part) for part in to.PARTS))
+    to.add_metadata(model, METADATA)
+    return model
+
+
+@pytest.fixture(scope="module")
+def blended():
+    return {part: to.to_onnx(tiny(0), part, original=tiny(1)) for part in to.PARTS}
+
+
+@pytest.mark.parametrize("psi", [1, 0.5, 0])
+def test_onnx_images(exported, psi):
+    onnx.checker.check_model(exported)
+    assert [entry.version for entry in exported.opset_import if not entry.domain] == [to.OPSET]
+    assert {entry.key: entry.value for entry in exported.metadata_props} == METADATA
+    z = z_from_seeds(range(3), 8)
+    img, ws = run(exported, z=z, c=C, truncation_psi=psi)
+    G = tiny()
+    assert_close(img, G(z, C, truncation_psi=psi, noise_mode="const"), NETWORK_F32)
+    assert_close(ws, G.mapping(z, C, truncation_psi=psi), NETWORK_F32)
+    one = run(exported, z=z[1:2], c=C[1:2], truncation_psi=psi)[0]
+    assert_close(one, img[1:2], NETWORK_F32)
+
+
+@pytest.mark.parametrize("maps", [1, 3])
+def test_onnx_given_noise(exported, maps):
+    G = tiny()
+    names = [name for name, _ in G.synthesis.named_buffers() if name.endswith("noise_const")]
+    assert names == [value.name for value in exported.graph.input][3:]
+    noise = {name: torch.randn([maps, 1, *G.synthesis.get_buffer(name).shape]) for name in names}
+    z = z_from_seeds(range(3), 8)
+    img = run(exported, ["img"], z=z, c=C, truncation_psi=1, **noise)[0]
+    for i in range(3):
+        for name in names:
+            G.synthesis.get_buffer(name).copy_(noise[name][i % maps, 0])
+        assert_close(img[i], G(z[i : i + 1], C[i : i + 1], noise_mode="const")[0], NETWORK_F32)
+
+
+def test_onnx_cut_at_ws(exported):
+    """onnx.utils.extract_model, as the documentation has it."""
+    inputs = [value.name for value in exported.graph.input]
+    extractor = onnx.utils.Extractor(exported)
+    mapping = extractor.extract_model(inputs[:3], ["ws"])
+    synthesis = extractor.extract_model(["ws", *inputs[3:]], ["img"])
+    z = z_from_seeds(range(3), 8)
+    ws = run(mapping, z=z, c=C, truncation_psi=0.7)[0]
+    img = run(synthesis, ws=ws)[0]
+    assert np.array_equal(img, run(exported, ["img"], z=z, c=C, truncation_psi=0.7)[0])
+
+
+@pytest.mark.slow
+def test_onnx_blend(blended):
+    ours, theirs = tiny(0), tiny(1)
+    middle = copy.deepcopy(ours)
+    for name, tensor in middle.state_dict().items():
+        tensor.copy_(0.25 * ours.state_dict()[name] + 0.75 * theirs.state_dict()[name])
+    z = z_from_seeds(range(3), 8)
+    for alpha, G in ((0, theirs), (0.25, middle), (1, ours)):
+        ws = run(blended["mapping"], z=z, c=C, truncation_psi=0.7, alpha=alpha)[0]
+        img = run(blended["synthesis"], ws=ws, alpha=alpha)[0]
+        assert_close(img, G(z, C, truncation_psi=0.7, noise_mode="const"), NETWORK_F32, f"alpha {alpha}")
+
+
+def test_onnx_blend_refuses_other_shapes():
+    with pytest.raises(
+        ConfigError, match=re.escape("synthesis.b8.conv0.affine.bias is [8], here absent")
+    ):
+        to.to_onnx(tiny(), "synthesis", original=tiny(img_resolution=8))
+
+
+def test_onnx_of_one_generator_only(golden_checkpoint, tmp_path):
+    checkpoint = golden_checkpoint("stylegan2-64-cond")
+    with pytest.raises(ExportError, match="one generator, not G, D, G_ema"):
+        save(checkpoint, tmp_path / "x.onnx", which="all")
+    with pytest.raises(ConfigError, match="float32 weights"):
+        save(checkpoint, tmp_path / "x.onnx", half=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_refuses_difference(exported, golden_checkpoint, tmp_path, monkeypatch):
+    source = golden_checkpoint("stylegan2-64-cond")
+    source = dataclasses.replace(source, G=None, D=None, G_ema=tiny(1), augment_pipe=None)
+    monkeypatch.setattr(to, "to_onnx", lambda *args: None)
+    monkeypatch.setattr(to, "join", lambda *args: exported)
+    monkeypatch.setattr(to, "metadata_of", lambda checkpoint: {})
+    with pytest.raises(ExportError, match=r"image 0 of G_ema differs by \S+ in the written file"):
+        save(source, tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_without_packages(golden_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = ["export", "--network", golden_dir / "stylegan2-32.pkl", "--out", tmp_path / "x.onnx"]
+    result = CliRunner().invoke(cli, [*map(str, args), "--format", "onnx"])
+    assert result.exit_code == 2
+    assert "ONNX needs onnx, onnxscript, onnxruntime" in result.output
+    assert "pip install 'stylegan-finetune[onnx]'" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stylegan2-64-cond", "stylegan3-t-32", "stylegan3-r-32"])
+def test_onnx_export_command(golden_dir, tmp_path, name):
+    args = [
+        "export",
+        "--network",
+        golden_dir / f"{name}.pkl",
+        "--format",
+        "onnx",
+        "--out",
+        tmp_path / "x.onnx",
+    ]
+    result = CliRunner().invoke(cli, list(map(str, args)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    compared = re.search(r"compared: 8 images, largest difference (\S+) \(of values", result.output)
+    assert compared and 0 <= float(compared[1]) < 1e-4
+    assert {path.name for path in tmp_path.iterdir()} == {"x.onnx"}
+    metadata = to.OnnxGenerator(tmp_path / "x.onnx").session.get_modelmeta().custom_metadata_map
+    assert metadata["network"] == "G_ema" and metadata["family"] in name
+    assert json.loads(metadata["finetune"])["source"]["source"] == f"{name}.pkl"
