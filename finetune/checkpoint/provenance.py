@@ -9,6 +9,8 @@ from finetune.checkpoint.unpickle.stubs import printable
 
 Generation = Literal["tf", "ada", "sg3", "finetune"]
 
+MAX_BLENDS = 20  # blends of blends; further ancestors are dropped
+
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
@@ -16,7 +18,8 @@ class Provenance:
 
     `generation` is the code base that wrote the file; `parent` is the provenance of the checkpoint that
     training started from, `training` its options and `nimg` the images it saw: None where the file does not
-    say. The names of the fields are keys inside files and never change.
+    say. A blend has a second parent, `blended_with`. The names of the fields are keys inside files and never
+    change.
     """
 
     generation: Generation
@@ -27,10 +30,14 @@ class Provenance:
     parent: dict | None = None
     training: dict | None = None
     nimg: int | None = None
+    blended_with: dict | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `from_dict` and JSON take them."""
-        return asdict(self)
+        values = asdict(self)
+        if self.blended_with is None:
+            del values["blended_with"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Provenance:
@@ -55,14 +62,15 @@ class Provenance:
             parent=parent,
             training=stated["training"],
             nimg=stated["nimg"],
+            blended_with=stated.get("blended_with"),
         )
 
 
-def _lineage(entry: Any) -> dict[str, Any] | None:
+def _lineage(entry: Any, depth: int = 0) -> dict[str, Any] | None:
     """Return what a file states about its source, the source of that, and so on, as `to_dict` does."""
     lineage = []
     while type(entry) is dict:
-        lineage.append(_typed(entry))
+        lineage.append(_typed(entry, depth))
         entry = entry.get("parent")
     parent = None
     for step in reversed(lineage):
@@ -70,9 +78,11 @@ def _lineage(entry: Any) -> dict[str, Any] | None:
     return parent
 
 
-def _typed(entry: dict[str, Any]) -> dict[str, Any]:
+def _typed(entry: dict[str, Any], depth: int = 0) -> dict[str, Any]:
     """Return the known values of an entry, None for a value of another type; texts become one line."""
     types = {"generation": str, "source": str, "sha256": str, "size": int, "licence": str}
     types |= {"training": dict, "nimg": int}
     stated = {key: entry[key] if type(entry.get(key)) is kind else None for key, kind in types.items()}
-    return {key: printable(value) if type(value) is str else value for key, value in stated.items()}
+    stated = {key: printable(value) if type(value) is str else value for key, value in stated.items()}
+    other = _lineage(entry.get("blended_with"), depth + 1) if depth < MAX_BLENDS else None
+    return stated if other is None else {**stated, "blended_with": other}

@@ -25,8 +25,8 @@ from torch_utils.files import WriteError
 
 # In the order of use; `finetune --help` keeps it.
 COMMANDS = (
-    "demo", "checkpoints", "inspect", "dataset", "train", "watch", "report", "generate", "video", "evaluate",
-    "export", "doctor",
+    "demo", "checkpoints", "inspect", "dataset", "train", "watch", "report", "generate", "video", "blend",
+    "evaluate", "export", "doctor",
 )  # fmt: skip
 
 

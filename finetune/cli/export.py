@@ -124,6 +124,10 @@ def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
     return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
 
 
+def _named(step: dict[str, Any]) -> str:
+    return f"{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'})"
+
+
 def provenance_lines(provenance: dict[str, Any]) -> list[str]:
     """Return lines on where the weights come from, newest first, and their license."""
     lines = []
@@ -131,7 +135,9 @@ def provenance_lines(provenance: dict[str, Any]) -> list[str]:
     word = "Source: "
     while step:
         seen = f", trained for {step['nimg'] / 1000:g} kimg" if step["nimg"] is not None else ""
-        lines.append(f"{word}{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'}){seen}")
+        lines.append(f"{word}{_named(step)}{seen}")
+        if other := step.get("blended_with"):
+            lines.append(f"  blended with: {_named(other)}")
         step, word = step["parent"], "  from: "
     lines.append(f"License: {provenance['licence'] or 'not known; see the origin of the source'}")
     return lines

@@ -95,9 +95,12 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     if source["nimg"] is not None:
         lines.append(("trained for", f"{source['nimg'] / 1000:,.1f} kimg"))
+    if source.get("blended_with"):
+        lines.append(("blended with", _named(source["blended_with"])))
     for generation, parent in enumerate(_ancestors(source)):
-        name = "started from" if generation == 0 else "before that"
-        lines.append((name, f"{parent['source'] or 'unnamed'} (sha256 {parent['sha256'] or 'not known'})"))
+        lines.append(("started from" if generation == 0 else "before that", _named(parent)))
+        if parent.get("blended_with"):
+            lines.append(("blended with", _named(parent["blended_with"])))
     lines += [("note", note) for note in facts["notes"]]
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
 
@@ -121,6 +124,10 @@ def _precision(precision: dict[str, Any]) -> str:
     return f"{precision['weights']} weights; {layers}; " + (
         "no clamping" if clamp is None else f"clamped at {clamp:g}"
     )
+
+
+def _named(step: dict[str, Any]) -> str:
+    return f"{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'})"
 
 
 def _ancestors(provenance: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,11 @@ def entry_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     origin = checkpoint.provenance
     exported = {"source": origin.source, "sha256": origin.sha256, "size": origin.size}
-    entry: dict[str, Any] = {"licence": origin.licence, "exported_from": exported}
+    entry: dict[str, Any] = {"licence": origin.licence}
+    if origin.sha256:  # of a file
+        entry["exported_from"] = exported
+    if origin.blended_with is not None:
+        entry["blended_with"] = origin.blended_with
     if origin.generation == "finetune":
         entry |= {"source": origin.parent, "training": origin.training, "nimg": origin.nimg}
     else:
