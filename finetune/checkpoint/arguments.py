@@ -8,7 +8,7 @@ checked against `LIMITS` before anything is built from it, since it may come fro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune.checkpoint.describe import MISSING, Described
@@ -82,6 +82,7 @@ MAY_BE_NONE = {
     *("conv_clamp", "embed_features", "layer_features", "w_avg_beta", "cmap_dim", "mbstd_group_size"),
     "resample_filter",
 }
+SQUARE = [4, 4]  # the smallest block of a square StyleGAN2 network
 MAX_TAPS = 64  # of a filter given as numbers
 MAX_FILTER_VALUES = 20_000  # computed for all layers of a StyleGAN3 generator
 
@@ -93,21 +94,64 @@ def generator_arguments(net: Described) -> dict[str, Any]:
     options = {**_given_dict(net, given.pop("synthesis_kwargs", None)), **given}
     base = {name: net.get("", name, given.get(name, MISSING)) for name in GENERATOR[:5]}
     is_stylegan3 = net.has("synthesis.input")
+    if is_stylegan3:
+        _check_square(net, given)
     synthesis = _synthesis3(net, options) if is_stylegan3 else _synthesis2(net, options)
     names = SYNTHESIS3 if is_stylegan3 else SYNTHESIS2
     arguments = {
         **check_arguments(net, base, GENERATOR[:5], required=True),
         "mapping_kwargs": check_arguments(net, _mapping(net, mapping), MAPPING),
         **check_arguments(net, synthesis, names),
+        **base_shape(net),
     }
     if is_stylegan3:
         _check_filters(net, arguments)
     return arguments
 
 
-def discriminator_arguments(net: Described) -> dict[str, Any]:
+def base_shape(net: Described, of_generator: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return the argument `base_shape` of a rectangular StyleGAN2 network; nothing for any other network.
+
+    A generator shows it in its constant, a discriminator only how many positions its last block has. Its own
+    argument, the generator of the file (`of_generator`) or `square=False`, which means twice as high as wide,
+    gives the sides.
+    """
+    const, fc = net.tensors.get("synthesis.b4.const"), net.tensors.get("b4.fc.weight")
+    shapes: list[Any] = []
+    if const is not None and const.array.ndim == 3:
+        shapes = [const.array.shape[1:]]
+    elif fc is not None and fc.array.ndim == 2:
+        own = net.arguments("", DISCRIMINATOR)
+        shapes = [net.get("", "base_shape", own.get("base_shape")), of_generator]
+        shapes += [(4, 2)] if net.get("", "square", own.get("square")) is False else []
+        shapes = [shape for shape in shapes if _is_base(shape)]
+        shapes = [(h, w) for h, w in shapes if fc.array.shape[1] == fc.array.shape[0] * h * w]
+    found = next((list(shape) for shape in shapes if _is_base(shape)), SQUARE)
+    return {} if found == SQUARE else {"base_shape": found}
+
+
+def _is_base(shape: Any) -> bool:
+    """Whether a value is the height and width of a block whose longer side is 4."""
+    is_pair = type(shape) in (list, tuple) and len(shape) == 2 and all(type(side) is int for side in shape)
+    return is_pair and min(shape) > 0 and max(shape) == 4
+
+
+def _check_square(net: Described, given: dict[str, Any]) -> None:
+    """Refuse a rectangular StyleGAN3 generator, whose layers have the sizes of their images as numbers."""
+    sizes = [net.get(path, "out_size") for path in net.modules]
+    is_square = all(len(set(size)) == 1 for size in sizes if type(size) in (list, tuple) and size)
+    if net.get("", "square", given.get("square")) is False or not is_square:
+        raise PickleRefused(
+            f"the {net.class_name} in the pickle is a rectangular StyleGAN3 network (object at byte "
+            f"{net.offset}), and those of StyleGAN3 are square here",
+            offset=net.offset,
+            hint="The file may be honest and whole. Rectangular StyleGAN2 networks can be used.",
+        )
+
+
+def discriminator_arguments(net: Described, of_generator: Sequence[int] | None = None) -> dict[str, Any]:
     """The constructor arguments of a `Discriminator`, except that layers frozen in training are not frozen
-    here.
+    here. `of_generator`: the `base_shape` of the generator in the same file.
     """
     given = net.arguments("", DISCRIMINATOR)
     nested = {
@@ -139,6 +183,7 @@ def discriminator_arguments(net: Described) -> dict[str, Any]:
             net, _mapping(net, nested["mapping"]), MAPPING[:-1]
         ),  # it has no w_avg
         "epilogue_kwargs": check_arguments(net, epilogue, EPILOGUE),
+        **base_shape(net, of_generator),
     }
 
 
@@ -160,7 +205,7 @@ def augment_arguments(net: Described, names: Iterable[str]) -> dict[str, Any]:
 def unused_arguments(net: Described) -> list[str]:
     """Arguments that the file's constructor was given and ours does not know, for the user to read."""
     known = {*GENERATOR, *DISCRIMINATOR, *SYNTHESIS2, *SYNTHESIS3, "num_fp16_res", "conv_clamp", "cmap_dim"}
-    known |= {"block_kwargs", "mapping_kwargs", "epilogue_kwargs"}
+    known |= {"block_kwargs", "mapping_kwargs", "epilogue_kwargs", "base_shape", "square"}
     given = net.arguments("", GENERATOR if net.has("synthesis") else DISCRIMINATOR)
     nested = given.get("synthesis_kwargs")
     names = {*given, *(nested if type(nested) is dict else ())}

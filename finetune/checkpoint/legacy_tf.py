@@ -106,6 +106,9 @@ def describe_tf(network: TFNetwork) -> tuple[Described, str, dict[str, Any]]:
             options = {**(more if type(more) is dict else {}), **options}
         net = Described("Generator", network.offset)
         _name_generator(net, parts)
+        const = net.tensors.get("synthesis.b4.const")
+        if const is not None and net.get("", "base_shape") not in (MISSING, list(const.array.shape[1:])):
+            damaged("a TensorFlow network whose blocks have another shape than its constant", net.offset)
         arguments = _generator_arguments(net, options)
     else:
         net = Described("Discriminator", network.offset)
@@ -164,7 +167,8 @@ def _name_generator(net: Described, parts: dict[str, dict[str, np.ndarray]]) -> 
             layer = "conv1" if index % 2 == 0 else "conv0"
             block = f"synthesis.b{2 ** ((index + 5) // 2)}"
             _add(net, f"{block}.{layer}.noise_const", _reshaped(net, name, value, value.shape[2:]))
-        elif name == "4x4/Const/const":
+        elif match := re.fullmatch(r"(\d)x(\d)/Const/const", name):
+            _note_shape(net, name, match)
             _add(net, "synthesis.b4.const", _reshaped(net, name, value, value.shape[1:]))
         elif name not in UNUSED:
             block, layer, kind = _split(net, name, SYNTHESIS_LAYERS)
@@ -199,11 +203,22 @@ def _name_mapping(net: Described, name: str, value: np.ndarray, pattern: str) ->
 
 
 def _split(net: Described, name: str, layers: dict[str, str]) -> tuple[str, str, str]:
-    match = re.fullmatch(r"(\d{1,5})x\1/(\w+)/(\w+)", name)
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})/(\w+)/(\w+)", name)
     kinds = ("weight", "bias", "mod_weight", "mod_bias", "noise_strength")
-    if match is None or match[2] not in layers or match[3] not in kinds:
+    if match is None or match[3] not in layers or match[4] not in kinds:
         _unknown(net, name)
-    return f"b{match[1]}", match[2], match[3]
+    _note_shape(net, name, match)
+    return f"b{max(int(match[1]), int(match[2]))}", match[3], match[4]
+
+
+def _note_shape(net: Described, name: str, match: re.Match) -> None:
+    """Keep the shape of blocks named height x width; names of square blocks leave the shape open."""
+    sides = [int(match[1]), int(match[2])]
+    base, rest = zip(*(divmod(4 * side, max(sides) or 1) for side in sides))
+    if sides[0] != sides[1]:
+        noted = net.modules.setdefault("", {}).setdefault("base_shape", list(base))
+        if any(rest) or noted != list(base):
+            _unknown(net, name)
 
 
 def _turned(net: Described, name: str, value: np.ndarray, is_rotated: bool = False) -> np.ndarray:

@@ -183,12 +183,14 @@ def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt
     allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
     refused: dict[str, PickleRefused] = {}
-    for name, network in networks.items():
+    base_shape = None
+    for name, network in sorted(networks.items(), key=lambda item: item[0] == "D"):  # as a generator has it
         try:
             if (record := find_foreign(network)) is not None:
                 raise _foreign(name, record)
             build = rebuild if type(network) is PersistentObject else rebuild_tf
-            rebuilt[name] = build(name, network, allowance)
+            rebuilt[name] = build(name, network, allowance, base_shape)
+            base_shape = base_shape or getattr(rebuilt[name].module, "base_shape", None)
         except PickleRefused as error:
             if error.blocked is None:  # damaged
                 raise
@@ -196,7 +198,7 @@ def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt
     needed = networks.keys() & {"G", "G_ema"} or {"D"}
     if not needed & rebuilt.keys():
         raise next(refused[name] for name in ("G_ema", "G", "D") if name in refused)
-    return rebuilt, refused
+    return {name: rebuilt[name] for name in networks if name in rebuilt}, refused
 
 
 def _foreign(name: str, record: Record) -> PickleRefused:

@@ -33,7 +33,7 @@ DECISIVE = frozenset(
     group_size num_channels num_layers num_ws cmap_dim is_critically_sampled up_factor down_factor up_taps
     down_taps output_scale down_radial conv_kernel sampling_rate bandwidth in_sampling_rate
     out_sampling_rate in_cutoff out_cutoff in_half_width out_half_width in_size out_size margin_size size
-    resolution img_resolution img_channels in_channels out_channels
+    resolution img_resolution img_channels in_channels out_channels base_shape
     """.split()
 )
 # What every module has, and what only speeds things up.
@@ -41,7 +41,7 @@ IGNORED = frozenset(
     """
     training channels_last use_fp16 num_fp16_res layer_names block_resolutions fused_modconv_default
     img_resolution_log2 in_features out_features num_conv num_torgb w_dim z_dim c_dim is_last
-    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias
+    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias square
     """.split()
 )
 
@@ -74,15 +74,17 @@ class Rebuilt:
     generation: Literal["tf", "ada", "sg3"]
 
 
-def rebuild(name: str, network: PersistentObject, allowance: Allowance) -> Rebuilt:
+def rebuild(
+    name: str, network: PersistentObject, allowance: Allowance, base_shape: list[int] | None = None
+) -> Rebuilt:
     """Build the network that the entry `name` of a checkpoint describes; float32 on the CPU, eval, no
-    gradients.
+    gradients. `base_shape`: that of the generator in the file, if there is one.
 
     Raises PickleRefused where it is no network of ours, CheckpointMismatch with all differences where its
     tensors are not exactly those of the network.
     """
     net = describe(network)
-    cls, kwargs = _recognise(name, net)
+    cls, kwargs = _recognise(name, net, base_shape)
     module = build_on_meta(cls, kwargs, net)
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
@@ -91,9 +93,12 @@ def rebuild(name: str, network: PersistentObject, allowance: Allowance) -> Rebui
     return Rebuilt(module, notes + _notes(name, net, module), _generation(net))
 
 
-def rebuild_tf(name: str, network: TFNetwork, allowance: Allowance) -> Rebuilt:
+def rebuild_tf(
+    name: str, network: TFNetwork, allowance: Allowance, base_shape: list[int] | None = None
+) -> Rebuilt:
     """As `rebuild`, for a network of the TensorFlow generation."""
     net, class_name, kwargs = describe_tf(network)
+    kwargs |= arguments.base_shape(net, base_shape)
     module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
     options = kwargs if class_name == "Generator" else kwargs["block_kwargs"]
     add_filters(net, tensors_of(module), options["resample_filter"])
@@ -105,12 +110,13 @@ def _finish(
     name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
 ) -> list[str]:
     """Fill the module; what was converted, one sentence a type."""
-    if differences and (base := _rectangle(net)):
+    if differences and (base := _unknown_rectangle(net, module)):
         raise PickleRefused(
-            f"{name} in the pickle is a rectangular network (it starts at {base} instead of 4 x 4; object at "
-            f"byte {net.offset}), and only square ones can be used here",
+            f"{name} in the pickle is a rectangular network of a kind that cannot be used here (it starts at "
+            f"{base}; object at byte {net.offset})",
             offset=net.offset,
-            hint="The file may be honest and whole. Use a checkpoint of a square network.",
+            hint="The file may be honest and whole. Rectangular networks can be used that start at 4 in "
+            "height or width and at 1 to 4 in the other, a discriminator with the generator of its shape.",
         )
     if differences:
         raise CheckpointMismatch(
@@ -123,9 +129,11 @@ def _finish(
     return [f"{name}: {count} tensors {CONVERTED[dtype]}" for dtype, count in sorted(counts.items())]
 
 
-def _rectangle(net: Described) -> str | None:
-    """The first size of a StyleGAN2 network that is not square, None for any other network."""
+def _unknown_rectangle(net: Described, module: torch.nn.Module) -> str | None:
+    """The first size of a StyleGAN2 network that is neither square nor of a shape that `module` has."""
     const, fc = net.tensors.get("synthesis.b4.const"), net.tensors.get("b4.fc.weight")
+    if getattr(module, "base_shape", arguments.SQUARE) != arguments.SQUARE:
+        return None
     if const is not None and const.array.ndim == 3 and const.array.shape[1:] != (4, 4):
         height, width = const.array.shape[1:]
         return f"{height} x {width}"
@@ -135,7 +143,9 @@ def _rectangle(net: Described) -> str | None:
     return None
 
 
-def _recognise(name: str, net: Described) -> tuple[type, dict[str, Any]]:
+def _recognise(
+    name: str, net: Described, base_shape: list[int] | None
+) -> tuple[type, dict[str, Any]]:
     """The class and constructor arguments, by what the state holds; names of classes are not believed."""
     if net.has("synthesis.input") and net.has("mapping"):
         from finetune.models import stylegan3
@@ -144,7 +154,7 @@ def _recognise(name: str, net: Described) -> tuple[type, dict[str, Any]]:
     if net.has("synthesis.b4") and net.has("mapping"):
         return stylegan2.Generator, arguments.generator_arguments(net)
     if net.has("b4.conv") and net.has("b4.out"):
-        return stylegan2.Discriminator, arguments.discriminator_arguments(net)
+        return stylegan2.Discriminator, arguments.discriminator_arguments(net, base_shape)
     if {"p", "Hz_geom"} <= set(net.tensors):
         from finetune.models import augment
 

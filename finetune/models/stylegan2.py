@@ -4,7 +4,9 @@
 This file travels inside every checkpoint and is read there by other programs: see README.md next to it for
 what it may import and which names may not change.
 
-Shapes: z [N, z_dim], c [N, c_dim], ws [N, num_ws, w_dim], img [N, img_channels, R, R] float32, about [-1, 1].
+Shapes: z [N, z_dim], c [N, c_dim], ws [N, num_ws, w_dim], img [N, img_channels, H, W] float32, about [-1, 1].
+A resolution is the longer side of an image; its height and width follow from `base_shape`, those of the 4x4
+block: (4, 4) for square images, (4, 2) for images twice as high as wide.
 Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958); mixed
 precision and conditioning as in "Training GANs with Limited Data" (arXiv 2006.06676).
 """
@@ -30,6 +32,14 @@ def block_sizes(img_resolution):
     if img_resolution < 4 or img_resolution & (img_resolution - 1) != 0:
         raise ValueError("img_resolution must be a power of two and at least 4, got %r" % (img_resolution,))
     return [2**i for i in range(2, img_resolution.bit_length())]
+
+
+def shape_at(resolution, base_shape):
+    """Return height and width of the block at `resolution`, its longer side."""
+    height, width = base_shape
+    if min(height, width) < 1 or max(height, width) != 4:
+        raise ValueError("base_shape must be two integers, the larger one 4, got %r" % (base_shape,))
+    return resolution * height // 4, resolution * width // 4
 
 
 def num_channels(resolution, channel_base, channel_max):
@@ -213,7 +223,7 @@ class MappingNetwork(torch.nn.Module):
 class StyledConv(torch.nn.Module):
     """Modulated 3x3 convolution, optional upsampling, noise, bias, activation.
 
-    x [N, in_channels, R/up, R/up], w [N, w_dim] -> [N, out_channels, R, R] with R = `resolution`.
+    x [N, in_channels, H/up, W/up], w [N, w_dim] -> [N, out_channels, H, W], H and W of `resolution`.
     Source: StyleGAN2, figure 2.
     """
 
@@ -230,12 +240,14 @@ class StyledConv(torch.nn.Module):
         resample_filter=(1, 3, 3, 1),
         conv_clamp=None,
         channels_last=False,
+        base_shape=(4, 4),
     ):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.w_dim = w_dim
         self.resolution = resolution
+        self.height, self.width = shape_at(resolution, base_shape)
         self.up = up
         self.use_noise = use_noise
         self.activation = activation
@@ -249,7 +261,7 @@ class StyledConv(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight.to(memory_format=memory_format))
         self.register_buffer("resample_filter", upfirdn2d.setup_filter(list(resample_filter)))
         if use_noise:
-            self.register_buffer("noise_const", torch.randn([resolution, resolution]))
+            self.register_buffer("noise_const", torch.randn([self.height, self.width]))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
@@ -261,11 +273,11 @@ class StyledConv(torch.nn.Module):
             return None
         if noise_mode == "const":
             return self.noise_const * self.noise_strength
-        shape = [batch, 1, self.resolution, self.resolution]
+        shape = [batch, 1, self.height, self.width]
         return torch.randn(shape, device=self.noise_strength.device) * self.noise_strength
 
     def forward(self, x, w, noise_mode="random", fused_modconv=True, gain=1):
-        misc.assert_shape(x, [None, self.in_channels, self.resolution // self.up, self.resolution // self.up])
+        misc.assert_shape(x, [None, self.in_channels, self.height // self.up, self.width // self.up])
         x = modulated_conv2d(
             x,
             self.weight,
@@ -289,7 +301,7 @@ class StyledConv(torch.nn.Module):
 class ToRGB(torch.nn.Module):
     """Modulated 1x1 convolution to image channels, without demodulation.
 
-    x [N, in_channels, R, R], w [N, w_dim] -> [N, out_channels, R, R]. Source: StyleGAN2, figure 7.
+    x [N, in_channels, H, W], w [N, w_dim] -> [N, out_channels, H, W]. Source: StyleGAN2, figure 7.
     """
 
     def __init__(self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, channels_last=False):
@@ -383,8 +395,8 @@ class ScaledConv(torch.nn.Module):
 class SynthesisBlock(torch.nn.Module):
     """All layers of the generator at one resolution; `in_channels` 0 makes the first, with its constant.
 
-    x [N, in_channels, R/2, R/2] or None, img [N, C, R/2, R/2] or None, ws [N, num_conv + num_torgb, w_dim]
-    -> (x [N, out_channels, R, R], img [N, C, R, R] or None).
+    x [N, in_channels, H/2, W/2] or None, img [N, C, H/2, W/2] or None, ws [N, num_conv + num_torgb, w_dim]
+    -> (x [N, out_channels, H, W], img [N, C, H, W] or None).
     Source: StyleGAN2, figure 7: 'orig' (a), 'skip' (b), 'resnet' (c).
     """
 
@@ -402,6 +414,7 @@ class SynthesisBlock(torch.nn.Module):
         use_fp16=False,
         fp16_channels_last=False,
         fused_modconv_default=True,
+        base_shape=(4, 4),
         **layer_kwargs,
     ):
         super().__init__()
@@ -410,6 +423,7 @@ class SynthesisBlock(torch.nn.Module):
         self.in_channels = in_channels
         self.w_dim = w_dim
         self.resolution = resolution
+        self.height, self.width = shape_at(resolution, base_shape)
         self.img_channels = img_channels
         self.is_last = is_last
         self.architecture = architecture
@@ -421,14 +435,13 @@ class SynthesisBlock(torch.nn.Module):
         self.register_buffer("resample_filter", upfirdn2d.setup_filter(list(resample_filter)))
 
         shared = dict(conv_clamp=conv_clamp, channels_last=self.channels_last)
+        styled = dict(base_shape=base_shape, **shared, **layer_kwargs)
         upsampling = dict(up=2, resample_filter=resample_filter)
         if in_channels == 0:
-            self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
+            self.const = torch.nn.Parameter(torch.randn([out_channels, self.height, self.width]))
         else:
-            self.conv0 = StyledConv(
-                in_channels, out_channels, w_dim, resolution, **upsampling, **shared, **layer_kwargs
-            )
-        self.conv1 = StyledConv(out_channels, out_channels, w_dim, resolution, **shared, **layer_kwargs)
+            self.conv0 = StyledConv(in_channels, out_channels, w_dim, resolution, **upsampling, **styled)
+        self.conv1 = StyledConv(out_channels, out_channels, w_dim, resolution, **styled)
         if self.num_torgb:
             self.torgb = ToRGB(out_channels, img_channels, w_dim, **shared)
         if in_channels != 0 and architecture == "resnet":
@@ -469,7 +482,7 @@ class SynthesisBlock(torch.nn.Module):
             x = x.contiguous(memory_format=memory_format)
             x = self.conv1(x, next(rows), **styled)
         else:
-            misc.assert_shape(x, [None, self.in_channels, self.resolution // 2, self.resolution // 2])
+            misc.assert_shape(x, [None, self.in_channels, self.height // 2, self.width // 2])
             x = x.to(dtype=dtype, memory_format=memory_format)
             if self.architecture == "resnet":
                 shortcut = self.skip(x, gain=HALVED_POWER)
@@ -490,7 +503,7 @@ class SynthesisBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class SynthesisNetwork(torch.nn.Module):
-    """Intermediate latents to images: ws [N, num_ws, w_dim] -> img [N, img_channels, R, R] float32."""
+    """Intermediate latents to images: ws [N, num_ws, w_dim] -> img [N, img_channels, H, W] float32."""
 
     def __init__(
         self,
@@ -553,11 +566,11 @@ class SynthesisNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class Generator(torch.nn.Module):
-    """StyleGAN2's generator: z [N, z_dim], c [N, c_dim] -> img [N, img_channels, R, R] float32.
+    """StyleGAN2's generator: z [N, z_dim], c [N, c_dim] -> img [N, img_channels, H, W] float32.
 
     Options of the synthesis network (channel_base, channel_max, num_fp16_res, architecture, resample_filter,
     conv_clamp, use_noise, activation, fused_modconv_default, fp16_channels_last) come as keywords or, as
-    checkpoints of the first PyTorch generation have them, inside `synthesis_kwargs`.
+    checkpoints of the first PyTorch generation have them, inside `synthesis_kwargs`. `base_shape`: see above.
     """
 
     def __init__(
@@ -569,6 +582,7 @@ class Generator(torch.nn.Module):
         img_channels,
         mapping_kwargs=None,
         synthesis_kwargs=None,
+        base_shape=(4, 4),
         **more_synthesis_kwargs,
     ):
         super().__init__()
@@ -577,7 +591,8 @@ class Generator(torch.nn.Module):
         self.w_dim = w_dim
         self.img_resolution = img_resolution
         self.img_channels = img_channels
-        options = dict(synthesis_kwargs or {})
+        self.base_shape = list(base_shape)
+        options = dict(synthesis_kwargs or {}, base_shape=self.base_shape)
         options.update(more_synthesis_kwargs)
         self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **options)
         self.num_ws = self.synthesis.num_ws
@@ -628,7 +643,7 @@ class MinibatchStd(torch.nn.Module):
 class DiscriminatorBlock(torch.nn.Module):
     """All layers of the discriminator at one resolution; `in_channels` 0 makes the first block.
 
-    x [N, in_channels, R, R] or None, img [N, C, R, R] or None -> (x [N, O, R/2, R/2], img or None).
+    x [N, in_channels, H, W] or None, img [N, C, H, W] or None -> (x [N, O, H/2, W/2], img or None).
     The first `freeze_layers` convolutions of the whole network, counted fromrgb, conv0, conv1, skip in each
     block starting at `first_layer_idx`, are buffers.
     Source: StyleGAN2, figure 7: 'orig' (d), 'skip' (e), 'resnet' (f).
@@ -649,12 +664,14 @@ class DiscriminatorBlock(torch.nn.Module):
         use_fp16=False,
         fp16_channels_last=False,
         freeze_layers=0,
+        base_shape=(4, 4),
     ):
         super().__init__()
         if architecture not in ("orig", "skip", "resnet"):
             raise ValueError("architecture must be 'orig', 'skip' or 'resnet', got %r" % (architecture,))
         self.in_channels = in_channels
         self.resolution = resolution
+        self.height, self.width = shape_at(resolution, base_shape)
         self.img_channels = img_channels
         self.first_layer_idx = first_layer_idx
         self.architecture = architecture
@@ -685,10 +702,10 @@ class DiscriminatorBlock(torch.nn.Module):
         if self.channels_last and dtype == torch.float16:
             memory_format = torch.channels_last
         if x is not None:
-            misc.assert_shape(x, [None, self.in_channels, self.resolution, self.resolution])
+            misc.assert_shape(x, [None, self.in_channels, self.height, self.width])
             x = x.to(dtype=dtype, memory_format=memory_format)
         if self.in_channels == 0 or self.architecture == "skip":
-            misc.assert_shape(img, [None, self.img_channels, self.resolution, self.resolution])
+            misc.assert_shape(img, [None, self.img_channels, self.height, self.width])
             img = img.to(dtype=dtype, memory_format=memory_format)
             features = self.fromrgb(img)
             x = features if x is None else x + features
@@ -702,7 +719,7 @@ class DiscriminatorBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class DiscriminatorEpilogue(torch.nn.Module):
-    """Last layers of the discriminator, always float32: x [N, in_channels, R, R] -> [N, 1] logits.
+    """Last layers of the discriminator, always float32: x [N, in_channels, H, W] -> [N, 1] logits.
 
     With cmap_dim above 0 the logit is the projection on `cmap` [N, cmap_dim].
     Source: StyleGAN2, appendix B; projection discriminator (1802.05637).
@@ -719,11 +736,13 @@ class DiscriminatorEpilogue(torch.nn.Module):
         mbstd_num_channels=1,
         activation="lrelu",
         conv_clamp=None,
+        base_shape=(4, 4),
     ):
         super().__init__()
         self.in_channels = in_channels
         self.cmap_dim = cmap_dim
         self.resolution = resolution
+        self.height, self.width = shape_at(resolution, base_shape)
         self.img_channels = img_channels
         self.architecture = architecture
         if architecture == "skip":
@@ -736,14 +755,14 @@ class DiscriminatorEpilogue(torch.nn.Module):
             activation=activation,
             conv_clamp=conv_clamp,
         )
-        self.fc = Dense(in_channels * resolution**2, in_channels, activation=activation)
+        self.fc = Dense(in_channels * self.height * self.width, in_channels, activation=activation)
         self.out = Dense(in_channels, 1 if cmap_dim == 0 else cmap_dim)
 
     def forward(self, x, img, cmap):
-        misc.assert_shape(x, [None, self.in_channels, self.resolution, self.resolution])
+        misc.assert_shape(x, [None, self.in_channels, self.height, self.width])
         x = x.to(dtype=torch.float32, memory_format=torch.contiguous_format)
         if self.architecture == "skip":
-            misc.assert_shape(img, [None, self.img_channels, self.resolution, self.resolution])
+            misc.assert_shape(img, [None, self.img_channels, self.height, self.width])
             x = x + self.fromrgb(img.to(dtype=torch.float32, memory_format=torch.contiguous_format))
         if self.mbstd is not None:
             x = self.mbstd(x)
@@ -756,7 +775,7 @@ class DiscriminatorEpilogue(torch.nn.Module):
 
 @persistence.persistent_class
 class Discriminator(torch.nn.Module):
-    """StyleGAN2's discriminator: img [N, img_channels, R, R], c [N, c_dim] -> logits [N, 1] float32."""
+    """StyleGAN2's discriminator: img [N, img_channels, H, W], c [N, c_dim] -> logits [N, 1] float32."""
 
     def __init__(
         self,
@@ -772,11 +791,13 @@ class Discriminator(torch.nn.Module):
         block_kwargs=None,
         mapping_kwargs=None,
         epilogue_kwargs=None,
+        base_shape=(4, 4),
     ):
         super().__init__()
         self.c_dim = c_dim
         self.img_resolution = img_resolution
         self.img_channels = img_channels
+        self.base_shape = list(base_shape)
         sizes = block_sizes(img_resolution)
         self.img_resolution_log2 = len(sizes) + 1
         self.block_resolutions = sizes[:0:-1]
@@ -790,6 +811,7 @@ class Discriminator(torch.nn.Module):
             cmap_dim = channels_at(4)
         lowest_half = half_precision_from(img_resolution, num_fp16_res)
         shared = dict(img_channels=img_channels, architecture=architecture, conv_clamp=conv_clamp)
+        shared["base_shape"] = self.base_shape
         layer_count = 0
         for resolution in self.block_resolutions:
             channels = channels_at(resolution)
@@ -814,7 +836,7 @@ class Discriminator(torch.nn.Module):
 
     def forward(self, img, c, update_emas=False, force_fp32=False):
         del update_emas  # nothing here is averaged
-        misc.assert_shape(img, [None, self.img_channels, self.img_resolution, self.img_resolution])
+        misc.assert_shape(img, [None, self.img_channels, *shape_at(self.img_resolution, self.base_shape)])
         x = None
         for resolution in self.block_resolutions:
             x, img = getattr(self, "b%d" % resolution)(x, img, force_fp32=force_fp32)

@@ -22,7 +22,7 @@ import finetune
 from finetune.checkpoint.unpickle.globals import loads
 from finetune.checkpoint.unpickle.stubs import Array
 from finetune.checkpoint.unpickle.values import Record
-from finetune.errors import CheckpointError, ConfigError, PickleRefused
+from finetune.errors import CheckpointError, CheckpointMismatch, ConfigError, PickleRefused
 
 GENERATIONS = ("stylegan2-tf-32", "stylegan2-ada-32", "stylegan2-32", "stylegan3-t-32", "stylegan3-r-32")
 
@@ -304,9 +304,12 @@ def test_every_way_to_make_an_object_leaves_a_record(way):
     assert seen.state == ({"x": 1} if way == "BUILD" else None)
 
 
-@pytest.mark.parametrize("height, width", [(4, 2), (2, 4), (4, 3), (5, 4)])
-@pytest.mark.parametrize("key", ["G", "D", "G_ema"])
-def test_a_rectangular_network_is_named_in_one_line(key, height, width, ada, opened):
+@pytest.mark.parametrize(
+    "key, height, width",
+    [("G", 5, 4), ("G_ema", 5, 4), ("G", 3, 3), ("D", 4, 2), ("D", 2, 4), ("D", 4, 3), ("D", 5, 4)],
+)
+def test_a_rectangular_network_of_another_kind_is_named_in_one_line(key, height, width, ada, opened):
+    """A constant that is not 4 high or wide, and a discriminator whose sides nothing gives."""
     net = ada[key]
     if key == "D":
         parameters = net.state["_modules"]["b4"].state["_modules"]["fc"].state["_parameters"]
@@ -318,8 +321,17 @@ def test_a_rectangular_network_is_named_in_one_line(key, height, width, ada, ope
     with pytest.raises(CheckpointError, match="is a rectangular network") as refusal:
         opened({key: net})
     size = f"{height * width} positions" if key == "D" else f"{height} x {width}"
-    assert f"starts at {size} instead of 4 x 4" in str(refusal.value)
+    assert f"it starts at {size};" in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("height, width", [(4, 2), (2, 4), (4, 3)])
+def test_a_constant_of_another_shape_in_a_square_network(height, width, ada, opened):
+    net = ada["G_ema"]
+    parameters = net.state["_modules"]["synthesis"].state["_modules"]["b4"].state["_parameters"]
+    parameters["const"] = torch.nn.Parameter(torch.zeros(len(parameters["const"]), height, width))
+    with pytest.raises(CheckpointMismatch, match=r"b32.conv1.noise_const is \[32, 32\] in the file"):
+        opened({"G_ema": net})
 
 
 def test_large_weights_at_old_protocols(tmp_path):

@@ -58,7 +58,7 @@ def as_tensorflow(module: torch.nn.Module, options: dict) -> TFNetwork:
         elif kind == "const":
             parts["synthesis"]["4x4/Const/const"] = value[None]
         elif kind == "noise_const":
-            log2 = value.shape[0].bit_length() - 1
+            log2 = max(value.shape).bit_length() - 1
             index = 0 if log2 == 2 else 2 * log2 - (5 if path[2] == "conv0" else 4)
             parts["synthesis"][f"noise{index}"] = value[None, None]
         elif name.startswith("b4.out."):
@@ -110,6 +110,64 @@ def test_every_layer(tmp_path, architecture, c_dim):
     for name, value in shape.items():
         assert checkpoint.G_ema.init_kwargs[name] == value
     assert checkpoint.G_ema.init_kwargs["mapping_kwargs"]["w_avg_beta"] == 0.9
+
+
+def rename_blocks(network: TFNetwork, base_shape: tuple[int, int]) -> None:
+    """Name blocks height x width, where `as_tensorflow` calls them after their longer side."""
+
+    def renamed(name):
+        return re.sub(
+            r"^(\d+)x\1/", lambda m: "{}x{}/".format(*(int(m[1]) * s // 4 for s in base_shape)), name
+        )
+
+    for part in (network, *network.state["components"].values()):
+        part.state["variables"] = [(renamed(name), value) for name, value in part.state["variables"]]
+
+
+def rectangle(base_shape, is_named=False):
+    """A discriminator and a generator in the TensorFlow format, and the same in ours."""
+    shape = {"c_dim": 0, "img_resolution": 16, "img_channels": 2, "base_shape": base_shape, **SMALL}
+    ours = [stylegan2.Discriminator(**shape), stylegan2.Generator(5, w_dim=6, **shape)]
+    latents = {"latent_size": 5, "dlatent_size": 6, "mapping_fmaps": 6}
+    stored = [as_tensorflow(ours[0], OPTIONS), as_tensorflow(ours[1], {**OPTIONS, **latents})]
+    for network in stored if is_named else ():
+        rename_blocks(network, base_shape)
+    return ours, stored
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("base_shape", [(4, 2), (3, 4)])
+def test_rectangular_networks(tmp_path, base_shape, is_named):
+    """The constant gives the shape; blocks are named after their longer side or after both."""
+    (D, G), (stored_D, stored_G) = rectangle(base_shape, is_named)
+    path = tmp_path / "tf.pkl"
+    path.write_bytes(forge.dumps((stored_G, stored_D, stored_G)))
+    checkpoint = finetune.load(path)
+    for ours, theirs in ((G, checkpoint.G_ema), (D, checkpoint.D)):
+        assert theirs.init_kwargs["base_shape"] == list(base_shape)
+        assert tensors_of(ours).keys() == tensors_of(theirs).keys()
+        for name, tensor in tensors_of(theirs).items():
+            torch.testing.assert_close(tensor, tensors_of(ours)[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_rectangular_networks_that_contradict_themselves(tmp_path):
+    path = tmp_path / "tf.pkl"
+
+    def refusal(*networks):
+        path.write_bytes(forge.dumps(networks))
+        with pytest.raises(PickleRefused) as refused:
+            finetune.load(path)
+        return str(refused.value)
+
+    _, (D, G) = rectangle((4, 2))
+    assert "D in the pickle is a rectangular network of a kind" in refusal(None, D, None)
+    rename_blocks(G, (2, 4))
+    assert "whose blocks have another shape than its constant" in refusal(G, None, None)
+    _, (D, G) = rectangle((4, 2), is_named=True)
+    for name in ("16x9/Conv0/weight", "8x16/Conv0/weight"):  # no shape; that of another network
+        changed = [(name if key == "16x8/Conv0/weight" else key, v) for key, v in D.state["variables"]]
+        other = TFNetwork(0, {**D.state, "variables": changed})
+        assert f"holds {name}, which has no place" in refusal(G, other, None)
 
 
 @pytest.fixture
