@@ -169,7 +169,7 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
     """Run the cycles of one family and arm; what they took."""
     prepared = build(family, options)
     device = prepared.plan.device
-    shape = [options.batch, prepared.facts.channels, *[prepared.facts.resolution] * 2]
+    shape = [options.batch, prepared.facts.channels, *prepared.image_set.size]
     generator = torch.Generator().manual_seed(options.seed)
     img = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     if device.type == "cuda":

@@ -165,7 +165,8 @@ class TrainOptions(_Fields):
     scratch: str | None = _option(
         SHAPE, "Start from random weights instead of a checkpoint.", default="", choices=FAMILIES)
     resolution: int | None = _option(
-        SHAPE, "Resolution, a power of two: required with --scratch; changes a StyleGAN2 checkpoint.",
+        SHAPE, "Resolution (longer side), a power of two: required with --scratch; changes a StyleGAN2 "
+        "checkpoint.",
         shown="as the checkpoint", at_least=8)
     channels: int | None = _option(
         SHAPE, "Image channels: 1 (gray), 3 (RGB) or 4 (RGBA); changes the checkpoint.",

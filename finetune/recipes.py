@@ -63,6 +63,7 @@ class Published:
 class RunFacts:
     """What is known about a run before it starts.
 
+    resolution: of the longer side. base_shape: height and width of an image whose longer side is 4.
     num_images: images before mirroring. group_size: images that D compares with each other, 1 if it
     takes any number. num_freezable: layers that FreezeD can freeze. published:
     settings in the catalog, for a checkpoint that is in it.
@@ -81,6 +82,7 @@ class RunFacts:
     gpu_memory_gib: float | None = None
     published: Published | None = None
     num_processes: int = 1
+    base_shape: tuple[int, int] = (4, 4)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,13 @@ def _published_gamma(which: str) -> Callable[[Any], Any]:
 
 
 def _gamma(run: Any) -> float:
-    return _round(r1_gamma(run.family, run.resolution, run.batch))
+    return _round(r1_gamma(run.family, run.resolution, run.batch, run.base_shape))
+
+
+def _why_gamma(run: Any) -> str:
+    height, width = (run.resolution * side // 4 for side in run.base_shape)
+    area, px = ("res²", width) if height == width else ("width·height", f"{width}×{height}")
+    return f"0.0002 {area}/batch at {px} px, batch {run.batch}"
 
 
 def tick_kimg(kimg: float) -> float:
@@ -232,8 +240,7 @@ RULES = (
     # Losses and optimizers.
     Rule("gamma", IMPROVE, _published_gamma("trained"), "as this checkpoint was trained", TRAINED),
     Rule("gamma", TRANSFER, _published_gamma("finetune"), "as this checkpoint is fine-tuned", TRAINED),
-    Rule("gamma", ANY, _gamma, "0.0002 res²/batch at {resolution} px, batch {batch}",
-         "published rule for StyleGAN2", when=_is_stylegan2),
+    Rule("gamma", ANY, _gamma, _why_gamma, "published rule for StyleGAN2", when=_is_stylegan2),
     Rule("gamma", ANY, _gamma, "res²/(1024 batch) at {resolution} px, batch {batch}",
          "fits the published values for StyleGAN3"),
     Rule("glr", IMPROVE + TRANSFER, _published("glr"), "as this checkpoint was trained", TRAINED),
@@ -314,14 +321,14 @@ def job_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
     return "adapt", "use --recipe improve for the checkpoint's own images"
 
 
-def r1_gamma(family: str, resolution: int, batch: int) -> float:
+def r1_gamma(family: str, resolution: int, batch: int, base_shape: tuple[int, int] = (4, 4)) -> float:
     """R1 weight: 0.0002 res²/batch for StyleGAN2; StyleGAN3's 0.5, 2, 8, 32 at 128…1024 px (batch 32) as one
-    formula.
+    formula. Rectangular images have fewer pixels than res².
 
     Source: the published settings follow weight ∝ pixels / batch in both families.
     """
     per_pixel = 0.0002 if family == "stylegan2" else 0.5 * 32 / 128**2
-    return per_pixel * resolution**2 / batch
+    return per_pixel * resolution**2 * math.prod(base_shape) / 16 / batch
 
 
 def fair(batch: int, facts: Any) -> int:

@@ -53,7 +53,7 @@ def train_steps(prepared, num_steps, plan=None):
     plan = dataclasses.replace(plan or prepared.plan, total_nimg=num_steps * prepared.plan.batch)
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2)
-    shape = [plan.batch, prepared.facts.channels, prepared.facts.resolution, prepared.facts.resolution]
+    shape = [plan.batch, prepared.facts.channels, *prepared.image_set.size]
     labels = prepared.image_set.random_labels(plan.batch)
 
     def batches():

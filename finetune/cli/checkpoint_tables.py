@@ -82,7 +82,7 @@ def as_text(entry: Entry) -> str:
         ("architecture", entry.architecture),
         ("configuration", entry.config),
         ("format", entry.format),
-        ("resolution", f"{entry.resolution} x {entry.resolution}" if entry.resolution else None),
+        ("resolution", f"{entry.resolution} pixels" if entry.resolution else None),
         ("classes", classes),
         ("images", entry.dataset),
         ("license", license),

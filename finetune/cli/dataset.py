@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import NETWORK, network_file, offline_option
+from finetune.cli.options import NETWORK, ImageSize, network_file, offline_option
 from finetune.cli.progress import progress_bar
 from finetune.config import FITS, LABELS
 from finetune.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ def command() -> None:
     metavar=NETWORK,
     help="Check for training on this checkpoint: its resolution, channels and classes.",
 )
-@click.option("--resolution", type=click.IntRange(min=4), metavar="PIXELS", help="Check for this resolution.")
+@click.option("--resolution", type=ImageSize(), help="Check for this resolution.")
 @click.option("--fit", type=click.Choice(FITS), help="What to do with other sizes.  [default: crop]")
 @click.option(
     "--cond/--no-cond",
@@ -60,7 +60,7 @@ def command() -> None:
 def check_command(
     path: Path,
     network: str | None,
-    resolution: int | None,
+    resolution: tuple[int, int] | None,
     fit: str | None,
     cond: bool | None,
     labels_from: str,
@@ -112,7 +112,7 @@ def check_command(
         )
     training = dataset_report.what_training_does(found, resolution, channels, fit)
     if as_json:
-        values = dataset_report.as_values(found, resolution, fit, use_labels, training)
+        values = dataset_report.as_values(found, use_labels, training)
         click.echo(json.dumps(values, indent=2))
     else:
         click.echo(dataset_report.as_text(found, training))
@@ -121,14 +121,15 @@ def check_command(
         raise DataError(f"{path}: training would refuse it: {num_bad} offenders.", hint=hint(found.problems))
 
 
-def shape_of(network: str) -> tuple[int, int, int]:
-    """Return resolution, channels and number of classes of the generator of a checkpoint."""
+def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
+    """Return (height, width), channels and number of classes of the generator of a checkpoint."""
+    from finetune.models import image_size
     from finetune.resolve import load
 
     G: Any = load(network_file(network)).best
     if G is None:
         raise ConfigError(f"--network {network}: it holds no generator, only D.")
-    return G.img_resolution, G.img_channels, G.c_dim
+    return image_size(G), G.img_channels, G.c_dim
 
 
 @command.command("prepare", short_help="Bring images to size, in a zip that trains fastest.")
@@ -136,9 +137,8 @@ def shape_of(network: str) -> tuple[int, int, int]:
 @click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
 @click.option(
     "--resolution",
-    type=click.IntRange(min=4),
-    metavar="PIXELS",
-    help="Side of the images.  [default: that of the first one]",
+    type=ImageSize(),
+    help="Size of the images: the side of squares, or width x height.  [default: that of the first one]",
 )
 @click.option(
     "--fit",
@@ -192,9 +192,9 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
         raise
     for problem in made.left_out:
         click.echo(f"left out: {printable(problem.name)} {problem.kind}: {problem.detail}")
-    side, mib = made.settings.resolution, made.num_bytes / 2**20
+    (height, width), mib = made.settings.size, made.num_bytes / 2**20
     earlier = f", {made.num_found_done} of them by an earlier call" if made.num_found_done else ""
-    click.echo(f"{made.path}: {made.num_images} images of {side}×{side}{earlier}, {mib:,.1f} MiB")
+    click.echo(f"{made.path}: {made.num_images} images of {width}×{height}{earlier}, {mib:,.1f} MiB")
     for number, name in enumerate(made.classes):
         click.echo(f"class {number}: {printable(name)}")
     cond = " --cond" if made.has_labels else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from finetune.data.image_set import CACHE_BYTES
@@ -14,26 +15,32 @@ VERBS = {"crop": "cropped", "pad": "padded", "stretch": "stretched", None: "refu
 
 
 def what_training_does(
-    found: Scan, resolution: int | None, channels: int | None, fit: str | None
+    found: Scan, size: tuple[int, int] | None, channels: int | None, fit: str | None
 ) -> dict[str, Any]:
-    """Return how many images training at a resolution uses unchanged and how many it changes, by change.
+    """Return how many images training at (height, width) uses unchanged and how many it changes, by change.
 
-    Empty without a resolution. Counts of images, and MiB decoded (of 3 channels if unknown).
+    Empty without a size. Counts of images, and MiB decoded (of 3 channels if unknown).
     """
-    if resolution is None:
+    if size is None:
         return {}
-    kept = found.sizes.get((resolution, resolution), 0)
-    others = {size: count for size, count in found.sizes.items() if size != (resolution, resolution)}
+    height, width = size
+    others = {seen: count for seen, count in found.sizes.items() if seen != (width, height)}
+
+    def count(is_met: Callable[[int, int], bool]) -> int:
+        return sum(num for seen, num in others.items() if is_met(*seen))
+
     counts = {
-        "as_they_are": kept,
-        "not_square": sum(count for (width, height), count in others.items() if width != height),
-        "enlarged": sum(count for size, count in others.items() if min(size) < resolution),
-        "shrunk": sum(count for size, count in others.items() if min(size) > resolution),
+        "as_they_are": found.sizes.get((width, height), 0),
+        "other_aspect": count(lambda w, h: w * height != h * width),
+        "enlarged": count(lambda w, h: w < width or h < height),
+        "shrunk": count(lambda w, h: w > width and h > height),
         "other_sizes": sum(others.values()),
     }
-    num_bytes = sum(found.sizes.values()) * (channels or 3) * resolution**2
+    num_bytes = sum(found.sizes.values()) * (channels or 3) * height * width
     return {
-        "resolution": resolution,
+        "resolution": max(size),
+        "width": width,
+        "height": height,
         "fit": fit,
         **counts,
         "decoded_mib": round(num_bytes / 2**20, 1),
@@ -42,7 +49,7 @@ def what_training_does(
 
 
 def as_values(
-    found: Scan, resolution: int | None, fit: str | None, use_labels: bool, training: dict[str, Any]
+    found: Scan, use_labels: bool, training: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all findings as plain values."""
     return {
@@ -91,12 +98,12 @@ def _training(found: Scan, training: dict[str, Any]) -> str:
         if len(found.sizes) == 1 and (size := next(iter(found.sizes)))[0] == size[1]:
             return f"as they are, with a checkpoint of {size[0]} pixels; with any other, --fit decides how"
         return "give --resolution or --network to see what it would do with these sizes"
-    resolution, others = training["resolution"], training["other_sizes"]
-    parts = [f"at {resolution}×{resolution}: {training['as_they_are']} as they are"]
+    others = training["other_sizes"]
+    parts = [f"at {training['width']}×{training['height']}: {training['as_they_are']} as they are"]
     if others:
         changes = [f"{training[key]} {key}" for key in ("shrunk", "enlarged") if training[key]]
-        if training["not_square"]:
-            changes.append(f"{training['not_square']} {VERBS[training['fit']]}")
+        if training["other_aspect"]:
+            changes.append(f"{training['other_aspect']} {VERBS[training['fit']]}")
         fitted = f"{others} of other sizes ({', '.join(changes)})"
         parts.append(fitted if training["fit"] else f"{others} refused")
     where = "read into memory once" if training["in_memory"] else "decoded again each time, by --workers"

@@ -132,6 +132,7 @@ def measure(
     from finetune.device import float32_math, resolve_device
     from finetune.distributed import init, shutdown
     from finetune.metrics.evaluate import Evaluation
+    from finetune.models import image_size
     from finetune.resolve import load
 
     started = time.perf_counter()
@@ -147,7 +148,7 @@ def measure(
         raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
     image_set = ImageSet(
         data,
-        resolution=G.img_resolution,
+        resolution=image_size(G),
         channels=G.img_channels,
         fit=fit,
         use_labels=use_labels,

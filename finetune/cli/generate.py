@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ def command(
 
     from finetune.device import float32_math, resolve_device
     from finetune.editing.latents import save_ws
+    from finetune.models import image_size
     from finetune.resolve import load
     from finetune.sampling import save_grid, synthesize, to_image
 
@@ -104,7 +106,7 @@ def command(
     if save_w is not None and save_w.suffix != ".npz":
         raise ConfigError(f"--save-w {save_w} has not the ending .npz; give a name that has.")
     print_options_without_effect(table, noise_mode)
-    pixels = G.img_resolution**2 * total
+    pixels = math.prod(image_size(G)) * total
     if pixels <= QUICK_PIXELS.get(checkpoint.family, 0):
         start_without_build(next(G.parameters()).device.type)
     is_table = grid is None and len(table.columns) > 1 and pixels <= MAX_SHEET_PIXELS

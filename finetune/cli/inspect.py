@@ -33,7 +33,10 @@ def command(network: str, as_json: bool) -> None:
 
 def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The facts about a checkpoint as plain values; its keys are a contract with scripts."""
+    from finetune.models import image_size
+
     generator, network = checkpoint.best, checkpoint.network
+    height, width = image_size(network)
     options = network.init_kwargs  # the constructor arguments, all of them by name
     present = {name: getattr(checkpoint, name) for name in ("G", "D", "G_ema")}
     return {
@@ -42,6 +45,8 @@ def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": checkpoint.family,
         "variant": options.get("architecture"),
         "resolution": network.img_resolution,
+        "width": width,
+        "height": height,
         "channels": network.img_channels,
         "classes": network.c_dim,
         "labels": checkpoint.label_kind,
@@ -81,7 +86,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("file", facts["file"]),
         ("generation", f"{facts['generation']}: written by {GENERATIONS[facts['generation']]}"),
         ("architecture", " ".join(filter(None, (facts["architecture"], facts["variant"])))),
-        ("resolution", f"{facts['resolution']} x {facts['resolution']}"),
+        ("resolution", _resolution(facts["width"], facts["height"])),
         ("channels", facts["channels"]),
         _labels(facts),
         ("latents", _latents(facts)),
@@ -109,6 +114,10 @@ def _labels(facts: dict[str, Any]) -> tuple[str, Any]:
     if facts["labels"] == "vectors":
         return "labels", f"vectors of {facts['classes']} numbers"
     return "classes", facts["classes"] or "none (unconditional)"
+
+
+def _resolution(width: int, height: int) -> str:
+    return f"{width} x {height}" + ("" if width == height else " (width x height)")
 
 
 def _latents(facts: dict[str, Any]) -> str:

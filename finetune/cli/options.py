@@ -99,6 +99,26 @@ class GridSize(click.ParamType):
         return int(columns), int(rows)
 
 
+class ImageSize(click.ParamType):
+    """The size of images, `256` or width x height like `512x1024`; the value is (height, width)."""
+
+    name = "size"
+    smallest = 4
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "PIXELS|WxH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if not isinstance(value, str):
+            return tuple(value)
+        sides = value.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) >= self.smallest for side in sides):
+            self.fail(f"{value!r} is not a size; write 256, or width x height like 512x1024.", param, ctx)
+        return int(sides[-1]), int(sides[0])
+
+
 def network_option(**overrides: Any):
     """`--network`: whatever `network_file` takes, as text; a Path would spoil URLs."""
     settings: dict[str, Any] = {

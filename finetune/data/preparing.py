@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import PIL
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.data.decode import fit_to_size, highest_deep_value, open_image, to_channels
+from finetune.data.decode import fit_to_size, height_and_width, highest_deep_value, open_image, to_channels
 from finetune.data.labels import folder_classes, has_labels, read_labels
 from finetune.data.naming import NO_FOLDER, target_names
 from finetune.data.problems import BAD_LABEL, WRONG_SIZE, Problem, Unusable, describe, hint, low_range
@@ -42,7 +43,7 @@ ROOM_FOR_HEADERS = 1024  # bytes an image, in the file and twice in the zip
 class Settings:
     """Everything that determines the bytes of an image."""
 
-    resolution: int
+    size: tuple[int, int]  # height and width
     channels: int
     fit: str | None
     encoding: str
@@ -69,7 +70,7 @@ def prepare(
     src: str | os.PathLike[str],
     dest: str | os.PathLike[str],
     *,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     fit: str | None = None,
     channels: int = 3,
     labels: str | None = None,
@@ -82,12 +83,13 @@ def prepare(
 ) -> PreparedSet:
     """Decode, fit and store every image of `src` in the zip `dest`, with its labels.
 
-    resolution: None means that of the first image. fit: None means `crop` if a resolution is given. bits: how
-    many of 16 the values of 16-bit images take; a set that never takes more than 12 is refused otherwise.
-    labels: classes from `folders`, `none`, or `keep` those of dataset.json (None: keep them if there are
-    any). What is done is kept beside `dest`, and a further call continues with it if neither settings nor
-    images have changed; the zip comes to the same bytes. Raises ConfigError and DataError; with `skip_bad`
-    images that cannot be used are left out.
+    resolution: the side of squares, or (height, width); None means that of the first image. fit: None means
+    `crop` if a resolution is given. bits: how many of 16 the values of 16-bit images take; a set that
+    never takes more than 12 is refused otherwise. labels: classes from `folders`, `none`, or `keep` those of
+    dataset.json (None: keep them if there are any). What is
+    done is kept beside `dest`, and a further call continues with it if neither settings nor images have
+    changed; the zip comes to the same bytes. Raises ConfigError and DataError; with `skip_bad` images that
+    cannot be used are left out.
     """
     source, path = open_source(src), Path(dest)
     _check_destination(source, path, force)
@@ -95,7 +97,7 @@ def prepare(
         resolution = _first_resolution(source, fit)
     elif fit is None:
         fit = "crop"
-    settings = Settings(resolution, channels, fit, encoding, bits)
+    settings = Settings(height_and_width(resolution), channels, fit, encoding, bits)
     names, values, classes, problems = _plan_labels(source, labels)
     targets = target_names(names, SUFFIXES[encoding])
     with _explained(path), _only_one(path), Draft(path, settings) as draft:
@@ -264,14 +266,14 @@ class _Encoded(Dataset):
 
     def __getitem__(self, index: int) -> Encoded | Unusable:
         settings = self.settings
-        size = (settings.resolution, settings.resolution)
         try:
             original = open_image(self.source.read(self.names[index]))
             peak = highest_deep_value(original)
-            image = fit_to_size(to_channels(original, settings.channels, settings.bits), size, settings.fit)
+            image = to_channels(original, settings.channels, settings.bits)
+            image = fit_to_size(image, settings.size, settings.fit)
         except Unusable as problem:
             if problem.kind == WRONG_SIZE:
-                problem.detail += f" instead of {settings.resolution}×{settings.resolution}"
+                problem.detail += f" instead of {settings.size[1]}×{settings.size[0]}"
             return problem
         stream = io.BytesIO()
         plain = Image.frombytes(image.mode, image.size, image.tobytes())  # without what belongs to the file
@@ -301,7 +303,8 @@ def _first_resolution(source: Source, fit: str | None) -> int:
                 return width
             raise ConfigError(
                 f"{source.path}: the first image is {width}×{height}, not square.",
-                hint="Set a size with --resolution; --fit says how images are brought to it (default: crop).",
+                hint="Set a size with --resolution (256, or width x height like 512x1024); --fit says how "
+                "images are brought to it (default: crop).",
             )
     raise DataError(f"{source.path}: none of the {len(source.names)} images can be read.")
 
@@ -331,7 +334,7 @@ def _plan_labels(
 
 
 def _check_space(path: Path, num_images: int, settings: Settings) -> None:
-    needed = num_images * (settings.channels * settings.resolution**2 + ROOM_FOR_HEADERS)
+    needed = num_images * (settings.channels * math.prod(settings.size) + ROOM_FOR_HEADERS)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise DataError(

@@ -26,8 +26,8 @@ REFUSED = {
     BAD_LABEL: "bad-label",
     LOW_RANGE: "low-range",
 }
-NOT_SQUARE = "is not square"
-TOO_LONG = "is more than twice as long as wide"
+OTHER_ASPECT = "has another aspect ratio"
+TOO_LONG = "differs in aspect ratio by more than a factor of 2"
 TOO_SMALL = "is smaller, and is enlarged"
 BLACK = "is nearly black"
 UNIFORM = "has nearly one color everywhere"
@@ -38,7 +38,7 @@ NO_IMAGE = "has a label, but is not there"
 SAME_NAME = "file name collides on case-insensitive file systems"
 # Problems that training accepts, with a remark.
 REMARKS = {
-    NOT_SQUARE: "not-square",
+    OTHER_ASPECT: "other-aspect",
     TOO_LONG: "too-long",
     TOO_SMALL: "too-small",
     BLACK: "black",
@@ -51,14 +51,14 @@ REMARKS = {
 }
 KINDS = (*REFUSED, *REMARKS)
 # Listed by value, not by name: few values, many images.
-COUNTED = (WRONG_SIZE, LOW_RANGE, NOT_SQUARE, TOO_LONG, TOO_SMALL, UNUSUAL, FRAMES)
+COUNTED = (WRONG_SIZE, LOW_RANGE, OTHER_ASPECT, TOO_LONG, TOO_SMALL, UNUSUAL, FRAMES)
 
 HINTS = {
     UNREADABLE: "Repair or remove the files that cannot be read.",
     CUT_SHORT: "Copy or download truncated files again, or remove them.",
     TOO_LARGE: "Reduce images with too many pixels: they could be decompression bombs.",
     NO_RULE: "Save such images with 8 or 16 bits a channel.",
-    WRONG_SIZE: "Choose how images are resized: --fit crop (center square), --fit pad (white margins) "
+    WRONG_SIZE: "Choose how images are resized: --fit crop (centered part), --fit pad (white margins) "
     "or --fit stretch.",
     BAD_LABEL: "Every image needs a label: in dataset.json, or from its folder with --labels folders.",
     LOW_RANGE: "Such images would be nearly black. Rescale them, with N as listed above, and train on the "

@@ -23,7 +23,7 @@ from finetune.data.problems import (
     DUPLICATE,
     FRAMES,
     NO_IMAGE,
-    NOT_SQUARE,
+    OTHER_ASPECT,
     SAME_NAME,
     TOO_LONG,
     TOO_SMALL,
@@ -198,7 +198,7 @@ class Findings:
         """Return remarks on one image: accepted, but worth a look."""
         size, remarks = (look.width, look.height), []
         if wanted is not None and not _has_shape(size, wanted):
-            remarks.append(Problem(name, TOO_LONG if _is_long(size, wanted) else NOT_SQUARE, _times(size)))
+            remarks.append(Problem(name, TOO_LONG if _is_long(size, wanted) else OTHER_ASPECT, _times(size)))
         if wanted is not None and self._enlargement(size) > 1:
             remarks.append(Problem(name, TOO_SMALL, _times(size)))
         if look.unusual is not None:
@@ -235,7 +235,7 @@ class Findings:
             much = sum(n for size, n in others.items() if self._enlargement(size) > 2)
             if much:
                 notes.append(f"{much} images are enlarged more than 2× and will look blurred.")
-        kinds = {TOO_LONG: "more than twice as long as wide", BLACK: "nearly black"}
+        kinds = {TOO_LONG: "differing in aspect ratio by more than a factor of 2", BLACK: "nearly black"}
         kinds |= {UNIFORM: "of nearly one color", DUPLICATE: "equal to another one"}
         found = [f"{counts[kind]} {words}" for kind, words in kinds.items() if counts[kind]]
         if found and not listed:

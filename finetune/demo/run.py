@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.save import save
 from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
-from finetune.models import Network
+from finetune.models import Network, image_size
 from finetune.resolve import load
 from finetune.sampling import generate, save_grid
 from finetune.train import run
@@ -100,7 +100,7 @@ def run_demo(
     G = source.best
     assert G is not None, f"{checkpoint} has no generator"
     say(f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Images: {images.name}.")
-    image_set = ImageSet(images, resolution=G.img_resolution, channels=G.img_channels)
+    image_set = ImageSet(images, resolution=image_size(G), channels=G.img_channels)
     say(f"Measuring its distance to the {len(image_set)} images …")
     evaluation = Evaluation(image_set, metrics, device=resolve_device(device))
     before = evaluation.distances(G, num_images, seed)

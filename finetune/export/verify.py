@@ -12,7 +12,7 @@ from finetune.checkpoint.load import NETWORKS, Checkpoint, load
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.errors import CheckpointError, ExportError
 from finetune.export.formats import Format
-from finetune.models import Network
+from finetune.models import Network, image_size
 from finetune.sampling import device_of, z_from_seeds
 
 # float16 keeps 11 bits of a weight; an image sums the errors of all layers. Measured: docs/formats.md.
@@ -136,7 +136,7 @@ def _label(network: Network, seed: int) -> torch.Tensor:
 
 def _noise_image(D: Network, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand([1, D.img_channels, D.img_resolution, D.img_resolution], generator=generator) * 2 - 1
+    return torch.rand([1, D.img_channels, *image_size(D)], generator=generator) * 2 - 1
 
 
 def _score(network: Network, D: Network, img: torch.Tensor, seed: int) -> torch.Tensor:

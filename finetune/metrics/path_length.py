@@ -79,7 +79,7 @@ def path_lengths(
             super().__init__(name)
 
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            factor = max(1, a.shape[-1] // RESOLUTION)
+            factor = max(1, max(a.shape[2:]) // RESOLUTION)
             a, b = (torch.nn.functional.avg_pool2d(img, factor) for img in (a, b))
             return distance(a.float(), b.float())
 

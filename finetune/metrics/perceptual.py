@@ -183,9 +183,11 @@ def _as_rgb(img: torch.Tensor) -> torch.Tensor:
     img = img.expand(-1, 3, -1, -1) if img.shape[1] == 1 else img[:, :3]
     if img.is_cuda:
         img = img.contiguous(memory_format=torch.channels_last)
-    if min(img.shape[2:]) >= SMALLEST:
+    shorter = min(img.shape[2:])
+    if shorter >= SMALLEST:
         return img
-    return F.interpolate(img, size=(SMALLEST, SMALLEST), mode="bilinear", align_corners=False)
+    size = [side * SMALLEST // shorter for side in img.shape[2:]]
+    return F.interpolate(img, size=size, mode="bilinear", align_corners=False)
 
 
 def unit_length(x: torch.Tensor) -> torch.Tensor:

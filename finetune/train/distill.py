@@ -31,8 +31,8 @@ class Distillation:
 
     weight: λ, 0 to measure the distance only; or, if ratio is given, a factor of the λ that makes the
     gradient of the distance, at the image and averaged over steps, `ratio` times as long as the adversarial
-    one. interval: computed every k-th step and counted k times. resolution: pixels at which images are
-    compared, if fewer than they have. augment: change both images by one random draw before they are
+    one. interval: computed every k-th step and counted k times. resolution: pixels of the longer side at
+    which images are compared, if it has more. augment: change both images by one random draw before they are
     compared. tf32: compute the distance in TF32 on CUDA, whose rounding is far below any distance that
     matters.
     """
@@ -106,7 +106,8 @@ class Distillation:
 
 
 def area_resize(img: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Average `[N, C, H, W]` down to `resolution` pixels; smaller images stay as they are."""
-    if img.shape[-1] <= resolution:
+    """Average `[N, C, H, W]` down to `resolution` pixels on the longer side; smaller images stay the same."""
+    longer = max(img.shape[2:])
+    if longer <= resolution:
         return img
-    return F.interpolate(img, size=(resolution, resolution), mode="area")
+    return F.interpolate(img, size=[side * resolution // longer for side in img.shape[2:]], mode="area")

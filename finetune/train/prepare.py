@@ -23,6 +23,7 @@ from finetune.device import resolve_device
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
 from finetune.metrics.perceptual import build_distance, ensure_weights
+from finetune.models import image_size
 from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot, published_for
 from finetune.train import run_lock, validation
@@ -225,10 +226,14 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
             "begin with a new discriminator that first learns alone.",
         )
     G, D = checkpoint.best, checkpoint.D
+    shapes = [
+        {"size": "×".join(map(str, image_size(net)[::-1])), "channels": net.img_channels, "c_dim": net.c_dim}
+        for net in (G, D)
+    ]
     problems = [
-        f"--resume {path}: {name} is {getattr(G, name)} in G and {getattr(D, name)} in D: not a pair."
-        for name in ("img_resolution", "img_channels", "c_dim")
-        if getattr(G, name) != getattr(D, name)
+        f"--resume {path}: {name} is {ours} in G and {shapes[1][name]} in D: not a pair."
+        for name, ours in shapes[0].items()
+        if ours != shapes[1][name]
     ]
     if problems:
         raise ConfigError(problems)
@@ -245,6 +250,7 @@ def read_data(
     """Scan the data and compare it with the network; return image set, facts of the run, notes, overview."""
     group_size = RunFacts.group_size
     family, resolution, channels = options.scratch or "", options.resolution or 0, options.channels or 3
+    size, base_shape = (resolution, resolution), (4, 4)
     data, labels_from, mirror, seed = (
         str(options.data),
         str(options.labels),
@@ -259,6 +265,7 @@ def read_data(
             group_size = group_size_of(checkpoint.D)
         family = checkpoint.family
         resolution, channels = options.resolution or G.img_resolution, options.channels or G.img_channels
+        size, base_shape = image_size(G, resolution), image_size(G, 4)
         use_labels = G.c_dim > 0 if cond is None else cond
         # With --classes, or where labels are new, the images say how many classes there shall be.
         num_classes = G.c_dim if use_labels and not options.classes and G.c_dim else None
@@ -273,7 +280,7 @@ def read_data(
         with suggest_label_options(num_classes):
             found = scan(
                 data,
-                resolution=resolution,
+                resolution=size,
                 fit=options.fit,
                 use_labels=use_labels,
                 labels_from=labels_from,
@@ -291,7 +298,7 @@ def read_data(
     group.barrier("the scan of the data")
     image_set = ImageSet(
         data,
-        resolution=resolution,
+        resolution=size,
         channels=channels,
         fit=options.fit,
         use_labels=use_labels,
@@ -314,6 +321,7 @@ def read_data(
         from_scratch=checkpoint is None,
         group_size=group_size,
         gpu_memory_gib=gpu_memory_gib(device),
+        base_shape=base_shape,
     )
     return image_set, facts, notes, overview
 
@@ -390,8 +398,9 @@ def show(prepared: Prepared, console: Console) -> None:
     vectors = prepared.image_set.label_kind == "vectors"
     labels = f"label vectors of {facts.c_dim} numbers" if vectors else f"{facts.c_dim} classes"
     classes = f", {labels}" if facts.c_dim else ""
+    height, width = prepared.image_set.size
     lines = [
-        f"Starting from {start}: {facts.resolution}×{facts.resolution}, {facts.channels} channels{classes}.",
+        f"Starting from {start}: {width}×{height}, {facts.channels} channels{classes}.",
         f"{facts.num_images} images from {config.data}{', mirrored too' if config.mirror else ''}. "
         f"Training on {prepared.plan.device}.",
         *prepared.notes,

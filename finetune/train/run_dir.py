@@ -80,9 +80,13 @@ def make_run_dir(outdir: str | Path, desc: str) -> Path:
     raise TrainingError(f"{outdir} has no free run number. Choose another --outdir.")
 
 
-def grid_size(resolution: int, num_images: int) -> tuple[int, int]:
-    """Return columns and rows of a sheet of about 1024×768 pixels with at most `num_images` images."""
-    columns, rows = (min(12, max(2, side // resolution)) for side in (1024, 768))
+def grid_size(size: tuple[int, int], num_images: int) -> tuple[int, int]:
+    """Return columns and rows of a sheet of about 1024×768 pixels with at most `num_images` images.
+
+    size: (height, width) of an image.
+    """
+    height, width = size
+    columns, rows = (min(12, max(2, most // side)) for most, side in ((1024, width), (768, height)))
     columns = min(columns, num_images)
     return columns, min(rows, max(1, num_images // columns))
 
@@ -139,7 +143,7 @@ class RunDir:
     def write_reals(self) -> None:
         """Write `reals.png`: images as D sees them before augmentation. Sets the labels of all sheets."""
         rng = np.random.default_rng(self.config.seed)
-        columns, rows = self.grid = grid_size(self.image_set.resolution, len(self.image_set))
+        columns, rows = self.grid = grid_size(self.image_set.size, len(self.image_set))
         chosen = rng.permutation(len(self.image_set))[: columns * rows]
         items = [self.image_set[int(index)] for index in chosen]
         images = images_to_float(torch.from_numpy(np.stack([image for image, _ in items])))

@@ -66,7 +66,7 @@ class TestTables:
     def test_show_command(self, server):
         text = done("show", "stylegan2-ffhq-config-f").stdout
         for words in (
-            "resolution    1024 x 1024",
+            "resolution    1024 pixels",
             "trained with  gamma 10",
             "license ",
             "sha256 ",

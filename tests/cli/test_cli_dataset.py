@@ -59,7 +59,7 @@ def test_check_lists_all_problems_and_exits_2(folder):
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert result.stdout.count(": is empty\n") == 130 and "… and" not in result.stdout
     assert "1 of other sizes (1 enlarged, 1 cropped)" in result.stdout
-    assert "is more than twice as long as wide: 1\n    20×8: 1 (a/wide.png)" in result.stdout
+    assert "differs in aspect ratio by more than a factor of 2: 1\n    20×8: 1 (a/wide.png)" in result.stdout
     assert result.stderr.startswith(f"Error: {folder}: training would refuse it: 130 offenders.\n")
     fitted = call("check", folder, "--resolution", 16, "--no-cond", "--fit", "pad")
     assert "1 of other sizes (1 enlarged, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
@@ -77,7 +77,8 @@ def test_check_json_is_complete(folder):
     assert {"name": "bad.png", "kind": "unreadable", "detail": "is empty"} in values["problems"]
     assert values["remarks"] == [{"name": "a/copy.png", "kind": "duplicate", "detail": "as a/0.png"}]
     assert values["training"] == {
-        "resolution": 8, "fit": "crop", "as_they_are": 0, "not_square": 0, "enlarged": 0, "shrunk": 7,
+        "resolution": 8, "width": 8, "height": 8, "fit": "crop", "as_they_are": 0, "other_aspect": 0,
+        "enlarged": 0, "shrunk": 7,
         "other_sizes": 7, "decoded_mib": 0.0, "in_memory": True,
     }  # fmt: skip
     clean = json.loads(call("check", folder / "a", "--json").stdout)
@@ -109,7 +110,7 @@ def test_check_uses_network_size(folder, golden_dir):
         (("--fit", "crop"), "--fit crop needs --resolution or --network"),
         (("--network", "nothing.pkl", "--resolution", 8), "already given by --network"),
         (("--network", "nothing.pkl"), "nothing.pkl"),
-        (("--resolution", 2), "2 is not in the range"),
+        (("--resolution", 2), "'2' is not a size"),
     ],
 )
 def test_check_refuses_options(folder, options, words):

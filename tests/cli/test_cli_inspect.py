@@ -34,6 +34,8 @@ def test_inspect_json(inspect, golden_dir):
         "architecture": "stylegan2",
         "variant": "skip",
         "resolution": 64,
+        "width": 64,
+        "height": 64,
         "channels": 3,
         "classes": 5,
         "labels": None,

@@ -182,7 +182,7 @@ def test_prepare_labels(mixed, tmp_path):
 
 
 def test_prepare_resolution_of_first_image(eight, mixed, tmp_path):
-    assert prepare(eight(".zip"), tmp_path / "out.zip").settings.resolution == 8
+    assert prepare(eight(".zip"), tmp_path / "out.zip").settings.size == (8, 8)
     with pytest.raises(
         DataError, match=r"(?s)another size: 3\n.*8×12 instead of 8×8: 1 \(cat/b.jpg\).*--fit crop"
     ):

@@ -14,7 +14,7 @@ from finetune.data.problems import (
     DUPLICATE,
     FRAMES,
     NO_IMAGE,
-    NOT_SQUARE,
+    OTHER_ASPECT,
     SAME_NAME,
     SHOWN_PER_KIND,
     TOO_SMALL,
@@ -195,7 +195,7 @@ def test_scan_thorough_lists_remarks(odd_set):
     assert kinds_of(found) == {
         SAME_NAME: ["a/good.png"],
         NO_IMAGE: ["a/gone.png"],
-        NOT_SQUARE: ["a/wide.png"],
+        OTHER_ASPECT: ["a/wide.png"],
         TOO_SMALL: ["a/tiny.png"],
         UNUSUAL: ["b/clear.png", "b/cmyk.jpg", "b/deep.png", "b/moving.gif", "b/palette.png"],
         FRAMES: ["b/moving.gif"],
@@ -206,7 +206,7 @@ def test_scan_thorough_lists_remarks(odd_set):
     assert details["a/good.png", SAME_NAME] == "that of a/Good.png"
     assert details["b/deep.png", UNUSUAL] == "16 bits a channel"
     refused = kinds_of(scan(odd_set, resolution=8, thorough=True))
-    assert refused[WRONG_SIZE] == ["a/tiny.png", "a/wide.png"] and NOT_SQUARE not in refused
+    assert refused[WRONG_SIZE] == ["a/tiny.png", "a/wide.png"] and OTHER_ASPECT not in refused
     assert TOO_SMALL not in refused and NO_IMAGE not in refused
 
 

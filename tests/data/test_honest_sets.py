@@ -170,7 +170,7 @@ def test_fit_non_square_network(write_set, encode, fit, size):
     assert double[:, : height // 2 - 2].min() > 250 and double[:, height // 2 + 2 :].max() < 5
     assert images.preload() and np.array_equal(images[1][0], same)
     found = scan(images.path, resolution=size, fit=fit, thorough=True)
-    assert "not-square" not in str(found) and not found.problems
+    assert "other-aspect" not in str(found) and not found.problems
     assert len(scan(images.path, resolution=size).problems) == 2
 
 

@@ -129,6 +129,7 @@ def _new_discriminator(G: Any, target: dict[str, int]) -> tuple[torch.nn.Module,
     D = stylegan2.Discriminator(
         **target,
         **size,
+        base_shape=settings.get("base_shape", (4, 4)),
         num_fp16_res=settings.get("num_fp16_res", 4),
         conv_clamp=settings.get("conv_clamp", 256),
     )
