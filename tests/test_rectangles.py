@@ -34,6 +34,7 @@ from finetune.models import image_size, stylegan2
 from finetune.models.augment import AugmentPipe
 from finetune.train import prepare, run
 from finetune.train.distill import area_resize
+from finetune.train.paired_augment import augment_pair, draw_transforms
 from finetune.train.prepare import show
 from finetune.train.run_dir import grid_size
 from torch_utils.ops import upfirdn2d
@@ -311,6 +312,16 @@ def test_distances_see_the_whole_image():
     distance = FeatureDistance(lambda img: seen.append(img.shape[2:]) or [img])
     distance(torch.randn(1, 3, 32, 16), torch.randn(1, 3, 32, 16))
     assert set(seen) == {(64, 32)}
+
+
+def test_paired_augmentation_rotates_without_shear():
+    theta = draw_transforms(200, torch.device("cpu"), aspect=2.0)
+    pixels = torch.diag(torch.tensor([1.0, 2.0]))  # width and height
+    linear = pixels @ theta[:, :, :2] @ pixels.inverse()
+    assert (linear[:, 0, 1] != 0).any()
+    assert_close(linear @ linear.transpose(1, 2), torch.eye(2).expand(200, 2, 2), SAME_F32)
+    img = torch.randn(2, 3, 32, 16)
+    assert augment_pair(img, img)[0].shape == img.shape
 
 
 def test_sheets_of_high_and_wide_images():

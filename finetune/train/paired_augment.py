@@ -20,15 +20,19 @@ def augment_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
     that of the batch alone, as CUDA graphs need it.
     Source: the public code of the authors of 2605.08577 draws so by default.
     """
-    grid = F.affine_grid(draw_transforms(len(a), a.device), list(a.shape), align_corners=False)
+    theta = draw_transforms(len(a), a.device, aspect=a.shape[2] / a.shape[3])
+    grid = F.affine_grid(theta, list(a.shape), align_corners=False)
     first, second = (
         F.grid_sample(img, grid, padding_mode="reflection", align_corners=False) for img in (a, b)
     )
     return first, second
 
 
-def draw_transforms(count: int, device: torch.device) -> torch.Tensor:
-    """Return affine matrices `[count, 2, 3]` from output to input coordinates, both from -1 to 1."""
+def draw_transforms(count: int, device: torch.device, aspect: float = 1.0) -> torch.Tensor:
+    """Return affine matrices `[count, 2, 3]` from output to input coordinates, both from -1 to 1.
+
+    aspect: height divided by width, without which a rotation would shear images that are not square.
+    """
     chosen = torch.arange(3, device=device) != torch.rand([3], device=device).argmin()
     applied = (torch.rand([count, 3], device=device) < PROBABILITY) & chosen
     degrees, right, down = (2 * torch.rand([count, 3], device=device) - 1).unbind(dim=1)
@@ -36,5 +40,5 @@ def draw_transforms(count: int, device: torch.device) -> torch.Tensor:
     angle = applied[:, 1] * degrees * math.radians(MAX_DEGREES)
     shift = applied[:, 2:] * torch.stack([right, down], dim=1) * (2 * MAX_SHIFT)
     cos, sin = angle.cos(), angle.sin()
-    rows = [torch.stack([flip * cos, -flip * sin], dim=1), torch.stack([sin, cos], dim=1)]
+    rows = [torch.stack([flip * cos, -flip * sin * aspect], dim=1), torch.stack([sin / aspect, cos], dim=1)]
     return torch.cat([torch.stack(rows, dim=1), shift.unsqueeze(2)], dim=2)
