@@ -269,7 +269,7 @@ class TrainOptions(_Fields):
         "three times), or ignore it.", default="stop", choices=("stop", "rollback", "ignore"))
     metrics: str | None = _option(
         RECORDS, "Metrics to compute at each snapshot, named as in `finetune evaluate`, or none. The first "
-        "decides which snapshot is best.", shown="random-fid", metavar="LIST")
+        "decides which snapshot is best.", shown="random-fid; few-shot: and memorization", metavar="LIST")
     metrics_num: int | None = _option(
         RECORDS, "Generated images for the metrics.", shown="1000 on a CPU, 5000 on a GPU", at_least=2)
     # fmt: on

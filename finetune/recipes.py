@@ -66,7 +66,8 @@ class RunFacts:
     resolution: of the longer side. base_shape: height and width of an image whose longer side is 4.
     num_images: images before mirroring. group_size: images that D compares with each other, 1 if it
     takes any number. num_freezable: layers that FreezeD can freeze. published:
-    settings in the catalog, for a checkpoint that is in it.
+    settings in the catalog, for a checkpoint that is in it. has_effnet: the weights of EfficientNet-Lite0 are
+    installed.
     """
 
     family: str
@@ -83,6 +84,7 @@ class RunFacts:
     published: Published | None = None
     num_processes: int = 1
     base_shape: tuple[int, int] = (4, 4)
+    has_effnet: bool = False
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,8 @@ RULES = (
     Rule("graphs", ANY, "auto", ""),
     Rule("tick", ANY, lambda run: tick_kimg(run.kimg), "kimg between log lines"),
     Rule("snap", ANY, lambda run: max(1, round(run.kimg / run.tick / 5)), "about five snapshots"),
+    Rule("metrics", ("few-shot",), "random-fid,memorization", "the best snapshot; copies of the images",
+         when=lambda run: run.has_effnet),
     Rule("metrics", ANY, "random-fid", "keeps the best snapshot; independent of the loss, needs no download"),
     Rule("metrics_num", ANY, 5000, _why_metrics_num, when=_on_gpu),
     Rule("metrics_num", ANY, 1000, _why_metrics_num),

@@ -29,7 +29,8 @@ DEFAULT = "fd-effnet,random-fid"
     show_default=True,
     metavar="LIST",
     help="Of fid, kid, prc (precision, recall), ppl, which fetch Inception or VGG weights once; random-fid; "
-    "and fd-effnet, kid-effnet, prc-effnet, ppl-effnet, which need no download.",
+    "fd-effnet, kid-effnet, prc-effnet, ppl-effnet and memorization (share of near copies of real images), "
+    "which need no download.",
 )
 @click.option(
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."
@@ -74,6 +75,12 @@ DEFAULT = "fd-effnet,random-fid"
     metavar="FILE",
     help="File of the Inception weights.  [default: downloaded]",
 )
+@click.option(
+    "--pairs",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PNG",
+    help="With memorization: write the generated images nearest to real ones, above those.",
+)
 @click.option("--no-cache", is_flag=True, help="Do not cache statistics of the real images.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @offline_option()
@@ -93,6 +100,7 @@ def command(
     workers: int,
     gpus: int,
     inception: Path | None,
+    pairs: Path | None,
     no_cache: bool,
     as_json: bool,
     device: str,
@@ -109,6 +117,8 @@ def command(
     names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
     if not names:
         raise ConfigError("--metrics is empty; name some, such as fd-effnet,random-fid.")
+    if pairs is not None and "memorization" not in names:
+        raise ConfigError(f"--pairs {pairs}: has no effect without --metrics memorization.")
     file = network_file(network)
     if gpus > 1 and env_rank() is None:
         raise click.exceptions.Exit(launch(sys.argv[1:], gpus, device))
@@ -116,6 +126,7 @@ def command(
         found, facts = measure(
             file, names, data, num, device, seed=seed, fit=fit, labels_from=labels_from, cond=cond,
             mirror=mirror, batch=batch, workers=workers, cache=not no_cache, inception=inception,
+            pairs=pairs,
         )  # fmt: skip
     if not env_rank():
         facts = {"network": network, **facts, "metrics": found}
@@ -125,7 +136,7 @@ def command(
 def measure(
     file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str | None,
     labels_from: str, cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool,
-    inception: Path | None,
+    inception: Path | None, pairs: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Return the metrics and what they were measured on; on several ranks if torchrun started them."""
     from finetune.data import ImageSet
@@ -172,6 +183,8 @@ def measure(
         )
     with float32_math(), bar("generating", num) as progress:
         found = evaluation.distances(G, num, seed, progress=progress)
+        if pairs is not None:
+            evaluation.write_pairs(G, num, seed, pairs)
     shutdown()
     facts = {
         "sha256": checkpoint.provenance.sha256,

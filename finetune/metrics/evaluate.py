@@ -18,14 +18,17 @@ from finetune.metrics.clouds import NEIGHBORS, Distance, kid, precision_recall, 
 from finetune.metrics.features import POOLED_SIZE, WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
 from finetune.metrics.frechet import frechet_error
 from finetune.metrics.inception import inception_features, inception_weights, require_torch_fidelity
+from finetune.metrics.memorization import NearCopies, find_near_copies
 from finetune.metrics.path_length import perceptual_path_length
 from finetune.metrics.perceptual import Distance as Perceptual
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
 from finetune.models import Network
-from finetune.sampling import to_uint8
+from finetune.sampling import image_grid, run_network_chunked, to_uint8
+from torch_utils.files import atomic_write
 
+PAIRS_PER_ROW = 8
 BATCH = 16  # bounds memory; no number depends on it
 OFFLINE = ("random-fid", "fd-effnet")  # what needs neither a download nor torch-fidelity
 
@@ -36,6 +39,7 @@ METRICS = {
     "kid-effnet": ("effnet", "kid"),
     "prc-effnet": ("effnet", "prc"),
     "ppl-effnet": ("", "ppl"),
+    "memorization": ("effnet", "copies"),
     "fid": ("inception", "frechet"),
     "kid": ("inception", "kid"),
     "prc": ("inception", "prc"),
@@ -50,7 +54,8 @@ class Evaluation:
 
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
-    `ppl`: perceptual path length. workers: processes that decode images. cache: keep what is found out
+    `ppl`: perceptual path length. `memorization`: share of near copies of real images, in the features of
+    EfficientNet-Lite0. workers: processes that decode images. cache: keep what is found out
     about the images. inception: the file of its weights, fetched if None. group: this process among others
     that do the same; each processes its part of the images, in batches that do not depend on their
     number, and all get the same distances. with_error: also compute the standard error of the first of
@@ -81,10 +86,11 @@ class Evaluation:
         self.device = torch.device(device)
         self.image_set = image_set
         self.batch = BATCH if batch is None else batch
-        self._keeps = {METRICS[name][0] for name in which if METRICS[name][1] in ("kid", "prc")}
+        self._keeps = {METRICS[name][0] for name in which if METRICS[name][1] in ("kid", "prc", "copies")}
         self._networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._identities: dict[str, str] = {}
         self._distances: dict[str, Perceptual] = {}
+        self.near_copies: NearCopies | None = None  # of the last generator, on rank 0
         self.group.all_gather_results(lambda: self._build(inception, tell), "loading the networks")
         self._real = self._of_images(workers, cache, progress)
 
@@ -141,6 +147,25 @@ class Evaluation:
             result |= self._compute(metric, fake, G, num, seed)
         return result
 
+    @torch.no_grad()
+    def write_pairs(self, G: Network, num: int, seed: int, path: Path) -> None:
+        """Write a sheet of the generated images nearest to real ones, each above its real image; on rank 0.
+
+        num, seed: those of the last call of `distances`, which measured `memorization`.
+        """
+        if self.near_copies is None:
+            return
+        columns = min(PAIRS_PER_ROW, num)
+        worst = self.near_copies.distance.argsort()[: columns * min(4, num // columns)].tolist()
+        z, c = draw_latents(G, self.image_set, num, seed)
+        made = to_uint8(run_network_chunked(G, z[worst], c[worst], noise_mode="const"))
+        nearest = self.near_copies.index[worst].tolist()
+        real = [self.image_set[index][0].transpose(1, 2, 0) for index in nearest]
+        rows = range(0, len(worst), columns)
+        images = [each for row in rows for side in (made, real) for each in side[row : row + columns]]
+        with atomic_write(path) as stream:
+            image_grid(images, columns).save(stream, "PNG")
+
     def _compute(
         self, metric: str, fake: dict[str, Features], G: torch.nn.Module, num: int, seed: int
     ) -> dict[str, Distance]:
@@ -168,6 +193,10 @@ class Evaluation:
         generated, real = fake[space].kept, self._real[space].kept
         if kind == "kid":
             return {metric: kid(generated, real, seed)}
+        if kind == "copies":
+            self.near_copies = find_near_copies(generated, real, len(self.image_set.names))
+            share = self.near_copies.share
+            return {metric: Distance(share, error=(share * (1 - share) / len(generated)) ** 0.5)}
         precision, recall = precision_recall(generated, real)
         suffix = metric.removeprefix("prc")
         return {f"precision{suffix}": Distance(precision), f"recall{suffix}": Distance(recall)}
@@ -256,7 +285,7 @@ def check_names(which: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ConfigError(f"unknown metric ({', '.join(unknown)}). Choose from {', '.join(METRICS)}.")
     for name in which:
-        if METRICS[name][1] != "frechet" or METRICS[name][0] == "inception":
+        if METRICS[name][1] in ("kid", "prc", "ppl") or METRICS[name][0] == "inception":
             require_torch_fidelity(name)
     return tuple(dict.fromkeys(which))
 
@@ -301,15 +330,20 @@ def _real(
         yield pixels
 
 
+def draw_latents(G: Network, image_set: ImageSet, num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return latents `[num, z_dim]` and labels `[num, c_dim]` that the seed draws, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn([num, G.z_dim], generator=generator)
+    return z, image_set.random_labels(num, generator) if G.c_dim else torch.zeros([num, 0])
+
+
 @torch.no_grad()
 def _generated(
     G: Network, image_set: ImageSet, num: int, seed: int, batch: int, group: ProcessGroup
 ) -> Iterator[torch.Tensor]:
     """Yield this rank's batches as they would be stored: rounded to uint8 `[N, C, H, W]`."""
     device = next(G.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn([num, G.z_dim], generator=generator)
-    c = image_set.random_labels(num, generator) if G.c_dim else torch.zeros([num, 0])
+    z, c = draw_latents(G, image_set, num, seed)
     for z_part, c_part in group.shard(list(zip(z.split(batch), c.split(batch), strict=True))):
         img = G(z_part.to(device), c_part.to(device), noise_mode="const")
         yield torch.from_numpy(to_uint8(img)).movedim(-1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from finetune.data import ImageSet, Scan, scan
 from finetune.device import resolve_device
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
+from finetune.metrics import features
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
 from finetune.recipes import Reason, RunFacts
@@ -322,6 +324,7 @@ def read_data(
         group_size=group_size,
         gpu_memory_gib=gpu_memory_gib(device),
         base_shape=base_shape,
+        has_effnet=importlib.util.find_spec(features.WEIGHTS_PACKAGE) is not None,
     )
     return image_set, facts, notes, overview
 

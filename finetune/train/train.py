@@ -178,7 +178,7 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
         batches=batches,
         stats=stats,
         monitor=DivergenceMonitor(plan.ema_nimg),
-        validation=Validation(config, image_set, plan.device, display.say, group),
+        validation=Validation(config, image_set, plan.device, display.say, group, path),
         checkpointer=Checkpointer(config, plan, state, counters, batches, stats, run_dir, display),
         run_dir=run_dir,
         page=RunPage(run_dir, config),

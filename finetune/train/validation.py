@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation, check_names, ensure_metric_weights
 from finetune.train.state import TrainState
 from finetune.train.stats import Stats
+from torch_utils.files import WriteError
 
 log = logging.getLogger("finetune.train")
 
@@ -35,7 +38,8 @@ def ensure_weights(options: TrainConfig | TrainOptions, tell: Callable[[str], No
 class Validation:
     """Measures G_ema when a snapshot is due and at the end. A failure is a warning; training continues.
 
-    All ranks of `group` take part in each measurement and get the same numbers, or None.
+    All ranks of `group` take part in each measurement and get the same numbers, or None. run_dir: gets the
+    sheet of images that `memorization` finds most similar.
     """
 
     def __init__(
@@ -45,8 +49,9 @@ class Validation:
         device: torch.device,
         tell: Callable[[str], None],
         group: ProcessGroup = SINGLE,
+        run_dir: Path = Path(),
     ) -> None:
-        self.group = group
+        self.group, self.run_dir = group, run_dir
         self.names = names_of(config)
         self.config, self.image_set, self.device, self.tell = config, image_set, device, tell
         self.interval_nimg = config.tick * 1000 * config.snap
@@ -76,6 +81,9 @@ class Validation:
                 )
             num = self.config.metrics_num
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
+            pairs = self.run_dir / f"memorization-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.png"
+            with contextlib.suppress(WriteError):  # the numbers are worth more than the sheet
+                self._evaluation.write_pairs(state.G_ema, num, self.config.seed, pairs)
         except Exception as error:  # whatever it is, training continues
             what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__
             if self.group.is_first:

@@ -78,6 +78,14 @@ def test_evaluate_every_option_has_effect(images, golden_dir, tmp_path):
     assert cropped != padded
 
 
+def test_evaluate_memorization_writes_pairs(images, golden_dir, tmp_path):
+    options = ("--metrics", "memorization", "--num", 8, "--pairs", tmp_path / "new" / "pairs.png")
+    result = call(images, golden_dir, *options)
+    assert result.exit_code == 0 and "memorization      0\n" in result.output, result.output
+    with Image.open(tmp_path / "new" / "pairs.png") as sheet:
+        assert sheet.size == (8 * 32, 2 * 32)
+
+
 @pytest.mark.slow  # three processes load torch
 def test_evaluate_two_ranks_equal_one(images, golden_dir, tmp_path):
     command = [sys.executable, "-m", "finetune", "evaluate", "--network", golden_dir / "stylegan2-ada-32.pkl"]
@@ -106,6 +114,7 @@ def test_evaluate_two_ranks_equal_one(images, golden_dir, tmp_path):
     [
         (("--metrics", "fd"), "Choose from random-fid"),
         (("--metrics", " ,"), "--metrics is empty"),
+        (("--pairs", "a.png", "--num", 4), "has no effect without --metrics memorization"),
         (("--metrics", "fid", "--offline"), "is not on this machine"),
         (("--metrics", "prc-effnet", "--num", 2), "need more than 3 images"),
         (("--cond",), "the network has 0 classes"),

@@ -38,6 +38,13 @@ def test_every_recipe_settles_everything_with_a_reason(recipe, num_images):
         assert table[name].value == getattr(config, name) is not None
 
 
+def test_few_shot_runs_look_for_copies():
+    few = dataclasses.replace(BASE, num_images=100, has_effnet=True)
+    assert settle(few)[0].metrics == "random-fid,memorization"
+    assert settle(dataclasses.replace(few, has_effnet=False))[0].metrics == "random-fid"
+    assert settle()[0].metrics == "random-fid" and settle(metrics="none")[0].metrics == "none"
+
+
 def test_published_gamma_by_job_and_scaled_to_the_batch():
     facts = dataclasses.replace(BASE, family="stylegan3-t", resolution=1024, published=FFHQ)
     for recipe, gamma in (("improve", 32.8), ("adapt", 6.6), ("few-shot", 6.6)):
