@@ -91,6 +91,13 @@ def explain(error: Exception) -> CommandFailed:
         return CommandFailed(f"{error}\nRun `finetune doctor` to see what this machine supports.", 2)
     if isinstance(error, MemoryError):
         return CommandFailed("Out of memory. Use a smaller batch or resolution.", 2)
+    if "no kernel image is available" in str(error):  # what CUDA says of a GPU that torch was not built for
+        first_line = str(error).splitlines()[0]
+        return CommandFailed(
+            f"{first_line}\nThe GPU is too old (or too new) for this build of torch. Use --device cpu, or "
+            "install a torch built for it.",
+            2,
+        )
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     if type(error).__name__ == "OutOfMemoryError":  # torch's; named, so that this file needs no torch
         first_line = what.splitlines()[0]

@@ -85,6 +85,29 @@ def report_errors_on_rank0() -> Iterator[None]:
         raise
 
 
+def lacks_checkpoint(asked: TrainOptions) -> bool:
+    """Print what a run would download; return whether the checkpoint is part of it.
+
+    The options and the images are all that can be checked then. Raises ConfigError and DataError.
+    """
+    from finetune.train.downloads import needed_downloads
+
+    needed = needed_downloads(asked)
+    for each in needed:
+        click.echo(str(each))
+    if not any(each.is_checkpoint for each in needed):
+        return False
+    asked.validate()
+    from finetune.data import scan
+
+    found = scan(str(asked.data), fit=asked.fit)
+    found.raise_for_problems()
+    click.echo(f"Images: {found.num_images} can be read.")
+    get = shlex.join(["finetune", "checkpoints", "fetch", str(asked.resume)])
+    click.echo(f"Dry run: nothing was downloaded or written. The settings follow from the checkpoint: {get}")
+    return True
+
+
 @click.command(
     "train",
     cls=GroupedCommand,
@@ -122,6 +145,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     the kernels.
     """
     asked = TrainOptions(**options)
+    if dry_run and lacks_checkpoint(asked):
+        return
     if asked.resume and not os.path.exists(asked.resume):
         asked.validate()  # before a download
         asked = dataclasses.replace(asked, resume=str(network_file(asked.resume)))
@@ -139,13 +164,13 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     console = Console(quiet=not is_first)
     with report_errors_on_rank0():
         try:
-            prepared = prepare(asked, console)
+            prepared = prepare(asked, console, dry_run=dry_run)
         except RunFinished as finished:  # exit code 0: job schedulers start the same command again
             console.print(str(finished), highlight=False, markup=False, soft_wrap=True)
             return
     show(prepared, console)
     if dry_run:
-        console.print("Dry run: all checks passed; nothing was written.", highlight=False)
+        console.print("Dry run: all checks passed; nothing was downloaded or written.", highlight=False)
         return
     try:
         result = start(prepared, console=console)
@@ -154,10 +179,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
             raise
         raise click.exceptions.Exit(130) from None  # rank 0 reports it
     shutdown()
-    console.print(
-        f"Done: {result.nimg / 1000:g} kimg. To generate images: finetune generate "
-        f"--network {shlex.quote(str(result.snapshot))} --seeds 0-15 --outdir images",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    from finetune.report import end_message
+
+    found = result.recommended
+    text = end_message(result.run_dir, found.path, found.nimg, found.why)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

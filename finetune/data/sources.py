@@ -179,7 +179,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if path.is_dir():
         return FolderSource(path)
     if not path.exists():
-        raise DataError(f"{path}: no such folder or zip.")
+        raise DataError(f"{path}: no such folder or zip.", hint="Check the path.")
     if zipfile.is_zipfile(path):
         return ZipSource(path)
     with open(path, "rb") as file:

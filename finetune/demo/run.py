@@ -165,7 +165,7 @@ def report(
         say("Lower is better, but not every distance decreased: this run failed.")
     say(
         f"\n{outdir / 'before.png'} and {outdir / 'after.png'}: the same seeds, before and after\n"
-        f"{done.snapshot.parent}: the run, with its options, log and snapshots\n"
+        f"{done.snapshot.parent / 'report.html'}: the page of the run, to open in a browser\n"
         f"{done.exported}: the exported checkpoint, read back and compared in {num_compared} images\n"
         f"Sources and licenses of images and checkpoint: {FOLDER / 'ATTRIBUTION.md'}\n\n"
         f"{done.seconds:.0f} seconds in all. One short run with one seed: it shows that the tool works, not "

@@ -184,6 +184,21 @@ def fetch(
     return dest
 
 
+def stated_size(urls: Sequence[str]) -> int | None:
+    """Return the bytes that a server states for a file; None if offline, or if no server states them."""
+    if is_offline():
+        return None
+    import requests
+
+    headers = {"Accept-Encoding": "identity", "User-Agent": f"stylegan-finetune/{__version__}"}
+    for url in urls:
+        with contextlib.suppress(requests.RequestException, ValueError):
+            with requests.head(url, allow_redirects=True, timeout=TIMEOUT_SEC, headers=headers) as response:
+                if response.ok and int(response.headers.get("Content-Length", 0)):
+                    return int(response.headers["Content-Length"])
+    return None
+
+
 def identity(path: Path) -> tuple[str, int]:
     """Return the SHA-256 and number of bytes of a file."""
     with path.open("rb") as stream:

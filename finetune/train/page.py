@@ -50,6 +50,7 @@ class RunPage:
         self.interval_nimg = 1000 * max(config.tick, config.kimg / NUM_PREVIEWS)
         self.last_nimg = -1
         self.next_page = 0.0
+        self.warned = ""
 
     def start(self, prepared: Prepared) -> None:
         """Record what the run folder would not show otherwise, and write the first preview and page."""
@@ -122,7 +123,9 @@ class RunPage:
         try:
             yield
         except Exception as error:  # whatever it is, training continues
-            log.warning("The page of the run was not written, and training continues: %s", error)
+            if (what := str(error).split("\n")[0]) != self.warned:  # a full disk is one warning
+                log.warning("The page of the run was not written, and training continues: %s", what)
+                self.warned = what
 
 
 def save_small(images: torch.Tensor, columns: int, path: Path) -> None:

@@ -75,16 +75,17 @@ class Prepared:
     operations: list[Operation]
 
 
-def prepare(options: TrainOptions, console: Console | None = None) -> Prepared:
+def prepare(options: TrainOptions, console: Console | None = None, *, dry_run: bool = False) -> Prepared:
     """Check options, weights of the backbone, checkpoint and data; resolve all defaults; build the networks.
 
-    Raises FinetuneError before anything is written if something does not fit.
+    dry_run: download nothing; the distance is one that needs no weights. Raises FinetuneError before
+    anything is written if something does not fit.
     """
     with (console or Console(quiet=True)).status("Checking …") as status:
-        return _prepare(options, lambda text: status.update(text))
+        return _prepare(options, lambda text: status.update(text), dry_run)
 
 
-def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
+def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) -> Prepared:
     origin = find_origin(asked, tell)
     shape, checkpoint = origin.shape, origin.checkpoint
     group, device = init(resolve_device(shape.device or "auto"))
@@ -104,16 +105,17 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None]) -> Prepared:
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(origin.options, facts)
     check_batch(config, facts)
-    # After all other checks: these may be half a gigabyte to download.
-    tell(f"Checking the weights of {config.sd_backbone} …")
-    ensure_weights(config.sd_backbone, tell)
-    validation.ensure_weights(config, tell)
+    if not dry_run:  # after all other checks: these may be half a gigabyte to download
+        tell(f"Checking the weights of {config.sd_backbone} …")
+        ensure_weights(config.sd_backbone, tell)
+        validation.ensure_weights(config, tell)
 
     torch.manual_seed(config.seed)
     state = build_state(config, facts, checkpoint, device)
     # Building a network draws random numbers even if its weights are then loaded.
     with torch.random.fork_rng(devices=[]):
-        distance = build_distance(config.sd_backbone, facts.channels, device)
+        backbone = "l2" if dry_run else config.sd_backbone
+        distance = build_distance(backbone, facts.channels, device)
     state.label_generator.manual_seed(config.seed)
 
     def labels(count: int) -> torch.Tensor:
@@ -215,7 +217,8 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     checkpoint = load(path)
     if checkpoint.best is None:
         raise ConfigError(
-            f"--resume {path}: the file holds a discriminator alone, and no generator to improve."
+            f"--resume {path}: the file holds a discriminator alone, and no generator to improve. "
+            "Use a file with G or G_ema."
         )
     if new_d:
         return checkpoint

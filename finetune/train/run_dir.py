@@ -44,7 +44,7 @@ def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Mo
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"{what}: {place} is a file, not a folder.")
+        raise ConfigError(f"{what}: {place} is a file, not a folder. Choose another name.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{what}: nothing can be written to {place}; choose another folder.")
     size = size_of(networks)

@@ -44,7 +44,8 @@ def own(run_dir: Path) -> Iterator[None]:
         ended.set()
         heartbeat.join()
         if _is_ours(_read(path)):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a disk that has become read-only
+                path.unlink(missing_ok=True)
 
 
 def check_free(run_dir: Path) -> None:

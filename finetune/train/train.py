@@ -22,6 +22,7 @@ from finetune.train.allocator import keep_freed_memory
 from finetune.train.checkpointing import Checkpointer, RunFinished
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.divergence import Alarm, DivergenceMonitor
+from finetune.train.memory import out_of_memory
 from finetune.train.optim import set_learning_rate
 from finetune.train.page import RunPage
 from finetune.train.prepare import Prepared, prepare, show
@@ -99,6 +100,9 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
             try:
                 snapshot = train(run)
                 recommended = recommend(run.counters, snapshot, run.state.nimg)
+            except torch.OutOfMemoryError as error:
+                name = shlex.quote(str(path))
+                raise out_of_memory(error, prepared.config, prepared.facts, name) from None
             finally:
                 run.page.finish(run.state, recommended)
         if run.stop.number is not None:
@@ -160,6 +164,7 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
     run_dir = kind(path, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
     run_dir.write_reals()
     display.say(f"Run folder: {path}")
+    display.say(f"Page: {path / 'report.html'}. To watch: finetune watch {shlex.quote(str(path))}")
     counters, stats = RunCounters(), Stats(plan.device, plan.tick_nimg, group=group)
     batches = build_loader(
         image_set,

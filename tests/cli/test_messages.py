@@ -1,0 +1,236 @@
+"""The likeliest mistakes: each message says what happened, the value seen, and what to do."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from tiny_runs import options, quiet
+
+from finetune.cli import cli
+from finetune.export.stylegan_pickle import save_stylegan_pickle
+from finetune.models import stylegan2
+from finetune.train import divergence, run, steps
+from finetune.train.run_lock import NAME as LOCK
+
+SHAPE = {"img_resolution": 16, "img_channels": 3, "channel_base": 128, "channel_max": 8}
+
+
+class Command:
+    """A name that a hostile pickle would call."""
+
+    def __reduce__(self):
+        return (eval, ("1 + 1",))
+
+
+def write_images(folder, count=6, size=(16, 16), mode="RGB", start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = np.random.default_rng(start + index).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def write_network(path, c_dim=0, **which):
+    G = stylegan2.Generator(8, c_dim, 8, mapping_kwargs={"num_layers": 2}, **SHAPE)
+    networks = {
+        "G": G,
+        "D": stylegan2.Discriminator(c_dim, **SHAPE),
+        "G_ema": G,
+        "augment_pipe": None,
+    } | which
+    save_stylegan_pickle(path, training_set_kwargs={}, provenance={}, **networks)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with good and bad networks, data sets and runs."""
+    place = tmp_path_factory.mktemp("mistakes")
+    write_network(place / "net.pkl")
+    write_network(place / "classes.pkl", c_dim=3)
+    write_network(place / "no-d.pkl", D=None)
+    write_network(place / "only-d.pkl", G=None, G_ema=None)
+    (place / "page.pkl").write_text("<!DOCTYPE html><html><body>Sign in to Google Drive</body></html>")
+    (place / "empty.pkl").write_bytes(b"")
+    (place / "cut.pkl").write_bytes((place / "net.pkl").read_bytes()[:20_000])
+    (place / "hostile.pkl").write_bytes(pickle.dumps(Command()))
+    torch.save({"weight": torch.zeros(2)}, place / "weights.pt")
+    images = write_images(place / "images")
+    write_images(place / "gray", mode="L")
+    (place / "none").mkdir()
+    (write_images(place / "broken") / "001.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+    labeled = write_images(place / "labeled", 4)
+    labels = [[f"{index:03d}.png", index] for index in range(4)]
+    (labeled / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with zipfile.ZipFile(place / "images.zip", "w") as archive:
+        for path in images.iterdir():
+            archive.write(path, path.name)
+    (place / "a-file").write_text("")
+    ended = run(options(lambda _: images, place, kimg=0.004, tick=0.004), console=quiet())
+    shutil.copytree(ended.run_dir, place / "run")
+    shutil.copytree(ended.run_dir, place / "used")
+    (place / "used" / LOCK).write_text(json.dumps({"host": "other", "pid": 7, "started": "today"}))
+    (place / "no-state").mkdir()
+    shutil.copy(ended.snapshot, place / "no-state")
+    return place
+
+
+TRAIN = "train --resume net.pkl --data images"
+WITH = "train --data images --resume"
+# mistake: command, and what the message says: what happened with the value seen, and what to do.
+MISTAKES = {
+    # Checkpoints.
+    "wrong path": (f"{WITH} nope.pkl", "nope.pkl does not exist", "`finetune checkpoints list`"),
+    "misspelled name": (f"{WITH} ffhq-256-stylegan", "not in the catalog", "Did you mean ffhq-256-stylegan2"),
+    "login page": (f"{WITH} page.pkl", "it is a web page: 'Sign in to Google Drive'", "get the file again"),
+    "empty file": (f"{WITH} empty.pkl", "empty.pkl is empty", "Download or copy it again"),
+    "cut download": (f"{WITH} cut.pkl", "the file may be cut off (at byte 2)", "download it again"),
+    "hostile pickle": (f"{WITH} hostile.pkl", "asks for builtins.eval", "nothing was executed"),
+    "torch.save": (f"{WITH} weights.pt", "a file of torch.save", "pickle.dump({'G_ema': G_ema}, file)"),
+    "no discriminator": (f"{WITH} no-d.pkl", "G, G_ema but no discriminator D", "--new-d"),
+    "only a discriminator": (f"{WITH} only-d.pkl", "a discriminator alone", "Use a file with G or G_ema"),
+    "folder without snapshots": (f"{WITH} images", "a folder without snapshots", "name a file"),
+    "run without state": (
+        f"{WITH} no-state", "holds no training state", "--resume no-state/network-snapshot-"),
+    "offline": (f"{WITH} ffhq-256-stylegan2", "is not on this machine", "finetune checkpoints add-file"),
+    # Images and labels.
+    "no such data": ("train --resume net.pkl --data nope", "nope: no such folder or zip", "Check the path"),
+    "no images": ("train --resume net.pkl --data none", "none: no image found", "recognized by suffix: .png"),
+    "no folder": ("train --resume net.pkl --data a-file", "neither a folder nor a zip", "a zip of them"),
+    "damaged image": ("train --resume net.pkl --data broken", "001.png: damaged", "or remove them"),
+    "no labels": (f"{TRAIN} --cond --classes fresh", "dataset.json is missing", "or train without labels"),
+    "labels are needed": (f"{WITH} classes.pkl", "dataset.json is missing", "--no-cond"),
+    "wrong class count": (
+        "train --resume classes.pkl --data labeled", "class 3, but the classes are 0 to 2", "--classes keep"),
+    "gray images": (
+        "train --resume net.pkl --data gray --sd-backbone l2 --dry-run", "All images are gray",
+        "--channels 1"),
+    # Options.
+    "nothing to start from": ("train --data images", "Use either --resume PICKLE", "or --scratch FAMILY"),
+    "no data": ("train --resume net.pkl", "--data:", "name the folder or zip"),
+    "odd resolution": (f"{TRAIN} --resolution 20", "--resolution 20", "must be a power of two"),
+    "micro-batch": (f"{TRAIN} --batch 6 --batch-gpu 4", "--batch 6", "multiple of --batch-gpu 4"),
+    "groups of D": (
+        f"{TRAIN} --batch 6 --batch-gpu 6 --sd-backbone l2", "groups of 4", "use a multiple of 4"),
+    "no effect": (f"{TRAIN} --p 0.2", "--p 0.2: has no effect", "use --aug fixed"),
+    "no number": (f"{TRAIN} --sd-weight much", "--sd-weight much", "such as auto:0.1"),
+    "zero length": (f"{TRAIN} --kimg 0", "--kimg 0.0", "must be greater than 0"),
+    "misspelled option": (f"{TRAIN} --kimgs 3", "No such option '--kimgs'", "'--kimg'"),
+    "misspelled metric": (f"{TRAIN} --metrics fid5k", "unknown metric (fid5k)", "Choose from random-fid"),
+    # The machine.
+    "float16 on a CPU": (f"{TRAIN} --precision fp16", "the device is cpu", "use --precision auto"),
+    "no GPU": (f"{TRAIN} --device cuda:7", "--device cuda:7: torch sees", "Use --device auto"),
+    "no weights": (TRAIN, "no weights for it", "Backbones that need no download: efficientnet-lite0"),
+    "no metric weights": (
+        f"{TRAIN} --sd-backbone l2 --metrics fid", "pytorch-fid-inception is not on", "checkpoints add-file"),
+    "outdir is a file": (f"{TRAIN} --sd-backbone l2 --outdir a-file", "a-file is a file", "Choose another"),
+    # Runs.
+    "fixed option": ("train --resume run --kimg 1 --batch 8", "--batch 8: the run has 4", "start a new run"),
+    "run in use": ("train --resume used --kimg 1", "by process 7 on other", "Stop that process first"),
+    "not a run": ("report images", "no run folder", "Name a folder that `finetune train` wrote"),
+    # Images from networks.
+    "class without classes": (
+        "generate --network net.pkl --seeds 0 --outdir out --class 1", "no classes", "Omit"),
+    "class is missing": ("generate --network classes.pkl --seeds 0 --outdir out", "3 classes", "from 0 to 2"),
+    "no seed": ("generate --network net.pkl --seeds one --outdir out", "'one' is not a seed", "like 0-15,42"),
+    "own file": ("export --network net.pkl --out net.pkl", "--out net.pkl is the checkpoint", "another name"),
+    "wrong ending": (
+        "export --network net.pkl --out x.safetensors", "--format is stylegan-pkl", "--format safetensors"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def invoke(place, monkeypatch):
+    """Call with a command line: its result, offline and in the folder of the mistakes."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("FINETUNE_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(place / "torch-home"))
+    monkeypatch.setenv("FINETUNE_CACHE", str(place / "cache"))
+    return lambda command: CliRunner().invoke(cli, command.split())
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_message_says_what_happened_and_what_to_do(mistake, invoke):
+    command, *words = MISTAKES[mistake]
+    result = invoke(command)
+    assert result.exit_code == (0 if "--dry-run" in command else 2)
+    text = " ".join(result.output.split())
+    assert [each for each in words if each not in text] == []
+    assert "Traceback" not in text and "Internal error" not in text
+
+
+def test_catalog_of_messages_is_long_enough():
+    assert len(MISTAKES) >= 40
+
+
+QUICK = f"{TRAIN} --sd-backbone l2 --kimg 0.008 --batch 4 --metrics none"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."), (
+            "--batch-gpu 4: out of memory on the GPU (CUDA out of memory. Tried to allocate 2 GiB.).",
+            "--batch-gpu 2\n",
+            "Largest measured size of stylegan2: 256 px with --batch-gpu 32 takes 17.6 GiB",
+        )),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), (
+            "no kernel image", "too old", "--device cpu",
+        )),
+        (MemoryError(), ("Out of memory.", "Use a smaller batch")),
+    ],
+    ids=["out of memory", "GPU too old", "main memory"],
+)  # fmt: skip
+def test_message_of_a_failing_step(error, words, invoke, monkeypatch):
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "generator_step", fail)
+        result = invoke(f"{QUICK} --outdir step")
+    assert result.exit_code == 2
+    assert [each for each in words if each not in result.output] == []
+    if isinstance(error, torch.OutOfMemoryError):  # the command in the message works
+        line = next(line for line in result.output.splitlines() if "finetune train --resume" in line)
+        assert "Done: " in invoke(line.split("finetune ")[1]).output
+
+
+def test_message_of_a_diverged_run_names_remedies(invoke, monkeypatch):
+    monkeypatch.setattr(divergence, "MAX_SCORE", 0.0)
+    result = invoke(f"{QUICK} --outdir diverged")
+    assert result.exit_code == 2
+    for words in (
+        "The scores of D exploded",
+        "Try a smaller --glr and --dlr",
+        "The last saved state is intact",
+    ):
+        assert words in result.output, words
+
+
+def test_message_of_a_full_disk_names_the_sizes(invoke, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    result = invoke(f"{TRAIN} --sd-backbone l2 --snap 1")
+    assert result.exit_code == 2
+    for words in ("GiB are free there", "Make room, choose another folder, or save less often"):
+        assert words in result.output, words
+
+
+@pytest.mark.parametrize("resume", ["ffhq-256-stylegan2", "https://example.org/net.pkl"])
+def test_dry_run_states_downloads_without_a_network(resume, invoke, monkeypatch):
+    result = invoke(f"{WITH} {resume} --dry-run")
+    assert result.exit_code == 0
+    for words in ("Would download: checkpoint ", "weights of lpips-vgg, 528 MB", "Images: 6 can be read"):
+        assert words in result.output, words
+
+
+def test_dry_run_needs_no_weights(invoke):
+    result = invoke(f"{TRAIN} --metrics fid --dry-run")
+    assert result.exit_code == 0
+    assert "weights of lpips-vgg, 528 MB" in result.output and "weights of Inception, 96 MB" in result.output
+    assert "Dry run: all checks passed" in result.output
