@@ -162,7 +162,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
     type=click.IntRange(1, 16),
     default=16,
     show_default=True,
-    help="Bits that the values of 16-bit gray images take, such as 12 for those of many scanners.",
+    help="Bits that the values of 16-bit images take, such as 12 for those of many scanners.",
 )
 @click.option(
     "--format",
@@ -192,6 +192,8 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
         raise
     for problem in made.left_out:
         click.echo(f"left out: {printable(problem.name)} {problem.kind}: {problem.detail}")
+    if made.settings.bits < 16 and not made.num_deep:
+        click.echo(f"--bits {made.settings.bits} has no effect: no image has 16 bits a channel.")
     (height, width), mib = made.settings.size, made.num_bytes / 2**20
     earlier = f", {made.num_found_done} of them by an earlier call" if made.num_found_done else ""
     click.echo(f"{made.path}: {made.num_images} images of {width}×{height}{earlier}, {mib:,.1f} MiB")

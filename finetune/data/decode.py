@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from finetune.config import FITS
 from finetune.data.problems import CUT_SHORT, NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
@@ -50,21 +52,24 @@ def decode(
 
     bits: how many of the 16 bits a channel of a deep image its values use.
     """
-    image = to_channels(open_image(data), channels, bits)
+    image = to_channels(open_image(data, bits), channels, bits)
     pixels = np.asarray(fit_to_size(image, height_and_width(resolution), fit))
     pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(pixels)
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decode the first frame, upright by its EXIF, in a mode that `to_channels` supports. Raises Unusable."""
+def open_image(data: bytes, bits: int = 16) -> Image.Image:
+    """Decode the first frame, upright by its EXIF, in a mode that `to_channels` supports.
+
+    bits: how many of the 16 bits a channel of a color image its values use. Raises Unusable.
+    """
     Image.init()
     with warnings.catch_warnings():
         # Pillow warns about harmless oddities of metadata; what matters here either fails or is a bomb.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = _opened(data)
+            image: Image.Image = _opened(data)
             image.load()
             turn = TURNS.get(_orientation(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -80,6 +85,8 @@ def open_image(data: bytes) -> Image.Image:
             raise Unusable(kind, f"damaged: {str(error) or type(error).__name__}") from None
         _check_mode(image)
         deep = not image.mode.startswith("I") and _bits_per_channel(image, data) == 16
+        if deep and bits < 16:
+            image = _rescaled_color(image, data, bits)
         image = image if turn is None else image.transpose(turn)
         image.info[DEEP_COLOR] = deep
         return image
@@ -90,9 +97,8 @@ def to_channels(image: Image.Image, channels: int, bits: int = 16) -> Image.Imag
 
     Raises Unusable if the values of a 16-bit image take more than `bits`.
     """
-    if bits < 16:
-        _check_bits(image, bits)
     if image.mode.startswith("I"):
+        _check_bits(_gray_values(image), bits)
         image = _upper_byte(image, bits)
     if channels == 4:
         return image.convert("RGBA")
@@ -132,7 +138,7 @@ def fit_to_size(image: Image.Image, size: tuple[int, int], fit: str | None) -> I
     return _resize(image, (width, height), box)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes) -> ImageFile.ImageFile:
     """Open an image without decoding its pixels. Raises whatever Pillow does."""
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
@@ -145,8 +151,7 @@ def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int,
 def _upper_byte(image: Image.Image, bits: int = 16) -> Image.Image:
     """Convert a 16-bit gray image to L: the upper 8 of its `bits`, as Pillow itself does for 16-bit color."""
     values = _gray_values(image)
-    scaled = values >> (bits - 8) if bits >= 8 else values << (8 - bits)
-    gray = Image.fromarray(scaled.astype(np.uint8))
+    gray = Image.fromarray(_upper_bits(values, bits))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
@@ -175,14 +180,47 @@ def is_deep_color(image: Image.Image) -> bool:
     return bool(image.info.get(DEEP_COLOR))
 
 
-def _check_bits(image: Image.Image, bits: int) -> None:
-    highest = highest_deep_value(image)
-    if highest is None:
-        return
-    if not image.mode.startswith("I"):
-        raise Unusable(NO_RULE, f"16 bits a channel in color; --bits {bits} rescales gray images only")
+def _rescaled_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
+    """Return a 16-bit color image with the upper 8 of its `bits`; alpha that takes more keeps its upper 8.
+
+    Pillow decodes the upper byte of each value. The lower one is what it decodes if the bytes are taken to be
+    in the other order.
+    """
+    lower = _opened(data)
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    try:
+        lower.tile = [_in_other_order(tile, other) for tile in lower.tile]
+        lower.load()
+    except (ValueError, KeyError, OSError):
+        raise Unusable(NO_RULE, f"16-bit color in a kind of file that --bits {bits} cannot rescale") from None
+    upper = np.asarray(image)
+    values = upper.astype(np.int64) << 8 | np.asarray(lower)
+    _check_bits(values[:, :, :3], bits)
+    scaled = _upper_bits(values, bits)
+    if values[:, :, 3:].any() and values[:, :, 3:].max() >> bits:
+        scaled[:, :, 3:] = upper[:, :, 3:]
+    return Image.fromarray(scaled)
+
+
+def _in_other_order(tile: Any, other: dict[str, str]) -> Any:
+    """Return an entry of `Image.tile` whose raw mode, such as RGB;16B, has the other order of bytes."""
+    args = tile[3]
+    raw, *rest = [args] if isinstance(args, str) else args
+    mode, order = raw.split(";16")
+    swapped = f"{mode};16{other[order]}"
+    entry = (*tile[:3], swapped if isinstance(args, str) else (swapped, *rest))
+    return entry if type(tile) is tuple else type(tile)(*entry)  # a class of its own since Pillow 11.1
+
+
+def _check_bits(values: np.ndarray, bits: int) -> None:
+    highest = int(values.max())
     if highest >> bits:
         raise Unusable(NO_RULE, f"a value of {highest}, which takes more than --bits {bits}")
+
+
+def _upper_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Return the upper 8 of `bits` as uint8."""
+    return (values >> (bits - 8) if bits >= 8 else values << (8 - bits)).astype(np.uint8)
 
 
 def _check_mode(image: Image.Image) -> None:

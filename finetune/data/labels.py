@@ -91,12 +91,13 @@ def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
     return classes, folders
 
 
-def has_class_folders(source: Source) -> bool:
-    """Return whether the images are in several folders, so that these could be classes."""
+def advise_folders(source: Source) -> str:
+    """Return a sentence on how the folders can be classes; empty if there are not several."""
     try:
-        return len(folder_classes(source)[1]) > 1
-    except DataError:
-        return False
+        several = len(classes_of_folders(source.names)[1]) > 1
+    except DataError as error:
+        return f"The folders can serve as classes (--labels folders), but: {error.what} {error.hint}"
+    return "The folders can serve as classes: use --labels folders." if several else ""
 
 
 def _entries_of_images(source: Source, table: dict[str, Any]) -> dict[str, str]:
@@ -150,8 +151,7 @@ def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
         advice += ", or train without labels."
     else:
         advice += f": the network has {num_classes} classes, so every image needs one."
-    if has_class_folders(source):
-        advice += " To use the folders as classes: --labels folders."
+    advice = f"{advice} {advise_folders(source)}".rstrip()
     if source.labels_name is None:
         raise DataError(f"{source.path}: {LABELS_NAME} is missing, and labels are needed.", hint=advice)
     where = f"{source.path}: {source.labels_name}"

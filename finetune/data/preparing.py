@@ -54,7 +54,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """The result of `prepare`: path, counts (also of earlier calls), and the images left out."""
+    """The result of `prepare`: path, counts (also of earlier calls), and the images left out.
+
+    num_deep: images of 16 bits a channel.
+    """
 
     path: Path
     settings: Settings
@@ -64,6 +67,7 @@ class PreparedSet:
     classes: list[str]
     left_out: list[Problem]
     has_labels: bool
+    num_deep: int
 
 
 def prepare(
@@ -122,7 +126,15 @@ def prepare(
         table = None if values is None else [[targets[name], values[name]] for name in written]
         num_bytes = draft.publish({"labels": table} | ({"classes": classes} if classes else {}))
     return PreparedSet(
-        path, settings, len(written), num_found, num_bytes, classes, problems, has_labels=table is not None
+        path,
+        settings,
+        len(written),
+        num_found,
+        num_bytes,
+        classes,
+        problems,
+        has_labels=table is not None,
+        num_deep=len(draft.peaks),
     )
 
 
@@ -267,7 +279,7 @@ class _Encoded(Dataset):
     def __getitem__(self, index: int) -> Encoded | Unusable:
         settings = self.settings
         try:
-            original = open_image(self.source.read(self.names[index]))
+            original = open_image(self.source.read(self.names[index]), settings.bits)
             peak = highest_deep_value(original)
             image = to_channels(original, settings.channels, settings.bits)
             image = fit_to_size(image, settings.size, settings.fit)

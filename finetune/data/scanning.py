@@ -14,7 +14,7 @@ import numpy as np
 from finetune.config import FITS
 from finetune.data.decode import height_and_width
 from finetune.data.image_set import choose
-from finetune.data.labels import Labels, has_class_folders, has_labels, labels_without_image, read_labels
+from finetune.data.labels import Labels, advise_folders, has_labels, labels_without_image, read_labels
 from finetune.data.look_cache import look_at_all
 from finetune.data.looking import Look
 from finetune.data.problems import (
@@ -145,8 +145,8 @@ def scan(
     if labels is not None and labels.values.ndim == 1:
         class_counts = np.bincount(labels.values, minlength=labels.num_classes).tolist()
     notes = [*findings.notes(listed=thorough), *_notes_on_classes(class_counts)]
-    if thorough and not use_labels and not has_labels(source) and has_class_folders(source):
-        notes.append("The folders can serve as classes: use --labels folders.")
+    if thorough and not use_labels and not has_labels(source) and (advice := advise_folders(source)):
+        notes.append(advice)
     return Scan(
         path=source.path,
         num_images=len(names),

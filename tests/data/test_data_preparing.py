@@ -279,7 +279,7 @@ def test_prepare_resumes_after_interrupt(eight, tmp_path, monkeypatch, num_worke
     (source / "a/2.png").write_bytes(b"junk")
     options = {"resolution": 4, "fit": "stretch", "skip_bad": True, "workers": num_workers}
     decoded: list[int] = []  # in this process
-    monkeypatch.setattr(preparing, "open_image", lambda data: decoded.append(1) or open_image(data))
+    monkeypatch.setattr(preparing, "open_image", lambda data, bits=16: decoded.append(1) or open_image(data))
     undisturbed = tmp_path / "undisturbed.zip"
     prepare(source, undisturbed, **options)
     for count in (1, 3, 8):

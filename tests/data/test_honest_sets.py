@@ -6,6 +6,8 @@ import io
 import json
 import re
 import unicodedata
+import zlib
+from struct import pack
 
 import numpy as np
 import pytest
@@ -76,20 +78,74 @@ def test_bits_refuses_larger_values(write_set, encode, tmp_path):
     assert "b.png" not in result.stderr.split("pixel values")[1].split("The 1 others")[0]
 
 
-def test_scan_16_bit_color_of_low_range(write_set, tmp_path):
-    import zlib
-    from struct import pack
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel: gray with alpha, RGB or RGBA. Pillow writes none."""
 
-    def chunk(name, data):
+    def chunk(name: bytes, data: bytes) -> bytes:
         return pack(">I", len(data)) + name + data + pack(">I", zlib.crc32(name + data))
 
-    values = np.repeat(blob(4095)[:, :, None], 3, axis=2).astype(">u2")
-    rows = b"".join(b"\0" + row.tobytes() for row in values)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
-    path = write_set({"a.png": png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")})
-    assert kinds(scan(path).problems) == {LOW_RANGE: ["a.png"]}
-    result = run("dataset", "prepare", path, tmp_path / "out.zip", "--bits", "12")
-    assert result.exit_code == 2 and "16 bits a channel in color" in result.stderr
+    height, width, channels = values.shape
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+    head = pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def deep_tiff(values: np.ndarray, order: str, *, compress: bool) -> bytes:
+    """A TIFF of 16-bit RGB in the byte order `<` or `>`."""
+    height, width, _ = values.shape
+    data = values.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if compress else data
+    data += b"\0" * (len(data) % 2)
+    fields = {256: width, 257: height, 259: 8 if compress else 1, 262: 2, 273: 14, 277: 3, 278: height}
+    fields[279] = len(data)
+    entries = [pack(f"{order}HHII", tag, 4, 1, value) for tag, value in fields.items()]
+    entries.insert(2, pack(f"{order}HHII", 258, 3, 3, 8))
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + pack(f"{order}I", 14 + len(data))
+    table = pack(f"{order}H", len(entries)) + b"".join(entries) + pack(f"{order}I", 0)
+    return head + pack(f"{order}HHH", 16, 16, 16) + data + table
+
+
+COLOR = {
+    "png": deep_png,
+    "little.tif": lambda values: deep_tiff(values, "<", compress=False),
+    "big.tif": lambda values: deep_tiff(values, ">", compress=False),
+    "little-packed.tif": lambda values: deep_tiff(values, "<", compress=True),
+    "big-packed.tif": lambda values: deep_tiff(values, ">", compress=True),
+}
+
+
+@pytest.mark.parametrize("kind", COLOR)
+@pytest.mark.parametrize("bits", [8, 10, 12])
+def test_prepare_rescales_16_bit_color(write_set, tmp_path, kind, bits):
+    values = np.random.default_rng(0).integers(0, 1 << bits, (16, 16, 3)).astype(np.uint16)
+    values[0, 0] = (1 << bits) - 1
+    path = write_set({f"a.{kind}": COLOR[kind](values)})
+    assert kinds(scan(path).problems) == {LOW_RANGE: [f"a.{kind}"]}
+    assert f"(N = {bits})" in scan(path).problems[0].detail
+    made = run("dataset", "prepare", path, tmp_path / "out.zip", "--bits", bits)
+    assert made.exit_code == 0 and "no effect" not in made.output, made.output
+    image = ImageSet(tmp_path / "out.zip", resolution=16, channels=3)[0][0]
+    assert np.array_equal(image.transpose(1, 2, 0), values >> (bits - 8))
+    small = run("dataset", "prepare", path, tmp_path / "small.zip", "--bits", bits - 1)
+    assert small.exit_code == 2 and f"a value of {(1 << bits) - 1}, which takes more than" in small.stderr
+
+
+@pytest.mark.parametrize("opaque", [4095, 65535])
+def test_prepare_rescales_16_bit_color_with_alpha(write_set, tmp_path, opaque):
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16, 4)).astype(np.uint16)
+    values[:, :, 3] = opaque
+    path = write_set({"a.png": deep_png(values), "gray.png": deep_png(values[:, :, 2:])})
+    words = ("dataset", "prepare", path, tmp_path / "out.zip", "--bits", "12", "--channels", "4")
+    assert "gray.png: 16-bit color in a kind of file that --bits 12 cannot rescale" in run(*words).stderr
+    assert run(*words, "--skip-bad").exit_code == 0
+    image = ImageSet(tmp_path / "out.zip", resolution=16, channels=4)[0][0].transpose(1, 2, 0)
+    assert np.array_equal(image[:, :, :3], values[:, :, :3] >> 4) and (image[:, :, 3] == 255).all()
+
+
+def test_prepare_bits_without_effect(write_set, encode, noise, tmp_path):
+    path = write_set({"a.png": encode(noise(8, 8, 3))})
+    said = run("dataset", "prepare", path, tmp_path / "out.zip", "--bits", "12").stdout
+    assert "--bits 12 has no effect: no image has 16 bits a channel." in said
 
 
 def test_scan_range_is_that_of_the_set(write_set, encode):
@@ -279,6 +335,10 @@ def test_labels_folders_refuse_splits(write_set, encode, noise, tmp_path, names)
         result = run("dataset", *words)
         assert result.exit_code == 2 and "have the same subfolders" in result.output, result.output
         assert "pass one folder as the data set" in result.output
+    for words in (("check", path), ("check", path, "--cond")):
+        said = " ".join(run("dataset", *words).output.split())
+        assert "The folders can serve as classes (--labels folders), but: The folders" in said
+        assert "pass one folder as the data set" in said
 
 
 @pytest.mark.parametrize(
