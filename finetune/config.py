@@ -437,6 +437,8 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
             problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch; use ema.")
         why = "only for --resume; a network from scratch has nothing to keep."
         problems += each(RESUME_ONLY, why, zero=False)
+        if asked.recipe not in (None, "auto"):
+            problems.append(f"--recipe {asked.recipe}: has no effect with --scratch, which has its own.")
     if run.metrics == "none":
         problems += each(("metrics_num",), "has no effect with --metrics none.")
     if run.cond is False:
@@ -454,6 +456,8 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
         problems += each(("p",), f"has no effect {other}; use --aug fixed.")
     if run.aug not in (None, "ada"):
         problems += each(("target",), f"has no effect with --aug {run.aug}; use --aug ada.")
+    if run.aug == "fixed" and run.p == 0:
+        problems += each(("augpipe",), "has no effect with --p 0.")
     if run.aug == "noaug":
         problems += each(("augpipe",), "has no effect with --aug noaug.")
     return problems

@@ -146,12 +146,17 @@ def env_rank() -> int | None:
     return None if rank is None else int(rank)
 
 
+def env_world_size() -> int:
+    """Return the number of processes that a launcher started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def init(device: torch.device) -> tuple[ProcessGroup, torch.device]:
     """Join the process group if torchrun started this process; its device is then that of its local rank.
 
     Raises ConfigError if there are fewer devices than ranks.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), env_rank()
+    world_size, rank = env_world_size(), env_rank()
     if world_size == 1 or rank is None:
         return SINGLE, device
     local = int(os.environ.get("LOCAL_RANK", "0"))

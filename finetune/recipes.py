@@ -360,6 +360,8 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
         if value is None:
             value, why = derive(name, run)
         setattr(run, name, value)
+        if name == "graphs" and why == USER and not _on_gpu(run):
+            why = "no effect: CUDA graphs need a GPU"
         if why:
             reasons.append(Reason(name, value, why))
     return TrainConfig(**{name: getattr(run, name) for name in OPTIONS}), reasons

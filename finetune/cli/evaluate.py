@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,14 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import device_option, network_file, network_option, offline_option, ops_option
+from finetune.cli.options import (
+    device_option,
+    network_file,
+    network_option,
+    offline_option,
+    ops_option,
+    start_ranks,
+)
 from finetune.cli.progress import progress_bar
 from finetune.config import FITS, LABELS
 from finetune.errors import CheckpointError, ConfigError
@@ -111,7 +117,7 @@ def command(
     resizing: compare only results measured with the same settings.
     """
     from finetune.cli.train import report_errors_on_rank0
-    from finetune.distributed import env_rank, launch
+    from finetune.distributed import env_rank
     from finetune.metrics.evaluate import check_names
 
     names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
@@ -120,8 +126,7 @@ def command(
     if pairs is not None and "memorization" not in names:
         raise ConfigError(f"--pairs {pairs}: has no effect without --metrics memorization.")
     file = network_file(network)
-    if gpus > 1 and env_rank() is None:
-        raise click.exceptions.Exit(launch(sys.argv[1:], gpus, device))
+    start_ranks(gpus, device)
     with report_errors_on_rank0():
         found, facts = measure(
             file, names, data, num, device, seed=seed, fit=fit, labels_from=labels_from, cond=cond,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,22 @@ def network_file(network: str) -> Path:
 
     with download_bar() as (tell, progress):
         return resolve_network(network, tell=tell, progress=progress)
+
+
+def start_ranks(gpus: int, device: str) -> None:
+    """Run this command again on the ranks that `--gpus` asks for, and exit with its code.
+
+    Returns if one process is asked for, or if a launcher such as torchrun started this one.
+    """
+    if gpus == 1:
+        return
+    from finetune.distributed import env_rank, env_world_size, launch
+
+    if env_rank() is None:
+        raise click.exceptions.Exit(launch(sys.argv[1:], gpus, device))
+    started = env_world_size()
+    if env_rank() == 0 and started != gpus:
+        click.echo(f"--gpus {gpus} has no effect: torchrun has started {started} processes.", err=True)
 
 
 def offline_option(**overrides: Any):

@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import sys
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from finetune.cli.options import network_file
+from finetune.cli.options import network_file, start_ranks
 from finetune.config import DATA, DISTILLATION, MACHINE, OPTIONS, RECIPE, RECORDS, SHAPE, TrainOptions, flag
 
 GROUPS = (DATA, SHAPE, RECIPE, DISTILLATION, MACHINE, RECORDS)
@@ -150,12 +149,10 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     if asked.resume and not os.path.exists(asked.resume):
         asked.validate()  # before a download
         asked = dataclasses.replace(asked, resume=str(network_file(asked.resume)))
-    from finetune.distributed import env_rank, launch, shutdown
-
-    if gpus > 1 and env_rank() is None:
-        raise click.exceptions.Exit(launch(sys.argv[1:], gpus, asked.device or "auto"))
+    start_ranks(gpus, asked.device or "auto")
     from rich.console import Console
 
+    from finetune.distributed import env_rank, shutdown
     from finetune.train.checkpointing import RunFinished
     from finetune.train.prepare import prepare, show
     from finetune.train.train import start

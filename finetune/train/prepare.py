@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet, Scan, scan
 from finetune.device import resolve_device
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
-from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError
+from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.metrics import features
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
@@ -31,6 +30,7 @@ from finetune.resolve import load, newest_snapshot, published_for
 from finetune.train import run_lock, validation
 from finetune.train.build import build_plan, build_state
 from finetune.train.checkpointing import SavedState, find_state, merge_options
+from finetune.train.label_checks import compare_labels, suggest_label_options
 from finetune.train.progress import print_reasons
 from finetune.train.run_dir import check_place
 from finetune.train.state import Plan, TrainState, unpack_network
@@ -312,8 +312,8 @@ def read_data(
         mirror=mirror,
         seed=seed,
     )
-    if checkpoint is not None and not options.classes:
-        check_label_kind(checkpoint, image_set)
+    if checkpoint is not None:
+        notes += compare_labels(checkpoint, image_set, options.classes)
     c_dim = image_set.num_classes if use_labels else 0
     facts = RunFacts(
         family=family,
@@ -352,32 +352,6 @@ def describe_data(found: Scan) -> dict[str, str]:
 def _tally(counts: dict[str, int], shown: int = 12) -> str:
     parts = [f"{name}: {count}" for name, count in list(counts.items())[:shown]]
     return ", ".join(parts) + (f", and {len(counts) - shown} more" if len(counts) > shown else "")
-
-
-def check_label_kind(checkpoint: Checkpoint, image_set: ImageSet) -> None:
-    """Raise ConfigError if one has classes and the other label vectors."""
-    kinds = {"classes": "classes", "vectors": "vectors of numbers"}
-    before, now = checkpoint.label_kind, image_set.label_kind
-    if before and now and before != now:
-        raise ConfigError(
-            f"--data {image_set.path}: its labels are {kinds[now]}, those of the checkpoint {kinds[before]}.",
-            hint="To drop those of the checkpoint: --classes fresh.",
-        )
-
-
-@contextlib.contextmanager
-def suggest_label_options(num_classes: int | None) -> Iterator[None]:
-    """Add to an error about labels which options change the classes of the checkpoint."""
-    try:
-        yield
-    except DataError as error:
-        if num_classes and "label" in error.what:
-            hint = (
-                f"The checkpoint has {num_classes} classes. To give it those of the images: --classes keep "
-                "(or extend, or fresh); to drop its classes: --no-cond."
-            )
-            error.hint = f"{error.hint}\n{hint}" if error.hint else hint
-        raise
 
 
 def group_size_of(D: Any) -> int:

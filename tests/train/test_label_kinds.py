@@ -11,7 +11,6 @@ import finetune
 from finetune.cli import cli
 from finetune.config import TrainOptions
 from finetune.errors import ConfigError
-from finetune.export.verify import export_checkpoint
 from finetune.train import prepare, run
 
 
@@ -33,7 +32,8 @@ def test_label_vectors_are_stated_in_snapshot(images, with_vectors, tmp_path):
     snapshot = run(asked, console=quiet()).snapshot
     again = run(TrainOptions(resume=str(snapshot.parent), kimg=0.008), console=quiet()).snapshot
     exported = tmp_path / "net.safetensors"
-    export_checkpoint(exported, finetune.load(again), "safetensors")
+    words = ["export", "--network", str(again), "--out", str(exported), "--format", "safetensors"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
     for path in (snapshot, again, exported):
         said = CliRunner().invoke(cli, ["inspect", str(path)]).stdout
         assert "labels        vectors of 2 numbers\n" in said and "classes" not in said
@@ -44,6 +44,8 @@ def test_label_vectors_are_stated_in_snapshot(images, with_vectors, tmp_path):
     assert "--classes fresh" in str(error.value)
     fresh = options(images, tmp_path, resume=str(snapshot), data=str(images(16, 2)), classes="fresh")
     assert prepare(fresh).image_set.label_kind == "classes"
+    kept = options(images, tmp_path, resume=str(snapshot), data=str(with_vectors), classes="keep")
+    assert "--classes keep has no effect: the checkpoint has as many classes." in prepare(kept).notes
 
 
 def test_label_classes_are_stated_in_snapshot(images, tmp_path):

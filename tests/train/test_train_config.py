@@ -75,6 +75,8 @@ def test_every_problem_is_reported_at_once_with_its_flag():
         ({"p": 0.2}, "no effect"),
         ({"aug": "noaug", "target": 0.5}, "no effect"),
         ({"aug": "noaug", "augpipe": "bgc"}, "no effect"),
+        ({"aug": "fixed", "p": 0.0, "augpipe": "bgc"}, "--augpipe bgc: has no effect with --p 0"),
+        ({"resume": None, "scratch": "stylegan2", "resolution": 64, "recipe": "adapt"}, "--recipe adapt"),
         ({"fit": "squeeze"}, "--fit squeeze"),
         ({"sd_teacher": "initial", "sd_teacher_kimg": 5.0}, "--sd-teacher-kimg"),
         ({"resume": ""}, "--resume: name the checkpoint"),
@@ -158,3 +160,16 @@ def test_parts_of_a_batch_are_of_a_size_that_the_discriminator_can_group(batch, 
 
 def test_flags_spell_fields():
     assert flag("sd_weight") == "--sd-weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"graphs": "auto"}, ("graphs", "no effect: CUDA graphs need a GPU")),
+        ({}, None),
+    ],
+)
+def test_options_without_effect_are_listed(options, line):
+    _, reasons = recipes.resolve(TrainOptions(data="images", resume="a.pkl", **options), FACTS)
+    found = [(reason.name, reason.why) for reason in reasons if "no effect" in reason.why]
+    assert found == ([line] if line else [])
