@@ -151,7 +151,8 @@ class Checkpointer:
 
         A failure is a warning, but for the last save. Raises TrainingError.
         """
-        run_lock.confirm(self.run_dir.path)
+        if self.run_dir.is_writable:
+            run_lock.confirm(self.run_dir.path)
         try:
             self._check_space()
             self.run_dir.write_fakes(self.state.G_ema, self.run_dir.stem(self.state.nimg))

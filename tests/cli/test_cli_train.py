@@ -107,7 +107,7 @@ def test_all_problems_of_the_options_come_at_once(images):
     [
         (("--resume", "nothing.pkl"), "nothing.pkl does not exist"),
         ((*SCRATCH, "--sd-backbone", "vgg"), "lpips-vgg"),
-        ((*SCRATCH, "--labels", "folders"), "no image is in a folder"),
+        ((*SCRATCH, "--labels", "folders"), "no image is in a subfolder"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_and_a_hint(arguments, words, images, tmp_path):
