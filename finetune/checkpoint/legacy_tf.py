@@ -167,7 +167,7 @@ def _name_generator(net: Described, parts: dict[str, dict[str, np.ndarray]]) -> 
             layer = "conv1" if index % 2 == 0 else "conv0"
             block = f"synthesis.b{2 ** ((index + 5) // 2)}"
             _add(net, f"{block}.{layer}.noise_const", _reshaped(net, name, value, value.shape[2:]))
-        elif match := re.fullmatch(r"(\d)x(\d)/Const/const", name):
+        elif match := re.fullmatch(r"(?=4|\dx4)([1-4])x([1-4])/Const/const", name):
             _note_shape(net, name, match)
             _add(net, "synthesis.b4.const", _reshaped(net, name, value, value.shape[1:]))
         elif name not in UNUSED:
