@@ -45,6 +45,7 @@ from finetune.data.sources import open_source
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation
+from finetune.models import image_size
 from finetune.resolve import load, resolve_network
 from finetune.train import RunResult, prepare, run
 
@@ -238,7 +239,7 @@ def start_of(options: argparse.Namespace, job: str) -> dict[str, float]:
     G: Any = load(options.checkpoint, device=device).best
     images = ImageSet(
         config.data,
-        resolution=G.img_resolution,
+        resolution=image_size(G),
         channels=G.img_channels,
         mirror=config.mirror,
         fit=config.fit,

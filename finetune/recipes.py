@@ -86,6 +86,11 @@ class RunFacts:
     base_shape: tuple[int, int] = (4, 4)
     has_effnet: bool = False
 
+    @property
+    def num_pixels(self) -> int:
+        """Return the pixels of an image."""
+        return self.resolution**2 * math.prod(self.base_shape) // 16
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -189,7 +194,7 @@ def _published_gamma(which: str) -> Callable[[Any], Any]:
 
 
 def _gamma(run: Any) -> float:
-    return _round(r1_gamma(run.family, run.resolution, run.batch, run.base_shape))
+    return _round(r1_gamma(run.family, run.num_pixels, run.batch))
 
 
 def _why_gamma(run: Any) -> str:
@@ -325,14 +330,14 @@ def job_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
     return "adapt", "use --recipe improve for the checkpoint's own images"
 
 
-def r1_gamma(family: str, resolution: int, batch: int, base_shape: tuple[int, int] = (4, 4)) -> float:
+def r1_gamma(family: str, num_pixels: int, batch: int) -> float:
     """R1 weight: 0.0002 res²/batch for StyleGAN2; StyleGAN3's 0.5, 2, 8, 32 at 128…1024 px (batch 32) as one
-    formula. Rectangular images have fewer pixels than res².
+    formula. num_pixels: res², or width·height of images that are not square.
 
     Source: the published settings follow weight ∝ pixels / batch in both families.
     """
     per_pixel = 0.0002 if family == "stylegan2" else 0.5 * 32 / 128**2
-    return per_pixel * resolution**2 * math.prod(base_shape) / 16 / batch
+    return per_pixel * num_pixels / batch
 
 
 def fair(batch: int, facts: Any) -> int:
@@ -352,7 +357,9 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
     reasons = [Reason("recipe", job, why)] if why else []
     given = asked.given() | {"recipe": job, "resolution": facts.resolution, "channels": facts.channels}
     name_published = facts.published.name if facts.published else ""
-    run = SimpleNamespace(**vars(facts), job=job, name_published=name_published)
+    run = SimpleNamespace(
+        **vars(facts), num_pixels=facts.num_pixels, job=job, name_published=name_published
+    )
     for name, value in (vars(asked.with_defaults()) | given).items():
         setattr(run, name, value)
     for name in dict.fromkeys(rule.option for rule in RULES):

@@ -43,7 +43,7 @@ def smaller_micro_batch(config: TrainConfig, facts: RunFacts) -> int | None:
     resolution, largest, peak = MEASURED[facts.family]
     fitting = config.batch_gpu // 2
     if facts.gpu_memory_gib:
-        per_image = peak / largest * (facts.resolution / resolution) ** 2
+        per_image = peak / largest * facts.num_pixels / resolution**2
         fitting = max(1, min(fitting, int(facts.gpu_memory_gib / per_image)))
     own = config.batch // facts.num_processes
     sizes = [n for n in range(1, fitting + 1) if own % n == 0 and can_group(n, facts.group_size)]

@@ -109,7 +109,7 @@ def test_what_is_set_by_hand_stays_and_moves_what_depends_on_it():
 
 @pytest.mark.parametrize("resolution, gamma", [(128, 0.5), (256, 2), (512, 8), (1024, 32)])
 def test_stylegan3_gamma_is_the_published_one(resolution, gamma):
-    assert recipes.r1_gamma("stylegan3-t", resolution, batch=32) == pytest.approx(gamma)
+    assert recipes.r1_gamma("stylegan3-t", resolution**2, batch=32) == pytest.approx(gamma)
 
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
