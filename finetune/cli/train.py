@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,26 +83,18 @@ def report_errors_on_rank0() -> Iterator[None]:
         raise
 
 
-def lacks_checkpoint(asked: TrainOptions) -> bool:
-    """Print what a run would download; return whether the checkpoint is part of it.
+def dry_run_without_checkpoint(asked: TrainOptions) -> bool:
+    """Print what is known of a run whose checkpoint would be downloaded; return whether that is the case."""
+    from rich.console import Console
 
-    The options and the images are all that can be checked then. Raises ConfigError and DataError.
-    """
-    from finetune.train.downloads import needed_downloads
+    from finetune.train.downloads import missing_checkpoint, show_without_checkpoint
 
-    needed = needed_downloads(asked)
-    for each in needed:
-        click.echo(str(each))
-    if not any(each.is_checkpoint for each in needed):
+    missing = missing_checkpoint(asked.resume or "")
+    if missing is None:
         return False
-    asked.validate()
-    from finetune.data import scan
-
-    found = scan(str(asked.data), fit=asked.fit)
-    found.raise_for_problems()
-    click.echo(f"Images: {found.num_images} can be read.")
-    get = shlex.join(["finetune", "checkpoints", "fetch", str(asked.resume)])
-    click.echo(f"Dry run: nothing was downloaded or written. The settings follow from the checkpoint: {get}")
+    click.echo(f"Would download: {missing}.")
+    show_without_checkpoint(asked, Console())
+    click.echo("Dry run: options and images are checked; nothing was downloaded or written.")
     return True
 
 
@@ -144,7 +135,7 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     the kernels.
     """
     asked = TrainOptions(**options)
-    if dry_run and lacks_checkpoint(asked):
+    if dry_run and dry_run_without_checkpoint(asked):
         return
     if asked.resume and not os.path.exists(asked.resume):
         asked.validate()  # before a download
@@ -167,6 +158,10 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
             return
     show(prepared, console)
     if dry_run:
+        from finetune.train.downloads import missing_weights
+
+        for each in missing_weights(prepared.config):
+            console.print(f"Would download: {each}.", highlight=False)
         console.print("Dry run: all checks passed; nothing was downloaded or written.", highlight=False)
         return
     try:

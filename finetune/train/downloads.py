@@ -1,58 +1,87 @@
-"""What a run would download, for `--dry-run`; a server is asked for no more than the size of a file."""
+"""Dry runs without a download: what would be fetched, and the settings that are known without it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.config import TrainOptions
+from rich.console import Console
+
+from finetune import recipes
+from finetune.config import TrainConfig, TrainOptions
+from finetune.data import scan
+from finetune.device import resolve_device
 from finetune.hub import catalog, store
 from finetune.hub.download import stated_size
 from finetune.metrics import inception
 from finetune.metrics.evaluate import METRICS, PPL_BACKBONES
 from finetune.metrics.perceptual import WEIGHTS, WEIGHTS_MB, weights_path
+from finetune.recipes import RunFacts
 from finetune.resolve import as_url
+from finetune.train.prepare import gpu_memory_gib
+from finetune.train.progress import print_reasons
 from finetune.train.validation import names_of
 
 
-@dataclass(frozen=True)
-class Needed:
-    """A file that is not on this machine: its name, its size in words, and whether it is the checkpoint."""
-
-    name: str
-    size: str
-    is_checkpoint: bool = False
-
-    def __str__(self) -> str:
-        return f"Would download: {self.name}, {self.size}."
-
-
-def needed_downloads(options: TrainOptions) -> list[Needed]:
-    """Return the files that a run with valid options would download first."""
-    wanted = options.with_defaults()
-    return [*_checkpoint(str(wanted.resume)), *_weights(wanted)]
-
-
-def _checkpoint(resume: str) -> Iterator[Needed]:
+def missing_checkpoint(resume: str) -> str | None:
+    """Return what would be downloaded for `--resume`, with its size; None if nothing."""
     if url := as_url(resume):
-        if not store.is_kept(store.place_of_url(url)):
-            yield Needed(f"checkpoint {url}", _size(None, [url]), True)
-    elif resume and not Path(resume).expanduser().exists() and (entry := catalog.find(resume)):
-        if not store.is_kept(store.place_of(entry)):
-            yield Needed(f"checkpoint {entry.id}", _size(entry.size, entry.urls), True)
+        is_here = store.is_kept(store.place_of_url(url))
+        return None if is_here else f"checkpoint {url}, {_size(None, [url])}"
+    if not resume or Path(resume).expanduser().exists():
+        return None
+    entry = catalog.find(resume)
+    if entry is None or store.is_kept(store.place_of(entry)):
+        return None
+    return f"checkpoint {entry.id}, {_size(entry.size, entry.urls)}"
 
 
-def _weights(options: TrainOptions) -> Iterator[Needed]:
-    metrics = names_of(options)
-    of_metrics = [PPL_BACKBONES[name] for name in metrics if name in PPL_BACKBONES]
-    backbones = {str(options.sd_backbone), *of_metrics}
-    for name in sorted(backbones):
-        if name in WEIGHTS and not weights_path(name).is_file():
-            yield Needed(f"weights of {name}", f"{WEIGHTS_MB[name]} MB")
+def missing_weights(config: TrainConfig) -> list[str]:
+    """Return the weights that a run would download for its backbone and metrics, with their sizes."""
+    metrics = names_of(config)
+    backbones = {config.sd_backbone, *(PPL_BACKBONES[name] for name in metrics if name in PPL_BACKBONES)}
+    needed = [
+        f"weights of {name}, {WEIGHTS_MB[name]} MB"
+        for name in sorted(backbones)
+        if name in WEIGHTS and not weights_path(name).is_file()
+    ]
     entry = catalog.get(inception.WEIGHTS)
     if any(METRICS[name][0] == "inception" for name in metrics) and not store.is_kept(store.place_of(entry)):
-        yield Needed("weights of Inception", _size(entry.size, entry.urls))
+        needed.append(f"weights of Inception, {_size(entry.size, entry.urls)}")
+    return needed
+
+
+def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
+    """Check options and images, and print the settings that follow from the catalog alone.
+
+    Raises ConfigError and DataError.
+    """
+    asked.validate()
+    entry = None if as_url(str(asked.resume)) else catalog.find(str(asked.resume))
+    resolution = asked.resolution or (entry.resolution if entry else None)
+    found = scan(str(asked.data), resolution=resolution, fit=asked.with_defaults().fit)
+    found.raise_for_problems()
+    console.print(f"{found.num_images} images from {asked.data}.", highlight=False, markup=False)
+    if entry is None or resolution is None:
+        return
+    device = resolve_device(asked.device or "auto")
+    facts = RunFacts(
+        family=entry.architecture,
+        resolution=resolution,
+        channels=asked.channels or 3,
+        c_dim=0 if asked.cond is False else entry.classes or 0,
+        num_images=found.num_images,
+        device_type=device.type,
+        cpu_count=os.cpu_count() or 1,
+        from_scratch=False,
+        gpu_memory_gib=gpu_memory_gib(device),
+    )
+    config, reasons = recipes.resolve(asked, facts)
+    print_reasons(console, "", reasons)
+    for each in missing_weights(config):
+        console.print(f"Would download: {each}.", highlight=False)
+    console.print("The checkpoint itself may change settings, such as --freezed.", highlight=False)
 
 
 def _size(known: int | None, urls: Sequence[str]) -> str:

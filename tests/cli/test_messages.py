@@ -221,12 +221,18 @@ def test_message_of_a_full_disk_names_the_sizes(invoke, monkeypatch):
         assert words in result.output, words
 
 
-@pytest.mark.parametrize("resume", ["ffhq-256-stylegan2", "https://example.org/net.pkl"])
-def test_dry_run_states_downloads_without_a_network(resume, invoke, monkeypatch):
-    result = invoke(f"{WITH} {resume} --dry-run")
+def test_dry_run_states_downloads_and_settings_without_a_network(invoke):
+    result = invoke(f"{WITH} ffhq-256-stylegan2 --metrics fid --dry-run")
     assert result.exit_code == 0
-    for words in ("Would download: checkpoint ", "weights of lpips-vgg, 528 MB", "Images: 6 can be read"):
+    for words in ("checkpoint stylegan2-ffhq-256x256, of a size", "lpips-vgg, 528 MB", "Inception, 96 MB"):
         assert words in result.output, words
+    assert "6 images from images." in result.output and "--gamma " in result.output
+
+
+def test_dry_run_of_a_url_checks_options_and_images(invoke):
+    result = invoke(f"{WITH} https://example.org/net.pkl --dry-run")
+    assert result.exit_code == 0 and "checkpoint https://example.org/net.pkl, of a size" in result.output
+    assert invoke("train --resume https://example.org/net.pkl --data none --dry-run").exit_code == 2
 
 
 def test_dry_run_needs_no_weights(invoke):
