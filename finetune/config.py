@@ -421,21 +421,21 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
     if (run.batch or 0) > 0 and (run.batch_gpu or 0) > 0 and run.batch % run.batch_gpu:  # type: ignore[operator]
         problems.append(f"--batch {run.batch}: must be a multiple of --batch-gpu {run.batch_gpu}.")
     if not run.data:
-        problems.append("--data: name the folder or zip with the images.")
+        problems.append("--data: missing. Pass the folder or zip with the images.")
     if asked.resume == "" and not run.scratch:
-        problems.append("--resume: name the checkpoint to start from.")
+        problems.append("--resume: empty. Pass the checkpoint to start from.")
     if bool(run.resume) == bool(run.scratch):
         problems.append(
             "Use either --resume PICKLE (start from a checkpoint) or --scratch FAMILY (start without one)."
         )
     if not run.scratch:
-        problems += each(SCRATCH_ONLY, "only for --scratch; a checkpoint has its own.")
+        problems += each(SCRATCH_ONLY, "only for --scratch, since a checkpoint has its own.")
     else:
         if run.resolution is None:
             problems.append("--resolution: needed with --scratch (there is no checkpoint to take it from).")
         if run.sd_teacher == "initial":
-            problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch; use ema.")
-        why = "only for --resume; a network from scratch has nothing to keep."
+            problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch. Use ema.")
+        why = "only for --resume, not for --scratch."
         problems += each(RESUME_ONLY, why, zero=False)
         if asked.recipe not in (None, "auto"):
             problems.append(f"--recipe {asked.recipe}: has no effect with --scratch, which has its own.")
@@ -453,9 +453,9 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
         problems.append("--aug fixed: set the probability with --p, such as --p 0.2.")
     if run.aug != "fixed":
         other = f"with --aug {run.aug}" if run.aug else "without --aug fixed"
-        problems += each(("p",), f"has no effect {other}; use --aug fixed.")
+        problems += each(("p",), f"has no effect {other}. Use --aug fixed.")
     if run.aug not in (None, "ada"):
-        problems += each(("target",), f"has no effect with --aug {run.aug}; use --aug ada.")
+        problems += each(("target",), f"has no effect with --aug {run.aug}. Use --aug ada.")
     if run.aug == "fixed" and run.p == 0:
         problems += each(("augpipe",), "has no effect with --p 0.")
     if run.aug == "noaug":

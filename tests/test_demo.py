@@ -119,7 +119,7 @@ def test_demo_without_offline_extra(monkeypatch, tmp_path):
 
 
 def test_demo_missing_file(tmp_path):
-    with pytest.raises(FinetuneError, match=r"nothing\.pkl is missing"):
+    with pytest.raises(FinetuneError, match=r"nothing\.pkl: missing"):
         demo.run_demo(tmp_path, checkpoint=tmp_path / "nothing.pkl", console=Console(file=io.StringIO()))
 
 

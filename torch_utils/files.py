@@ -88,7 +88,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))  # through a link, so that the link itself stays one
     if target.is_dir():
-        raise WriteError(f"{path} is a folder, not a file to write.", hint="Give the name of a file in it.")
+        raise WriteError(f"{path} is a folder.", hint="Pass the name of a file in it.")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,5 +130,5 @@ def _explain(error: OSError, path: Path, *, existed: bool) -> WriteError:
         return WriteError(f"Not allowed to write {path} ({error.strerror}). {kept}", hint=hint)
     if isinstance(error, FileExistsError | NotADirectoryError):
         hint = "Choose another folder."
-        return WriteError(f"Could not write {path}: a part of its folder's name is a file. {kept}", hint=hint)
+        return WriteError(f"Could not write {path}: part of its path is a file. {kept}", hint=hint)
     return WriteError(f"Could not write {path}: {error.strerror or error}. {kept}")

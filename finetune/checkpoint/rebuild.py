@@ -294,15 +294,15 @@ def _notes(name: str, net: Described, module: torch.nn.Module) -> list[str]:
         ).keys()
     unknown -= IGNORED | DECISIVE
     if unknown:
-        notes.append(f"{name}: attributes without meaning here: {', '.join(sorted(map(printable, unknown)))}")
+        notes.append(f"{name}: unknown attributes ignored: {', '.join(sorted(map(printable, unknown)))}")
     if not {"p", "Hz_geom"} <= set(net.tensors) and (unused := arguments.unused_arguments(net)):
-        notes.append(f"{name}: constructor arguments without meaning here: {', '.join(unused)}")
+        notes.append(f"{name}: unknown constructor arguments ignored: {', '.join(unused)}")
     parameters = {key for key, _ in module.named_parameters()}
     frozen = sum(
         key in parameters and key.endswith("weight") for key, t in net.tensors.items() if not t.is_parameter
     )
     if frozen:
-        notes.append(f"{name}: {frozen} layers were frozen in training; they can be trained again")
+        notes.append(f"{name}: {frozen} layers were frozen in training and can be trained again")
     return notes
 
 

@@ -1,5 +1,5 @@
 """Read the safetensors files that `finetune export` writes: tensors named `G_ema.synthesis.b4.const`, and a
-header of strings that says how to build the networks.
+header that describes the networks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # of sa
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """What a file holds: networks in eval mode without gradients, and the JSON of its header."""
+    """The content of a file: networks in eval mode without gradients, and the JSON of its header."""
 
     modules: dict[str, Any]
     training_set_kwargs: dict[str, Any]
@@ -40,7 +40,7 @@ class TensorFile:
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether the file begins as safetensors do; False where it cannot be read."""
+    """Return whether the file begins like a safetensors file; False if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return re.match(SAFETENSORS, stream.read(64), re.DOTALL) is not None
@@ -49,26 +49,26 @@ def is_tensor_file(path: Path) -> bool:
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Rebuild the networks of a safetensors file under the same checks as those of a pickle.
+    """Rebuild the networks of a safetensors file, with the same checks as for a pickle.
 
-    Raises CheckpointError where the file is damaged or not one of ours, CheckpointMismatch where its tensors
-    are not exactly those of the networks that its header describes.
+    Raises CheckpointError if the file is damaged or not of this tool, CheckpointMismatch if its tensors are
+    not exactly those of the networks that its header describes.
     """
     metadata, found = _read(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is a safetensors file of another kind: "
-            f"format {metadata.get('format')!r:.80}, not {FORMAT!r}",
-            hint="Only safetensors files of `finetune export` say how to build their networks. "
-            "Give the pickle (.pkl) that it was made from.",
+            f"{path}: not a safetensors file of this tool (format {metadata.get('format')!r:.80}, "
+            f"expected {FORMAT!r})",
+            hint="Only files of `finetune export --format safetensors` describe their networks. "
+            "Pass the pickle (.pkl) that it was made from.",
         )
     networks = _read_json(path, metadata, "networks")
     stray = sorted(name for name in found if name.split(".", 1)[0] not in networks)
     if unknown := sorted(set(networks) - set(NETWORKS)) or stray:
         names = ", ".join(map(printable, unknown[:20]))
-        raise CheckpointError(f"{path} holds what is no network: {names}")
+        raise CheckpointError(f"{path}: tensors of unknown networks ({names})")
     if not networks:
-        raise CheckpointError(f"{path} holds none of G, D and G_ema")
+        raise CheckpointError(f"{path}: has none of G, D and G_ema")
     size = path.stat().st_size
     allowance = Allowance.for_file(size)
     modules = {name: _rebuild(path, name, networks[name], found, allowance) for name in networks}
@@ -84,14 +84,14 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The strings of the header, and the tensors by name."""
+    """Return the strings of the header, and the tensors by name."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             found = {}
             for name in file.keys():
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in DTYPES:
-                    raise CheckpointError(f"{path}: {printable(name)} is {dtype}, where a network has F32")
+                    raise CheckpointError(f"{path}: {printable(name)} has dtype {dtype}, expected F32")
                 found[name] = file.get_tensor(name)
             return file.metadata() or {}, found
     except (safetensors.SafetensorError, OSError) as error:
@@ -108,17 +108,17 @@ def _read_json(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]
     if value is None and metadata.get(key) == "null":
         return {}
     if type(value) is not dict:
-        raise CheckpointError(f"{path}: {key} in its header is no JSON object")
+        raise CheckpointError(f"{path}: {key} in the header is not a JSON object")
     return value
 
 
 def _rebuild(
     path: Path, name: str, constructor: Any, found: dict[str, np.ndarray], allowance: Allowance
 ) -> torch.nn.Module:
-    """Build one network under the same checks as one from a pickle: arguments, then names, shapes, dtypes."""
+    """Build one network, checking its arguments, then names, shapes and dtypes of its tensors."""
     given = constructor.get("init_kwargs") if type(constructor) is dict else None
     if type(given) is not dict:
-        raise CheckpointError(f"{path}: the header does not say how {name} was built")
+        raise CheckpointError(f"{path}: the header does not describe {name}")
     net = Described(class_name=str(constructor.get("class"))[:80], offset=0)
     net.modules[""] = {"_init_kwargs": given}
     prefix = name + "."
@@ -135,12 +135,12 @@ def _rebuild(
         differences = compare(net.tensors, module)
         if differences:
             raise CheckpointMismatch(
-                f"{path}: the tensors of {name} are not those it describes:", differences
+                f"{path}: the tensors of {name} are not those that the header describes:", differences
             )
         fill(module, net.tensors, allowance, 0)
     except PickleRefused as error:
         raise CheckpointError(
-            f"{path}: {name} cannot be built from what the header says ({error.what})"
+            f"{path}: {name} cannot be built as the header describes ({error.what})"
         ) from None
     return module
 

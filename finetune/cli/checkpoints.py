@@ -55,7 +55,7 @@ def list_command(everything: bool, here: bool, as_json: bool) -> None:
     show_entries(entries, as_json)
     if not as_json:
         kept = sum(store.place_of(entry).is_file() for entry in entries)
-        click.echo(f"\n{len(entries)} in the list, {kept} of them here, in {store.folder()}")
+        click.echo(f"\n{len(entries)} checkpoints, {kept} of them in {store.folder()}")
 
 
 @command.command("search", short_help="Search the catalog by words.")
@@ -87,7 +87,7 @@ def show_command(name: str, as_json: bool) -> None:
         click.echo(tables.as_text(entry))
 
 
-@command.command("fetch", short_help="Download checkpoints, and check what came.")
+@command.command("fetch", short_help="Download and verify checkpoints.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
 @offline_option()
 def fetch_command(names: tuple[str, ...]) -> None:
@@ -132,13 +132,13 @@ def verify_command(names: tuple[str, ...], as_json: bool) -> None:
         for verdict in verdicts:
             click.echo(f"{verdict.state:<9}{verdict.name}: {verdict.why}")
         if not verdicts:
-            click.echo(f"{store.folder()} holds no checkpoints.")
+            click.echo(f"{store.folder()} has no checkpoints.")
     bad = [verdict for verdict in verdicts if verdict.state != "ok"]
     if bad:
         raise CheckpointError(
-            f"{len(bad)} of {len(verdicts)} files are not as they should be: "
+            f"{len(bad)} of {len(verdicts)} files are changed or missing: "
             + ", ".join(str(verdict.path) for verdict in bad),
-            hint="Delete a changed file; `finetune checkpoints fetch` gets it again.",
+            hint="Delete changed files; `finetune checkpoints fetch` downloads them again.",
         )
 
 
@@ -182,7 +182,7 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
     from finetune.resolve import facts_of
 
     if not file.is_file():
-        raise CheckpointError(f"{file} is not a file", hint="Give the checkpoint that you have downloaded.")
+        raise CheckpointError(f"{file} is not a file", hint="Pass the checkpoint that you downloaded.")
     if name is not None:
         entry = catalog.get(name)
     else:
@@ -194,11 +194,12 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
                 f"may be {' or '.join(entry.id for entry in of_name)}" if of_name else "is not recognized"
             )
             raise CheckpointError(
-                f"{file} {several}", hint=f"Say which it is with --name. {catalog.suggestion(file.stem)}"
+                f"{file} {several}", hint=f"Name it with --name. {catalog.suggestion(file.stem)}"
             )
         entry = found
     if license and entry.licence is not None:
-        raise ConfigError(f"--license {license}: {entry.id} has one ({entry.licence}). Omit the option.")
+        known = f"{entry.id} already has a license ({entry.licence})"
+        raise ConfigError(f"--license {license}: {known}. Omit the option.")
     if entry.kind == "checkpoint":
         contribute.check_fits(file, entry, facts_of(file))
     click.echo(f"{entry.id}: {store.add_file(file, entry, license=license)}")
@@ -234,9 +235,9 @@ def add_command(url: str, into: Path | None, **said: Any) -> None:
     from finetune.resolve import as_url, facts_of
 
     if not as_url(url):
-        raise ConfigError(f"{url} is no URL; give one that begins with https://.")
+        raise ConfigError(f"{url}: not a URL. Pass one that begins with https://.")
     if said["license_page"] and not said["license"]:
-        raise ConfigError("--license-page: the license itself is missing. Give --license as well.")
+        raise ConfigError("--license-page: the license itself is missing. Set it with --license.")
     trained = {name: value for name in ("gamma", "batch", "kimg") if (value := said.pop(name)) is not None}
     page, license = said.pop("license_page"), said.pop("license")
     said["licence"] = catalog.License(license, page) if license else None

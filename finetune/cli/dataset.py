@@ -88,16 +88,16 @@ def check_command(
         cond = c_dim > 0 if cond is None else cond
         num_classes = c_dim or None
     if fit is not None and resolution is None:
-        raise ConfigError(f"--fit {fit} needs --resolution or --network: the size to bring images to.")
+        raise ConfigError(f"--fit {fit}: the size is unknown. Set it with --resolution or --network.")
     if resolution is not None and fit is None:
         fit = "crop"
     if labels_from == "folders" and cond is False:
-        raise ConfigError("--labels folders: has no effect with --no-cond.")
+        raise ConfigError("--labels folders: has no effect with --no-cond. Omit one of the two.")
     if labels_from == "folders":
         use_labels = True
     else:
         use_labels = has_labels(open_source(path)) if cond is None else cond
-    with progress_bar("looking at the images", 0) as progress:
+    with progress_bar("reading images", 0) as progress:
         found = scan(
             path,
             resolution=resolution,
@@ -118,7 +118,8 @@ def check_command(
         click.echo(dataset_report.as_text(found, training))
     if found.problems:
         num_bad = len({problem.name for problem in found.problems})
-        raise DataError(f"{path}: training would refuse it: {num_bad} offenders.", hint=hint(found.problems))
+        what = f"{path}: training would refuse this data set ({num_bad} problems)."
+        raise DataError(what, hint=hint(found.problems))
 
 
 def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
@@ -128,7 +129,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
 
     G: Any = load(network_file(network)).best
     if G is None:
-        raise ConfigError(f"--network {network}: it holds no generator, only D.")
+        raise ConfigError(f"--network {network}: has no generator, only D.")
     return image_size(G), G.img_channels, G.c_dim
 
 

@@ -34,7 +34,7 @@ def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> N
     from finetune.errors import ConfigError
 
     if arch and not build:
-        raise ConfigError(f"--arch {arch[0]}: only --build builds for it; write --build --arch {arch[0]}.")
+        raise ConfigError(f"--arch {arch[0]}: has an effect only with --build. Use --build --arch {arch[0]}.")
     done: list[str] = []
     if clean:
         from torch_utils.ops.native.building import cache
@@ -62,7 +62,7 @@ def capabilities(arch: tuple[str, ...]) -> list[tuple[int, int]]:
     for text in arch:
         major, _, minor = text.partition(".")
         if not (major.isdecimal() and minor.isdecimal()):
-            raise ConfigError(f"--arch {text}: write a compute capability like 8.6 or 9.0.")
+            raise ConfigError(f"--arch {text}: not a compute capability. Use one like 8.6 or 9.0.")
         found.append((int(major), int(minor)))
     if not arch:
         found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -94,7 +94,7 @@ def build_everything(wanted: list[tuple[int, int]]) -> tuple[list[str], bool]:
             done.append(f"CUDA kernels for {name} cannot be built: {error}")
             built = False
     if not wanted:
-        done.append("CUDA kernels: no GPU here. To build for another one, give e.g. --arch 9.0")
+        done.append("CUDA kernels: this machine has no GPU. To build for another, use e.g. --arch 9.0.")
     return done, built
 
 
@@ -206,7 +206,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("cpu_library", "CPU kernels"),
     ):
         lines.append((title, tool(facts[name])))
-    lines.append(("ninja", facts["ninja"] or "not found: one file is compiled after the other"))
+    lines.append(("ninja", facts["ninja"] or "not found: files are compiled one at a time"))
     for name, title in (("torch", "torch is made for"), ("nvrtc", "NVRTC compiles for")):
         lines.append((title, " ".join(facts["architectures"][name]) or "no GPU"))
     for name, kept in facts["caches"].items():
@@ -214,7 +214,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append((f"cache: {name}", f"{kept['folder']} ({size})"))
         if not kept["writable"]:
             remedy = "FINETUNE_CACHE=/another/folder moves it"
-            lines.append(("", f"cannot be written: what is made serves one process; {remedy}"))
+            lines.append(("", f"cannot be written: builds are not kept; {remedy}"))
     if facts["asked_for"]["impl"] != "auto":
         lines.append(("asked for", facts["asked_for"]["impl"]))
     for op in facts["ops"]:

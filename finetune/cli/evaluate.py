@@ -122,7 +122,7 @@ def command(
 
     names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
     if not names:
-        raise ConfigError("--metrics is empty; name some, such as fd-effnet,random-fid.")
+        raise ConfigError("--metrics: the list is empty. Name some, such as fd-effnet,random-fid.")
     if pairs is not None and "memorization" not in names:
         raise ConfigError(f"--pairs {pairs}: has no effect without --metrics memorization.")
     file = network_file(network)
@@ -156,7 +156,7 @@ def measure(
     checkpoint = load(file, device=target)
     G: Any = checkpoint.best
     if G is None:
-        raise CheckpointError(f"{file} holds no generator, only D.")
+        raise CheckpointError(f"{file}: has no generator, only D.")
     use_labels = G.c_dim > 0 if cond is None else cond
     if labels_from == "folders" and not use_labels:
         raise ConfigError("--labels folders: has no effect on a network without classes, or with --no-cond.")

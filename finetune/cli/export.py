@@ -74,14 +74,14 @@ def write(
     from finetune.resolve import load
 
     if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; give the name of a file.")
+        raise ConfigError(f"--out {out}: this is a folder. Pass the name of a file.")
     if out.exists():
         if out.samefile(source):
-            raise ConfigError(f"--out {out} is the checkpoint itself; choose another name.")
+            raise ConfigError(f"--out {out}: this is the checkpoint itself. Choose another name.")
         if not force:
-            raise ConfigError(f"--out {out} exists; give --force to replace it, or choose another name.")
+            raise ConfigError(f"--out {out}: exists. Choose another name, or use --force to replace it.")
     if slim and which not in (None, "G_ema"):
-        raise ConfigError(f"--slim with --which {which}: give one of them.")
+        raise ConfigError(f"--slim: has no effect with --which {which}. Use one of the two.")
     checkpoint = with_license(load(source), license)
     with progress_bar("comparing images", 1) as progress:
         result = save(

@@ -34,7 +34,7 @@ def parse_numbers(text: str, noun: str = "seed") -> list[int]:
             raise ValueError(f"{part.strip()!r} is not a {noun} or a range; write them like 0-15,42.")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise ValueError(f"the range {part.strip()!r} runs backwards; write {high}-{low}.")
+            raise ValueError(f"the range {part.strip()!r} runs backwards. Write {high}-{low}.")
         if high > MAX_SEED:
             raise ValueError(f"{noun} {high} is above the largest one, {MAX_SEED}.")
         if len(found) + high - low + 1 > MAX_NUMBERS:
@@ -96,7 +96,7 @@ class GridSize(click.ParamType):
             return tuple(value)
         columns, _, rows = value.lower().partition("x")
         if not (columns.isdecimal() and rows.isdecimal() and int(columns) > 0 and int(rows) > 0):
-            self.fail(f"{value!r} is not a grid; write columns x rows, like 8x4.", param, ctx)
+            self.fail(f"{value!r} is not a grid. Write columns x rows, like 8x4.", param, ctx)
         return int(columns), int(rows)
 
 

@@ -91,7 +91,7 @@ def run_demo(
     say = speaker(console)
     for path in (checkpoint, images):
         if not path.is_file():
-            raise FinetuneError(f"{path} is missing.", hint="It comes with the package: install it again.")
+            raise FinetuneError(f"{path}: missing from the package.", hint="Install the package again.")
     outdir.mkdir(parents=True, exist_ok=True)
     config = recipe(outdir, checkpoint, images, kimg, seed)
     config, metrics = available(config, say)

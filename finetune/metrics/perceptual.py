@@ -139,18 +139,18 @@ def check_range(img: torch.Tensor) -> None:
     """Raise ConfigError if images cannot be in [-1, 1]: integers, 0…255, or all of them within [0, 1]."""
     if not img.is_floating_point():
         raise ConfigError(
-            f"images of type {img.dtype}, expected floats from -1 to 1. Use images / 127.5 - 1."
+            f"images: dtype {img.dtype}, expected floating point from -1 to 1. Use images / 127.5 - 1."
         )
     low, high = (float(value) for value in torch.aminmax(img.detach()))
     if max(abs(low), abs(high)) > LARGEST_VALUE:
         raise ConfigError(
-            f"images from {low:.4g} to {high:.4g}, expected -1 to 1.",
-            hint="Images counted 0 to 255 need images / 127.5 - 1.",
+            f"images: values from {low:.4g} to {high:.4g}, expected -1 to 1.",
+            hint="For images from 0 to 255, use images / 127.5 - 1.",
         )
     if low >= 0 and 0 < high <= 1:
         raise ConfigError(
-            f"images from {low:.4g} to {high:.4g}: this looks like the range 0 to 1, expected -1 to 1.",
-            hint="Such images need images * 2 - 1.",
+            f"images: values from {low:.4g} to {high:.4g} seem to be in the range 0 to 1, expected -1 to 1.",
+            hint="Use images * 2 - 1.",
         )
 
 

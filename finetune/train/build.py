@@ -196,7 +196,7 @@ def networks_from(
     layers = facts.num_freezable or 0
     if config.freezed > layers:
         raise ConfigError(
-            f"--freezed {config.freezed}: this discriminator has {layers} layers that can be frozen."
+            f"--freezed {config.freezed}: this discriminator has {layers} layers to freeze. Choose fewer."
         )
     return G, D, G_ema
 

@@ -85,7 +85,7 @@ class RunFinished(FinetuneError):
 
     def __init__(self, saved: SavedState, config: TrainConfig, kimg: float) -> None:
         super().__init__(
-            f"{saved.path.parent}: the run has seen its {kimg:g} kimg. To continue it, give a larger --kimg."
+            f"{saved.path.parent}: the run has reached its {kimg:g} kimg. To continue, use a larger --kimg."
         )
         self.saved, self.config = saved, config
 
@@ -127,7 +127,7 @@ class Checkpointer:
             self.batches.load_state_dict(content["sampler"])
         except ValueError as error:
             raise ConfigError(
-                f"--data {self.config.data}: these are not the images of the run: {error}."
+                f"--data {self.config.data}: not the images of the run ({error})."
             ) from None
         self.unreadable_elsewhere = 0
         if not self.plan.group.is_first:
@@ -224,8 +224,8 @@ class Checkpointer:
             self.run_dir.event("not-saved", self.state, what=what)
         if is_last:
             raise TrainingError(
-                f"The run is over and cannot be saved: {what}",
-                hint="What was saved before is intact; make room, and --resume the run folder for the rest.",
+                f"The end of the run cannot be saved: {what}",
+                hint="Earlier saves are intact. Free some space, and --resume the run folder for the rest.",
             ) from error
         self.display.say(f"{self.state.nimg / 1000:g} kimg: not saved, and training continues: {what}")
 
@@ -238,8 +238,8 @@ class Checkpointer:
         free = shutil.disk_usage(self.run_dir.path).free
         if free < needed:
             raise ExportError(
-                f"No space left in {self.run_dir.path}: a snapshot and its state take about "
-                f"{needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free."
+                f"No space left in {self.run_dir.path} (a snapshot and a state take about "
+                f"{needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free)."
             )
 
 
@@ -251,8 +251,8 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
     before = TrainConfig.from_json(saved.content["config"])
     new = {name: value for name, value in asked.given().items() if value != getattr(before, name)}
     if problems := [
-        f"{flag(name)} {value}: the run has {getattr(before, name)}, and an exact resume cannot change that; "
-        "start a new run from its snapshot instead."
+        f"{flag(name)} {value}: an exact resume cannot change this ({getattr(before, name)} in the run). "
+        "Start a new run from its snapshot instead."
         for name, value in new.items()
         if name in FIXED
     ]:
@@ -309,7 +309,7 @@ def read_state(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise CheckpointError(f"{path} is damaged: {broken} in it does not have its checksum")
+            raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -321,7 +321,7 @@ def read_state(path: Path) -> dict[str, Any]:
         found = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(
             f"{path} is no training state of this version: its format is {found}, not {FORMAT}",
-            hint="To start from the weights alone, give --resume a network-snapshot-*.pkl of the run.",
+            hint="To start from the weights alone, --resume a network-snapshot-*.pkl of the run.",
         )
     return content
 
@@ -346,8 +346,8 @@ def find_state(place: Path) -> SavedState | None:
         except CheckpointError as error:
             skipped.append(f"{error.what}; skipped.")
     raise CheckpointError(
-        f"{place} holds no valid training state:\n" + "\n".join(f"  {line}" for line in skipped),
-        hint="To start from the weights of its newest snapshot, give --resume that file.",
+        f"{place} has no valid training state:\n" + "\n".join(f"  {line}" for line in skipped),
+        hint="To start from the weights of its newest snapshot, --resume that file.",
     )
 
 

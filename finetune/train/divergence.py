@@ -89,7 +89,7 @@ class DivergenceMonitor:
         if not shares:
             return []
         which = " and ".join(f"{share:.1%} of the steps of {name[-1]}" for name, share in shares.items())
-        what = f"Gradients overflowed in float16: {which} left the weights as they were."
+        what = f"Gradients overflowed in float16: {which} were skipped."
         return [Alarm("overflow", what, shares, max(shares.values()) > MAX_OVERFLOW)]
 
     def _distance(self, state: TrainState, numbers: dict[str, Any]) -> list[Alarm]:
@@ -109,7 +109,7 @@ class DivergenceMonitor:
             return []
         what = (
             f"D separates real and fake perfectly ({self.perfect_ticks} ticks, sign {real:.2f}, {fake:.2f}): "
-            "G learns little. Try a larger --gamma, a smaller --dlr or --aug ada; small data sets cause it."
+            "G learns little. Try a larger --gamma, a smaller --dlr or --aug ada. Small data sets cause this."
         )
         return [Alarm("d-overpowers-g", what, {"sign_real": real, "sign_fake": fake})]
 

@@ -164,7 +164,7 @@ def check_options(asked: TrainOptions, run: TrainOptions) -> None:
     device = resolve_device(run.device or "auto")
     if run.precision in ("tf32", "fp16") and device.type != "cuda":
         raise ConfigError(
-            f"--precision {run.precision}: this needs CUDA, the device is {device}; use --precision auto."
+            f"--precision {run.precision}: needs CUDA (the device is {device}). Use --precision auto."
         )
     validation.names_of(run)
 
@@ -174,13 +174,13 @@ def check_batch(config: TrainConfig, facts: RunFacts) -> None:
     batch, batch_gpu, world_size = config.batch, config.batch_gpu, facts.num_processes
     if batch % (batch_gpu * world_size):
         raise ConfigError(
-            f"--batch-gpu {batch_gpu}: {batch} images on {world_size} ranks do not split into micro-batches "
-            f"of that size; use {batch // world_size}."
+            f"--batch-gpu {batch_gpu}: {batch} images on {world_size} ranks cannot be split into such "
+            f"micro-batches. Use {batch // world_size}."
         )
     if not recipes.can_group(batch_gpu, facts.group_size):
         raise ConfigError(
-            f"--batch-gpu {batch_gpu}: the discriminator compares images in groups of {facts.group_size}; "
-            f"use a multiple of {facts.group_size}."
+            f"--batch-gpu {batch_gpu}: the discriminator compares images in groups of {facts.group_size}. "
+            f"Use a multiple of {facts.group_size}."
         )
 
 
@@ -192,14 +192,14 @@ def checkpoint_of(saved: SavedState) -> Checkpoint:
         if name != "teacher"
     }
     if networks.keys() != {"G", "D", "G_ema"}:
-        raise CheckpointError(f"{saved.path} does not hold G, D and G_ema")
+        raise CheckpointError(f"{saved.path} lacks G, D or G_ema")
     provenance = Provenance(source=saved.path.name, sha256="", size=0, generation="finetune")
     return Checkpoint(**networks, augment_pipe=None, training_set_kwargs={}, provenance=provenance)
 
 
 def _without_d(checkpoint: Checkpoint) -> str:
     if "D" in checkpoint.foreign:
-        return f"its discriminator D is of a foreign class ({checkpoint.foreign['D']})"
+        return f"its D is of a foreign class ({checkpoint.foreign['D']})"
     return "no discriminator D"
 
 
@@ -209,15 +209,15 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
         try:
             snapshot = newest_snapshot(Path(path))
         except FinetuneError:
-            raise ConfigError(f"--resume {path}: this is a folder without snapshots; name a file.") from None
+            raise ConfigError(f"--resume {path}: this folder has no snapshots. Pass a file.") from None
         raise ConfigError(
-            f"--resume {path}: this run folder holds no training state to go on from.",
+            f"--resume {path}: this run folder has no training state to resume.",
             hint=f"To start from the weights of its newest snapshot: --resume {shlex.quote(str(snapshot))}",
         )
     checkpoint = load(path)
     if checkpoint.best is None:
         raise ConfigError(
-            f"--resume {path}: the file holds a discriminator alone, and no generator to improve. "
+            f"--resume {path}: the file has no generator, only D. "
             "Use a file with G or G_ema."
         )
     if new_d:
@@ -225,10 +225,10 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     if checkpoint.D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
         raise ConfigError(
-            f"--resume {path}: the file holds {have or 'no generator'} but {_without_d(checkpoint)}, "
-            "and training needs the D that belongs to the generator.",
+            f"--resume {path}: training needs a discriminator; the file has {have or 'no generator'}, but "
+            f"{_without_d(checkpoint)}.",
             hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema), or --new-d to "
-            "begin with a new discriminator that first learns alone.",
+            "start with a new discriminator, which is first trained alone.",
         )
     G, D = checkpoint.best, checkpoint.D
     shapes = [
@@ -272,12 +272,12 @@ def read_data(
         resolution, channels = options.resolution or G.img_resolution, options.channels or G.img_channels
         size, base_shape = image_size(G, resolution), image_size(G, 4)
         use_labels = G.c_dim > 0 if cond is None else cond
-        # With --classes, or where labels are new, the images say how many classes there shall be.
+        # With --classes or new labels, the data set determines the number of classes.
         num_classes = G.c_dim if use_labels and not options.classes and G.c_dim else None
         if options.classes and not use_labels:
             raise ConfigError(
-                f"--classes {options.classes}: the checkpoint has no classes; use --cond to begin with those "
-                "of the images."
+                f"--classes {options.classes}: the checkpoint has no classes. Use --cond to add those of "
+                "the images."
             )
     notes: list[str] = []
     overview: dict[str, str] = {}
@@ -297,8 +297,8 @@ def read_data(
         notes, overview = [*found.notes, *found.against(channels)], describe_data(found)
         if checkpoint is not None and cond is None and not use_labels and found.has_labels:
             notes.append(
-                "The images have labels and the checkpoint has no classes: they are not used. --cond gives "
-                "it those of the images."
+                "The labels of the images are not used, since the checkpoint has no classes. --cond adds "
+                "classes to it."
             )
     group.barrier("the scan of the data")
     image_set = ImageSet(

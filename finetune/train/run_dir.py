@@ -44,18 +44,18 @@ def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Mo
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"{what}: {place} is a file, not a folder. Choose another name.")
+        raise ConfigError(f"{what}: {place} is a file. Choose a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{what}: nothing can be written to {place}; choose another folder.")
+        raise ConfigError(f"{what}: {place} is not writable. Choose another folder.")
     size = size_of(networks)
     between = config.tick * config.snap  # kimg
     needed = size * max(1, math.ceil((config.kimg - nimg / 1000) / between))
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
-            f"{what}: the snapshots of this run take about {needed / 2**30:.2g} GiB "
-            f"({size / 2**20:.4g} MiB each), and {free / 2**30:.2g} GiB are free there.",
-            hint="Make room, choose another folder, or save less often with a larger --snap.",
+            f"{what}: not enough space (the snapshots of this run take about {needed / 2**30:.2g} GiB, "
+            f"{size / 2**20:.4g} MiB each; {free / 2**30:.2g} GiB are free).",
+            hint="Free some space, choose another folder, or save less often with a larger --snap.",
         )
 
 
@@ -77,7 +77,7 @@ def make_run_dir(outdir: str | Path, desc: str) -> Path:
             return run_dir
         except FileExistsError:
             continue  # another run took the number a moment ago
-    raise TrainingError(f"{outdir} has no free run number. Choose another --outdir.")
+    raise TrainingError(f"--outdir {outdir}: no run number is free. Choose another folder.")
 
 
 def grid_size(size: tuple[int, int], num_images: int) -> tuple[int, int]:
@@ -163,7 +163,7 @@ class RunDir:
         for name, network in (("G", state.G), ("D", state.D), ("G_ema", state.G_ema)):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
                 raise TrainingError(
-                    f"{name} has weights that are not finite at {state.nimg / 1000:g} kimg; not saved."
+                    f"{name} has non-finite weights at {state.nimg / 1000:g} kimg; not saved."
                 )
         path = self.path / f"network-snapshot-{self.stem(state.nimg)}.pkl"
         if path.exists() and self.written.get(path.name) != state.nimg:
@@ -225,7 +225,7 @@ class RunDir:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_rounded(line)) + "\n")
         except OSError as error:
-            log.warning("%s: a line is lost: %s", self.path / name, error.strerror or error)
+            log.warning("%s: a line could not be written: %s", self.path / name, error.strerror or error)
 
     def drop_later_lines(self, nimg: int) -> None:
         """Remove the lines after `nimg` images, and a half-written one, from `log.jsonl`: they come again."""

@@ -76,7 +76,7 @@ class Board:
         except OSError as error:
             with contextlib.suppress(OSError):  # a part of a record would hide all that follow
                 os.truncate(self._path, size)
-            log.warning("%s: numbers are lost: %s", self._path, error.strerror or error)
+            log.warning("%s: values could not be written: %s", self._path, error.strerror or error)
 
 
 def _flat(numbers: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

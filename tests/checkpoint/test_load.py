@@ -290,7 +290,7 @@ def test_layers_frozen_in_training_load_and_are_reported(opened, reload):
     after = tensors_of(checkpoint.D)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert "b32.fromrgb.weight" in dict(checkpoint.D.named_parameters())
-    assert checkpoint.notes == ("D: 2 layers were frozen in training; they can be trained again",)
+    assert checkpoint.notes == ("D: 2 layers were frozen in training and can be trained again",)
 
 
 def test_positional_arguments(opened, reload):
@@ -306,8 +306,8 @@ def test_unknown_attributes_and_entries_are_reported(opened, reload):
     root["G_ema"].state["_init_kwargs"]["more"] = 1
     checkpoint = reload({"G_ema": root["G_ema"], "progress": 5, "D": None})
     assert checkpoint.notes == (
-        "G_ema: attributes without meaning here: my_trick",
-        "G_ema: constructor arguments without meaning here: more",
+        "G_ema: unknown attributes ignored: my_trick",
+        "G_ema: unknown constructor arguments ignored: more",
         "unknown entries ignored: progress",
     )
 

@@ -71,7 +71,7 @@ FILES = {
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(20), "a 7z or rar archive", "Unpack"),
     "PDF": (b"%PDF-1.7\n\xff" + bytes(20), "a PDF document", "again"),
     "numpy": (b"\x93NUMPY" + bytes(20), "a numpy array", "pickle"),
-    "safetensors": (OTHER_TENSORS, "a safetensors file of another kind", "finetune export"),
+    "safetensors": (OTHER_TENSORS, "not a safetensors file of this tool", "finetune export"),
 }
 
 

@@ -124,7 +124,7 @@ class TestFetching:
 
 class TestVerify:
     def test_verify_ok_changed_missing(self, server):
-        assert "holds no checkpoints" in done("verify").stdout
+        assert "has no checkpoints" in done("verify").stdout
         done("fetch", "ours")
         assert "ok " in done("verify").stdout
         path = store.place_of(catalog.get("ours"))
@@ -151,7 +151,7 @@ class TestAddFile:
 
     def test_add_file_with_name(self, server, content, tmp_path):
         (tmp_path / "x.pkl").write_bytes(content)
-        refused("is not recognized Say which it is with --name", "add-file", tmp_path / "x.pkl")
+        refused("is not recognized Name it with --name", "add-file", tmp_path / "x.pkl")
         done("add-file", tmp_path / "x.pkl", "--name", "ours")
 
     def test_add_file_refuses_other_file(self, server, content, tmp_path):
@@ -189,8 +189,8 @@ class TestAdd:
         assert list(catalog.read_catalog(mine)) == ["pretty-32", "prettier"]
 
     def test_add_mistakes(self, server, content, tmp_path):
-        refused("is no URL", "add", "ours.pkl")
-        refused("Give --license as well", "add", "https://a.org/a.pkl", "--license-page", "https://a.org")
+        refused("not a URL", "add", "ours.pkl")
+        refused("Set it with --license", "add", "https://a.org/a.pkl", "--license-page", "https://a.org")
         server.files["again.pkl"] = content
         refused("ffhq256 is a name of", "add", f"{server.url}/again.pkl", "--alias", "ffhq256")
         (tmp_path / "mine-too.json").write_text("{")

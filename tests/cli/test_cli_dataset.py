@@ -60,7 +60,7 @@ def test_check_lists_all_problems_and_exits_2(folder):
     assert result.stdout.count(": is empty\n") == 130 and "… and" not in result.stdout
     assert "1 of other sizes (1 enlarged, 1 cropped)" in result.stdout
     assert "differs in aspect ratio by more than a factor of 2: 1\n    20×8: 1 (a/wide.png)" in result.stdout
-    assert result.stderr.startswith(f"Error: {folder}: training would refuse it: 130 offenders.\n")
+    assert result.stderr.startswith(f"Error: {folder}: training would refuse this data set (130 problems).\n")
     fitted = call("check", folder, "--resolution", 16, "--no-cond", "--fit", "pad")
     assert "1 of other sizes (1 enlarged, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
 
@@ -107,7 +107,7 @@ def test_check_uses_network_size(folder, golden_dir):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--fit", "crop"), "--fit crop needs --resolution or --network"),
+        (("--fit", "crop"), "--fit crop: the size is unknown"),
         (("--network", "nothing.pkl", "--resolution", 8), "already given by --network"),
         (("--network", "nothing.pkl"), "nothing.pkl"),
         (("--resolution", 2), "'2' is not a size"),

@@ -61,14 +61,14 @@ def test_doctor_reports_read_only_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
     assert json.loads(doctor("--json").output)["caches"]["ops"]["writable"] is False
-    assert "cannot be written: what is made serves one process; FINETUNE_CACHE=" in doctor().output
+    assert "cannot be written: builds are not kept; FINETUNE_CACHE=" in doctor().output
 
 
 def test_doctor_arch_requires_build():
     done = doctor("--arch", "9.0")
-    assert done.exit_code == 2 and "write --build --arch 9.0" in done.output
+    assert done.exit_code == 2 and "Use --build --arch 9.0" in done.output
     done = doctor("--build", "--arch", "sm_90")
-    assert done.exit_code == 2 and "write a compute capability like 8.6 or 9.0" in done.output
+    assert done.exit_code == 2 and "not a compute capability. Use one like 8.6 or 9.0" in done.output
 
 
 def test_doctor_failed_build_exits_1(monkeypatch):
@@ -90,7 +90,7 @@ def test_doctor_build_reports_results(monkeypatch):
     assert "CPU kernels are ready (a compiler" in done.output
     assert "CUDA kernels for sm_86 are ready: " in done.output and " by nvcc in " in done.output
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert "no GPU here. To build for another one" in doctor("--build").output
+    assert "this machine has no GPU" in doctor("--build").output
 
 
 def test_doctor_unknown_arch_is_quoted():

@@ -91,7 +91,7 @@ def test_export_refuses_to_overwrite_input(source, tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     out = {"same": copy, "relative": "./net.pkl", "link": link}[way]
     output = run("--network", copy, "--out", out, code=2)
-    assert "is the checkpoint itself" in output
+    assert "this is the checkpoint itself" in output
     assert copy.read_bytes() == source.read_bytes()
 
 
@@ -99,7 +99,7 @@ def test_export_refuses_to_overwrite_snapshot(source, tmp_path):
     snapshot = tmp_path / "network-snapshot-000001.pkl"
     snapshot.write_bytes(source.read_bytes())
     output = run("--network", tmp_path, "--out", snapshot, code=2)
-    assert "is the checkpoint itself" in output
+    assert "this is the checkpoint itself" in output
 
 
 def test_export_replaces_only_with_force(source, tmp_path):
@@ -146,7 +146,7 @@ def test_export_full_disk(source, tmp_path, monkeypatch):
         (["--network", "{source}", "--out", "x.safetensors"], "Give --format safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--half"], "stylegan-pkl with half"),
-        (["--network", "{source}", "--out", "x.pkl", "--slim", "--which", "D"], "give one of them"),
+        (["--network", "{source}", "--out", "x.pkl", "--slim", "--which", "D"], "no effect with --which D"),
         (["--network", "/dev/null", "--out", "x.pkl"], "is not a file"),
     ],
 )

@@ -166,7 +166,7 @@ def test_parse_numbers(text, seeds):
         ("-3", "'-3' is not a seed"),
         ("1.5", "'1.5' is not a seed"),
         ("a-b", "'a-b' is not a seed"),
-        ("9-2", "runs backwards; write 2-9"),
+        ("9-2", "runs backwards. Write 2-9"),
         ("4294967296", "above the largest one, 4294967295"),
         ("0-99999999", "more than 1,000,000 numbers"),
     ],

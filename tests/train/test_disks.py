@@ -38,7 +38,7 @@ def said_by(config):
     """What a run says that ends because it cannot save."""
     console = Console(file=io.StringIO(), width=300)
     with pytest.raises(
-        TrainingError, match=r"(?s)The run is over and cannot be saved.*What was saved before is intact"
+        TrainingError, match=r"(?s)The end of the run cannot be saved.*Earlier saves are intact"
     ):
         run(config, console=console)
     return console.file.getvalue()

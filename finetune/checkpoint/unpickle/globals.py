@@ -387,7 +387,7 @@ def _array(state: Any, offset: int) -> np.ndarray:
 def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_FILE:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no checkpoint is that large")
+            raise CheckpointError(f"{path} is too large for a checkpoint ({path.stat().st_size:,} bytes)")
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None

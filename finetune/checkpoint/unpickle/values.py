@@ -71,8 +71,8 @@ class Budget:
         self.steps -= count
         if self.steps < 0:
             raise PickleRefused(
-                f"the pickle takes more than {MAX_OPCODES:,} steps to read (at byte {offset}); "
-                "no checkpoint needs as many",
+                f"the pickle takes more than {MAX_OPCODES:,} steps to read (at byte {offset}), "
+                "more than any checkpoint",
                 offset=offset,
             )
 

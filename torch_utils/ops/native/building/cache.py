@@ -41,7 +41,7 @@ def build_lock(name: str, timeout_sec: float = TIME_OUT_SEC) -> Iterator[None]:
 
     def on_wait() -> None:
         waited.append(True)
-        log.info("Waiting for another process, which builds the ops (it holds %s).", path)
+        log.info("Waiting for another process that is building the ops (lock: %s).", path)
 
     with lock(path, timeout_sec=timeout_sec, on_wait=on_wait) as held:
         if waited and not held:
@@ -72,7 +72,7 @@ def find(key: str, name: str) -> Path | None:
             continue
         if hashlib.sha256(data).hexdigest() == expected:
             return path
-        log.warning("%s is not what was written there and is built again.", path)
+        log.warning("%s has changed since it was built and is built again.", path)
         _remove(path.parent)
     return None
 
@@ -85,7 +85,7 @@ def publish(key: str, name: str, data: bytes) -> Path:
     except OSError as error:
         private = _private_folder()
         log.warning(
-            "The cache %s cannot be written (%s): what is built serves this process alone. "
+            "The cache %s cannot be written (%s): builds are not kept. "
             "Set %s to another folder.",
             *(ops_folder(), error.strerror or error, VARIABLE),
         )
