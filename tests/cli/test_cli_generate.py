@@ -240,7 +240,7 @@ def test_generate_from_run_folder_and_without_g_ema(golden_dir, tmp_path):
 
     arguments[2] = str(run_dir / "network-snapshot-000002.pkl")
     result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 2 and "holds no generator, only D" in result.output
+    assert result.exit_code == 2 and "has no generator, only D" in result.output
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
