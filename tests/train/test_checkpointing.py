@@ -155,7 +155,7 @@ class TestDamage:
         found = checkpointing.find_state(result.run_dir)
         assert found.path == before and newest.name in found.skipped[0] and "damaged" in found.skipped[0]
         before.write_bytes(b"")
-        with pytest.raises(CheckpointError, match="holds no valid training state"):
+        with pytest.raises(CheckpointError, match="has no valid training state"):
             checkpointing.find_state(result.run_dir)
 
     def test_load_detects_truncation_and_bit_flips(self, images, tmp_path):
@@ -306,7 +306,7 @@ class TestDivergence:
 
     def test_divergence_ignore_never_saves_non_finite(self, images, tmp_path, monkeypatch):
         self.poisoned(20, monkeypatch)
-        with pytest.raises(TrainingError, match="has weights that are not finite"):
+        with pytest.raises(TrainingError, match="has non-finite weights"):
             run(options(images, tmp_path, on_divergence="ignore"), console=quiet())
         assert {event["event"] for event in self.events(tmp_path)} == {"not-finite"}
 

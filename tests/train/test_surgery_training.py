@@ -30,7 +30,7 @@ def resume(golden_dir, name, **changes):
         ("stylegan2-64-cond", {"classes": "keep"}, 3, "classes 5 → 3"),
         ("stylegan2-64-cond", {"classes": "fresh"}, 5, "fresh classes"),
         ("stylegan2-ada-32", {"channels": 4}, 0, "channels 3 → 4"),
-        ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, made"),
+        ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, new discriminator"),
     ],
 )
 def test_train_after_surgery(name, changes, num_labels, words, golden_dir, images, tmp_path):
@@ -87,7 +87,7 @@ def test_snapshot_after_surgery_is_a_checkpoint(golden_dir, images, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"classes": "keep"}, "--classes keep: the checkpoint has no classes; use --cond"),
+        ({"classes": "keep"}, "--classes keep: the checkpoint has no classes. Use --cond"),
         ({"classes": "fresh", "cond": False}, "no effect with --no-cond"),
         ({"new_d": True, "freezed": 2}, "--freezed 2: would freeze random layers with --new-d"),
     ],

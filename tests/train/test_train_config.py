@@ -79,7 +79,7 @@ def test_every_problem_is_reported_at_once_with_its_flag():
         ({"resume": None, "scratch": "stylegan2", "resolution": 64, "recipe": "adapt"}, "--recipe adapt"),
         ({"fit": "squeeze"}, "--fit squeeze"),
         ({"sd_teacher": "initial", "sd_teacher_kimg": 5.0}, "--sd-teacher-kimg"),
-        ({"resume": ""}, "--resume: name the checkpoint"),
+        ({"resume": ""}, "--resume: empty. Pass the checkpoint"),
         ({"seed": 2**32}, "--seed 4294967296: must be at most 4294967295"),
     ],
 )

@@ -160,7 +160,7 @@ def test_prepare_notes_name_options(images, tmp_path):
     assert prepare(options(images, tmp_path, resume=snapshot)).notes == []
     labeled = options(images, tmp_path, resume=snapshot, data=str(images(16, 3)))
     (note,) = prepare(labeled).notes
-    assert "have labels and the checkpoint has no classes" in note and "--cond" in note
+    assert "labels of the images are not used" in note and "--cond" in note
     assert prepare(dataclasses.replace(labeled, cond=False)).notes == []
     gray = str(run(options(images, tmp_path, channels=1), console=quiet()).snapshot)
     assert "12 images have colors and become gray" in prepare(options(images, tmp_path, resume=gray)).notes[0]
@@ -295,7 +295,7 @@ def test_write_snapshot_refuses_non_finite_weights(images, tmp_path, monkeypatch
     after_each_line(monkeypatch, poison)
 
     config = options(images, tmp_path, kimg=0.016, tick=0.016, sd_weight=0.0)
-    with pytest.raises(TrainingError, match="G_ema has weights that are not finite"):
+    with pytest.raises(TrainingError, match="G_ema has non-finite weights"):
         run(config, console=quiet())
     assert not list((tmp_path / "runs").glob("*/network-snapshot-*.pkl"))
 
@@ -314,7 +314,7 @@ def test_resume_requires_discriminator(images, tmp_path):
     prepared = prepare(options(images, tmp_path))
     path = tmp_path / "generator.pkl"
     save_stylegan_pickle(path, G=None, D=None, G_ema=prepared.state.G_ema, provenance={})
-    with pytest.raises(ConfigError, match="holds G_ema but no discriminator"):
+    with pytest.raises(ConfigError, match="the file has G_ema, but no discriminator"):
         prepare(options(images, tmp_path, resume=str(path)))
 
 
@@ -338,7 +338,7 @@ def test_resume_missing_generator_uses_other(images, tmp_path):
         ({"precision": "tf32"}, ConfigError, "--precision tf32: needs CUDA"),
         ({"sd_backbone": "lpips-vgg"}, WeightsMissing, "vgg16-397923af.pth"),
         ({"data": "nowhere"}, DataError, "nowhere"),
-        ({"labels": "folders"}, DataError, "no image is in a folder"),
+        ({"labels": "folders"}, DataError, "no image is in a subfolder"),
         ({"kimg": -1.0}, ConfigError, "--kimg"),
         ({"device": "tpu"}, ConfigError, "--device"),
         ({"batch": 6, "batch_gpu": 6}, ConfigError, "--batch-gpu 6: .* groups of 4. Use a multiple of 4"),
@@ -405,7 +405,7 @@ def test_prepare_notes_fitted_images(images, tmp_path):
 
 
 def test_resume_folder_without_snapshots(images, tmp_path):
-    with pytest.raises(ConfigError, match="a folder without snapshots"):
+    with pytest.raises(ConfigError, match="this folder has no snapshots"):
         prepare(options(images, tmp_path, resume=str(tmp_path)))
 
 
