@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,21 +33,29 @@ FORMATS = {
     "tf": "tensorflow-pickle",
     "ada": "pytorch-pickle",
     "sg3": "pytorch-pickle",
+    "rosinality": "state-dict",
+    "state-dict": "state-dict",
     "finetune": "pytorch-pickle",
 }
 
 
-def load(network: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
+def load(
+    network: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    architecture: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Open the checkpoint that `network` means: a file, run folder (its newest snapshot), name or URL.
 
     Nothing in the file is executed. The license is that which the file states or, for a public checkpoint,
-    that of the catalog. Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
+    that of the catalog. architecture: constructor arguments of state dicts, for those that no tensor tells.
+    Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
     """
     from finetune.checkpoint.load import load as load_file
     from finetune.hub.identify import find_license
 
     path = resolve_network(network)
-    checkpoint = load_file(path, device=device)
+    checkpoint = load_file(path, device=device, architecture=architecture)
     origin = checkpoint.provenance
     if origin.generation == "finetune":
         return checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-import zlib
 from pathlib import Path
 
 from finetune.errors import CheckpointError, PickleRefused
@@ -20,9 +19,9 @@ JSON = re.compile(r'\s*(\{\s*["}]|\[\s*(["{\[\]\d-]|true|false|null))')  # a `[s
 LFS = "version https://git-lfs"
 TEXT_HINT = "A failed download leaves such a file behind, and git without git-lfs does; get the file again."
 
+ZIP = b"PK\x03\x04"
 TORCH_SAVE = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"  # its magic number, before torch 1.6
 SAFETENSORS = rb".{8}\{\s*\""  # the length of a JSON header, then that header
-AGAIN = "pickle.dump({'G_ema': G_ema}, file)"
 FOR_IMAGES = "Images are given with --data; give a checkpoint (.pkl) here."
 UNPACK = "Unpack it and give the checkpoint (.pkl) inside."
 # first bytes -> (what it is, what to do)
@@ -40,39 +39,23 @@ OTHER_FORMATS = (
     (rb"\x89HDF", "an HDF5 file", "Give the pickle (.pkl) of the same network."),
     (rb"\x93NUMPY", "a numpy array (.npy)", "Give the pickle (.pkl) of the network."),
 )
-# words in the pickle of a file of torch.save -> (what it is, what to do)
-OF_TORCH_SAVE = (
-    (
-        (b"g_ema", b"modulation"),
-        "weights of the StyleGAN2 port by rosinality (g_ema), written by torch.save",
-        f"Its layers have other names: load them into a StyleGAN2 generator where it is from, then {AGAIN}.",
-    ),
-    (
-        (b"_reconstruct_persistent_obj",),
-        "whole StyleGAN networks, written by torch.save",
-        f"Open it in the code base that wrote it and save it with Python's pickle: {AGAIN}.",
-    ),
-    (
-        (b"mapping.fc0.",),
-        "the weights of a StyleGAN network (a state dict), written by torch.save",
-        f"It does not say how the network is built: load it into its network, then {AGAIN}.",
-    ),
-)
-TORCH_HINT = f"StyleGAN checkpoints are plain pickles. Save the generator with Python's pickle: {AGAIN}."
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-LOOKED_AT = 1 << 20  # bytes of the pickle in a file of torch.save
+
+
+def is_torch_save(data: bytes) -> bool:
+    """Whether a file is one of torch.save: a zip archive with NAME/data.pkl, or the legacy format."""
+    names = _names_in_zip(data) if data.startswith(ZIP) else []
+    return data.startswith(TORCH_SAVE) or any(name.endswith("/data.pkl") for name in names or ())
 
 
 def refuse_other_formats(path: Path, data: bytes) -> None:
-    """Raise CheckpointError where the content of the file at `path` is certainly no pickle."""
+    """Raise CheckpointError if the content of the file at `path` is neither a pickle nor of torch.save."""
     if not data:
         raise CheckpointError(f"{path} is empty", hint="Download or copy it again.")
     found = None
-    if data.startswith(b"PK\x03\x04"):
-        found = _describe_zip(data)
-    elif data.startswith(TORCH_SAVE):
-        found = _describe_torch_save(data[:LOOKED_AT])
-    else:
+    if data.startswith(ZIP):
+        found = _describe_zip(_names_in_zip(data))
+    elif not data.startswith(TORCH_SAVE):
         matches = (
             (what, hint) for head, what, hint in OTHER_FORMATS if re.match(head, data[:512], re.DOTALL)
         )
@@ -84,30 +67,28 @@ def refuse_other_formats(path: Path, data: bytes) -> None:
         raise CheckpointError(f"{path} is not a checkpoint: it is {text}", hint=TEXT_HINT)
 
 
-def _describe_zip(data: bytes) -> tuple[str, str]:
-    """What a zip archive holds, and what to do."""
+def _names_in_zip(data: bytes) -> list[str] | None:
+    """The names of the members of a zip archive, None if it is damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = archive.namelist()
-            pickled = next((name for name in names if name.rpartition("/")[2] == "data.pkl"), None)
-            if pickled is not None:
-                with archive.open(pickled) as stream:
-                    return _describe_torch_save(stream.read(LOOKED_AT))
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error):
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
+        return None
+
+
+def _describe_zip(names: list[str] | None) -> tuple[str, str] | None:
+    """What a zip archive holds, and what to do; None for a file of torch.save."""
+    if names is None:
         return "a zip archive that is damaged or cut off", "Download or copy it again."
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript program", "Give the checkpoint that it was made from."
+    if any(name.endswith("/data.pkl") for name in names):
+        return None
     if any(name.lower().endswith(".pkl") for name in names):
         return "a zip archive with a pickle in it", UNPACK
     if any(name.lower().endswith(IMAGES) for name in names):
         return "a zip archive of images", FOR_IMAGES
     return "a zip archive", UNPACK
-
-
-def _describe_torch_save(pickled: bytes) -> tuple[str, str]:
-    """What a file of torch.save holds, by the names in its pickle, which is not read."""
-    for words, what, hint in OF_TORCH_SAVE:
-        if all(word in pickled for word in words):
-            return what, hint
-    return "a file of torch.save, not a StyleGAN pickle", TORCH_HINT
 
 
 def named_as_text(data: bytes, error: PickleRefused) -> PickleRefused:

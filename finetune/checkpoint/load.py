@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,24 +11,34 @@ from typing import Any
 
 import torch
 
+from finetune.checkpoint import rosinality
 from finetune.checkpoint.describe import find_foreign, plain
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
+from finetune.checkpoint.state_dict import (
+    StateDict,
+    check_given,
+    is_discriminator,
+    is_known,
+    rebuild_state,
+    tensors_of_state,
+)
 from finetune.checkpoint.tensor_file import NETWORKS, is_tensor_file, read_tensor_file
-from finetune.checkpoint.unpickle.globals import PickleFile, read_pickle
+from finetune.checkpoint.unpickle.files import PickleFile, read_pickle
 from finetune.checkpoint.unpickle.stubs import (
     NOT_OPENED,
     SAVE_AGAIN,
     WRITTEN_BY_DILL,
     PersistentObject,
+    Tensor,
     TFNetwork,
     damaged,
     printable,
 )
 from finetune.checkpoint.unpickle.values import Record
-from finetune.errors import CheckpointMismatch, PickleRefused
+from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 
-ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune")
+ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune", *rosinality.ENTRIES)
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
 Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
@@ -79,22 +90,32 @@ class Checkpoint:
         return [name for name in NETWORKS if getattr(self, name) is None]
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> Checkpoint:
-    """Open a pickle of any generation, or a safetensors file that `finetune export` wrote.
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    architecture: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Open a pickle of any generation, a file of torch.save, or a safetensors file of `finetune export`.
 
     The networks are built from the description in the file, and each of its tensors is assigned to exactly
     one of theirs. Nothing in the file is executed, and the network is not accessed. The license is that of
-    the file; `finetune.resolve.load` looks it up as well. Raises CheckpointError if the file is not a
-    checkpoint, PickleRefused if it is damaged or hostile, CheckpointMismatch with all differences if its
-    tensors are not those of its networks.
+    the file; `finetune.resolve.load` looks it up as well.
+
+    architecture: constructor arguments of state dicts, for those that no tensor tells. Raises CheckpointError
+    if the file is not a checkpoint, PickleRefused if it is damaged or hostile, CheckpointMismatch with all
+    differences if its tensors are not those of its networks.
     """
     path = Path(path)
     if is_tensor_file(path):
-        return _load_tensor_file(path, device)
+        with _naming(path):
+            return _load_tensor_file(path, device)
     with _naming(path):
         file = read_pickle(path)
         networks, extras = _entries(file)
-        rebuilt, refused = _rebuild_all(networks, file.size)
+        if architecture:
+            check_given(architecture, [item for item in networks.values() if type(item) is StateDict])
+        rebuilt, refused = _rebuild_all(networks, file.size, architecture)
         provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
     foreign = {name: str(error.blocked) for name, error in refused.items()}
     notes = [note for item in rebuilt.values() for note in item.notes]
@@ -149,12 +170,18 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointMismatch(
             f"{path}: {error.what.splitlines()[0]}", error.differences, hint=error.hint
         ) from None
+    except CheckpointError as error:
+        if str(path) in error.what:
+            raise
+        raise CheckpointError(f"{path}: {error.what}", hint=error.hint) from None
 
 
 def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
     """Return the networks of a file by name, and its other entries."""
     root = file.root
-    if type(root) is PersistentObject:  # a single network
+    if (state := _state_dict("G_ema", root, {})) is not None:  # a single network
+        return {"D" if is_discriminator(state.tensors) else "G_ema": state}, {}
+    if type(root) is PersistentObject:
         return {"D" if root.class_name == "Discriminator" else "G_ema": root}, {}
     if type(root) is TFNetwork:
         return {"D" if "components" in root.state and not root.state["components"] else "G_ema": root}, {}
@@ -165,17 +192,42 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
         return {name: item for name, item in zip(NETWORKS, root) if item is not None}, {}
     if type(root) is not dict:
         damaged("it holds neither a dict of networks nor three networks", 0)
-    networks = {name: root[name] for name in (*NETWORKS, "augment_pipe") if root.get(name) is not None}
-    for name, network in networks.items():
-        if type(network) not in (PersistentObject, TFNetwork, Record):
+    networks = {}
+    for name in (*NETWORKS, "augment_pipe"):
+        network = root.get(name, root.get(rosinality.NAMES.get(name, "")))
+        if network is None:
+            continue
+        network = _state_dict(name, network, root) or network
+        if type(network) not in (PersistentObject, TFNetwork, Record, StateDict):
             damaged(f"its entry {name} is no network", 0)
+        networks[name] = network
     if not networks.keys() & set(NETWORKS):
         found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "nothing"
         damaged(f"it holds none of G, D and G_ema, but {found}", 0)
     return networks, root
 
 
-def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused]]:
+def _state_dict(name: str, value: Any, root: dict[Any, Any]) -> StateDict | None:
+    """Return a network that is a state dict, or a module of an unknown class with the tensors of one."""
+    tensors = tensors_of_state(value)
+    is_port = tensors is not None and rosinality.is_port(tensors)
+    if tensors is None or (type(value) is Record and not (is_port or is_known(tensors))):
+        return None
+    stated = plain(root.get("finetune"), 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
+    for key in ("networks", name, "init_kwargs"):
+        stated = stated.get(key) if type(stated) is dict else None
+    if type(stated) is not dict:
+        stated = None
+    if not is_port:
+        return StateDict(tensors, stated)
+    means = (root.get(key) for key in (rosinality.G_LATENT_AVG, rosinality.LATENT_AVG)[name != "G" :])
+    mean = next((mean for mean in means if type(mean) is Tensor), None)
+    return rosinality.read_state(tensors, mean, stated)
+
+
+def _rebuild_all(
+    networks: dict[str, Any], size: int, architecture: Mapping[str, Any] | None
+) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused]]:
     """Return the rebuilt networks by name, and the refusals of those of foreign classes.
 
     Raises PickleRefused if none of the generators in the file can be rebuilt.
@@ -183,12 +235,14 @@ def _rebuild_all(networks: dict[str, Any], size: int) -> tuple[dict[str, Rebuilt
     allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
     refused: dict[str, PickleRefused] = {}
+    of_tensors = functools.partial(rebuild_state, given=architecture)
+    builders = {PersistentObject: rebuild, TFNetwork: rebuild_tf, StateDict: of_tensors}
     base_shape = None
     for name, network in sorted(networks.items(), key=lambda item: item[0] == "D"):  # as a generator has it
         try:
             if (record := find_foreign(network)) is not None:
                 raise _foreign(name, record)
-            build = rebuild if type(network) is PersistentObject else rebuild_tf
+            build: Any = builders[type(network)]
             rebuilt[name] = build(name, network, allowance, base_shape)
             base_shape = base_shape or getattr(rebuilt[name].module, "base_shape", None)
         except PickleRefused as error:

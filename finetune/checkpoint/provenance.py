@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from finetune.checkpoint.unpickle.stubs import printable
 
-Generation = Literal["tf", "ada", "sg3", "finetune"]
+Generation = Literal["tf", "ada", "sg3", "rosinality", "state-dict", "finetune"]
 
 MAX_BLENDS = 20  # blends of blends; further ancestors are dropped
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from finetune.checkpoint import arguments
 from finetune.checkpoint.describe import MISSING, Described, describe
 from finetune.checkpoint.legacy_tf import add_filters, describe_tf
+from finetune.checkpoint.provenance import Generation
 from finetune.checkpoint.unpickle.stubs import NOT_OPENED, PersistentObject, Tensor, TFNetwork, printable
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
@@ -71,7 +72,7 @@ class Rebuilt:
 
     module: Any  # torch.nn.Module
     notes: list[str]
-    generation: Literal["tf", "ada", "sg3"]
+    generation: Generation
 
 
 def rebuild(
@@ -89,7 +90,7 @@ def rebuild(
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
         differences = _differing_attributes(net, module)
-    notes = _finish(name, net, module, differences, allowance)
+    notes = fill_checked(name, net, module, differences, allowance)
     return Rebuilt(module, notes + _notes(name, net, module), _generation(net))
 
 
@@ -102,14 +103,17 @@ def rebuild_tf(
     module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
     options = kwargs if class_name == "Generator" else kwargs["block_kwargs"]
     add_filters(net, tensors_of(module), options["resample_filter"])
-    notes = _finish(name, net, module, compare(net.tensors, module), allowance)
+    notes = fill_checked(name, net, module, compare(net.tensors, module), allowance)
     return Rebuilt(module, notes, "tf")
 
 
-def _finish(
+def fill_checked(
     name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
 ) -> list[str]:
-    """Fill the module; what was converted, one sentence a type."""
+    """Fill the module unless there are `differences`; return notes on converted types.
+
+    Raises CheckpointMismatch with the differences, PickleRefused for a rectangle of another kind.
+    """
     if differences and (base := _unknown_rectangle(net, module)):
         raise PickleRefused(
             f"{name} in the pickle is a rectangular network of a kind that cannot be used here (it starts at "

@@ -15,12 +15,10 @@ import numpy as np
 import safetensors
 import torch
 
-from finetune.checkpoint import arguments
-from finetune.checkpoint.describe import Described
-from finetune.checkpoint.rebuild import Allowance, build_on_meta, compare, fill
+from finetune.checkpoint.rebuild import Allowance
+from finetune.checkpoint.state_dict import rebuild_described
 from finetune.checkpoint.unpickle.stubs import Tensor, printable
-from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
-from finetune.models import stylegan2
+from finetune.errors import CheckpointError, PickleRefused
 from finetune.sniff import SAFETENSORS
 
 FORMAT = "stylegan-finetune/1"
@@ -119,37 +117,15 @@ def _rebuild(
     given = constructor.get("init_kwargs") if type(constructor) is dict else None
     if type(given) is not dict:
         raise CheckpointError(f"{path}: the header does not describe {name}")
-    net = Described(class_name=str(constructor.get("class"))[:80], offset=0)
-    net.modules[""] = {"_init_kwargs": given}
     prefix = name + "."
-    for key, array in found.items():
-        if key.startswith(prefix):
-            local = key.removeprefix(prefix)
-            net.tensors[local] = Tensor(array, array.dtype.name, offset=0)
-            while "." in local:
-                local = local.rpartition(".")[0]
-                net.modules.setdefault(local, {})
+    tensors = {
+        key.removeprefix(prefix): Tensor(array, array.dtype.name, offset=0)
+        for key, array in found.items()
+        if key.startswith(prefix)
+    }
     try:
-        cls, kwargs = _recognise(net)
-        module = build_on_meta(cls, kwargs, net)
-        differences = compare(net.tensors, module)
-        if differences:
-            raise CheckpointMismatch(
-                f"{path}: the tensors of {name} are not those that the header describes:", differences
-            )
-        fill(module, net.tensors, allowance, 0)
+        return rebuild_described(name, tensors, given, allowance)[0]
     except PickleRefused as error:
         raise CheckpointError(
             f"{path}: {name} cannot be built as the header describes ({error.what})"
         ) from None
-    return module
-
-
-def _recognise(net: Described) -> tuple[type, dict[str, Any]]:
-    if net.has("synthesis.input"):
-        from finetune.models import stylegan3
-
-        return stylegan3.Generator, arguments.generator_arguments(net)
-    if net.has("synthesis"):
-        return stylegan2.Generator, arguments.generator_arguments(net)
-    return stylegan2.Discriminator, arguments.discriminator_arguments(net)

@@ -74,6 +74,8 @@ GENERATIONS = {
     "tf": "TensorFlow (stylegan2, stylegan2-ada)",
     "ada": "stylegan2-ada-pytorch",
     "sg3": "stylegan3",
+    "rosinality": "the StyleGAN2 port by rosinality",
+    "state-dict": "torch.save (a state dict)",
     "finetune": "finetune",
 }
 

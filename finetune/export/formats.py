@@ -55,6 +55,19 @@ FORMATS: dict[str, Format] = {
             which="G_ema",
             half=False,
         ),
+        Format(
+            "rosinality-pt",
+            ".pt",
+            "finetune.export.rosinality",
+            "the StyleGAN2 port by rosinality and the tools built on it",
+            which="G_ema",
+        ),
+        Format(
+            "state-dict",
+            ".pth",
+            "finetune.export.state_dict",
+            "torch.load(weights_only=True), with the names of the official code",
+        ),
     )
 }
 

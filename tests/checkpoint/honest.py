@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dnnlib.util import EasyDict
-from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.checkpoint.unpickle.stubs import Array, PersistentObject, Tensor, TFNetwork
 from finetune.checkpoint.unpickle.values import Blob
 from torch_utils.persistence import _reconstruct_persistent_obj

@@ -15,7 +15,7 @@ import torch
 
 import finetune
 from finetune.checkpoint.rebuild import tensors_of
-from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.export.save import save
 
 FILES = Path(__file__).parent / "files"

@@ -11,7 +11,7 @@ from checkpoint import forge
 
 import finetune
 from finetune.checkpoint.rebuild import tensors_of
-from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.checkpoint.unpickle.stubs import Array, TFNetwork
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2

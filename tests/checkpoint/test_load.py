@@ -20,7 +20,7 @@ from finetune.checkpoint.arguments import MAPPING, SYNTHESIS2, SYNTHESIS3
 from finetune.checkpoint.describe import MAX_MODULES, describe
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import Allowance, fill, rebuild, tensors_of
-from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.checkpoint.unpickle.stubs import PersistentObject, Tensor
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 from finetune.hub import catalog

@@ -8,17 +8,10 @@ import tarfile
 import zipfile
 
 import pytest
-import torch
 from PIL import Image
 
 import finetune
 from finetune.errors import CheckpointError, PickleRefused
-
-
-def by_torch(value, **options) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream, **options)
-    return stream.getvalue()
 
 
 def zipped(name: str, content: bytes = b"x") -> bytes:
@@ -41,23 +34,14 @@ def image(file_format: str) -> bytes:
     return stream.getvalue()
 
 
-ROSINALITY = {"g_ema": {"conv1.conv.modulation.weight": torch.zeros(2)}, "latent_avg": torch.zeros(2)}
-STATE = {"synthesis.b4.const": torch.zeros(2), "mapping.fc0.weight": torch.zeros(2)}
 HEADER = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(60)
 OTHER_TENSORS = struct.pack("<Q", 60) + HEADER + bytes(4)
-OLD = {"_use_new_zipfile_serialization": False}
 # name -> (content, what it is, what to do)
 FILES = {
-    "rosinality": (by_torch(ROSINALITY), "StyleGAN2 port by rosinality", "other names"),
-    "rosinality, old": (by_torch(ROSINALITY, **OLD), "StyleGAN2 port by rosinality", "other names"),
-    "state dict": (by_torch(STATE), r"weights of a StyleGAN network \(a state dict\)", "pickle.dump"),
-    "state dict, old": (by_torch(STATE, **OLD), "a state dict", "pickle.dump"),
-    "state dict in a dict": (by_torch({"G_ema": STATE}), "a state dict", "pickle.dump"),
-    "other tensors": (by_torch({"x": torch.zeros(2)}), "a file of torch.save", "pickle.dump"),
-    "other tensors, old": (by_torch(torch.zeros(2), **OLD), "a file of torch.save", "pickle.dump"),
     "zip of images": (zipped("00000/img0.PNG"), "a zip archive of images", "--data"),
     "zip of a checkpoint": (zipped("a/ffhq.pkl"), "a zip archive with a pickle in it", "Unpack"),
     "zip of texts": (zipped("a.txt"), "a zip archive", "Unpack"),
+    "TorchScript": (zipped("net/constants.pkl"), "a TorchScript program", "checkpoint"),
     "zip cut off": (zipped("a.txt", bytes(500))[:300], "a zip archive that is damaged", "again"),
     "tar": (tarred(), "a tar archive", "Unpack"),
     "JPEG": (image("JPEG"), "a JPEG image", "--data"),
@@ -85,11 +69,3 @@ def test_other_files_are_named_with_the_next_step(name, suffix, tmp_path):
         finetune.load(path)
     assert not isinstance(refusal.value, PickleRefused)
     assert str(path) in refusal.value.what and hint in refusal.value.hint
-
-
-def test_a_whole_module_is_named(golden_dir, tmp_path):
-    path = tmp_path / "whole.pt"
-    torch.save(finetune.load(golden_dir / "stylegan2-ada-32.pkl").G_ema, path)
-    with pytest.raises(CheckpointError, match="whole StyleGAN networks") as refusal:
-        finetune.load(path)
-    assert "pickle.dump({'G_ema': G_ema}, file)" in refusal.value.hint

@@ -11,7 +11,7 @@ from checkpoint import forge
 from click.testing import CliRunner
 
 import finetune
-from finetune.checkpoint.unpickle.globals import read_pickle
+from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.cli import cli
 from finetune.export.save import save
 

@@ -8,11 +8,8 @@ machine (`storage`). `PickleRefused` has the refused global and its position.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -36,10 +33,8 @@ from finetune.checkpoint.unpickle.stubs import (
     printable,
 )
 from finetune.checkpoint.unpickle.values import MAX_OPCODES, Blob, Budget, Global, Record, is_key, kind
-from finetune.errors import CheckpointError, PickleRefused
-from finetune.sniff import named_as_text, refuse_other_formats
+from finetune.errors import PickleRefused
 
-MAX_FILE = 16 << 30  # bytes
 META_VERSION = 6  # of `_reconstruct_persistent_obj`
 
 EASY_DICT = ("dnnlib.util.EasyDict", "dnnlib.EasyDict")
@@ -52,30 +47,6 @@ DILL = ("_dill", "dill")
 
 # Mentioned by real files as arguments of other calls, and never called themselves.
 ONLY_NAMED = {"numpy.ndarray", *TENSOR_TYPES, *STORAGES}
-
-
-@dataclass(frozen=True, slots=True)
-class PickleFile:
-    """The content of a pickle, as stubs, and the identity of the file."""
-
-    root: Any
-    sha256: str
-    size: int
-
-
-def read_pickle(path: Path) -> PickleFile:
-    """Read a pickle from outside without executing anything in it.
-
-    Raises CheckpointError where there is no such file or it is no pickle (and says what it looks like),
-    PickleRefused where it is damaged, asks for a global that acts, or grows beyond its size.
-    """
-    data = _read(path)
-    refuse_other_formats(path, data)
-    try:
-        root = loads(data)
-    except PickleRefused as error:
-        raise named_as_text(data, error) from None
-    return PickleFile(root=root, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
 def loads(data: bytes) -> Any:
@@ -382,12 +353,3 @@ def _array(state: Any, offset: int) -> np.ndarray:
         return np.ndarray(shape, dtype.value, raw.view, order="F" if is_fortran is True else "C")
     except (ValueError, TypeError):
         damaged("a numpy array of impossible shape", offset)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_FILE:
-            raise CheckpointError(f"{path} is too large for a checkpoint ({path.stat().st_size:,} bytes)")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None

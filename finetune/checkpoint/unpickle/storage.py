@@ -53,12 +53,15 @@ class StorageWorld:
         damaged("a state inside a tensor storage", offset)
 
     def persistent(self, key: Any, offset: int) -> StorageKey:
-        is_storage = (
-            type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
-        )
-        expect(is_storage and type(key[2]) is str, "a tensor storage of unknown kind", offset)
-        expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
-        return StorageKey(key[1].name, key[2], key[4])
+        return storage_key(key, offset)
+
+
+def storage_key(key: Any, offset: int) -> StorageKey:
+    """Return a persistent id as torch makes it for a storage; any other is refused."""
+    is_storage = type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
+    expect(is_storage and type(key[2]) is str, "a tensor storage of unknown kind", offset)
+    expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
+    return StorageKey(key[1].name, key[2], key[4])
 
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's file format before 1.6, which storages still use

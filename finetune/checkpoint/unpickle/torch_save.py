@@ -1,0 +1,163 @@
+"""Read files of `torch.save`, zip and legacy, with the unpickler of checkpoints: nothing is executed.
+
+A zip file holds `NAME/data.pkl`, whose persistent ids name the members `NAME/data/KEY`: the bytes of one
+storage each. torch does not compress them, so a compressed member is refused, and tensors are views of the
+file: what a file can make of its size is bounded as for pickles. A legacy file (before torch 1.6) is five
+pickles, of which the fourth is the content, and then a count and the bytes of each storage.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from finetune.checkpoint.unpickle.globals import CheckpointWorld
+from finetune.checkpoint.unpickle.machine import Machine
+from finetune.checkpoint.unpickle.storage import MAGIC, PROTOCOL, STORAGES, StorageKey, storage_key
+from finetune.checkpoint.unpickle.stubs import Storage, block_acting, check_extents, damaged, expect
+from finetune.checkpoint.unpickle.values import MAX_OPCODES, Budget, Global, Record
+from finetune.sniff import ZIP
+
+MAX_MEMBERS = 20_000  # of a zip file; a training file with both optimizers has about 1,500
+LOCAL_HEADER = 30  # bytes of a member's header, before its name and extra field
+CONTENT = re.compile(r"[^/]*/data\.pkl")
+
+
+class ArchiveWorld(CheckpointWorld):
+    """The globals of StyleGAN checkpoints; `storages` are those of the file by key."""
+
+    def __init__(self, budget: Budget, storages: Mapping[str, memoryview], offset: int = 0) -> None:
+        super().__init__(budget)
+        self.storages = storages
+        self.offset = offset
+
+    def persistent(self, key: Any, offset: int) -> Any:
+        if is_module_source(key):
+            return key[1]
+        key = storage_key(key, offset)
+        expect(key.storage in STORAGES, "a tensor storage of unknown kind", offset)
+        raw = self.storages.get(key.name)
+        if raw is None:
+            damaged(f"tensor storage {key.name[:20]!r} is not in the file", offset)
+        dtype, code = STORAGES[key.storage]
+        check_extents((key.count,), offset)
+        if len(raw) != key.count * np.dtype(code).itemsize:
+            damaged(f"a tensor storage of {key.count:,} elements has {len(raw):,} bytes", offset)
+        return Storage(np.frombuffer(raw, code) if key.count else np.empty(0, code), dtype)
+
+
+class KeysWorld:
+    """Collects the storages that a pickle names, and makes nothing of the rest."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, StorageKey] = {}
+
+    def find(self, name: Global) -> Global | Record:
+        return name if name.name in STORAGES else Record(name.name, name.offset)
+
+    def extension(self, code: int, offset: int) -> NoReturn:
+        block_acting(f"copyreg extension {code}", offset)
+
+    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Record:
+        return Record("", offset)
+
+    def set_state(self, target: Any, state: Any, offset: int) -> None:
+        pass
+
+    def persistent(self, key: Any, offset: int) -> Record:
+        if not is_module_source(key):
+            key = storage_key(key, offset)
+            self.keys.setdefault(key.name, key)
+        return Record("", offset)
+
+
+def is_module_source(key: Any) -> bool:
+    """Whether a persistent id is a class with its source text, which legacy files have; it is not used."""
+    return type(key) is tuple and len(key) == 4 and key[0] == "module" and type(key[1]) in (Global, Record)
+
+
+def loads_torch_save(data: bytes) -> Any:
+    """Return the stubs that a file of `torch.save` describes, views of `data`. Raises PickleRefused."""
+    return _loads_zip(data) if data.startswith(ZIP) else _loads_legacy(memoryview(data))
+
+
+def _budget(data: bytes | memoryview) -> Budget:
+    return Budget(steps=MAX_OPCODES, copied=len(data) * 2 + (1 << 20))
+
+
+def _loads_zip(data: bytes) -> Any:
+    members = _members(data)
+    content = next((name for name in members if CONTENT.fullmatch(name)), None)
+    if content is None:
+        damaged("a file of torch.save without data.pkl", 0)
+    folder = content.removesuffix("data.pkl")
+    if bytes(members.get(f"{folder}byteorder", (0, b"little"))[1]) != b"little":
+        damaged("a file of torch.save that is not little-endian", 0)
+    prefix = f"{folder}data/"
+    storages = {
+        name.removeprefix(prefix): raw for name, (_, raw) in members.items() if name.startswith(prefix)
+    }
+    offset, raw = members[content]
+    budget = _budget(data)
+    machine = Machine(raw, ArchiveWorld(budget, storages), budget, base=offset)
+    root = machine.run()
+    expect(machine.position == len(raw), "bytes behind the end of data.pkl", offset + machine.position)
+    return root
+
+
+def _members(data: bytes) -> dict[str, tuple[int, memoryview]]:
+    """The members of a zip file by name: position in the file, and a view of their bytes."""
+    view = memoryview(data)
+    found = {}
+    try:
+        infos = zipfile.ZipFile(io.BytesIO(data)).infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
+        damaged("a zip archive that is damaged or cut off", 0)
+    expect(len(infos) <= MAX_MEMBERS, f"a zip archive of {len(infos):,} members", 0)
+    for info in infos:
+        start = info.header_offset
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        plain = stored and not info.flag_bits & 1
+        expect(plain, "a compressed or encrypted member of the zip archive, which torch never writes", start)
+        header = view[start : start + LOCAL_HEADER]
+        whole = len(header) == LOCAL_HEADER and bytes(header[:4]) == ZIP
+        expect(whole, "a member of the zip archive without a header", start)
+        start += LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        expect(start + info.file_size <= len(data), "a member that reaches beyond the file", start)
+        expect(info.filename not in found, "two members of one name", start)
+        found[info.filename] = (start, view[start : start + info.file_size])
+    return found
+
+
+def _loads_legacy(view: memoryview) -> Any:
+    keys = KeysWorld()
+    budget = _budget(view)
+    machine = Machine(view, keys, budget)
+    magic, protocol, system = (machine.run() for _ in range(3))
+    is_known = type(magic) is int and magic == MAGIC and type(protocol) is int and protocol == PROTOCOL
+    expect(is_known, "a file of torch.save of unknown format", 0)
+    is_little = type(system) is dict and system.get("little_endian") is True
+    expect(is_little, "a file of torch.save that is not little-endian", 0)
+    start = machine.position
+    machine.run()  # for the keys of its storages, whose bytes follow
+    order = machine.run()
+    is_order = type(order) is list and all(type(key) is str for key in order)
+    expect(is_order and sorted(order) == sorted(keys.keys), "a file of torch.save without its keys", start)
+    storages, position = {}, machine.position
+    for name in order:
+        expect(keys.keys[name].storage in STORAGES, "a tensor storage of unknown kind", position)
+        itemsize = np.dtype(STORAGES[keys.keys[name].storage][1]).itemsize
+        end = position + 8 + int.from_bytes(view[position : position + 8], "little") * itemsize
+        expect(end <= len(view), "a tensor storage reaches beyond the file; it may be cut off", position)
+        storages[name] = view[position + 8 : end]
+        position = end
+    expect(position == len(view), "bytes behind the last tensor storage", position)
+    budget = _budget(view)
+    machine = Machine(view, ArchiveWorld(budget, storages), budget)
+    machine.position = start
+    return machine.run()
