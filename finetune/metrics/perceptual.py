@@ -44,12 +44,16 @@ class Distance(Protocol):
 
 
 def ensure_weights(
-    backbone: str, tell: Callable[[str], None] = lambda text: None, *, wanted_by: str | None = None
+    backbone: str,
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    wanted_by: str | None = None,
+    option: str = "--sd-backbone",
 ) -> Path | None:
     """Find or fetch the file that a backbone needs, and verify it; None if it needs none.
 
-    `tell` receives the progress of a download; wanted_by: a metric, if not --sd-backbone. Raises
-    WeightsMissing, with file, folder, and the backbones that need no file.
+    `tell` receives the progress of a download; wanted_by: the metric that uses it, or else option: the one
+    that named it. Raises WeightsMissing, with file, folder, and the backbones that need no file.
     """
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
@@ -78,7 +82,7 @@ def ensure_weights(
             instead = f"leave {wanted_by} out; {wanted_by}-effnet needs no download."
         what = error.what if isinstance(error, FinetuneError) else str(error)
         raise WeightsMissing(
-            f"{wanted_by or f'--sd-backbone {backbone}'}: no weights for it: {what}.",
+            f"{wanted_by or f'{option} {backbone}'}: no weights for it: {what}.",
             hint=f"Put {name} from {WEIGHTS_URL}{name} into {path.parent}, or {instead}",
         ) from None
 
