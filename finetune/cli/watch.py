@@ -92,6 +92,7 @@ def line_of(record: RunRecord, line: dict[str, Any]) -> str:
 def panel(record: RunRecord, width: int) -> Any:
     """Return what the terminal shows: bar, newest numbers with their history, newest events."""
     from rich.console import Group
+    from rich.padding import Padding
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -115,7 +116,8 @@ def panel(record: RunRecord, width: int) -> Any:
         for event in record.events[-4:]
     ]
     texts.append(f"page: {record.path / 'report.html'}")
-    bar = ProgressBar(record.total_kimg or 1, record.kimg, width=min(60, width))
+    # Padding ends the line, which a bar does not.
+    bar = Padding(ProgressBar(record.total_kimg or 1, record.kimg, width=min(60, width)), 0)
     return Group(Text(head), bar, table, *(Text(text, overflow="fold") for text in texts))
 
 

@@ -126,7 +126,7 @@ def _option(name: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
     for run in runs:
         reason = run.about.get("reasons", {}).get(name, {})
         is_same = reason.get("value") == run.config.get(name)
-        whys.append(reason.get("why", "") if is_same or not reason else "changed on resume")
+        whys.append(reason.get("why", "default") if is_same or not reason else "changed on resume")
     return {
         "flag": "--" + name.replace("_", "-"),
         "values": ["–" if value in ("", None) else value for value in values],

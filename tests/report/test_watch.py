@@ -51,6 +51,7 @@ def test_watch_panel_fits_a_narrow_terminal(make_run):
     console.print(watch.panel(read_run(make_run(kimg=100.0)), console.width))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 48
+    assert any(line.startswith("loss G ") and "▁" in line for line in text.splitlines())
     for words in ("100 of 200 kimg", "25:00 left", "loss G", "metrics at 80 kimg: random-fid", "ADA is at"):
         assert words in text.replace("\n", " "), words
 
