@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,11 @@ def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict
     """Return what the template shows of one run."""
     state = "finished" if run.is_finished else "running" if is_running and run.is_running else "stopped"
     left = (run.total_kimg - run.kimg) * run.seconds_per_kimg
-    sheets = {"generated": _newest_sheet(run), "real": run.path / "reals.png"}
+    sheets = {
+        "generated": _newest(run.path, "fakes[0-9]*.png") or _newest(run.path, "fakes-init.png"),
+        "real": _newest(run.path, "reals.png"),
+        "copies": _newest(run.path, "memorization-*.png"),
+    }
     recommended = run.about.get("recommended") or {}
     snapshot = run.path / recommended.get("file", "") if recommended else None
     if snapshot is None or not snapshot.is_file():
@@ -105,7 +110,7 @@ def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict
         "device": run.about.get("device", ""),
         "started": run.about.get("started", ""),
         "version": run.about.get("finetune", ""),
-        "sheets": {name: _webp(path) for name, path in sheets.items() if path and path.is_file()},
+        "sheets": {name: _webp(path) if path else "" for name, path in sheets.items()},
         "continue": continue_command(shown, longer),
         "commands": snapshot_commands(shown, snapshot.resolve()) if snapshot else [],
     }
@@ -173,9 +178,13 @@ def _encoded(frame: Frame) -> dict[str, Any]:
     }
 
 
-def _newest_sheet(run: RunRecord) -> Path | None:
-    sheets = sorted(run.path.glob("fakes[0-9]*.png")) or sorted(run.path.glob("fakes-init.png"))
-    return sheets[-1] if sheets else None
+def _newest(folder: Path, pattern: str) -> Path | None:
+    """Return the file of the most kimg among those that match, None without one."""
+
+    def kimg(path: Path) -> list[float]:
+        return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", path.stem)]
+
+    return max(folder.glob(pattern), key=kimg, default=None)
 
 
 def _webp(path: Path, side: int = SHEET_SIDE) -> str:

@@ -63,6 +63,7 @@ def make_run(tmp_path):
             )
         noise.save(path / "fakes000200.png")
         noise.save(path / "reals.png")
+        noise.save(path / "memorization-000200.000.png")
         (path / "network-snapshot-000200.pkl").write_bytes(b"")
         if kimg < 200:
             (path / "run.lock").write_text("{}")

@@ -1,5 +1,7 @@
 """`finetune report`: what is on the page, that it is self-contained, small and quick to build."""
 
+import base64
+import io
 import json
 import shlex
 import time
@@ -7,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from finetune.cli import cli
 from finetune.errors import ConfigError
@@ -59,6 +62,15 @@ def test_report_shows_all_parts_of_a_run(make_run):
         "finetune generate --network", "--kimg 400",
     ):  # fmt: skip
         assert words in page.text, words
+
+
+def test_report_shows_newest_sheets(make_run):
+    folder = make_run()
+    Image.new("RGB", (8, 8), "red").save(folder / "fakes000200.500.png")
+    images = {attrs["alt"]: attrs["src"] for attrs in Page(write_report([folder])).all("img")}
+    assert {"Real images", "Generated images", "Near copies of real images"} <= images.keys()
+    with Image.open(io.BytesIO(base64.b64decode(images["Generated images"].split(",")[1]))) as shown:
+        assert shown.size == (8, 8)
 
 
 def test_report_is_self_contained_and_accessible(make_run):
