@@ -17,6 +17,7 @@ from finetune.models import Network
 from finetune.recipes import RunFacts
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation
+from finetune.train.ema import EMA_RAMPUP, POWERS
 from finetune.train.graphs import Graphs
 from finetune.train.optim import LearningRate, build_adam
 from finetune.train.state import Plan, TrainState
@@ -65,6 +66,7 @@ def build_state(
         ),
         path_mean=torch.zeros([], device=device),
         sd_norms=torch.zeros(2, device=device),
+        power_averages={name: copy.deepcopy(G_ema) for name in POWERS},
     )
 
 
@@ -125,7 +127,7 @@ def build_plan(
         path_weight=2.0,
         path_decay=0.01,
         ema_nimg=config.ema_kimg * 1000,
-        ema_rampup=0.05 if facts.from_scratch else None,
+        ema_rampup=EMA_RAMPUP if facts.from_scratch else None,
         teacher_nimg=config.sd_teacher_kimg * 1000 if distance and config.sd_teacher_kimg else None,
         blur_sigma=BLUR_SIGMA if blurred else 0.0,
         blur_nimg=BLUR_KIMG * 1000,

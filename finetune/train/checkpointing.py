@@ -233,8 +233,9 @@ class Checkpointer:
         """Raise ExportError if the disk has no room for a snapshot and a state."""
         if not self.run_dir.is_writable:
             return
-        # The snapshot, and the state: the networks again with two moments for G and D.
-        needed = 4 * size_of((self.state.G, self.state.D, self.state.G_ema))
+        # The snapshot, and the state: the networks again with two moments for G and D. Averages in both.
+        averages = self.state.power_averages.values()
+        needed = 4 * size_of((self.state.G, self.state.D, self.state.G_ema)) + 2 * size_of(averages)
         free = shutil.disk_usage(self.run_dir.path).free
         if free < needed:
             raise ExportError(

@@ -124,7 +124,8 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
         return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     plan = build_plan(config, facts, distance, labels, device, group)
-    check_place(origin.place, config, [state.G, state.D, state.G_ema], origin.nimg)
+    written = [state.G, state.D, state.G_ema, *state.power_averages.values()]
+    check_place(origin.place, config, written, origin.nimg)
     networks = state.networks().values()
     group.broadcast((each for net in networks for each in net.state_dict().values()), "the start")
     return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, overview, operations)
@@ -189,9 +190,9 @@ def checkpoint_of(saved: SavedState) -> Checkpoint:
     networks: dict[str, Any] = {
         name: unpack_network(packed).eval().requires_grad_(False)
         for name, packed in saved.content["networks"].items()
-        if name != "teacher"
+        if name in ("G", "D", "G_ema")
     }
-    if networks.keys() != {"G", "D", "G_ema"}:
+    if len(networks) != 3:
         raise CheckpointError(f"{saved.path} lacks G, D or G_ema")
     provenance = Provenance(source=saved.path.name, sha256="", size=0, generation="finetune")
     return Checkpoint(**networks, augment_pipe=None, training_set_kwargs={}, provenance=provenance)

@@ -25,6 +25,8 @@ from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.models import Network
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
 from finetune.train.allocator import freed_at_once
+from finetune.train.ema import num_updates
+from finetune.train.posthoc_ema import averages_beside, write_averages
 from finetune.train.state import TrainState
 from finetune.train.tensorboard import Board
 from torch_utils.files import atomic_write
@@ -170,6 +172,9 @@ class RunDir:
             # Stopped between two whole kimg: never write over an earlier snapshot.
             path = path.with_name(f"network-snapshot-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.pkl")
         self._write(path, state)
+        updates = num_updates(state.nimg, self.config.batch, self.config.d_warmup_kimg * 1000)
+        if self.is_writable and updates:
+            write_averages(path, state, updates)
         self.written[path.name] = state.nimg
         return path
 
@@ -183,7 +188,8 @@ class RunDir:
         """Delete the oldest snapshots of this run, and their sheets, until there are `count` (0: all)."""
         for name in sorted(self.written, key=lambda name: -self.written[name])[count:] if count else ():
             stem = name.removeprefix("network-snapshot-").removesuffix(".pkl")
-            for path in (self.path / name, self.path / f"fakes{stem}.png"):
+            snapshot = self.path / name
+            for path in (snapshot, averages_beside(snapshot), self.path / f"fakes{stem}.png"):
                 path.unlink(missing_ok=True)
             del self.written[name]
 

@@ -27,7 +27,7 @@ class TrainState:
     One clock: `nimg`, the images D has seen; `step` counts iterations. `teacher` is G_ema itself unless
     another one was asked for. `label_generator` draws the labels of generated images. `sd_norms`: running
     averages of the norms of the adversarial and the unweighted distillation gradient at the image, from which
-    `--sd-weight auto:` follows.
+    `--sd-weight auto:` follows. `power_averages`: averages of G for `finetune.train.posthoc_ema`.
     """
 
     G: Network
@@ -43,10 +43,12 @@ class TrainState:
     nimg: int = 0
     step: int = 0
     label_generator: torch.Generator = field(default_factory=torch.Generator)
+    power_averages: dict[str, Network] = field(default_factory=dict)
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """Return the networks by name; a teacher that is G_ema itself is left out."""
         found = {"G": self.G, "D": self.D, "G_ema": self.G_ema, "teacher": self.teacher}
+        found |= self.power_averages
         if self.teacher is self.G_ema:
             del found["teacher"]
         return found

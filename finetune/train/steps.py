@@ -13,7 +13,7 @@ from finetune.data import images_to_float
 from finetune.train import losses
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.distill import Distillation
-from finetune.train.ema import ema_decay, update_average
+from finetune.train.ema import POWERS, ema_decay, num_updates, power_decay, update_average
 from finetune.train.latents import Latents, NoiseReplay, draw_latents, map_latents
 from finetune.train.state import Plan, TrainState
 from finetune.train.stats import Stats
@@ -29,10 +29,13 @@ GDISTILL, DIAGNOSE = "Gdistill", "diagnose"  # in the log only
 
 
 def update_averages(state: TrainState, plan: Plan) -> None:
-    """Move G_ema, and the teacher if it is an average of its own, toward G."""
+    """Move G_ema, the teacher if it is an average of its own, and the power-function averages toward G."""
     update_average_of("G_ema", plan.ema_nimg, state, plan)
     if plan.teacher_nimg is not None:
         update_average_of("teacher", plan.teacher_nimg, state, plan)
+    for name, average in state.power_averages.items():
+        updates = num_updates(state.nimg, plan.batch, plan.d_warmup_nimg)
+        update_average(average, state.G, power_decay(updates, POWERS[name]))
 
 
 def update_average_of(name: str, half_life_nimg: float, state: TrainState, plan: Plan) -> None:

@@ -1,0 +1,161 @@
+"""`finetune ema`: choose the half-life of G_ema after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune.cli.options import device_option, offline_option, ops_option
+from finetune.cli.progress import progress_bar
+from finetune.errors import ConfigError
+
+BAR = 24  # characters
+NAME = "network-ema.pkl"
+
+
+@click.command("ema", short_help="Choose the half-life of G_ema after training.")
+@click.argument("run", metavar="RUN|SNAPSHOT", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--metric", default="fd-effnet", show_default=True, help="What decides, named as in `finetune evaluate`."
+)
+@click.option(
+    "--half-lives",
+    metavar="KIMG,…",
+    help="Half-lives to try.  [default: nine from 1 % to 20 % of the run, and its own]",
+)
+@click.option(
+    "--num",
+    type=click.IntRange(min=2),
+    help="Images to generate for each.  [default: 1000 on a CPU, 5000 on a GPU]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
+@click.option("--data", type=click.Path(), metavar="DIR|ZIP", help="The real images.  [default: as trained]")
+@offline_option()
+@device_option()
+@ops_option()
+def command(
+    run: Path, metric: str, half_lives: str | None, num: int | None, seed: int, data: str | None, device: str
+) -> None:
+    """Choose the half-life of G_ema after training.
+
+    \b
+    finetune ema runs/00000-images-stylegan2-256 --metric fd-effnet
+
+    Every snapshot is written with two averages of G over training. Combined, they give G_ema as another
+    --ema-kimg would have made it. This command measures a grid of half-lives at the newest snapshot, or at
+    SNAPSHOT, and writes the best one as network-ema.pkl into the run folder.
+    """
+    import dataclasses
+
+    from finetune.config import TrainConfig
+    from finetune.device import float32_math, resolve_device
+    from finetune.export.save import save
+    from finetune.metrics.evaluate import check_names, ensure_metric_weights
+    from finetune.resolve import load, newest_snapshot
+    from finetune.train import posthoc_ema
+
+    (name,) = check_names([metric])
+    wanted = parse_half_lives(half_lives)
+    snapshot = newest_snapshot(run) if run.is_dir() else run
+    saved = posthoc_ema.saved_averages(snapshot)
+    config = TrainConfig.read(snapshot.parent / "config.json")
+    target = resolve_device(device)
+    ensure_metric_weights([name], tell=lambda text: click.echo(text, err=True))
+    checkpoint = load(snapshot, device=target)
+    G_ema: Any = checkpoint.G_ema
+    num = num or (5000 if target.type == "cuda" else 1000)
+    tried = wanted or posthoc_ema.grid(config, saved)
+    measure = measurement(config, data or config.data, name, num, seed, target, G_ema)
+    with float32_math():
+        rows = [("as trained", config.ema_kimg, *measure(G_ema, "measuring G_ema"), 0.0)]
+        for kimg in tried:
+            network, error = posthoc_ema.reconstruct(config, saved, kimg, G_ema)
+            rows.append((f"{kimg:g}", kimg, *measure(network, f"measuring {kimg:g} kimg"), error))
+    click.echo(f"{snapshot.name}: {num:,} generated images for each half-life, seed {seed}.")
+    click.echo("\n".join(curve(rows, name)))
+    network, _ = posthoc_ema.reconstruct(config, saved, config.ema_kimg, G_ema)
+    difference = posthoc_ema.relative_difference(network, G_ema)
+    click.echo(f"Check: the half-life as trained is reconstructed with a difference of {difference:.1e}.")
+    best = rows[best_of(rows, name)]
+    if best[0] == "as trained":
+        click.echo(f"No half-life is better than that of the run ({config.ema_kimg:g} kimg): use {snapshot}")
+        return
+    network, _ = posthoc_ema.reconstruct(config, saved, best[1], G_ema)
+    origin = checkpoint.provenance
+    training = {**(origin.training or {}), "ema_kimg": best[1]}
+    changed = dataclasses.replace(
+        checkpoint, G_ema=network, provenance=dataclasses.replace(origin, training=training)
+    )
+    out = snapshot.with_name(NAME)
+    save(changed, out)
+    click.echo(f"Best: {best[1]:g} kimg. Wrote {out}")
+
+
+def parse_half_lives(text: str | None) -> list[float]:
+    """Return the half-lives of `--half-lives` in kimg. Raises ConfigError."""
+    try:
+        found = [float(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        found = [0.0]
+    if any(not 0 < each < float("inf") for each in found):
+        raise ConfigError(f"--half-lives {text}: must be positive numbers of kimg, such as 1,2.5,10.")
+    return found
+
+
+def measurement(config: Any, data: str, name: str, num: int, seed: int, device: Any, G: Any):
+    """Return a function that measures a network: its value and standard error."""
+    from finetune.data import ImageSet
+    from finetune.metrics.evaluate import Evaluation
+    from finetune.models import image_size
+
+    image_set = ImageSet(
+        data,
+        resolution=image_size(G),
+        channels=G.img_channels,
+        fit=config.fit,
+        use_labels=G.c_dim > 0,
+        labels_from=config.labels,
+        num_classes=G.c_dim or None,
+        mirror=config.mirror,
+    )
+    with progress_bar("looking at the images", len(image_set)) as progress:
+        evaluation = Evaluation(
+            image_set,
+            [name],
+            device=device,
+            workers=config.workers,
+            cache=True,
+            progress=progress,
+            with_error=True,
+        )
+
+    def measure(network: Any, what: str) -> tuple[float, float]:
+        with progress_bar(what, num) as progress:
+            found = next(iter(evaluation.distances(network, num, seed, progress=progress).values()))
+        return found.value, found.error
+
+    return measure
+
+
+def best_of(rows: list[tuple[str, float, float, float, float]], name: str) -> int:
+    """Return the index of the best row; the first of equals."""
+    from finetune.metrics.evaluate import HIGHER_IS_BETTER
+
+    sign = -1 if name.startswith(("prc", *HIGHER_IS_BETTER)) else 1
+    return min(range(len(rows)), key=lambda index: sign * rows[index][2])
+
+
+def curve(rows: list[tuple[str, float, float, float, float]], name: str) -> list[str]:
+    """Return a table with bars: label, half-life, value, standard error, profile error."""
+    values = [row[2] for row in rows]
+    low, high = min(values), max(values)
+    lines = [f"{'half-life (kimg)':<18}{name:>22}  {'profile error':>13}"]
+    for label, kimg, value, error, profile in rows:
+        shown = f"{label} ({kimg:g})" if label == "as trained" else label
+        number = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
+        bar = "█" * round(1 + (BAR - 1) * (value - low) / ((high - low) or 1))
+        text = "" if label == "as trained" else f"{profile:.1e}"
+        lines.append(f"{shown:<18}{number:>22}  {text:>13}  {bar}")
+    return lines
