@@ -63,7 +63,7 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("module", SIGNATURES)
-def test_signatures(module):
+def test_frozen_surface_signatures(module):
     for name, expected in SIGNATURES[module].items():
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
         assert {key: p.default for key, p in parameters.items()} == expected, name
@@ -71,7 +71,7 @@ def test_signatures(module):
         assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()), name
 
 
-def test_activations_hold_what_sources_read():
+def test_frozen_surface_activation_attributes():
     from torch_utils.ops.bias_act import activation_funcs
 
     assert set(activation_funcs) == set("linear relu lrelu tanh sigmoid elu selu softplus swish".split())
@@ -79,7 +79,7 @@ def test_activations_hold_what_sources_read():
         assert spec.def_gain in (1, math.sqrt(2)) and spec.def_alpha in (0, 0.2)
 
 
-def test_names_that_files_spell_out():
+def test_frozen_surface_names_in_files():
     import dnnlib
     from torch_utils import persistence
 

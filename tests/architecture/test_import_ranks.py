@@ -142,17 +142,17 @@ def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def test_every_module_has_a_rank():
+def test_import_ranks_cover_all_modules():
     assert [name for name in SOURCES if room(name) is None and name not in DOORS] == []
     assert len(SOURCES) > 30
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_imports_go_downwards_only(module):
+def test_import_ranks_only_decrease(module):
     assert broken(module, SOURCES[module].read_text(encoding="utf-8")) == []
 
 
-def test_no_import_cycles():
+def test_import_cycles_do_not_exist():
     """Imports inside functions and for type checkers count as well; importing a parent package does not."""
     edges = {
         module: {name for _, name in imports(module, path.read_text(encoding="utf-8")) if name != module}
@@ -164,7 +164,7 @@ def test_no_import_cycles():
     assert cycles(edges) == []
 
 
-def test_cycles_are_found():
+def test_import_cycles_are_detected():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": set()}) == [["a", "b", "c"]]
     assert cycles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
 
@@ -187,11 +187,11 @@ def test_cycles_are_found():
         ("finetune", "import finetune.train"),
     ],
 )
-def test_the_rule_catches(module, line):
+def test_import_rules_detect_violations(module, line):
     assert len(broken(module, line)) == 1
 
 
-def test_nothing_outside_the_models_declares_a_persistent_class():
+def test_persistent_classes_are_in_models_only():
     pattern = re.compile(r"^\s*@.*persistent_class", re.MULTILINE)
     users = {name for name, path in SOURCES.items() if pattern.search(path.read_text(encoding="utf-8"))}
     assert users, "the pattern finds nothing at all"

@@ -36,11 +36,11 @@ def run_cli(*args: str) -> str:
     return f"from finetune.cli import cli\ncli({list(args)!r}, standalone_mode=False)"
 
 
-def test_importing_the_package_is_light():
+def test_import_finetune_is_light():
     assert loaded_by("import finetune; finetune.__version__; dir(finetune); finetune.FinetuneError") == []
 
 
-def test_the_package_passes_on_what_is_heavy_when_it_is_asked_for():
+def test_import_finetune_loads_attributes_lazily():
     import finetune
     from finetune import resolve
     from finetune.checkpoint.load import Checkpoint
@@ -52,7 +52,7 @@ def test_the_package_passes_on_what_is_heavy_when_it_is_asked_for():
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], []], ids=["help", "version", "bare"])
-def test_the_program_answers_without_loading_anything(args):
+def test_help_and_version_are_light(args):
     code = run_cli(*args)
     if not args:  # bare `finetune` shows the help and fails
         code = f"import click\ntry:\n    exec({code!r})\nexcept click.exceptions.NoArgsIsHelpError:\n    pass"
@@ -60,15 +60,15 @@ def test_the_program_answers_without_loading_anything(args):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_is_light(name):
+def test_help_of_commands_is_light(name):
     assert loaded_by(run_cli(name, "--help")) == []
 
 
-def test_inspect_loads_no_compiler_and_no_metric():
+def test_inspect_imports():
     assert loaded_by("\n".join(run_cli("inspect", path) for path in CHECKPOINTS), LATE) == []
 
 
-def test_generate_loads_no_compiler_and_no_metric(tmp_path):
+def test_generate_imports(tmp_path):
     commands = []
     for path in CHECKPOINTS:
         label = ["--class", "0"] if path.endswith(("2-32-orig.pkl", "2-64-cond.pkl")) else []

@@ -72,7 +72,7 @@ def damage(data: bytes, places: list[int], rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_damage(name, real_files, tmp_path):
+def test_load_random_damage(name, real_files, tmp_path):
     data, places = real_files[name]
     rng = random.Random(f"damage to {name}")
     path = tmp_path / "damaged.pkl"
@@ -94,7 +94,7 @@ def test_random_damage(name, real_files, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_truncation(name, real_files, tmp_path):
+def test_load_truncation(name, real_files, tmp_path):
     data, places = real_files[name]
     rng = random.Random(f"truncation of {name}")
     for end in [1, 2, 11, len(data) - 1, *rng.sample(places, 30)]:
@@ -103,7 +103,7 @@ def test_truncation(name, real_files, tmp_path):
         assert refusal.value.offset <= end and refusal.value.blocked is None
 
 
-def test_memory_while_damaged(real_files):
+def test_load_damaged_file_memory(real_files):
     """Reading, whatever the damage, stays near the size of the file."""
     rng = random.Random("memory")
     for data, places in real_files.values():

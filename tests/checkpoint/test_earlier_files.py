@@ -24,7 +24,7 @@ BASE = "258ca9398cb522a48c5043f54b3558b56d956bdbde8caecaba62cd17c866c4ac"  # tha
 
 
 @pytest.mark.parametrize("path", [PICKLE, TENSORS], ids=["pickle", "safetensors"])
-def test_license_lineage_and_training_options_are_found(path):
+def test_load_earlier_files_provenance(path):
     checkpoint = finetune.load(path)
     origin = checkpoint.provenance
     assert (origin.generation, origin.licence, origin.nimg) == ("finetune", "CC0 1.0", 24)
@@ -39,7 +39,7 @@ def test_license_lineage_and_training_options_are_found(path):
     assert checkpoint.missing == []
 
 
-def test_both_files_hold_the_same_networks():
+def test_load_earlier_files_have_equal_networks():
     one, other = finetune.load(PICKLE), finetune.load(TENSORS)
     for name in ("G", "D", "G_ema"):
         ours, theirs = tensors_of(getattr(one, name)), tensors_of(getattr(other, name))
@@ -54,7 +54,7 @@ def keys(value):
     return {key: None if key == "training" else keys(inner) for key, inner in value.items()}
 
 
-def test_files_of_today_have_the_same_keys(tmp_path):
+def test_export_keeps_keys_of_earlier_files(tmp_path):
     checkpoint = finetune.load(TENSORS)
     save(checkpoint, tmp_path / "a.pkl")
     save(checkpoint, tmp_path / "a.safetensors")

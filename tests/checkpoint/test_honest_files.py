@@ -68,7 +68,7 @@ def equal(one, other) -> bool:
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_every_generation_at_every_protocol(name, protocol, opened, golden_dir, monkeypatch):
+def test_load_every_generation_and_protocol(name, protocol, opened, golden_dir, monkeypatch):
     honest.install(monkeypatch)
     again = opened(honest.read(golden_dir / f"{name}.pkl"), protocol)
     wanted = finetune.load(golden_dir / f"{name}.pkl")
@@ -82,7 +82,7 @@ F4 = call("numpy", "dtype", "f4", False, True)
 
 @pytest.mark.parametrize("core", ["core", "_core"])
 @pytest.mark.parametrize("order, axes", [("C", ()), ("F", ()), ("C", (None,)), ("K", ((1, 0),))])
-def test_numpy_arrays_of_protocol_5(core, order, axes):
+def test_load_numpy_arrays_of_protocol_5(core, order, axes):
     array = np.arange(6, dtype="<f4").reshape(2, 3)
     stored = array if order == "C" else array.T.copy()
     shape = stored.shape if order == "K" else array.shape
@@ -92,7 +92,7 @@ def test_numpy_arrays_of_protocol_5(core, order, axes):
 
 
 @pytest.mark.parametrize("module", ["dill._dill", "dill.dill"])
-def test_names_that_dill_writes(module):
+def test_load_names_of_dill(module):
     array = np.arange(4, dtype="<f4")
     made = forge.ndarray(array)
     dill = call(module, "_create_array", made.function, made.args, made.state, None)
@@ -103,7 +103,7 @@ def test_names_that_dill_writes(module):
     assert type(seen[2]) is Record and seen[2].args == ("CodeType",)
 
 
-def test_a_network_that_dill_wrote_by_value_says_how_to_save_it(opened):
+def test_load_dill_by_value_names_remedy(opened):
     code = call("dill._dill", "_create_function", call("dill._dill", "_create_code", b"x"), {})
     with pytest.raises(PickleRefused, match="written by dill") as refusal:
         opened(forge.dumps({"G_ema": code}))
@@ -111,7 +111,7 @@ def test_a_network_that_dill_wrote_by_value_says_how_to_save_it(opened):
 
 
 @pytest.mark.parametrize("name", [("__builtin__", "__main__"), ("builtins", "getattr"), ("os", "system")])
-def test_a_name_that_acts_in_a_file_of_dill_says_both(name, opened):
+def test_load_dill_with_acting_name(name, opened):
     """dill refers to such names where it stores functions and classes by value."""
     code = call("dill._dill", "_create_function", Name(*name))
     with pytest.raises(PickleRefused, match="written by dill") as refusal:
@@ -120,7 +120,7 @@ def test_a_name_that_acts_in_a_file_of_dill_says_both(name, opened):
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_tensors_with_attributes(protocol, ada, opened, golden_dir):
+def test_load_tensors_with_attributes(protocol, ada, opened, golden_dir):
     for module in ada["G_ema"].modules():
         for group in ("_parameters", "_buffers"):
             for tensor in module.state[group].values():
@@ -133,7 +133,7 @@ def test_tensors_with_attributes(protocol, ada, opened, golden_dir):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["stylegan2-ada-32", "stylegan3-t-32"])
-def test_weights_of_other_precision_are_converted(name, dtype, opened, golden_dir):
+def test_load_converts_precision(name, dtype, opened, golden_dir):
     root = dict(honest.read(golden_dir / f"{name}.pkl"))
     for key in ("G", "D", "G_ema"):
         honest.convert(root[key], dtype)
@@ -148,7 +148,7 @@ def test_weights_of_other_precision_are_converted(name, dtype, opened, golden_di
     assert sum(f"stored as {stored} were {way} to float32" in note for note in seen.notes) == 3
 
 
-def test_half_precision_in_a_tensorflow_file(opened, golden_dir, monkeypatch):
+def test_load_tensorflow_half_precision(opened, golden_dir, monkeypatch):
     honest.install(monkeypatch)
     root = honest.read(golden_dir / "stylegan2-tf-32.pkl")
     for network in root:
@@ -163,7 +163,7 @@ def test_half_precision_in_a_tensorflow_file(opened, golden_dir, monkeypatch):
     assert any("stored as float16 were widened" in note for note in seen.notes)
 
 
-def test_a_foreign_discriminator_leaves_the_generators(ada, opened, vision_head):
+def test_load_foreign_discriminator_keeps_generators(ada, opened, vision_head):
     ada["D"] = vision_head
     seen = opened(ada)
     assert seen.missing == ["D"] and seen.foreign == {"D": "vision_module.VisionHead"}
@@ -171,25 +171,25 @@ def test_a_foreign_discriminator_leaves_the_generators(ada, opened, vision_head)
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_foreign_part_of_a_network_refuses_that_network(ada, opened, vision_head, protocol):
+def test_load_foreign_part_refuses_network(ada, opened, vision_head, protocol):
     ada["D"].state["_modules"]["b4"].state["head"] = [vision_head]
     seen = opened(ada, protocol)
     assert seen.missing == ["D"] and seen.foreign == {"D": "vision_module.VisionHead"}
 
 
-def test_a_persistent_discriminator_of_another_architecture(ada, opened):
+def test_load_persistent_discriminator_of_other_architecture(ada, opened):
     modules = ada["D"].state["_modules"]
     ada["D"] = honest.Net("ProjectedDiscriminator", {**ada["D"].state, "_modules": {"heads": modules["b8"]}})
     assert opened(ada).foreign == {"D": "ProjectedDiscriminator"}
 
 
-def test_a_foreign_generator_leaves_the_other(ada, opened, vision_head):
+def test_load_foreign_generator_keeps_other(ada, opened, vision_head):
     ada["G"] = vision_head
     seen = opened(ada)
     assert seen.foreign == {"G": "vision_module.VisionHead"} and seen.best is seen.G_ema
 
 
-def test_a_file_whose_generators_are_foreign_is_refused_as_honest(ada, opened, vision_head):
+def test_load_refuses_foreign_generators(ada, opened, vision_head):
     ada["G"] = ada["G_ema"] = vision_head
     with pytest.raises(
         PickleRefused, match=r"G_ema in the pickle needs vision_module\.VisionHead"
@@ -198,12 +198,12 @@ def test_a_file_whose_generators_are_foreign_is_refused_as_honest(ada, opened, v
     assert refusal.value.blocked == "vision_module.VisionHead" and "may be honest" in str(refusal.value)
 
 
-def test_a_whole_file_of_a_foreign_class_is_refused_as_honest(opened, vision_head):
+def test_load_refuses_foreign_class(opened, vision_head):
     with pytest.raises(PickleRefused, match="may be honest"):
         opened(vision_head)
 
 
-def test_training_offers_a_new_discriminator(ada, tmp_path, vision_head):
+def test_load_for_training_offers_new_d(ada, tmp_path, vision_head):
     from finetune.train.prepare import load_for_training
 
     ada["D"] = vision_head
@@ -245,14 +245,14 @@ def extras():
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("key", extras())
-def test_entries_that_people_add(key, protocol, opened, golden_dir):
+def test_load_additional_entries(key, protocol, opened, golden_dir):
     root = {"G_ema": honest.read(golden_dir / "stylegan3-t-32.pkl")["G_ema"], key: extras()[key]}
     seen = opened(root, protocol)
     assert seen.notes[-1] == f"unknown entries ignored: {key}"
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_values_that_are_kept_as_plain_ones(protocol):
+def test_load_plain_values(protocol):
     def read(value):
         return loads(pickle.dumps(value, protocol))
 
@@ -264,13 +264,13 @@ def test_values_that_are_kept_as_plain_ones(protocol):
     assert read(np.array(["a", "bcd"])).value.tolist() == ["a", "bcd"]
 
 
-def test_the_path_of_the_training_set_is_kept(ada, opened):
+def test_load_path_of_training_set(ada, opened):
     ada["training_set_kwargs"] = {"path": pathlib.PurePosixPath("/data/x.zip")}
     assert opened(ada).training_set_kwargs == {"path": "/data/x.zip"}
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_an_entry_of_a_foreign_class_is_ignored(ada, opened, protocol):
+def test_load_ignores_foreign_entry(ada, opened, protocol):
     ada["args"] = argparse.Namespace(lr=1)
     seen = opened(ada, protocol)
     assert seen.missing == [] and not seen.foreign
@@ -278,7 +278,7 @@ def test_an_entry_of_a_foreign_class_is_ignored(ada, opened, protocol):
     assert any(note.startswith(said) for note in seen.notes)
 
 
-def test_a_stream_in_an_entry_is_ignored(ada, opened):
+def test_load_ignores_stream_in_entry(ada, opened):
     ada["stream"] = io.BytesIO(b"x")
     assert any(note.startswith("entry `stream` ignored") for note in opened(ada).notes)
 
@@ -297,7 +297,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("way", RECORDS)
-def test_every_way_to_make_an_object_leaves_a_record(way):
+def test_loads_every_construction_gives_record(way):
     seen = loads(forge.dumps({"x": RECORDS[way]}))["x"]
     assert type(seen) is Record and seen.name == "vision.Head" and seen.args == (1,)
     assert seen.keywords == ({"a": 2} if way == "NEWOBJ_EX" else None)
@@ -308,7 +308,7 @@ def test_every_way_to_make_an_object_leaves_a_record(way):
     "key, height, width",
     [("G", 5, 4), ("G_ema", 5, 4), ("G", 3, 3), ("D", 4, 2), ("D", 2, 4), ("D", 4, 3), ("D", 5, 4)],
 )
-def test_a_rectangular_network_of_another_kind_is_named_in_one_line(key, height, width, ada, opened):
+def test_load_refuses_other_rectangles(key, height, width, ada, opened):
     """A constant that is not 4 high or wide, and a discriminator whose sides nothing gives."""
     net = ada[key]
     if key == "D":
@@ -326,7 +326,7 @@ def test_a_rectangular_network_of_another_kind_is_named_in_one_line(key, height,
 
 
 @pytest.mark.parametrize("height, width", [(4, 2), (2, 4), (4, 3)])
-def test_a_constant_of_another_shape_in_a_square_network(height, width, ada, opened):
+def test_load_refuses_constant_of_other_shape(height, width, ada, opened):
     net = ada["G_ema"]
     parameters = net.state["_modules"]["synthesis"].state["_modules"]["b4"].state["_parameters"]
     parameters["const"] = torch.nn.Parameter(torch.zeros(len(parameters["const"]), height, width))
@@ -334,7 +334,7 @@ def test_a_constant_of_another_shape_in_a_square_network(height, width, ada, ope
         opened({"G_ema": net})
 
 
-def test_large_weights_at_old_protocols(tmp_path):
+def test_load_large_weights_at_old_protocols(tmp_path):
     """Bytes are spelled as text there, of several megabytes, which may be all zeros."""
     for value in (np.zeros(1 << 20, "<f4"), np.random.default_rng(0).random(1 << 20, np.float32)):
         for protocol in range(6):
@@ -342,7 +342,7 @@ def test_large_weights_at_old_protocols(tmp_path):
             assert np.array_equal(seen["a"].value, value) and np.array_equal(seen["b"].array, value)
 
 
-def test_no_honest_file_is_called_an_attack(ada, opened, vision_head):
+def test_load_refusals_of_honest_files(ada, opened, vision_head):
     for value in ({"G_ema": vision_head}, {"x": vision_head}, vision_head):
         with pytest.raises(CheckpointError) as refusal:
             opened(value)

@@ -83,7 +83,7 @@ PLACES = {
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("place", PLACES)
-def test_os_system_by_reduce(trap, place, protocol):
+def test_load_refuses_os_system(trap, place, protocol):
     data = pickle.dumps(PLACES[place](Runs(os.system, trap)), protocol)
     error = refused(data)
     name = f"{os.system.__module__}.system"  # posix.system or nt.system
@@ -92,7 +92,7 @@ def test_os_system_by_reduce(trap, place, protocol):
     assert "nothing was executed" in error.what
 
 
-def test_such_a_file_would_run_elsewhere(tmp_path):
+def test_hostile_file_runs_in_pickle_load(tmp_path):
     """The traps are real: Python's own unpickler springs this one."""
     marker = tmp_path / "executed"
     pickle.loads(pickle.dumps(Runs(os.mkdir, str(marker))))
@@ -147,7 +147,7 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize("name", BLOCKED)
-def test_other_globals(name):
+def test_load_refuses_acting_globals(name):
     evil = BLOCKED[name]
     data = forge.dumps({"G_ema": evil})
     error = refused(data)
@@ -156,7 +156,7 @@ def test_other_globals(name):
     assert data[error.offset :].startswith((b"c" + module.encode(), b"ios", b"c__builtin__"))
 
 
-def test_setstate_is_not_called(trap, tmp_path):
+def test_load_never_calls_setstate(trap, tmp_path):
     data = pickle.dumps({"G_ema": HasState()})
     pickle.loads(data)
     assert HasState.called, "the trap is not armed"
@@ -171,7 +171,7 @@ def test_setstate_is_not_called(trap, tmp_path):
     assert not HasState.called
 
 
-def test_state_for_a_stand_in_is_inert():
+def test_load_ignores_state_of_stub():
     """BUILD with a state that Python would turn into __setstate__, __dict__ or slots changes nothing."""
     evil = {"__class__": "x", "__reduce__": "y", "__setstate__": 1}
     seen = loads(forge.dumps({"a": Call(Name("dnnlib", "EasyDict"), (), (evil, evil)), "b": 1}))
@@ -179,7 +179,7 @@ def test_state_for_a_stand_in_is_inert():
     assert refused(forge.dumps(Raw(forge.emit([1]) + forge.emit(evil) + b"b"))).blocked is None
 
 
-def test_copyreg_extension(trap):
+def test_load_refuses_copyreg_extension(trap):
     copyreg.add_extension(os.system.__module__, "system", 77)
     try:
         data = pickle.dumps(Runs(os.system, trap), 2)
@@ -191,7 +191,7 @@ def test_copyreg_extension(trap):
 
 
 @pytest.mark.parametrize("place", ["key", "system", "keys", "kind"])
-def test_os_system_inside_a_storage(trap, place):
+def test_load_refuses_os_system_in_storage(trap, place):
     """The bytes of a tensor storage are a pickle of their own."""
     evil = forge.dumps(call("posix", "system", trap))
     good = forge.storage(np.zeros(2, "<f4"))
@@ -207,7 +207,7 @@ def test_os_system_inside_a_storage(trap, place):
     assert data[error.offset :].startswith(b"cposix\nsystem\n"), "the position is that in the file"
 
 
-def test_os_system_inside_a_storage_spelled_as_text(trap):
+def test_load_refuses_os_system_in_text_storage(trap):
     """Protocol 2 spells bytes as text, so that positions inside have no place in the file."""
     evil = pickle.dumps(Runs(os.system, trap), 2).decode("latin-1")
     made = call("torch.storage", "_load_from_bytes", call("_codecs", "encode", evil, "latin1"))
@@ -217,17 +217,17 @@ def test_os_system_inside_a_storage_spelled_as_text(trap):
     assert data[error.offset : error.offset + 1] == b"R"
 
 
-def test_a_storage_inside_a_storage(trap):
+def test_load_refuses_nested_storage(trap):
     inner = forge.dumps(call("torch.storage", "_load_from_bytes", forge.dumps(call("posix", "system", trap))))
     error = refused(forge.dumps(call("torch.storage", "_load_from_bytes", inner)))
     assert error.blocked == "torch.storage._load_from_bytes"
 
 
-def test_persistent_id():
+def test_load_refuses_persistent_id():
     assert refused(forge.dumps(Raw(forge.emit("os.system") + b"Q"))).blocked == "a persistent id"
 
 
-def test_source_inside_the_file_is_not_executed(trap, tmp_path):
+def test_load_never_executes_source(trap, tmp_path):
     """Embedded source is not even read; what is no network is refused by the name of its class."""
     source = f"import os\nos.system({trap!r})\nclass Evil: pass\n"
     state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
@@ -238,7 +238,7 @@ def test_source_inside_the_file_is_not_executed(trap, tmp_path):
     assert refusal.value.blocked == "Evil" and str(path) in str(refusal.value)
 
 
-def test_hostile_source_beside_real_weights_is_dropped(trap, tmp_path, golden_dir):
+def test_load_drops_hostile_source(trap, tmp_path, golden_dir):
     """A real network opens, whatever the source in its file says."""
     root = read_pickle(golden_dir / "stylegan2-ada-32.pkl").root
     data = forge.dumps({"G_ema": root["G_ema"]})
@@ -378,13 +378,13 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_allowed_names_with_hostile_arguments(name):
+def test_load_refuses_hostile_arguments(name):
     evil, words = LIES[name]
     error = refused(forge.dumps({"G_ema": evil}))
     assert words in error.what
 
 
-def test_a_storage_named_a_million_times_takes_no_memory():
+def test_load_repeated_storage_takes_no_memory():
     """Tensors are views: as many as there are opcodes share one storage."""
     head = b"\x80\x04](" + forge.emit(LOADED) + b"q\x00"
     again = b"ctorch._utils\n_rebuild_tensor_v2\n(h\x00K\x00(K\x06t(K\x01t\x89}tR"
@@ -404,7 +404,7 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize("words", OTHER_FILES)
-def test_other_files_are_named(tmp_path, words):
+def test_load_names_other_files(tmp_path, words):
     path = tmp_path / "network.pkl"
     path.write_bytes(OTHER_FILES[words])
     with pytest.raises(CheckpointError, match=words) as refusal:
@@ -422,7 +422,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_is_called_a_text(tmp_path, name):
+def test_load_names_text_file(tmp_path, name):
     """Though its first letters are opcodes, like the `i` of import."""
     path = tmp_path / "network.pkl"
     path.write_text(TEXTS[name], encoding="utf-8")
@@ -433,13 +433,13 @@ def test_a_text_is_called_a_text(tmp_path, name):
     assert "asks for" not in str(refusal.value)
 
 
-def test_a_hostile_pickle_made_of_letters_is_called_hostile(tmp_path):
+def test_load_refuses_hostile_text_pickle(tmp_path):
     path = tmp_path / "network.pkl"
     path.write_bytes(b"cos\nsystem\n(Vecho\ntR.")
     with pytest.raises(PickleRefused, match=r"asks for os\.system"):
         finetune.load(path)
 
 
-def test_names_are_printed_harmlessly():
+def test_load_escapes_names():
     error = refused(forge.dumps(Name("os", "sys\x1b[31mtem" + "x" * 500)))
     assert "\x1b" not in str(error) and len(error.blocked) <= 200

@@ -82,7 +82,7 @@ def as_tensorflow(module: torch.nn.Module, options: dict) -> TFNetwork:
 
 @pytest.mark.parametrize("c_dim", [0, 3])
 @pytest.mark.parametrize("architecture", ["orig", "skip", "resnet"])
-def test_every_layer(tmp_path, architecture, c_dim):
+def test_legacy_tf_every_layer(tmp_path, architecture, c_dim):
     shape = {"c_dim": c_dim, "img_resolution": 16, "img_channels": 2, "architecture": architecture, **SMALL}
     mapping = {"num_layers": 2, "lr_multiplier": 0.02}
     G = stylegan2.Generator(5, w_dim=6, mapping_kwargs={**mapping, "w_avg_beta": 0.9}, **shape)
@@ -137,7 +137,7 @@ def rectangle(base_shape, is_named=False):
 
 @pytest.mark.parametrize("is_named", [False, True])
 @pytest.mark.parametrize("base_shape", [(4, 2), (3, 4)])
-def test_rectangular_networks(tmp_path, base_shape, is_named):
+def test_legacy_tf_rectangular_networks(tmp_path, base_shape, is_named):
     """The constant gives the shape; blocks are named after their longer side or after both."""
     (D, G), (stored_D, stored_G) = rectangle(base_shape, is_named)
     path = tmp_path / "tf.pkl"
@@ -150,7 +150,7 @@ def test_rectangular_networks(tmp_path, base_shape, is_named):
             torch.testing.assert_close(tensor, tensors_of(ours)[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_rectangular_networks_that_contradict_themselves(tmp_path):
+def test_legacy_tf_contradictory_rectangles(tmp_path):
     path = tmp_path / "tf.pkl"
 
     def refusal(*networks):
@@ -188,7 +188,7 @@ def variables(net: TFNetwork, component: str) -> list:
     return net.state["components"][component].state["variables"]
 
 
-def test_a_variable_missing(golden, reload):
+def test_legacy_tf_missing_variable(golden, reload):
     stored = variables(golden[2], "synthesis")
     stored.remove(next(item for item in stored if item[0] == "8x8/Conv1/weight"))
     with pytest.raises(CheckpointMismatch) as mismatch:
@@ -207,13 +207,13 @@ def test_a_variable_missing(golden, reload):
         "8x8/Conv1/__class__",
     ],
 )
-def test_a_variable_without_a_place(golden, reload, name):
+def test_legacy_tf_unknown_variable(golden, reload, name):
     variables(golden[2], "synthesis").append((name, Array(np.zeros([1, 1, 2, 2], np.float32))))
     with pytest.raises(PickleRefused, match="no place in ours"):
         reload(golden)
 
 
-def test_a_variable_twice(golden, reload):
+def test_legacy_tf_duplicate_variable(golden, reload):
     stored = variables(golden[2], "synthesis")
     stored.append(stored[5])
     with pytest.raises(PickleRefused, match="a name of its own"):
@@ -223,7 +223,7 @@ def test_a_variable_twice(golden, reload):
 @pytest.mark.parametrize(
     "value", ["text", None, {}, Array(np.zeros(3, complex)), Array(np.zeros(3, np.int32))], ids=repr
 )
-def test_a_variable_that_is_no_float32_array(golden, reload, value):
+def test_legacy_tf_variable_dtype(golden, reload, value):
     variables(golden[2], "mapping").append(("Dense9/bias", value))
     with pytest.raises(PickleRefused, match="not a float32 array"):
         reload(golden)
@@ -245,13 +245,13 @@ def test_a_variable_that_is_no_float32_array(golden, reload, value):
     ],
     ids=str,
 )
-def test_states_that_are_no_network(golden, reload, key, value):
+def test_legacy_tf_invalid_states(golden, reload, key, value):
     golden[2].state[key] = value
     with pytest.raises(PickleRefused):
         reload(golden)
 
 
-def test_a_component_inside_itself(golden, reload):
+def test_legacy_tf_recursive_component(golden, reload):
     """A file can refer to itself; only the two levels that exist are looked at."""
     net = golden[1]
     net.state["components"] = {"mapping": TFNetwork(0, {}), "synthesis": TFNetwork(0, {})}

@@ -63,7 +63,7 @@ def spread(arguments: dict) -> dict:
 
 @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
 class TestGoldenFiles:
-    def test_every_weight(self, name, golden_dir, golden_network):
+    def test_load_every_weight(self, name, golden_dir, golden_network):
         facts, arrays = golden_network(name)
         checkpoint = finetune.load(golden_dir / f"{name}.pkl")
         found = {}
@@ -84,7 +84,7 @@ class TestGoldenFiles:
         ]
         assert differing, "G and G_ema are two networks"
 
-    def test_pictures_and_logits(self, name, golden_dir, golden_network):
+    def test_load_images_and_logits(self, name, golden_dir, golden_network):
         _, arrays = golden_network(name)
         checkpoint = finetune.load(golden_dir / f"{name}.pkl")
         z, c = torch.from_numpy(arrays["z"]), torch.from_numpy(arrays["c"])
@@ -93,7 +93,7 @@ class TestGoldenFiles:
         if "logits_fake" in arrays:
             assert_close(checkpoint.D(img, c), arrays["logits_fake"], NETWORK_F32, "logits")
 
-    def test_arguments_and_identity(self, name, golden_dir, golden_network):
+    def test_load_arguments_and_identity(self, name, golden_dir, golden_network):
         facts, _ = golden_network(name)
         path = golden_dir / f"{name}.pkl"
         checkpoint = finetune.load(path)
@@ -121,7 +121,7 @@ class TestGoldenFiles:
         assert resolution == (None if facts["era"] == "tf" else checkpoint.best.img_resolution)
 
 
-def test_what_an_attribute_says_wins_over_arguments_and_defaults(opened, reload):
+def test_load_attributes_take_precedence(opened, reload):
     """Defaults differ by generation: the attribute is what the network was."""
     root = opened("stylegan2-ada-32")
     network = root["G_ema"]
@@ -145,7 +145,7 @@ def each_module(network: PersistentObject):
             yield from each_module(child)
 
 
-def test_buffers_that_carry_data_come_from_the_file(opened, reload):
+def test_load_buffers_from_file(opened, reload):
     root = opened("stylegan2-ada-32")
     changed = {}
     for entry, path in (
@@ -166,7 +166,7 @@ def test_buffers_that_carry_data_come_from_the_file(opened, reload):
         assert np.array_equal(tensors_of(getattr(checkpoint, entry))[path].numpy(), value), path
 
 
-def test_every_strength_of_the_augmentation_pipe(opened, reload):
+def test_load_augmentation_strengths(opened, reload):
     root = opened("stylegan2-ada-32")
     pipe = root["augment_pipe"]
     strengths = [name for name, value in pipe.state.items() if type(value) is float]
@@ -180,7 +180,7 @@ def test_every_strength_of_the_augmentation_pipe(opened, reload):
 
 
 class TestMismatch:
-    def test_every_difference_is_listed(self, opened, reload):
+    def test_load_lists_every_difference(self, opened, reload):
         network = opened("stylegan2-ada-32")["G_ema"]
         conv = module_at(network, "synthesis.b8.conv0")
         conv["_parameters"]["weights"] = conv["_parameters"].pop("weight")
@@ -202,7 +202,7 @@ class TestMismatch:
         assert all(line in str(mismatch.value) for line in mismatch.value.differences)
         assert "network.pkl" in str(mismatch.value)
 
-    def test_a_module_too_many(self, opened, reload):
+    def test_load_refuses_extra_module(self, opened, reload):
         discriminator = opened("stylegan2-ada-32")["D"]
         blocks = discriminator.state["_modules"]
         blocks["b64"] = blocks["b32"]
@@ -213,7 +213,7 @@ class TestMismatch:
             [x for x in describe(discriminator).tensors if "b64" in x]
         )
 
-    def test_a_module_without_tensors_is_missed_too(self, opened, reload):
+    def test_load_refuses_missing_module_without_tensors(self, opened, reload):
         """Found by tests/stress/test_fuzzing.py: without it the network would compute something else."""
         discriminator = opened("stylegan2-ada-32")["D"]
         del module_at(discriminator, "b4")["_modules"]["mbstd"]
@@ -233,7 +233,7 @@ class TestMismatch:
             ("synthesis.b32", "architecture", "resnet"),
         ],
     )
-    def test_equal_tensors_in_another_network(self, opened, reload, path, name, value):
+    def test_load_refuses_other_settings_with_equal_tensors(self, opened, reload, path, name, value):
         """Attributes change what is computed without changing a tensor; they are compared too."""
         network = opened("stylegan2-ada-32")["G_ema"]
         assert name in module_at(network, path)
@@ -248,7 +248,7 @@ class TestPartialFiles:
     @pytest.mark.parametrize(
         "entries", [("G_ema",), ("G",), ("D",), ("G_ema", "D"), ("G", "D", "augment_pipe")], ids=" ".join
     )
-    def test_what_is_there_is_loaded_and_the_rest_named(self, opened, reload, entries):
+    def test_load_partial_file(self, opened, reload, entries):
         root = opened("stylegan2-ada-32")
         checkpoint = reload({entry: root[entry] for entry in entries})
         for entry in ("G", "D", "G_ema", "augment_pipe"):
@@ -257,12 +257,12 @@ class TestPartialFiles:
         assert checkpoint.best is (checkpoint.G_ema or checkpoint.G)
         assert checkpoint.training_set_kwargs == {}
 
-    def test_a_network_alone(self, opened, reload):
+    def test_load_single_network(self, opened, reload):
         root = opened("stylegan2-ada-32")
         assert reload(root["G_ema"]).missing == ["G", "D"]
         assert reload(root["D"]).missing == ["G", "G_ema"]
 
-    def test_a_tensorflow_network_alone(self, golden_dir, reload):
+    def test_load_single_tensorflow_network(self, golden_dir, reload):
         _, D, Gs = read_pickle(golden_dir / "stylegan2-tf-32.pkl").root
         assert reload(Gs).missing == ["G", "D"]
         assert reload(D).missing == ["G", "G_ema"]
@@ -271,12 +271,12 @@ class TestPartialFiles:
     @pytest.mark.parametrize(
         "root", [{}, {"model": {}}, [], "text", None, {"G_ema": {}}, {"G_ema": None}, ([], [], [])]
     )
-    def test_no_network_at_all(self, reload, root):
+    def test_load_refuses_file_without_network(self, reload, root):
         with pytest.raises(PickleRefused):
             reload(root)
 
 
-def test_layers_frozen_in_training_load_and_are_reported(opened, reload):
+def test_load_reports_frozen_layers(opened, reload):
     """FreezeD turns parameters into buffers; the names stay."""
     root = opened("stylegan2-ada-32")
     before = tensors_of(reload({"D": root["D"]}).D)
@@ -293,14 +293,14 @@ def test_layers_frozen_in_training_load_and_are_reported(opened, reload):
     assert checkpoint.notes == ("D: 2 layers were frozen in training and can be trained again",)
 
 
-def test_positional_arguments(opened, reload):
+def test_load_positional_arguments(opened, reload):
     state = opened("stylegan2-ada-32")["G_ema"].state
     given = state["_init_kwargs"]
     state["_init_args"] = tuple(given.pop(name) for name in ("z_dim", "c_dim", "w_dim", "img_resolution"))
     assert reload(PersistentObject("Generator", state, 0)).G_ema.img_resolution == 32
 
 
-def test_unknown_attributes_and_entries_are_reported(opened, reload):
+def test_load_reports_unknown_attributes_and_entries(opened, reload):
     root = opened("stylegan2-ada-32")
     module_at(root["G_ema"], "synthesis.b8")["my_trick"] = 3
     root["G_ema"].state["_init_kwargs"]["more"] = 1
@@ -313,7 +313,7 @@ def test_unknown_attributes_and_entries_are_reported(opened, reload):
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_what_this_python_and_torch_write(tmp_path, protocol):
+def test_load_files_of_this_python_and_torch(tmp_path, protocol):
     """Parameters, strided weights and numpy's numbers, as the installed versions pickle them."""
     torch.manual_seed(1)
     discriminator = stylegan2.Discriminator(0, 16, 1, channel_base=64, channel_max=4, num_fp16_res=1)
@@ -334,7 +334,7 @@ class TestNonsense:
 
     @pytest.mark.parametrize("value", [-1, 2**62, float("nan"), float("inf"), "x", None, [1], {}], ids=repr)
     @pytest.mark.parametrize("name", ["z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"])
-    def test_sizes(self, opened, name, value):
+    def test_load_limits_sizes(self, opened, name, value):
         network = opened("stylegan2-ada-32")["G_ema"]
         network.state[name] = value
         with pytest.raises(PickleRefused, match=name):
@@ -347,7 +347,7 @@ class TestNonsense:
             *(("stylegan3-r-32", name) for name in sorted({*MAPPING, *SYNTHESIS3})),
         ],
     )
-    def test_arguments(self, opened, family, name):
+    def test_load_limits_arguments(self, opened, family, name):
         network = opened(family)["G_ema"]
         kwargs = network.state["_init_kwargs"]
         kwargs["mapping_kwargs"] = {}
@@ -361,7 +361,7 @@ class TestNonsense:
         with pytest.raises(PickleRefused, match=name):
             rebuild("G_ema", network, Allowance(10**9))
 
-    def test_an_image_size_that_is_no_power_of_two(self, opened):
+    def test_load_refuses_size_not_power_of_two(self, opened):
         network = opened("stylegan2-ada-32")["G_ema"]
         network.state["img_resolution"] = 48
         with pytest.raises(PickleRefused, match=r"cannot be built: .*48"):
@@ -374,14 +374,14 @@ class TestNonsense:
             {"num_layers": 2, "num_critical": 1, "first_stopband": 0.01, "filter_size": 32},
         ],
     )
-    def test_filters_of_endless_taps(self, opened, changes):
+    def test_load_limits_filter_taps(self, opened, changes):
         network = opened("stylegan3-r-32")["G_ema"]
         network.state["_init_kwargs"].update(changes)
         module_at(network, "synthesis").update(changes)
         with pytest.raises(PickleRefused, match="the size of its filters"):
             rebuild("G_ema", network, Allowance(10**9))
 
-    def test_modules_without_end(self):
+    def test_load_limits_modules(self):
         state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
         ring = PersistentObject("Generator", state, 7)
         state["_modules"]["ring"] = ring
@@ -395,7 +395,7 @@ class TestNonsense:
             describe(tree)
         assert 10**14 > MAX_MODULES
 
-    def test_attributes_without_end(self):
+    def test_load_limits_attributes(self):
         """One dict can be the state of many modules: cheap for a file, so it must be cheap to refuse."""
         many = {f"a{i}": None for i in range(30_000)}
         leaf = PersistentObject("Leaf", {"_parameters": many, "_buffers": many, "_modules": {}}, 7)
@@ -414,11 +414,11 @@ class TestNonsense:
             {"_parameters": {}, "_buffers": {}, "_modules": {"a": {}}},
         ],
     )
-    def test_states_that_are_no_module(self, state):
+    def test_load_refuses_invalid_states(self, state):
         with pytest.raises(PickleRefused):
             describe(PersistentObject("Generator", state, 7))
 
-    def test_memory_is_bounded_by_the_file(self, opened):
+    def test_load_memory_is_bounded_by_file(self, opened):
         network = opened("stylegan2-ada-32")["G_ema"]
         allowance = Allowance(10**6)
         module = rebuild("G_ema", network, allowance).module
@@ -441,7 +441,7 @@ class TestProvenance:
             **values,
         }
 
-    def test_a_file_of_ours_says_where_its_weights_came_from(self, opened, reload):
+    def test_provenance_of_own_file(self, opened, reload):
         network = opened("stylegan2-ada-32")["G_ema"]
         seen = reload({"G_ema": network, "finetune": self.entry()}, "out.pkl").provenance
         assert (seen.generation, seen.source) == ("finetune", "out.pkl")
@@ -450,7 +450,7 @@ class TestProvenance:
         assert Provenance.from_dict(seen.to_dict()) == seen
         assert Provenance.from_dict({**seen.to_dict(), "of tomorrow": 1}) == seen
 
-    def test_a_file_of_ours_without_source(self, opened, reload):
+    def test_provenance_without_source(self, opened, reload):
         network = opened("stylegan2-ada-32")["G_ema"]
         seen = reload(
             {"G_ema": network, "finetune": self.entry(source=None, training=None, nimg=None)}
@@ -460,7 +460,7 @@ class TestProvenance:
             *[None] * 4,
         )
 
-    def test_many_ancestors(self, opened, reload):
+    def test_provenance_many_ancestors(self, opened, reload):
         network, parent = opened("stylegan2-ada-32")["G_ema"], self.SOURCE
         for _ in range(60):
             parent = Provenance(
@@ -468,7 +468,7 @@ class TestProvenance:
             ).to_dict()
         assert reload({"G_ema": network, "finetune": self.entry(source=parent)}).provenance.parent == parent
 
-    def test_nonsense_where_provenance_should_be(self, opened, reload):
+    def test_provenance_of_invalid_entry(self, opened, reload):
         network = opened("stylegan2-ada-32")["G_ema"]
         entry = self.entry(source="x", training=[1], nimg="many")
         seen = reload({"G_ema": network, "finetune": entry}).provenance
@@ -477,7 +477,7 @@ class TestProvenance:
             *[None] * 4,
         )
 
-    def test_the_license_of_a_public_checkpoint(self, opened, reload, monkeypatch):
+    def test_provenance_license_of_public_checkpoint(self, opened, reload, monkeypatch):
         network = opened("stylegan2-ada-32")["G_ema"]
         sha256 = hashlib.sha256(forge.dumps({"G_ema": network})).hexdigest()
         known = catalog.Entry(
@@ -503,7 +503,7 @@ class TestProvenance:
 
 
 class TestRunFolders:
-    def test_the_newest_snapshot_counts(self, golden_dir, tmp_path):
+    def test_load_run_folder_newest_snapshot(self, golden_dir, tmp_path):
         for kimg in ("000000", "000020", "000003.5"):
             (tmp_path / f"network-snapshot-{kimg}.pkl").write_bytes(b"")
         (tmp_path / "network-snapshot-000099.pkl.part").write_bytes(b"")
@@ -512,7 +512,7 @@ class TestRunFolders:
         newest.write_bytes((golden_dir / "stylegan2-ada-32.pkl").read_bytes())
         assert finetune.load(tmp_path).provenance.source == newest.name
 
-    def test_where_there_is_none(self, tmp_path):
+    def test_load_run_folder_without_snapshot(self, tmp_path):
         with pytest.raises(CheckpointError, match="has no network-snapshot"):
             finetune.load(tmp_path)
         with pytest.raises(CheckpointError, match="does not exist"):
@@ -520,7 +520,7 @@ class TestRunFolders:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_device(golden_dir, device):
+def test_load_device(golden_dir, device):
     checkpoint = finetune.load(golden_dir / "stylegan2-ada-32.pkl", device=device)
     for network in (checkpoint.G, checkpoint.D, checkpoint.G_ema, checkpoint.augment_pipe):
         assert all(tensor.device.type == device for tensor in tensors_of(network).values())

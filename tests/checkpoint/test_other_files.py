@@ -61,7 +61,7 @@ FILES = {
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pt"])
 @pytest.mark.parametrize("name", FILES)
-def test_other_files_are_named_with_the_next_step(name, suffix, tmp_path):
+def test_load_other_files_name_next_step(name, suffix, tmp_path):
     data, what, hint = FILES[name]
     path = tmp_path / f"network{suffix}"
     path.write_bytes(data)

@@ -33,12 +33,12 @@ values = st.recursive(
 
 @given(values, st.integers(0, 5))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_plain_values_are_those_of_python(value, protocol):
+def test_machine_plain_values_equal_python(value, protocol):
     assert loads(pickle.dumps(value, protocol)) == value
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_shared_and_named_values(protocol):
+def test_machine_memo_and_globals(protocol):
     shared = ["x"]
     seen = loads(pickle.dumps({"a": shared, "b": (shared, OrderedDict(k=1)), "c": {"x", "y"}}, protocol))
     assert seen == {"a": ["x"], "b": (["x"], {"k": 1}), "c": {"x", "y"}}
@@ -56,14 +56,14 @@ def test_shared_and_named_values(protocol):
         (5, bytearray(b"xyz")),
     ],
 )
-def test_bytes_are_views_of_the_file(protocol, value):
+def test_machine_bytes_are_views(protocol, value):
     data = pickle.dumps([value], protocol)
     blob = loads(data)[0]
     assert bytes(blob.view) == value
     assert data[blob.offset : blob.offset + len(value)] == value
 
 
-def test_bytes_of_protocol_2_are_spelled_as_text():
+def test_machine_protocol_2_bytes():
     blob = loads(pickle.dumps([b"\x00\xff"], 2))[0]
     assert isinstance(blob, Blob) and bytes(blob.view) == b"\x00\xff" and blob.offset is None
 
@@ -110,7 +110,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_refused_before_they_grow(name):
+def test_machine_refuses_bombs_before_allocation(name):
     data, words = BOMBS[name]
     tracemalloc.start()
     try:
@@ -122,7 +122,7 @@ def test_bombs_are_refused_before_they_grow(name):
     assert 0 <= refusal.value.offset <= len(data) and refusal.value.blocked is None
 
 
-def test_a_laugh_of_ten_to_the_99th_costs_what_its_opcodes_cost():
+def test_machine_exponential_sharing_is_cheap():
     seen = loads(LAUGHS + b".")
     for _ in range(99):
         assert len(seen) == 10 and all(item is seen[0] for item in seen)
@@ -130,11 +130,11 @@ def test_a_laugh_of_ten_to_the_99th_costs_what_its_opcodes_cost():
     assert seen == []
 
 
-def test_a_huge_memo_index_takes_no_memory():
+def test_machine_huge_memo_index_takes_no_memory():
     assert loads(b"\x80\x04Nr\xff\xff\xff\xffj\xff\xff\xff\xff\x86.") == (None, None)
 
 
-def test_steps_and_copies_are_counted():
+def test_machine_limits_steps_and_copies():
     def run(data, **budget):
         budget = Budget(**{"steps": 100, "copied": 100, **budget})
         return Machine(memoryview(data), CheckpointWorld(budget), budget).run()
@@ -156,7 +156,7 @@ def test_steps_and_copies_are_counted():
         run(b"\x80\x04" + pairs + make * 10 + b".")
 
 
-def test_deep_nesting_needs_no_recursion():
+def test_machine_deep_nesting_without_recursion():
     seen = loads(b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".")
     depth = 0
     while seen:

@@ -45,7 +45,7 @@ def told(operations, name):
 
 
 @pytest.mark.parametrize("name, channels", CHANNEL_CASES)
-def test_channels_are_those_of_the_converted_image(load, name, channels):
+def test_operate_channels_convert_image(load, name, channels):
     checkpoint = load(name)
     c = labels(checkpoint.best.c_dim)
     before = images(checkpoint.G_ema, c)
@@ -63,7 +63,7 @@ def test_channels_are_those_of_the_converted_image(load, name, channels):
     assert f"converted from 3 to {channels} channels" in "\n".join(told(operations, "G_ema").lines())
 
 
-def test_channels_there_and_back(load):
+def test_operate_channels_round_trip(load):
     checkpoint = load("stylegan2-32")
     c = labels(0)
     for through in (1, 4):
@@ -75,7 +75,7 @@ def test_channels_there_and_back(load):
         assert_close(back.D(gray, c), checkpoint.D(gray, c), NETWORK_F32)
 
 
-def test_more_classes_keep_the_old_ones(load):
+def test_operate_extend_keeps_old_classes(load):
     checkpoint = load("stylegan2-64-cond")
     old = checkpoint.best.c_dim
     after, operations = operate(checkpoint, TargetShape(c_dim=old + 2, classes="extend"))
@@ -91,7 +91,7 @@ def test_more_classes_keep_the_old_ones(load):
     assert (images(after.G_ema, new) - before).abs().max() > 0.1
 
 
-def test_fewer_classes_keep_the_first(load):
+def test_operate_keep_first_classes(load):
     checkpoint = load("stylegan2-64-cond")
     after, _ = operate(checkpoint, TargetShape(c_dim=2, classes="keep"))
     c = labels(checkpoint.best.c_dim, classes=2)
@@ -100,7 +100,7 @@ def test_fewer_classes_keep_the_first(load):
     assert_close(after.D(before, c[:, :2]), checkpoint.D(before, c), NETWORK_F32)
 
 
-def test_fresh_classes_keep_everything_but_the_embeddings(load):
+def test_operate_fresh_changes_embeddings_only(load):
     checkpoint = load("stylegan2-64-cond")
     after, operations = operate(checkpoint, TargetShape(classes="fresh"))
     for name in ("G", "G_ema", "D"):
@@ -114,7 +114,7 @@ def test_fresh_classes_keep_everything_but_the_embeddings(load):
     assert torch.equal(after.G.mapping.embed.weight, after.G_ema.mapping.embed.weight)
 
 
-def test_a_generator_that_gets_classes_ignores_them_at_first(load):
+def test_operate_new_classes_are_ignored_initially(load):
     checkpoint = load("stylegan2-32")
     after, _ = operate(checkpoint, TargetShape(c_dim=4))
     c = labels(4)
@@ -128,7 +128,7 @@ def test_a_generator_that_gets_classes_ignores_them_at_first(load):
     assert all(p.grad.abs().max() > 0 for key, p in after.D.named_parameters() if "mapping" in key)
 
 
-def test_without_classes_d_scores_as_the_average_class(load):
+def test_operate_no_classes_scores_average(load):
     checkpoint = load("stylegan2-64-cond")
     old = checkpoint.best.c_dim
     after, _ = operate(checkpoint, TargetShape(c_dim=0))
@@ -154,7 +154,7 @@ def _linear(layer, x):
 
 
 @pytest.mark.parametrize("name", ["stylegan2-32", "stylegan2-ada-32"])
-def test_a_doubled_network_shows_and_scores_as_before(load, name):
+def test_operate_doubled_resolution_keeps_function(load, name):
     checkpoint = load(name)
     c = labels(checkpoint.best.c_dim)
     before = images(checkpoint.G_ema, c)
@@ -177,7 +177,7 @@ def test_a_doubled_network_shows_and_scores_as_before(load, name):
     )
 
 
-def test_a_halved_network_shows_what_it_made_on_the_way(load):
+def test_operate_halved_resolution_keeps_intermediate_image(load):
     checkpoint = load("stylegan2-32")
     c = labels(0)
     after, _ = operate(checkpoint, TargetShape(resolution=16))
@@ -196,7 +196,7 @@ def test_a_halved_network_shows_what_it_made_on_the_way(load):
 
 
 @pytest.mark.parametrize("name", ["stylegan2-32", "stylegan3-t-32", "stylegan3-r-32"])
-def test_a_new_discriminator_has_the_published_size(load, name):
+def test_operate_new_d_has_published_size(load, name):
     checkpoint = load(name)
     after, operations = operate(checkpoint, TargetShape(new_d=True))
     assert {operation.network for operation in operations} == {"D"}
@@ -207,7 +207,7 @@ def test_a_new_discriminator_has_the_published_size(load, name):
     assert after.D(images(after.G_ema, c), c).shape == (8, 1)
 
 
-def test_surgery_is_reproducible_and_leaves_the_original(load):
+def test_operate_is_reproducible_and_leaves_original(load):
     checkpoint = load("stylegan2-64-cond")
     original = {key: value.clone() for key, value in checkpoint.D.state_dict().items()}
     torch.manual_seed(3)

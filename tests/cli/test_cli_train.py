@@ -45,7 +45,7 @@ SHORT = ("--kimg", 0.008, "--batch", 4, "--tick", 0.004, "--sd-backbone", "l2", 
          "--metrics", "none")  # fmt: skip
 
 
-def test_every_option_is_a_field_and_every_field_an_option():
+def test_train_options_match_fields():
     names = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
     assert names.keys() - {"dry_run", "gpus"} == set(TrainOptions.__dataclass_fields__)
     assert list(TrainOptions.__dataclass_fields__) == list(TrainConfig.__dataclass_fields__)
@@ -54,7 +54,7 @@ def test_every_option_is_a_field_and_every_field_an_option():
         assert not names[name].required
 
 
-def test_an_option_that_is_not_given_is_none():
+def test_train_options_default_to_none():
     context = command.make_context("train", [])
     assert {context.params[name] for name in OPTIONS} == {None}
 
@@ -63,7 +63,7 @@ def test_train_has_at_most_52_options():
     assert len(command.params) <= 52
 
 
-def test_help_states_every_option_with_its_default_in_a_group():
+def test_train_help_groups_options_with_defaults():
     result = call("--help")
     assert result.exit_code == 0
     headings = [line[:-1] for line in result.output.splitlines() if line.endswith(":") and line[0] != " "]
@@ -76,7 +76,7 @@ def test_help_states_every_option_with_its_default_in_a_group():
         assert is_stated == (name not in ("resume", "scratch", "new_d"))
 
 
-def test_a_dry_run_shows_the_table_and_writes_nothing(images, tmp_path):
+def test_train_dry_run_writes_nothing(images, tmp_path):
     result = call(*SCRATCH, *SHORT, "--data", images, "--outdir", tmp_path / "runs", "-n")
     assert result.exit_code == 0, result.output
     assert "4 images" in result.output and "0.0002 res²/batch at 16 px, batch 4" in result.output
@@ -84,7 +84,7 @@ def test_a_dry_run_shows_the_table_and_writes_nothing(images, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_prints_plain_lines_and_says_what_to_do_next(images, tmp_path):
+def test_train_prints_plain_lines(images, tmp_path):
     result = call(*SCRATCH, *SHORT, "--data", images, "--outdir", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     (run_dir,) = (tmp_path / "runs").iterdir()
@@ -94,7 +94,7 @@ def test_a_run_prints_plain_lines_and_says_what_to_do_next(images, tmp_path):
     assert f"finetune generate --network {run_dir / 'network-snapshot-000000.008.pkl'}" in result.output
 
 
-def test_all_problems_of_the_options_come_at_once(images):
+def test_train_lists_all_option_problems(images):
     result = call("--data", images, "--kimg", -1, "--p", 3, "--cbase", 512)
     assert result.exit_code == 2
     lines = ("--resume PICKLE", "--kimg -1.0", "--p 3.0", "--cbase 512")
@@ -110,7 +110,7 @@ def test_all_problems_of_the_options_come_at_once(images):
         ((*SCRATCH, "--labels", "folders"), "no image is in a subfolder"),
     ],
 )
-def test_mistakes_end_with_exit_code_2_and_a_hint(arguments, words, images, tmp_path):
+def test_train_mistakes_exit_2_with_hint(arguments, words, images, tmp_path):
     result = call("--data", images, *SHORT, *arguments, "--outdir", tmp_path / "runs")
     assert result.exit_code == 2
     assert words in result.stderr and "Traceback" not in result.output

@@ -35,13 +35,13 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", help_texts())
-def test_the_documented_help_is_the_real_one(name):
+def test_help_texts_are_current(name):
     again = "write it again with: python tests/cli/test_help_texts.py"
     assert (FOLDER / name).is_file(), again
     assert words((FOLDER / name).read_text(encoding="utf-8")) == words(help_texts()[name]), again
 
 
-def test_no_help_text_is_left_over():
+def test_help_texts_have_commands():
     assert {path.name for path in FOLDER.iterdir()} == set(help_texts())
 
 

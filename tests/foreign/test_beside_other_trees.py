@@ -27,7 +27,7 @@ STARTS = {
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("where", ["path", "cwd", "both"])
-def test_commands_use_our_packages(start, where, golden_dir, tmp_path):
+def test_import_uses_own_packages_in_commands(start, where, golden_dir, tmp_path):
     cwd = tmp_path if where == "path" else TREE
     path = str(ROOT) if where == "cwd" else FOREIGN_FIRST
     words = ("generate", "--network", str(golden_dir / "stylegan2-ada-32.pkl"), "--seeds", "0")
@@ -36,7 +36,7 @@ def test_commands_use_our_packages(start, where, golden_dir, tmp_path):
     assert list((tmp_path / "out").glob("*.png"))
 
 
-def test_worker_processes_use_our_packages(tmp_path):
+def test_import_uses_own_packages_in_workers(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import multiprocessing\n"
@@ -54,19 +54,19 @@ def test_worker_processes_use_our_packages(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torch_utils", "dnnlib"])
-def test_packages_imported_before_are_named_in_one_line(name):
+def test_import_refuses_packages_of_another_tree(name):
     done = run("-c", f"import {name}\nimport finetune", cwd=TREE)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: finetune needs its own package {name}")
     assert str(TREE) in last and "import finetune first" in last
 
 
-def test_our_packages_imported_before_are_taken():
+def test_import_accepts_own_packages():
     done = run("-c", "import torch_utils, dnnlib, finetune; print(finetune.__version__)", path=str(ROOT))
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_the_build_in_the_background_uses_our_packages(monkeypatch):
+def test_import_uses_own_packages_in_background_build(monkeypatch):
     from torch_utils import custom_ops
 
     started = {}

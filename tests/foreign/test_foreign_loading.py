@@ -38,7 +38,7 @@ def opened(golden_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_golden_numbers(opened, golden_network, name):
+def test_foreign_load_golden_values(opened, golden_network, name):
     _, found = opened[name]
     _, golden = golden_network(name)
     tolerance = NETWORK_F16 if name == RECTANGLE else NETWORK_F32
@@ -49,7 +49,7 @@ def test_golden_numbers(opened, golden_network, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_is_there_and_trains(opened, name):
+def test_foreign_load_has_all_attributes_and_trains(opened, name):
     checkpoint, found = opened[name]
     G = checkpoint.G_ema
     assert not found["modes"].any()

@@ -18,7 +18,7 @@ CONTENT = json.loads(FILE.read_text(encoding="utf-8"))
 SCHEMA = json.loads(Path(catalog.__file__).with_name("checkpoints.schema.json").read_text(encoding="utf-8"))
 
 
-def test_every_entry_passes_the_schema():
+def test_catalog_matches_schema():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.Draft202012Validator(SCHEMA).validate(CONTENT)
     assert catalog.problems_of(CONTENT) == []
@@ -28,11 +28,11 @@ def test_every_entry_passes_the_schema():
     assert sum(entry.kind == "metric-network" for entry in entries.values()) == 11
 
 
-def test_the_file_is_what_the_program_would_write():
+def test_catalog_file_is_normalized():
     assert catalog.to_text(catalog.read_catalog(FILE).values()) == FILE.read_text(encoding="utf-8")
 
 
-def test_nothing_is_known_without_saying_from_where():
+def test_catalog_states_sources():
     for entry in catalog.read_catalog(FILE).values():
         assert (entry.sha256 is None) == (entry.sha256_from is None), entry.id
         assert entry.sources, entry.id
@@ -95,7 +95,7 @@ def places(entry):
     yield entry["published"]["trained"], [*SCHEMA["$defs"]["settings"]["properties"], "other"]
 
 
-def test_checks_and_schema_agree():
+def test_problems_of_agrees_with_schema():
     """On every field with every kind of value, and without the field."""
     whole = changed(licence={"name": "M", "page": None}, published={"trained": {"gamma": 1}})
     entry = whole["checkpoints"][0]
@@ -115,7 +115,7 @@ def test_checks_and_schema_agree():
     assert 100 < sum(outcomes) < len(outcomes) - 500
 
 
-def test_names_that_clash_and_unsafe_addresses(tmp_path):
+def test_conflicts_of_names_and_urls(tmp_path):
     one = Entry("a", ("https://a.org/a.pkl",), "stylegan2", aliases=("b",))
     two = Entry("B", ("http://a.org/a.pkl",), "stylegan2")
     problems = catalog.conflicts([one, two])
@@ -150,7 +150,7 @@ def test_entries_include_those_of_a_custom_catalog(tmp_path, monkeypatch):
         ("ffhq", None),
     ],
 )
-def test_names(name, found):
+def test_find_by_name(name, found):
     entry = catalog.find(name)
     assert (entry.id if entry else None) == found
 
@@ -164,23 +164,23 @@ def test_names(name, found):
         ("ponies-512", "ponies"),
     ],
 )
-def test_close_names_are_suggested(name, close):
+def test_get_suggests_similar_names(name, close):
     with pytest.raises(CheckpointError, match=f"Did you mean {close}( or |\\?)"):
         catalog.get(name)
 
 
-def test_a_name_like_no_other_gets_no_suggestion():
+def test_get_without_similar_name():
     with pytest.raises(CheckpointError, match=r"(?s)xyzzy is not in the catalog.*list` shows") as caught:
         catalog.get("xyzzy")
     assert "Did you mean" not in str(caught.value)
 
 
-def test_search_wants_every_word():
+def test_search_requires_every_word():
     found = {entry.id for entry in catalog.search(["FFHQ-U", "256px", "stylegan3"])}
     assert found == {"stylegan3-t-ffhqu-256x256", "stylegan3-r-ffhqu-256x256"}
 
 
-def test_published_settings_as_recipes_take_them():
+def test_published_settings_of_entries():
     known_by_name = identify.published(catalog.get("metfaces-1024-stylegan3-t"))
     assert known_by_name.trained == (6.6, 32)
     transfer = identify.published(catalog.get("ffhq-1024-stylegan3-t"))

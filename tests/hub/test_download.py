@@ -67,20 +67,20 @@ def refused(get, words, *plan, **expected):
     return caught.value
 
 
-def test_download(get, tmp_path):
+def test_fetch_downloads(get, tmp_path):
     seen = []
     path = get(sha256=SHA256, size=SIZE, progress=lambda *args: seen.append(args))
     assert path.read_bytes() == CONTENT and left(tmp_path) == ["a.pkl"]
     assert seen[0] == (4096, SIZE) and seen[-1] == (SIZE, SIZE)
 
 
-def test_the_beginning_of_a_hash_and_an_unknown_size(get):
+def test_fetch_hash_prefix_and_unknown_size(get):
     seen = []
     get("unknown-size", sha256=SHA256[:8].upper(), progress=lambda *args: seen.append(args))
     assert seen[-1] == (SIZE, None)
 
 
-def test_a_file_that_is_there_is_verified_and_kept(server, get, tmp_path):
+def test_fetch_verifies_existing_file(server, get, tmp_path):
     dest = tmp_path / "a.pkl"
     dest.write_bytes(CONTENT)
     assert get(sha256=SHA256) == dest
@@ -110,7 +110,7 @@ def test_a_file_that_is_there_is_verified_and_kept(server, get, tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_leaves_nothing_behind(server, get, pauses, tmp_path, plan, expected, words):
+def test_fetch_refuses_wrong_content(server, get, pauses, tmp_path, plan, expected, words):
     error = refused(get, words, plan, **expected)
     assert f"{server.url}/a" in error.what and "add-file" in error.hint
     assert left(tmp_path) == [] and pauses == []
@@ -129,7 +129,7 @@ def test_what_is_wrong_leaves_nothing_behind(server, get, pauses, tmp_path, plan
         ("too-short", f"the connection broke after {HALF:,} bytes, in the middle of a pickle"),
     ],
 )
-def test_what_fails_again_and_again(get, pauses, tmp_path, thing, words):
+def test_fetch_gives_up_after_repeated_failures(get, pauses, tmp_path, thing, words):
     refused(get, words, thing)
     assert [round(pause - 2**i, 3) <= 2**i / 4 for i, pause in enumerate(pauses)] == [True] * 3
     assert pauses == sorted(pauses) and len(pauses) == 3
@@ -138,7 +138,7 @@ def test_what_fails_again_and_again(get, pauses, tmp_path, thing, words):
 
 @pytest.mark.parametrize("fault", [503, "half", "stall", "reset", "half-unnamed"])
 @pytest.mark.parametrize("expected", [{}, {"sha256": SHA256}], ids=["unknown", "known"])
-def test_a_fault_that_passes(server, get, pauses, tmp_path, fault, expected):
+def test_fetch_retries_transient_failure(server, get, pauses, tmp_path, fault, expected):
     assert get(fault, "file", **expected).read_bytes() == CONTENT
     assert len(pauses) == 1 and left(tmp_path) == ["a.pkl"]
     second = server.requests[1][1]
@@ -147,28 +147,28 @@ def test_a_fault_that_passes(server, get, pauses, tmp_path, fault, expected):
     assert second.get("If-Range") == ('"1"' if fault in ("half", "stall", "reset") else None)
 
 
-def test_where_a_redirect_leads_a_broken_download_is_gone_on_with(server, get, pauses):
+def test_fetch_resumes_after_redirect(server, get, pauses):
     server.plan["moved"] = ["half", "file"]
     assert get("redirect", sha256=SHA256).read_bytes() == CONTENT
     assert [name for name, _ in server.requests] == ["a", "moved"] * 2
     assert "Range" in server.requests[3][1] and len(pauses) == 1
 
 
-def test_a_file_of_torch_save_does_not_end_like_a_pickle(server, pauses, tmp_path):
+def test_fetch_accepts_torch_save_file(server, pauses, tmp_path):
     server.files["t"] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9" + bytes(9000)
     assert fetch(f"{server.url}/t", tmp_path / "t").stat().st_size == 9009 and pauses == []
 
 
-def test_many_breaks_are_no_failure_while_more_of_the_file_comes(get, pauses):
+def test_fetch_continues_while_bytes_arrive(get, pauses):
     assert get(*["half"] * 6, "file").read_bytes() == CONTENT
     assert len(pauses) == 6 and max(pauses) < 2
 
 
-def test_a_server_without_ranges_starts_again(get):
+def test_fetch_restarts_without_range_support(get):
     assert get("half", "no-range").read_bytes() == CONTENT
 
 
-def test_what_came_before_is_gone_on_with(server, get, tmp_path):
+def test_fetch_resumes_earlier_part(server, get, tmp_path):
     refused(get, "answers 404", "half", 404)
     assert left(tmp_path) == ["a.pkl.part", "a.pkl.part.json"]
     assert get("file").read_bytes() == CONTENT
@@ -176,14 +176,14 @@ def test_what_came_before_is_gone_on_with(server, get, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["other", "other-unasked"])
-def test_a_file_that_changes_between_two_parts(get, pauses, tmp_path, other):
+def test_fetch_restarts_changed_file(get, pauses, tmp_path, other):
     assert get("half", other, "other").read_bytes() == OTHER
     (tmp_path / "a.pkl").unlink()
     refused(get, f"instead of {SHA256}", "half", other, "other", size=SIZE, sha256=SHA256)
     assert left(tmp_path) == []
 
 
-def test_parts_that_do_not_fit_together_are_fetched_again(server, get, tmp_path):
+def test_fetch_restarts_mismatched_parts(server, get, tmp_path):
     """Another address of the same file: its rest would do, but it is another file after all."""
     server.plan["b"] = ["other", "file"]
     server.plan["a"] = ["half-unnamed", 404]
@@ -196,7 +196,7 @@ def test_parts_that_do_not_fit_together_are_fetched_again(server, get, tmp_path)
     assert [("Range" in headers) for name, headers in server.requests if name == "b"] == [True, False]
 
 
-def test_when_every_address_fails_all_reasons_are_given(server, pauses, tmp_path):
+def test_fetch_reports_failures_of_all_urls(server, pauses, tmp_path):
     server.plan |= {"a": [404], "b": [PAGE]}
     with pytest.raises(FinetuneError) as caught:
         fetch([f"{server.url}/a", f"{server.url}/b"], tmp_path / "a.pkl")
@@ -204,18 +204,18 @@ def test_when_every_address_fails_all_reasons_are_given(server, pauses, tmp_path
     assert "\n" not in caught.value.what and left(tmp_path) == []
 
 
-def test_too_many_requests(get, pauses):
+def test_fetch_waits_for_retry_after(get, pauses):
     soon = formatdate(time.time() + 30, usegmt=True)
     get((429, {"Retry-After": "7"}), (429, {"Retry-After": soon}), (429, {"Retry-After": "?"}), "file")
     assert pauses[0] == 7 and 25 < pauses[1] <= 30 and 4 <= pauses[2] <= 5
 
 
-def test_a_server_that_wants_to_be_left_alone_for_long(get, pauses):
+def test_fetch_refuses_long_retry_after(get, pauses):
     refused(get, "429 Too Many Requests, and asks to retry in 3,600 s", (429, {"Retry-After": "3600"}))
     assert pauses == []
 
 
-def test_no_server(pauses, tmp_path, monkeypatch):
+def test_fetch_without_server(pauses, tmp_path, monkeypatch):
     monkeypatch.delenv("FINETUNE_OFFLINE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(FinetuneError) as caught:
@@ -224,7 +224,7 @@ def test_no_server(pauses, tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
-def test_a_proxy_is_used(server, pauses, tmp_path, monkeypatch):
+def test_fetch_uses_proxy(server, pauses, tmp_path, monkeypatch):
     monkeypatch.delenv("NO_PROXY")
     monkeypatch.setenv("http_proxy", server.url)
     server.plan["http://models.invalid/a"] = ["file"]
@@ -232,7 +232,7 @@ def test_a_proxy_is_used(server, pauses, tmp_path, monkeypatch):
     assert server.requests[0][1]["Host"] == "models.invalid"
 
 
-def test_a_disk_too_small_for_the_file(get, tmp_path, monkeypatch):
+def test_fetch_checks_free_space(get, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 1000))
     assert "FINETUNE_CACHE" in refused(get, "No space to download 0 MB into", "file").hint
@@ -240,19 +240,19 @@ def test_a_disk_too_small_for_the_file(get, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_disk_that_fills_up(get, tmp_path, monkeypatch):
+def test_fetch_full_disk(get, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching.Part, "begin", lambda part, *args: part.path.symlink_to("/dev/full"))
     refused(get, f"No space left in {tmp_path} after 0 bytes", "file")
     assert left(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written(server, tmp_path):
+def test_fetch_read_only_folder(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FinetuneError, match="cannot be written"):
         fetch(f"{server.url}/a", tmp_path / "file" / "a")
 
 
-def test_offline(server, tmp_path, monkeypatch):
+def test_fetch_offline_refuses(server, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_OFFLINE", "1")
     with pytest.raises(WeightsMissing, match="forbids") as error:
         fetch(f"{server.url}/a", tmp_path / "a")
@@ -262,7 +262,7 @@ def test_offline(server, tmp_path, monkeypatch):
     assert server.requests == []
 
 
-def test_two_at_once_fetch_once(server, tmp_path):
+def test_fetch_concurrent_processes_download_once(server, tmp_path):
     """Threads that opened the lock file separately exclude each other like processes."""
     server.plan["a"] = ["slowly"]
     heard = []
@@ -279,7 +279,7 @@ def test_two_at_once_fetch_once(server, tmp_path):
     assert heard == [fetching.WAITING] * 2
 
 
-def test_a_lock_that_a_dead_process_left_behind_is_no_lock(get, tmp_path):
+def test_fetch_ignores_lock_of_dead_process(get, tmp_path):
     path = lock_path(tmp_path / "a.pkl")
     path.parent.mkdir(parents=True)
     path.write_text("12345")
@@ -287,7 +287,7 @@ def test_a_lock_that_a_dead_process_left_behind_is_no_lock(get, tmp_path):
     assert left(tmp_path) == ["a.pkl"]
 
 
-def test_an_encrypted_address_must_not_lead_to_one_that_is_not(server, tmp_path, monkeypatch):
+def test_fetch_refuses_redirect_to_http(server, tmp_path, monkeypatch):
     import requests
 
     real = requests.Session.get

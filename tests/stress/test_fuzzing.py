@@ -16,7 +16,7 @@ INPUTS = int(os.environ.get("STRESS_INPUTS", "100000"))
 PROCESSES = os.cpu_count() or 1
 
 
-def test_a_slice_of_it():
+def test_fuzz_load_short():
     """In a separate process, with its memory limited and a canary for whatever may be executed."""
     by_hand = len(pickle_mutations.HOSTILE)
     counts = fuzzing.run(by_hand + 40, seed=1, processes=1, names=["stylegan3-r-32"])
@@ -27,14 +27,14 @@ def test_a_slice_of_it():
 
 
 @pytest.mark.stress
-def test_all_of_it():
+def test_fuzz_load_all():
     counts = fuzzing.run(INPUTS, seed=0, processes=PROCESSES)
     print(dict(counts.outcomes), dict(counts.ways), f"slowest {counts.slowest}", f"{counts.grown_kib} KiB")
     assert counts.bad == [] and counts.outcomes.total() == INPUTS
 
 
 @pytest.mark.stress
-def test_inputs_led_by_coverage():
+def test_fuzz_load_coverage_guided():
     pytest.importorskip("atheris", reason="atheris is not installed (pip install atheris)")
     found = fuzzing.coverage(INPUTS, seed=0)
     print(found)
@@ -42,7 +42,7 @@ def test_inputs_led_by_coverage():
     assert sum(found[name] for name in pickle_watch.GOOD) > INPUTS / 2
 
 
-def test_an_input_is_made_of_its_number_alone(golden_dir):
+def test_fuzz_input_depends_on_its_number_only(golden_dir):
     data = (golden_dir / "stylegan2-tf-32.pkl").read_bytes()[:20_000]
     sources = [pickle_mutations.source("tf", data)]
     mutated = pickle_mutations.mutated
@@ -51,7 +51,7 @@ def test_an_input_is_made_of_its_number_alone(golden_dir):
     assert all(data != sources[0].data for _, data in made[0])
 
 
-def test_the_canary_knows_what_pythons_own_unpickler_would_do():
+def test_fuzz_canary_detects_execution():
     """Only the names are compared: an audit hook of this process could never be removed again."""
     forbidden = pickle_watch.FORBIDDEN
     for event in (

@@ -121,7 +121,7 @@ def disturb(outdir: Path) -> dict[str, int]:
     return seen
 
 
-def test_killed_run_ends_like_an_undisturbed_one(tmp_path):
+def test_resume_after_kills_is_bit_exact(tmp_path):
     seen = disturb(tmp_path / "killed")
     print(seen)
     assert seen["without_state"] == 0 and seen["went_back"] == 0

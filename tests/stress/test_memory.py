@@ -117,7 +117,7 @@ def growth(samples: list[dict[str, int]], name: str) -> dict[str, Any]:
     }
 
 
-def test_memory_of_a_run_stays_flat(tmp_path):
+def test_train_memory_is_constant(tmp_path):
     data, outdir, log = tmp_path / "set.zip", tmp_path / "runs", tmp_path / "log.txt"
     write_set(data)
     words = [sys.executable, "-m", "finetune", "train", "--data", data, "--outdir", outdir, *TINY]

@@ -11,7 +11,7 @@ REFERENCE = "55a9cab"  # before training was restructured
 
 
 @pytest.mark.stress
-def test_training_equals_the_reference_commit(tmp_path):
+def test_train_matches_reference_commit(tmp_path):
     checkout = tmp_path / "reference"
     git = ["git", "-C", str(ROOT), "worktree"]
     added = subprocess.run(

@@ -34,7 +34,7 @@ def require(sanitizer: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "undefined", "thread"])
-def test_cpu_kernels_are_clean(sanitizer, tmp_path):
+def test_sanitizers_cpu_kernels(sanitizer, tmp_path):
     require(sanitizer, tmp_path)
     sources = [DRIVER, *sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*/*.cpp"))]
     program = tmp_path / "driver"
@@ -45,7 +45,7 @@ def test_cpu_kernels_are_clean(sanitizer, tmp_path):
     assert done.returncode == 0, done.stderr[-5000:]
 
 
-def test_emulated_cuda_kernels_are_clean(tmp_path):
+def test_sanitizers_emulated_cuda_kernels(tmp_path):
     """Reads and writes beyond a tensor or beyond shared memory end the run."""
     require("address,undefined", tmp_path)
     library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()

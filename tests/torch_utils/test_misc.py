@@ -22,7 +22,7 @@ def test_assert_shape():
             misc.assert_shape(torch.zeros(2, 3), wrong)
 
 
-def test_constant_values_and_forms():
+def test_constant_values_and_shapes():
     assert misc.constant(3).dtype == torch.float32
     assert misc.constant([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
     assert misc.constant(np.arange(3), dtype=torch.int64).tolist() == [0, 1, 2]
@@ -32,7 +32,7 @@ def test_constant_values_and_forms():
     assert misc.constant(1, device="cpu").device == torch.device("cpu")
 
 
-def test_constant_is_made_once_and_outlives_inference_mode():
+def test_constant_is_cached_across_inference_mode():
     assert misc.constant([1.0, 2.0]) is misc.constant([1.0, 2.0])
     assert misc.constant([1.0, 2.0]) is not misc.constant([1.0, 3.0])
     with torch.inference_mode():

@@ -87,7 +87,7 @@ def meta_of(obj):
     return meta
 
 
-def test_copies_compute_the_same(models):
+def test_persistence_copies_are_equal(models):
     stack = models.Stack(2, 2, layer_kwargs=EasyDict(bias=False)).eval()
     stack.layers[1].requires_grad_(False)
     stack.layers[0].scale.fill_(3)
@@ -102,7 +102,7 @@ def test_copies_compute_the_same(models):
     assert stack.layers[0].scale == 3
 
 
-def test_constructor_arguments_are_plain_copies(models):
+def test_persistence_init_args_are_plain_copies(models):
     inner = EasyDict(bias=False, deep=[EasyDict(a=1)])
     plain = models.Plain(value=inner)
     inner.bias = True
@@ -114,14 +114,14 @@ def test_constructor_arguments_are_plain_copies(models):
         plain.init_kwargs = {}
 
 
-def test_the_outermost_constructor_counts(models):
+def test_persistence_init_args_of_outermost_constructor(models):
     named = models.Named("n")
     assert (named.init_args, named.init_kwargs) == (("n",), {})
     for twin in round_trips(named):
         assert type(twin) is models.Named and twin.init_args == ("n",) and len(twin.layers) == 2
 
 
-def test_what_a_file_holds(models):
+def test_persistence_pickle_content(models):
     meta = meta_of(models.Plain(value=5))
     assert meta == {
         "type": "class",
@@ -142,18 +142,18 @@ def test_what_a_file_holds(models):
     assert pickle.dumps(models.Stack(*[2] * 9)).count(b"@persistence.persistent_class\nclass Layer") == 1
 
 
-def test_is_persistent(models):
+def test_is_persistent_of_classes_and_instances(models):
     assert persistence.is_persistent(models.Plain) and persistence.is_persistent(models.Plain())
     for other in (models.Undecorated, models.Undecorated(), torch.nn.Linear(1, 1), dict, 3):
         assert not persistence.is_persistent(other)
 
 
-def test_an_undecorated_subclass_is_an_ordinary_object(models):
+def test_persistence_undecorated_subclass_is_plain(models):
     for twin in round_trips(models.Undecorated(value=7)):
         assert type(twin) is models.Undecorated and twin.value == 7
 
 
-def test_foreign_source_is_never_executed(models, tmp_path):
+def test_persistence_never_executes_foreign_source(models, tmp_path):
     meta = meta_of(models.Plain())
     trap = f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Plain: pass\n"
     changes = [
@@ -184,20 +184,20 @@ def test_foreign_source_is_never_executed(models, tmp_path):
     assert persistence._reconstruct_persistent_obj(meta).value == 1
 
 
-def test_a_model_outside_finetune_can_be_written_but_not_read(tmp_path, monkeypatch):
+def test_persistence_outside_finetune_can_only_be_written(tmp_path, monkeypatch):
     elsewhere = import_models(tmp_path, monkeypatch, name="elsewhere_probe")
     data = pickle.dumps(elsewhere.Plain())
     with pytest.raises(RuntimeError, match=r"finetune\.load"):
         pickle.loads(data)
 
 
-def test_the_source_is_the_imported_one(models, tmp_path):
+def test_persistence_source_is_the_imported_one(models, tmp_path):
     """Editing the file of a running program does not change what its objects say they are."""
     (tmp_path / "finetune.models.probe.py").write_text("edited = True\n")
     assert meta_of(models.Plain())["module_src"] == SOURCE
 
 
-def test_a_class_without_source_says_so(monkeypatch):
+def test_persistence_requires_source_file(monkeypatch):
     monkeypatch.setattr(persistence, "_sources", {})
     monkeypatch.setattr(persistence, "_classes", set())
     namespace = {"__name__": "sourceless"}
@@ -208,7 +208,7 @@ def test_a_class_without_source_says_so(monkeypatch):
         pickle.dumps(thing)
 
 
-def test_networks_of_the_package_come_back():
+def test_persistence_round_trip_of_networks():
     from finetune.models.stylegan2 import Discriminator
 
     network = Discriminator(c_dim=0, img_resolution=8, img_channels=3, channel_base=32, channel_max=4)

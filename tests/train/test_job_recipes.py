@@ -22,7 +22,7 @@ def settle(facts=BASE, **options):
 
 
 @pytest.mark.parametrize("num_images, job", [(999, "few-shot"), (1000, "adapt"), (70_000, "adapt")])
-def test_auto_looks_at_the_number_of_images(num_images, job):
+def test_recipe_auto_by_number_of_images(num_images, job):
     config, table = settle(dataclasses.replace(BASE, num_images=num_images))
     assert config.recipe == job == table["recipe"].value
     assert str(num_images) in table["recipe"].why or "--recipe improve" in table["recipe"].why
@@ -30,7 +30,7 @@ def test_auto_looks_at_the_number_of_images(num_images, job):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("num_images", [50, 1500, 70_000])
-def test_every_recipe_settles_everything_with_a_reason(recipe, num_images):
+def test_recipe_sets_every_option_with_reason(recipe, num_images):
     facts = dataclasses.replace(BASE, num_images=num_images, published=FFHQ)
     config, table = settle(facts, recipe=recipe)
     assert all(reason.why and "{" not in reason.why for reason in table.values())
@@ -38,14 +38,14 @@ def test_every_recipe_settles_everything_with_a_reason(recipe, num_images):
         assert table[name].value == getattr(config, name) is not None
 
 
-def test_few_shot_runs_look_for_copies():
+def test_recipe_few_shot_measures_memorization():
     few = dataclasses.replace(BASE, num_images=100, has_effnet=True)
     assert settle(few)[0].metrics == "random-fid,memorization"
     assert settle(dataclasses.replace(few, has_effnet=False))[0].metrics == "random-fid"
     assert settle()[0].metrics == "random-fid" and settle(metrics="none")[0].metrics == "none"
 
 
-def test_published_gamma_by_job_and_scaled_to_the_batch():
+def test_recipe_published_gamma_scaled_to_batch():
     facts = dataclasses.replace(BASE, family="stylegan3-t", resolution=1024, published=FFHQ)
     for recipe, gamma in (("improve", 32.8), ("adapt", 6.6), ("few-shot", 6.6)):
         config, table = settle(facts, recipe=recipe)
@@ -57,7 +57,7 @@ def test_published_gamma_by_job_and_scaled_to_the_batch():
     assert settle(unknown, recipe="improve")[0].gamma == pytest.approx(32)
 
 
-def test_published_learning_rates_and_target_are_gone_on_with():
+def test_recipe_published_learning_rates_and_target():
     known = recipes.Published("a", trained=(1.0, 64), glr=0.0025, dlr=0.0015, target=0.7)
     facts = dataclasses.replace(BASE, published=known)
     for recipe in ("improve", "adapt", "few-shot"):
@@ -72,7 +72,7 @@ def test_published_learning_rates_and_target_are_gone_on_with():
 
 @pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
 @pytest.mark.parametrize("scratch", [False, True])
-def test_what_a_job_sets_comes_from_a_row_with_its_source(family, scratch):
+def test_recipe_values_have_rules_with_sources(family, scratch):
     """Every number that --recipe is about, also where there is no checkpoint."""
     facts = dataclasses.replace(BASE, family=family, from_scratch=scratch)
     start = {"resume": None, "scratch": family} if scratch else {}
@@ -84,7 +84,7 @@ def test_what_a_job_sets_comes_from_a_row_with_its_source(family, scratch):
         assert any(table[name].why.endswith(f"; {source}") for source in sources if source)
 
 
-def test_few_images_freeze_part_of_d_and_many_need_no_augmentation():
+def test_recipe_freezed_and_aug_by_number_of_images():
     few, table = settle(dataclasses.replace(BASE, num_images=200))
     assert (few.freezed, few.aug) == (8, "ada") and "19 layers" in table["freezed"].why
     assert settle(dataclasses.replace(BASE, num_images=200, num_freezable=25))[0].freezed == 10
@@ -94,7 +94,7 @@ def test_few_images_freeze_part_of_d_and_many_need_no_augmentation():
     assert settle(recipe="improve")[0].freezed == 0
 
 
-def test_a_flag_overrides_its_row():
+def test_recipe_option_overrides_rule():
     facts = dataclasses.replace(BASE, num_images=200, published=FFHQ)
     config, table = settle(facts, freezed=0, gamma=3.0, aug="noaug", kimg=7.0)
     assert (config.freezed, config.gamma, config.aug, config.kimg) == (0, 3.0, "noaug", 7.0)
@@ -110,7 +110,7 @@ def test_a_flag_overrides_its_row():
         ("stylegan2", 1024, 80, 16),
     ],
 )
-def test_more_memory_takes_more_images_at_once(family, resolution, memory, size):
+def test_recipe_batch_gpu_follows_memory(family, resolution, memory, size):
     facts = dataclasses.replace(
         BASE, family=family, resolution=resolution, device_type="cuda", gpu_memory_gib=float(memory)
     )
@@ -118,7 +118,7 @@ def test_more_memory_takes_more_images_at_once(family, resolution, memory, size)
     assert config.batch_gpu == size and f"{memory} GiB" in table["batch_gpu"].why
 
 
-def test_every_rule_is_of_an_option_and_every_option_without_a_constant_default_has_one():
+def test_rules_cover_options():
     for rule in recipes.RULES:
         assert set(rule.jobs) <= {*RECIPES, recipes.SCRATCH}
         if rule.option in BY_RECIPE and rule.why and rule.value != 0:

@@ -44,7 +44,7 @@ def quiet_stats():
 
 @pytest.mark.parametrize("scratch", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recipe_published_settings(family, scratch, golden_dir):
+def test_recipe_published_plan(family, scratch, golden_dir):
     checkpoint = None if scratch else finetune.load(golden_dir / f"{GOLDEN[family]}.pkl")
     state, plan = parts_of_run(family, checkpoint)
     stylegan2 = family == "stylegan2"
@@ -58,19 +58,27 @@ def test_recipe_published_settings(family, scratch, golden_dir):
         (10.0, 5.0, 0.0) if blurred else (0.0, 0.0, 0.0)
     )
     assert (state.ada.p, state.ada.target, state.ada.swing_kimg) == (0.0, 0.6, 500 if scratch else 100)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipe_published_optimizers(family):
+    state, _ = parts_of_run(family)
     settings = [optimizer.param_groups[0] for optimizer in (state.opt_G, state.opt_D)]
-    lazy_G = 4 / 5 if stylegan2 else 1.0
-    assert settings[0]["lr"] == pytest.approx((0.002 if stylegan2 else 0.0025) * lazy_G)
+    lazy_G = 4 / 5 if family == "stylegan2" else 1.0
+    assert settings[0]["lr"] == pytest.approx((0.002 if family == "stylegan2" else 0.0025) * lazy_G)
     assert settings[0]["betas"] == (0.0, pytest.approx(0.99**lazy_G))
     assert settings[1]["lr"] == pytest.approx(0.002 * 16 / 17)
     assert settings[1]["betas"] == (0.0, pytest.approx(0.99 ** (16 / 17)))
-    if not stylegan2:
-        # Half of the magnitude averages is forgotten in 20,000 images.
-        for network in (state.G, state.G_ema):
-            layers = [module for module in network.modules() if hasattr(module, "magnitude_ema_beta")]
-            assert layers
-            for layer in layers:
-                assert layer.magnitude_ema_beta ** (20_000 / 8) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_recipe_magnitude_averages_have_half_life_of_20_kimg(family):
+    state, _ = parts_of_run(family)
+    for network in (state.G, state.G_ema):
+        layers = [module for module in network.modules() if hasattr(module, "magnitude_ema_beta")]
+        assert layers
+        for layer in layers:
+            assert layer.magnitude_ema_beta ** (20_000 / 8) == pytest.approx(0.5)
 
 
 def test_build_stylegan3_r_kernels_and_channels():

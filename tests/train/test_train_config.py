@@ -25,7 +25,7 @@ def problems(**options):
     return caught.value.problems
 
 
-def test_a_config_survives_json():
+def test_config_json_round_trip():
     for weight in (0.05, "auto:1", "auto:0.25"):
         asked = TrainOptions(data="images", resume="a.pkl", kimg=1.5, batch=8, sd_weight=weight, mirror=True)
         config, _ = recipes.resolve(asked, FACTS)
@@ -33,7 +33,7 @@ def test_a_config_survives_json():
         assert json.loads(config.to_json())["sd_weight"] == weight
 
 
-def test_a_weight_is_parsed_once():
+def test_config_sd_weight_is_parsed_once():
     assert DistillWeight.parse("auto:0.1") == DistillWeight(0.1, is_ratio=True)
     assert DistillWeight.parse("0.5") == DistillWeight.parse(0.5) == DistillWeight(0.5)
     assert not DistillWeight.parse(0) and str(DistillWeight.parse("auto:1.0")) == "auto:1"
@@ -44,7 +44,7 @@ def test_a_weight_is_parsed_once():
             DistillWeight.parse(wrong)
 
 
-def test_a_bad_json_config_names_every_entry():
+def test_config_from_json_lists_bad_entries():
     text = json.dumps({"batch": "eight", "hue": 1, "mirror": 1})
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_json(text)
@@ -54,7 +54,7 @@ def test_a_bad_json_config_names_every_entry():
         TrainConfig.from_json("{")
 
 
-def test_every_problem_is_reported_at_once_with_its_flag():
+def test_config_lists_all_problems():
     found = problems(kimg=-1, p=2.0, target=float("nan"), sd_backbone="vgg", batch=10, batch_gpu=4)
     text = "\n".join(found)
     assert all(name in text for name in ("--kimg", "--p 2.0", "--target", "--sd-backbone vgg", "--batch 10"))
@@ -83,11 +83,11 @@ def test_every_problem_is_reported_at_once_with_its_flag():
         ({"seed": 2**32}, "--seed 4294967296: must be at most 4294967295"),
     ],
 )
-def test_combinations_that_cannot_work(options, words):
+def test_config_refuses_combinations(options, words):
     assert any(words in problem for problem in problems(**options))
 
 
-def test_defaults_come_from_the_facts_and_have_reasons():
+def test_config_defaults_have_reasons():
     config, reasons = recipes.resolve(TrainOptions(data="images", resume="a.pkl"), FACTS)
     assert_in_range(config)
     table = {reason.name: reason for reason in reasons}
@@ -100,7 +100,7 @@ def test_defaults_come_from_the_facts_and_have_reasons():
     assert config.cbase == 0  # the checkpoint has its own
 
 
-def test_what_is_set_by_hand_stays_and_moves_what_depends_on_it():
+def test_config_user_values_determine_others():
     config, reasons = recipes.resolve(TrainOptions(data="x", resume="a.pkl", batch=64, glr=0.01), FACTS)
     assert (config.batch, config.glr) == (64, 0.01)
     assert config.gamma == pytest.approx(0.0002 * 256**2 / 64, rel=1e-3)
@@ -108,7 +108,7 @@ def test_what_is_set_by_hand_stays_and_moves_what_depends_on_it():
 
 
 @pytest.mark.parametrize("resolution, gamma", [(128, 0.5), (256, 2), (512, 8), (1024, 32)])
-def test_stylegan3_gamma_is_the_published_one(resolution, gamma):
+def test_config_stylegan3_gamma_is_published(resolution, gamma):
     assert recipes.r1_gamma("stylegan3-t", resolution**2, batch=32) == pytest.approx(gamma)
 
 
@@ -117,7 +117,7 @@ def test_stylegan3_gamma_is_the_published_one(resolution, gamma):
 @pytest.mark.parametrize("batch", [None, 7])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("scratch", [False, True])
-def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, device_type, scratch):
+def test_config_resolved_is_complete_and_valid(family, resolution, batch, device_type, scratch):
     facts = recipes.RunFacts(family, resolution, 3, 0, 100, device_type, 8, from_scratch=scratch)
     start = {"scratch": family, "resolution": resolution} if scratch else {"resume": "a.pkl"}
     config, _ = recipes.resolve(TrainOptions(data="x", batch=batch, **start), facts)
@@ -128,7 +128,7 @@ def test_every_resolved_config_is_complete_and_valid(family, resolution, batch, 
     assert again == config
 
 
-def test_options_without_effect_are_not_listed():
+def test_config_omits_options_without_effect():
     off, reasons = recipes.resolve(TrainOptions(data="x", resume="a", sd_weight=0.0, aug="noaug"), FACTS)
     names = {reason.name for reason in reasons}
     assert not names & {"sd_preset", "sd_teacher", "augpipe", "target"}
@@ -137,7 +137,7 @@ def test_options_without_effect_are_not_listed():
     assert on.sd_weight == recipes.SD_WEIGHT and on.sd_interval == 1
 
 
-def test_sd_preset_authors():
+def test_config_sd_preset_authors():
     preset = {"data": "x", "resume": "a", "sd_preset": "authors"}
     config, reasons = recipes.resolve(TrainOptions(**preset), FACTS)
     found = (config.sd_backbone, config.sd_augment, config.sd_interval, str(config.sd_weight))
@@ -150,7 +150,7 @@ def test_sd_preset_authors():
 @pytest.mark.parametrize(
     "batch, group_size, part", [(32, 4, 32), (7, 4, 1), (6, 4, 3), (100, 4, 20), (12, 8, 6), (7, 1, 7)]
 )
-def test_parts_of_a_batch_are_of_a_size_that_the_discriminator_can_group(batch, group_size, part):
+def test_config_batch_gpu_fits_groups_of_d(batch, group_size, part):
     facts = dataclasses.replace(FACTS, group_size=group_size)
     config, reasons = recipes.resolve(TrainOptions(data="x", resume="a", batch=batch), facts)
     assert config.batch_gpu == part
@@ -158,7 +158,7 @@ def test_parts_of_a_batch_are_of_a_size_that_the_discriminator_can_group(batch, 
     assert ("does not divide" in why) == (part < min(batch, group_size))
 
 
-def test_flags_spell_fields():
+def test_config_flags_match_fields():
     assert flag("sd_weight") == "--sd-weight"
 
 
@@ -169,7 +169,7 @@ def test_flags_spell_fields():
         ({}, None),
     ],
 )
-def test_options_without_effect_are_listed(options, line):
+def test_config_lists_options_without_effect(options, line):
     _, reasons = recipes.resolve(TrainOptions(data="images", resume="a.pkl", **options), FACTS)
     found = [(reason.name, reason.why) for reason in reasons if "no effect" in reason.why]
     assert found == ([line] if line else [])

@@ -28,11 +28,15 @@ FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_run_writes_all_files(family, images, tmp_path):
-    config = options(images, tmp_path, family, aug="fixed", p=0.5)
-    result = run(config, console=quiet())
+@pytest.fixture(scope="module", params=FAMILIES)
+def finished(request, images, tmp_path_factory):
+    """Return the family and the result of a short run with fixed augmentation."""
+    config = options(images, tmp_path_factory.mktemp("finished"), request.param, aug="fixed", p=0.5)
+    return request.param, run(config, console=quiet())
 
+
+def test_run_writes_all_files(finished):
+    family, result = finished
     names = {path.name for path in result.run_dir.iterdir()}
     (events,) = [name for name in names if name.startswith("events.out.tfevents")]
     names.remove(events)
@@ -49,6 +53,9 @@ def test_run_writes_all_files(family, images, tmp_path):
     sizes = {read(result.run_dir / name).shape for name in names if name.endswith(".png")}
     assert sizes == {(16, 12 * 16, 3)}
 
+
+def test_run_logs_every_tick(finished):
+    family, result = finished
     lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
     assert [line["nimg"] for line in lines] == [16, 32]
     for line in lines:
@@ -59,6 +66,9 @@ def test_run_writes_all_files(family, images, tmp_path):
         assert {"Gmain", "Gdistill", "Dmain", "data"} <= line["sec_per_phase"].keys()
     assert "r1_penalty" in lines[0] and "r1_penalty" not in lines[1]
 
+
+def test_run_snapshot_is_a_checkpoint(finished):
+    family, result = finished
     checkpoint = finetune.load(result.snapshot)
     assert checkpoint.missing == [] and checkpoint.family == family
     assert checkpoint.provenance.nimg == 32 == result.nimg
