@@ -26,7 +26,7 @@ from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.cli import cli
 from finetune.config import TrainOptions
 from finetune.data import ImageSet
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import CheckpointError, ConfigError, ExportError
 from finetune.export.save import save
 from finetune.metrics.evaluate import Evaluation
 from finetune.metrics.perceptual import FeatureDistance
@@ -155,7 +155,7 @@ def test_default_is_the_square_network():
 
 
 @pytest.mark.parametrize(
-    "base_shape, name", [((2, 4), "made.pkl"), ((4, 3), "made.safetensors"), ((1, 4), "made.safetensors")]
+    "base_shape, name", [((2, 4), "made.pkl"), ((4, 3), "made.safetensors"), ((1, 4), "made.pth")]
 )
 def test_export_reads_back(base_shape, name, tmp_path):
     path = tmp_path / name
@@ -167,6 +167,23 @@ def test_export_reads_back(base_shape, name, tmp_path):
     alone = dataclasses.replace(as_checkpoint(*networks(base_shape)), G=None, G_ema=None)
     save(alone, path)
     assert image_size(finetune.load(path).D) == size
+
+
+def test_state_dict_shows_the_shape(checkpoint, tmp_path):
+    """The constant of the generator tells it, as in other files."""
+    networks = {"G_ema": checkpoint.G_ema.state_dict(), "D": checkpoint.D.state_dict()}
+    path = tmp_path / "state.pth"
+    torch.save(networks, path)
+    again = finetune.load(path)
+    assert image_size(again.G_ema) == image_size(again.D) == (32, 16)
+    torch.save(networks["D"], path)
+    with pytest.raises(CheckpointError, match=r"D in .* is a rectangular network .* 8 positions"):
+        finetune.load(path)
+
+
+def test_export_that_knows_no_rectangles(checkpoint, tmp_path):
+    with pytest.raises(ExportError, match=r"base_shape \[4, 2\] instead of \[4, 4\]"):
+        save(checkpoint, tmp_path / "port.pt")
 
 
 def test_export_of_the_golden_file(checkpoint, golden, tmp_path):

@@ -114,13 +114,12 @@ def fill_checked(
 
     Raises CheckpointMismatch with the differences, PickleRefused for a rectangle of another kind.
     """
-    if differences and (base := _unknown_rectangle(net, module)):
+    if differences and (why := _unknown_rectangle(net, module)):
         raise PickleRefused(
-            f"{name} in the pickle is a rectangular network of a kind that cannot be used here (it starts at "
-            f"{base}; object at byte {net.offset})",
+            f"{name} in the pickle is a rectangular network that cannot be used here: {why} (object at byte "
+            f"{net.offset})",
             offset=net.offset,
-            hint="The file may be honest and whole. Rectangular networks can be used that start at 4 in "
-            "height or width and at 1 to 4 in the other, a discriminator with the generator of its shape.",
+            hint="The file may be honest and whole.",
         )
     if differences:
         raise CheckpointMismatch(
@@ -134,16 +133,17 @@ def fill_checked(
 
 
 def _unknown_rectangle(net: Described, module: torch.nn.Module) -> str | None:
-    """The first size of a StyleGAN2 network that is neither square nor of a shape that `module` has."""
+    """Why a StyleGAN2 network that is not square has no shape here; None for any other network."""
     const, fc = net.tensors.get("synthesis.b4.const"), net.tensors.get("b4.fc.weight")
     if getattr(module, "base_shape", arguments.SQUARE) != arguments.SQUARE:
         return None
     if const is not None and const.array.ndim == 3 and const.array.shape[1:] != (4, 4):
         height, width = const.array.shape[1:]
-        return f"{height} x {width}"
+        return f"it starts at {height} x {width}, and the longer side must be 4"
     if fc is not None and fc.array.ndim == 2 and fc.array.shape[1] != 16 * fc.array.shape[0]:
         positions, rest = divmod(fc.array.shape[1], max(fc.array.shape[0], 1))
-        return f"{positions} positions" if rest == 0 and positions else None
+        if rest == 0 and positions:
+            return f"its last block has {positions} positions, and no generator in the file has that shape"
     return None
 
 

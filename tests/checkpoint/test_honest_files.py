@@ -320,8 +320,8 @@ def test_load_refuses_other_rectangles(key, height, width, ada, opened):
         parameters["const"] = torch.nn.Parameter(torch.zeros(len(parameters["const"]), height, width))
     with pytest.raises(CheckpointError, match="is a rectangular network") as refusal:
         opened({key: net})
-    size = f"{height * width} positions" if key == "D" else f"{height} x {width}"
-    assert f"it starts at {size};" in str(refusal.value)
+    size = f"last block has {height * width} positions" if key == "D" else f"starts at {height} x {width}"
+    assert f"{size}, and " in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 2
 
 

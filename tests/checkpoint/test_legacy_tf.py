@@ -160,7 +160,7 @@ def test_legacy_tf_contradictory_rectangles(tmp_path):
         return str(refused.value)
 
     _, (D, G) = rectangle((4, 2))
-    assert "D in the pickle is a rectangular network of a kind" in refusal(None, D, None)
+    assert "D in the pickle is a rectangular network that cannot be used" in refusal(None, D, None)
     rename_blocks(G, (2, 4))
     assert "whose blocks have another shape than its constant" in refusal(G, None, None)
     _, (D, G) = rectangle((4, 2), is_named=True)
