@@ -50,7 +50,7 @@ DISTILLATION, MACHINE, RECORDS = "Self-distillation", "Machine", "Records"
 
 
 def flag(field: str) -> str:
-    """The command-line spelling of a field: `sd_weight` -> `--sd-weight`."""
+    """Return the command-line spelling of a field: `sd_weight` -> `--sd-weight`."""
     return "--" + field.replace("_", "-")
 
 

@@ -54,7 +54,7 @@ class Published:
     target: float | None = None
 
     def gamma(self, which: str, batch: int) -> float | None:
-        """The R1 weight for another batch: the weight goes with 1/batch."""
+        """Return the R1 weight for another batch; it is proportional to 1/batch."""
         known = getattr(self, which)
         return None if known is None else float(f"{known[0] * known[1] / batch:.4g}")
 
@@ -167,7 +167,7 @@ def _per_rank(run: Any) -> int:
 
 
 def _micro_batch(run: Any) -> int:
-    """A divisor of the batch per rank that fits into memory and that D can group."""
+    """Return a divisor of the batch per rank that fits into memory and into the groups of D."""
     own, limit = _per_rank(run), _gpu_batch(run) if _on_gpu(run) else 32
     sizes = range(1, min(own, limit) + 1)
     return max(size for size in sizes if own % size == 0 and can_group(size, run.group_size))
@@ -204,7 +204,7 @@ def _why_gamma(run: Any) -> str:
 
 
 def tick_kimg(kimg: float) -> float:
-    """Kimg between log lines: 4, or a 20th of a run that is shorter than 100."""
+    """Return the kimg between log lines: 4, or a 20th of a run shorter than 100 kimg."""
     return 4.0 if kimg >= 100 else kimg / 20
 
 
@@ -331,9 +331,9 @@ def job_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
 
 
 def r1_gamma(family: str, num_pixels: int, batch: int) -> float:
-    """R1 weight: 0.0002 res²/batch for StyleGAN2; StyleGAN3's 0.5, 2, 8, 32 at 128…1024 px (batch 32) as one
-    formula. num_pixels: res², or width·height of images that are not square.
+    """Return the R1 weight; num_pixels: res², or width·height of images that are not square.
 
+    StyleGAN2: 0.0002 res²/batch. StyleGAN3: one formula for 0.5, 2, 8, 32 at 128…1024 px (batch 32).
     Source: the published settings follow weight ∝ pixels / batch in both families.
     """
     per_pixel = 0.0002 if family == "stylegan2" else 0.5 * 32 / 128**2
@@ -341,7 +341,7 @@ def r1_gamma(family: str, num_pixels: int, batch: int) -> float:
 
 
 def fair(batch: int, facts: Any) -> int:
-    """The next larger batch that splits evenly among ranks, in whole groups that D compares."""
+    """Return the next larger batch that divides evenly among ranks, in whole groups of D."""
     unit = facts.num_processes * facts.group_size
     return math.ceil(batch / unit) * unit
 
@@ -383,7 +383,7 @@ def derive(option: str, run: SimpleNamespace) -> tuple[Any, str]:
 
 
 def _gpu_batch(run: Any) -> int:
-    """Images at once on a GPU: the published sizes for 16 GiB, in proportion to its memory."""
+    """Return the micro-batch of a GPU: the published sizes for 16 GiB, in proportion to its memory."""
     per_16_gib = (2048 if run.family == "stylegan3-r" else 4096) // run.resolution
     size = max(4, min(32, per_16_gib)) * (run.gpu_memory_gib or 16) / 16
     return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))

@@ -43,7 +43,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def is_torch_save(data: bytes) -> bool:
-    """Whether a file is one of torch.save: a zip archive with NAME/data.pkl, or the legacy format."""
+    """Return whether a file is one of torch.save: a zip archive with NAME/data.pkl, or the legacy format."""
     names = _names_in_zip(data) if data.startswith(ZIP) else []
     return data.startswith(TORCH_SAVE) or any(name.endswith("/data.pkl") for name in names or ())
 
@@ -68,7 +68,7 @@ def refuse_other_formats(path: Path, data: bytes) -> None:
 
 
 def _names_in_zip(data: bytes) -> list[str] | None:
-    """The names of the members of a zip archive, None if it is damaged."""
+    """Return the names of the members of a zip archive, None if it is damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.namelist()
@@ -77,7 +77,7 @@ def _names_in_zip(data: bytes) -> list[str] | None:
 
 
 def _describe_zip(names: list[str] | None) -> tuple[str, str] | None:
-    """What a zip archive holds, and what to do; None for a file of torch.save."""
+    """Return what a zip archive contains and what to do; None for a file of torch.save."""
     if names is None:
         return "a zip archive that is damaged or cut off", "Download or copy it again."
     if any(name.endswith("/constants.pkl") for name in names):
@@ -92,7 +92,7 @@ def _describe_zip(names: list[str] | None) -> tuple[str, str] | None:
 
 
 def named_as_text(data: bytes, error: PickleRefused) -> PickleRefused:
-    """The error for content that is no pickle after all: another where it is text, whose letters were taken
+    """Return the error for content that is not a pickle: another one for text, whose letters were taken
     for opcodes.
     """
     text = describe_text(data[:HEAD])
@@ -103,7 +103,7 @@ def named_as_text(data: bytes, error: PickleRefused) -> PickleRefused:
 
 
 def text_of(head: bytes) -> str | None:
-    """The beginning of a file as text, or None where it is binary. head: its first bytes, HEAD at most."""
+    """Return the beginning of a file as text, None if it is binary. head: its first bytes, HEAD at most."""
     if not head:
         return None
     for encoding in ("utf-8-sig", "utf-16"):
@@ -119,7 +119,7 @@ def text_of(head: bytes) -> str | None:
 
 
 def describe_text(head: bytes) -> str | None:
-    """What a file of text is, quoted, like `a web page: 'Not found'`; None where it is binary."""
+    """Describe a text file, with a quotation, like `a web page: 'Not found'`; None if it is binary."""
     text = text_of(head)
     if text is None or not text.strip():
         return None if text is None else "nothing but blanks"

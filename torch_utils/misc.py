@@ -52,7 +52,7 @@ def constant(value: Any, shape=None, dtype=None, device=None, memory_format=None
 
 @contextlib.contextmanager
 def suppress_tracer_warnings() -> Iterator[None]:
-    """Inside the block, torch.jit's TracerWarning stays silent."""
+    """Suppress torch.jit's TracerWarning inside the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
         yield

@@ -88,7 +88,7 @@ MAX_FILTER_VALUES = 20_000  # computed for all layers of a StyleGAN3 generator
 
 
 def generator_arguments(net: Described) -> dict[str, Any]:
-    """The constructor arguments of a StyleGAN2 or StyleGAN3 `Generator`, the synthesis options spread out."""
+    """Return the constructor arguments of a `Generator` of either family, synthesis options flattened."""
     given = net.arguments("", GENERATOR)
     mapping = _given_dict(net, given.pop("mapping_kwargs", None))
     options = {**_given_dict(net, given.pop("synthesis_kwargs", None)), **given}
@@ -131,7 +131,7 @@ def base_shape(net: Described, of_generator: Sequence[int] | None = None) -> dic
 
 
 def _is_base(shape: Any) -> bool:
-    """Whether a value is the height and width of a block whose longer side is 4."""
+    """Return whether a value is the height and width of a block whose longer side is 4."""
     is_pair = type(shape) in (list, tuple) and len(shape) == 2 and all(type(side) is int for side in shape)
     return is_pair and min(shape) > 0 and max(shape) == 4
 
@@ -150,8 +150,9 @@ def _check_square(net: Described, given: dict[str, Any]) -> None:
 
 
 def discriminator_arguments(net: Described, of_generator: Sequence[int] | None = None) -> dict[str, Any]:
-    """The constructor arguments of a `Discriminator`, except that layers frozen in training are not frozen
-    here. `of_generator`: the `base_shape` of the generator in the same file.
+    """Return the constructor arguments of a `Discriminator`, without frozen layers.
+
+    `of_generator`: the `base_shape` of the generator in the same file.
     """
     given = net.arguments("", DISCRIMINATOR)
     nested = {
@@ -188,7 +189,7 @@ def discriminator_arguments(net: Described, of_generator: Sequence[int] | None =
 
 
 def augment_arguments(net: Described, names: Iterable[str]) -> dict[str, Any]:
-    """The constructor arguments of an `AugmentPipe`: the strengths `names`, each of which is an attribute."""
+    """Return the constructor arguments of an `AugmentPipe`: the strengths `names`, which are attributes."""
     given = net.arguments("", tuple(names))
     arguments = {}
     for name in names:
@@ -203,7 +204,7 @@ def augment_arguments(net: Described, names: Iterable[str]) -> dict[str, Any]:
 
 
 def unused_arguments(net: Described) -> list[str]:
-    """Arguments that the file's constructor was given and ours does not know, for the user to read."""
+    """Return the names of constructor arguments in the file that are unknown here."""
     known = {*GENERATOR, *DISCRIMINATOR, *SYNTHESIS2, *SYNTHESIS3, "num_fp16_res", "conv_clamp", "cmap_dim"}
     known |= {"block_kwargs", "mapping_kwargs", "epilogue_kwargs", "base_shape", "square"}
     given = net.arguments("", GENERATOR if net.has("synthesis") else DISCRIMINATOR)
@@ -219,7 +220,7 @@ def _given_dict(net: Described, value: Any) -> dict[str, Any]:
 
 
 def _mapping(net: Described, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the mapping network at `mapping`; D has one only where there are classes."""
+    """Return the arguments of the mapping network at `mapping`; D has one only with classes."""
     found = {
         **given,
         **{name: value for name, value in net.arguments("mapping", MAPPING_CALL).items() if name in MAPPING},
@@ -248,7 +249,7 @@ def _synthesis2(net: Described, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _num_fp16_res(net: Described, path: str, given: Any) -> Any:
-    """How many resolutions run in float16: as given, unless the blocks of the file say otherwise."""
+    """Return the number of float16 resolutions: that of the blocks in the file, or else `given`."""
     prefix = path + "." if path else ""
     blocks = {
         int(name[len(prefix) + 1 :]): net.get(name, "use_fp16")
@@ -284,7 +285,7 @@ def _synthesis3(net: Described, given: dict[str, Any]) -> dict[str, Any]:
 def check_arguments(
     net: Described, given: dict[str, Any], names: Iterable[str], *, required: bool = False
 ) -> dict[str, Any]:
-    """The arguments `names` out of `given`; MISSING ones are left to our default."""
+    """Return the arguments `names` of `given`, checked; MISSING ones are omitted, so defaults apply."""
     found = {}
     for name in names:
         value = given.get(name, MISSING)

@@ -30,7 +30,7 @@ class Described:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self, path: str, name: str, default: Any = MISSING) -> Any:
-        """The attribute `name` of the module at `path` ('' is the network), as plain Python."""
+        """Return the attribute `name` of the module at `path` ('' is the network) as plain Python."""
         value = self.modules.get(path, {}).get(name, MISSING)
         return default if value is MISSING else plain(value, self.offset)
 
@@ -84,7 +84,7 @@ def _children(module: PersistentObject, group: str, expected: type) -> list[tupl
 
 
 def find_foreign(value: Any) -> Record | None:
-    """The first name in the file, of those in `value`, that is unknown here and may matter; None without."""
+    """Return the first unknown name in `value` that may affect a network, None if there is none."""
     seen: set[int] = set()
     todo, found = [value], None
     while todo:

@@ -89,7 +89,7 @@ ROTATED = {"Conv0_up", "Skip"}
 
 
 def describe_tf(network: TFNetwork) -> tuple[Described, str, dict[str, Any]]:
-    """The tensors of a network in our names, 'Generator' or 'Discriminator', and its constructor arguments.
+    """Return the tensors of a network under our names, its class name, and its constructor arguments.
 
     Raises PickleRefused where it is neither, or holds a variable that has no place here.
     """
@@ -222,7 +222,7 @@ def _note_shape(net: Described, name: str, match: re.Match) -> None:
 
 
 def _turned(net: Described, name: str, value: np.ndarray, is_rotated: bool = False) -> np.ndarray:
-    """A weight with its axes in torch's order; biases and numbers as they are."""
+    """Return a weight with its axes in torch's order; biases and numbers are returned unchanged."""
     if value.ndim == 4:
         value = value[::-1, ::-1] if is_rotated else value
         return value.transpose(3, 2, 0, 1)

@@ -270,7 +270,7 @@ def _foreign(name: str, record: Record) -> PickleRefused:
 
 
 def _entry_notes(extras: dict[Any, Any]) -> list[str]:
-    """What is ignored of the entries that are no networks."""
+    """Return notes on ignored entries."""
     unknown, notes = [], []
     for key, value in extras.items():
         shown = printable(str(key))

@@ -85,7 +85,7 @@ def rebuild(
     tensors are not exactly those of the network.
     """
     net = describe(network)
-    cls, kwargs = _recognise(name, net, base_shape)
+    cls, kwargs = _recognize(name, net, base_shape)
     module = build_on_meta(cls, kwargs, net)
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
@@ -97,7 +97,7 @@ def rebuild(
 def rebuild_tf(
     name: str, network: TFNetwork, allowance: Allowance, base_shape: list[int] | None = None
 ) -> Rebuilt:
-    """As `rebuild`, for a network of the TensorFlow generation."""
+    """Rebuild a network of the TensorFlow generation, like `rebuild`."""
     net, class_name, kwargs = describe_tf(network)
     kwargs |= arguments.base_shape(net, base_shape)
     module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
@@ -147,10 +147,10 @@ def _unknown_rectangle(net: Described, module: torch.nn.Module) -> str | None:
     return None
 
 
-def _recognise(
+def _recognize(
     name: str, net: Described, base_shape: list[int] | None
 ) -> tuple[type, dict[str, Any]]:
-    """The class and constructor arguments, by what the state holds; names of classes are not believed."""
+    """Return the class and constructor arguments, determined by the state and not by class names."""
     if net.has("synthesis.input") and net.has("mapping"):
         from finetune.models import stylegan3
 
@@ -211,12 +211,12 @@ class ShapesOnly(TorchFunctionMode):
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers, by name."""
+    """Return all parameters and buffers by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def compare(found: dict[str, Tensor], module: torch.nn.Module) -> list[str]:
-    """Every difference in names, shapes and dtypes between the file and the module, one line each."""
+    """Return all differences in names, shapes and dtypes between file and module, one line each."""
     wanted = tensors_of(module)
     lines = []
     for name in sorted({*found, *wanted}):
@@ -251,7 +251,7 @@ def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance
 
 
 def _values(tensor: Tensor) -> np.ndarray:
-    """The values of a tensor as numpy has them, at most in float32."""
+    """Return the values of a tensor for numpy, in float32 at most."""
     if tensor.dtype == "bfloat16":  # the upper half of a float32
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
     if tensor.dtype == "float64":
@@ -277,7 +277,7 @@ def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:
 
 
 def _agree(seen: Any, wanted: Any) -> bool:
-    """Equal numbers, texts or lists of them; one number may stand for as many of it as the list has."""
+    """Return whether numbers, strings or lists of them are equal; one number equals a list of it."""
     if isinstance(wanted, np.ndarray | np.generic):
         wanted = wanted.tolist()
     if isinstance(seen, list | tuple) or isinstance(wanted, list | tuple):
@@ -311,7 +311,7 @@ def _notes(name: str, net: Described, module: torch.nn.Module) -> list[str]:
 
 
 def _generation(net: Described) -> Literal["ada", "sg3"]:
-    """'sg3' or 'ada', told apart by what their fully connected layers remember."""
+    """Return 'sg3' or 'ada', distinguished by the attributes of fully connected layers."""
     if "synthesis_kwargs" in net.arguments("", arguments.GENERATOR):
         return "ada"
     dense = (path for path in net.modules if path.endswith((".fc0", ".fc", ".affine")))

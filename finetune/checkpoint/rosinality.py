@@ -29,12 +29,12 @@ Pairs = Iterator[tuple[str, str]]  # our name, theirs
 
 
 def is_port(state: Mapping[str, Any]) -> bool:
-    """Whether the names of a state dict are those of the port."""
+    """Return whether the names of a state dict are those of the port."""
     return "conv1.conv.weight" in state or "final_linear.0.weight" in state
 
 
 def generator_names(resolution: int, num_layers: int) -> Pairs:
-    """All tensors of a generator but w_avg and filters; num_layers: of the mapping network."""
+    """Return the names of the tensors of a generator but w_avg and filters; num_layers: of its mapping."""
     for index in range(num_layers):
         for part in ("weight", "bias"):
             yield f"mapping.fc{index}.{part}", f"style.{index + 1}.{part}"
@@ -62,7 +62,7 @@ def _modulated(ours: str, theirs: str) -> Pairs:
 
 
 def discriminator_names(resolution: int) -> Pairs:
-    """All tensors of a discriminator but filters."""
+    """Return the names of all tensors of a discriminator but filters."""
     yield f"b{resolution}.fromrgb.weight", "convs.0.0.weight"
     yield f"b{resolution}.fromrgb.bias", "convs.0.1.bias"
     for index in range(1, resolution.bit_length() - 2):
@@ -80,7 +80,7 @@ def discriminator_names(resolution: int) -> Pairs:
 
 
 def generator_filters(resolution: int) -> Pairs:
-    """The filters of a generator; those that compute nothing are named as one of the same values."""
+    """Return the names of the filters of a generator; unused ones get the name of one with equal values."""
     for index in range(resolution.bit_length() - 3):
         block, kernel = f"synthesis.b{8 << index}", f"to_rgbs.{index}.upsample.kernel"
         yield f"{block}.conv0.resample_filter", f"convs.{2 * index}.conv.blur.kernel"
@@ -90,7 +90,7 @@ def generator_filters(resolution: int) -> Pairs:
 
 
 def discriminator_filters(resolution: int) -> Pairs:
-    """The filters of a discriminator; '' for those of fixed values, which compute nothing."""
+    """Return the names of the filters of a discriminator; '' for unused ones, whose values are fixed."""
     for index in range(1, resolution.bit_length() - 2):
         block, kernel = f"b{resolution >> (index - 1)}", f"convs.{index}.conv2.0.kernel"
         yield f"{block}.skip.resample_filter", f"convs.{index}.skip.0.kernel"

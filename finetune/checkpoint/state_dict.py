@@ -95,7 +95,7 @@ def is_discriminator(tensors: Tensors) -> bool:
 
 
 def is_known(tensors: Tensors) -> bool:
-    """Whether the names are those of a network that can be opened."""
+    """Return whether the names are those of a network that can be opened."""
     firsts = ("synthesis.b4.const", "synthesis.input.weight")
     is_generator = any(first in tensors for first in firsts) and any(
         key.startswith("mapping.") for key in tensors
@@ -141,7 +141,7 @@ def _rebuild_inferred(
     base_shape: list[int] | None,
     given: Mapping[str, Any],
 ) -> tuple[torch.nn.Module, list[str]]:
-    """As `rebuild_described`, with the arguments that the shapes of the tensors tell."""
+    """Rebuild a network like `rebuild_described`, with arguments inferred from the shapes of the tensors."""
     tensors = state.tensors
     kwargs = _discriminator(tensors) if is_discriminator(tensors) else _generator(tensors)
     _merge(tensors, kwargs, state.assumed)
@@ -213,7 +213,7 @@ def _check_bands(name: str, net: Described, module: Any, differences: list[str])
 
 
 def _places(tensors: Tensors) -> dict[str, tuple[str, ...]]:
-    """The names of constructor arguments by the argument that holds them, "" for the constructor itself."""
+    """Return the names of constructor arguments by the argument that has them ("": the constructor)."""
     if is_discriminator(tensors):
         top = (*arguments.DISCRIMINATOR, "num_fp16_res", "conv_clamp", "cmap_dim")
         nested = {"block_kwargs": arguments.BLOCK, "epilogue_kwargs": arguments.EPILOGUE}
@@ -276,7 +276,7 @@ def taps_of(tensors: Tensors, key: str) -> list[float]:
 
 
 def _mapping(tensors: Tensors, w_dim: int) -> tuple[dict[str, Any], int, int]:
-    """The arguments of the mapping network, the width of its input without label, and the label's."""
+    """Return the arguments of the mapping network, the width of its input without label, and the label's."""
     layers = sum(re.fullmatch(r"mapping\.fc\d+\.weight", key) is not None for key in tensors)
     found: dict[str, Any] = {"num_layers": layers}
     embed, c_dim = 0, 0

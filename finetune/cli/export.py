@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def write_options(command):
-    """The options of `export` and `convert` that decide what is written."""
+    """Add the options of `export` and `convert` that determine what is written."""
     for option in reversed(
         (
             click.option(

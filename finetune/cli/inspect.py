@@ -32,7 +32,7 @@ def command(network: str, as_json: bool) -> None:
 
 
 def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The facts about a checkpoint as plain values; its keys are a contract with scripts."""
+    """Return the facts about a checkpoint as plain values. The keys are stable, for use by scripts."""
     from finetune.models import image_size
 
     generator, network = checkpoint.best, checkpoint.network
@@ -81,7 +81,7 @@ GENERATIONS = {
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The same facts as lines of `name  value`."""
+    """Return the same facts as lines of `name  value`."""
     source = facts["provenance"]
     count = facts["parameters"]
     lines = [

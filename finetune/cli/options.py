@@ -121,7 +121,7 @@ class ImageSize(click.ParamType):
 
 
 def network_option(**overrides: Any):
-    """`--network`: whatever `network_file` takes, as text; a Path would spoil URLs."""
+    """Add `--network`: what `network_file` takes, as a string (a Path would change URLs)."""
     settings: dict[str, Any] = {
         "required": True,
         "metavar": NETWORK,
@@ -156,7 +156,7 @@ def start_ranks(gpus: int, device: str) -> None:
 
 
 def offline_option(**overrides: Any):
-    """`--offline`: nothing is downloaded, by this process and those that it starts."""
+    """Add `--offline`: nothing is downloaded by this process and its children."""
 
     def set_variable(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
@@ -182,7 +182,7 @@ def restore(variable: str, value: str | None) -> None:
 
 
 def device_option(**overrides: Any):
-    """`--device`: turned into a torch device by `finetune.device.resolve_device`."""
+    """Add `--device`, which `finetune.device.resolve_device` converts into a torch device."""
     settings: dict[str, Any] = {
         "default": "auto",
         "show_default": True,
@@ -193,7 +193,7 @@ def device_option(**overrides: Any):
 
 
 def ops_option(**overrides: Any):
-    """`--ops`: how the ops run, in this process and in those that it starts."""
+    """Add `--ops`: the implementation of ops in this process and its children."""
 
     def set_variable(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
         if value is not None:
@@ -220,13 +220,13 @@ class FirstNameOption(click.Option):
 
 
 def license_option(name: str = "--license", **settings: Any):
-    """`--license`, or another option of it, with the British spelling as an alias that help does not show."""
+    """Add `--license` or a similar option, with the British spelling as a hidden alias."""
     names = (name, name.replace("license", "licence"), name.removeprefix("--").replace("-", "_"))
     return click.option(*names, cls=FirstNameOption, **{"metavar": "TEXT", **settings})
 
 
 def outdir_option(**overrides: Any):
-    """`--outdir`: the folder a command writes to; made when it is not there."""
+    """Add `--outdir`: the folder a command writes to; created if missing."""
     settings: dict[str, Any] = {
         "required": True,
         "type": click.Path(file_okay=False, path_type=Path),
@@ -237,7 +237,7 @@ def outdir_option(**overrides: Any):
 
 
 def seeds_option(**overrides: Any):
-    """`--seeds`: a list of ints."""
+    """Add `--seeds`: a list of ints."""
     settings: dict[str, Any] = {
         "required": True,
         "type": NumberRange("seed"),

@@ -60,7 +60,7 @@ def _their_tensors(network: Network) -> dict[str, torch.Tensor]:
 
 
 def _problems(network: Network) -> list[str]:
-    """What the port has otherwise, one phrase each; there, these are no options."""
+    """Return the differences to the port that it has no options for, one phrase each."""
     filters = {tuple(tensor.shape) for name, tensor in network.named_buffers() if name.endswith("_filter")}
     facts = [
         ("classes", network.c_dim, 0),

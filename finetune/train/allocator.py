@@ -41,10 +41,10 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Inside the block, memory beyond what is kept goes back to the system when it is freed: for saves.
+    """Return freed memory to the system inside the block, for saves.
 
-    What a save needs for a moment, in other sizes than the steps do, would else be kept as well, and every
-    save would find that in other pieces and need a little more.
+    Otherwise the temporary buffers of a save, whose sizes differ from those of a step, would be kept as well,
+    and fragmentation would let memory grow a little with every save.
     """
     if not _keeps:
         yield

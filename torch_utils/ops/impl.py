@@ -87,7 +87,7 @@ def set_default_impl(impl: str | None) -> None:
 
 @contextlib.contextmanager
 def using(impl: str) -> Iterator[None]:
-    """Inside the block, use `impl` for 'auto', as `set_default_impl` does."""
+    """Use `impl` for 'auto' inside the block, as `set_default_impl` does."""
     before = _default
     set_default_impl(impl)
     try:

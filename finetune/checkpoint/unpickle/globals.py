@@ -146,7 +146,7 @@ class CheckpointWorld:
         return PlainObject()
 
     def _reconstructor(self, args: tuple, offset: int) -> Any:
-        """`copyreg._reconstructor(cls, base, state)`: of known classes only those above, with their bases."""
+        """Handle `copyreg._reconstructor(cls, base, state)`, for the known classes and their bases only."""
         is_class = len(args) == 3 and all(type(arg) in (Global, Record) for arg in args[:2])
         expect(is_class, "copyreg without classes", offset)
         cls, base, state = args
@@ -161,7 +161,7 @@ class CheckpointWorld:
         return self.call(cls, (), offset)
 
     def _encode(self, args: tuple, offset: int) -> Blob:
-        """`_codecs.encode(text, 'latin1')`, which is how protocol 2 spells bytes."""
+        """Handle `_codecs.encode(text, 'latin1')`, the form of bytes in protocol 2."""
         expect(len(args) == 2 and all(type(arg) is str for arg in args), "bytes made of no text", offset)
         if args[1].lower() not in ("latin1", "latin-1"):
             block(f"_codecs.encode with codec {printable(args[1])}", offset)
@@ -234,7 +234,7 @@ class CheckpointWorld:
         return self._parameter(args[:3], offset)
 
     def _tensor_of_type(self, args: tuple, offset: int) -> Tensor | Record:
-        """`torch._tensor._rebuild_from_type_v2(function, class, args, state)`: a tensor with attributes."""
+        """Handle `torch._tensor._rebuild_from_type_v2`: tensors with attributes."""
         good = len(args) == 4 and type(args[2]) is tuple and type(args[1]) in (Global, Record)
         expect(good and type(args[0]) is Global, "a tensor of a class without arguments", offset)
         tensor = self.call(args[0], args[2], offset)
@@ -242,7 +242,7 @@ class CheckpointWorld:
         return tensor if type(args[1]) is Global else Record(args[1].name, args[1].offset, args)
 
     def _frombuffer(self, args: tuple, offset: int) -> Array:
-        """`numpy.core.numeric._frombuffer(bytes, dtype, shape, order, axes)`, as protocol 5 spells arrays."""
+        """Handle `numpy.core.numeric._frombuffer(bytes, dtype, shape, order, axes)`: arrays in protocol 5."""
         expect(len(args) in (4, 5) and args[3] in ("C", "F", "K"), "a numpy array without a buffer", offset)
         raw, dtype, shape, order = args[:4]
         axes = args[4] if len(args) == 5 else None
@@ -254,20 +254,20 @@ class CheckpointWorld:
         return Array(value)
 
     def _dill_array(self, args: tuple, offset: int) -> Any:
-        """`dill._dill._create_array(function, args, state, attributes)`."""
+        """Handle `dill._dill._create_array(function, args, state, attributes)`."""
         expect(len(args) in (3, 4) and type(args[1]) is tuple, "an array of dill without a state", offset)
         array = self.call(args[0], args[1], offset)
         self.set_state(array, args[2], offset)
         return array
 
     def _dill_type(self, args: tuple, offset: int) -> Global | Record:
-        """`dill._dill._load_type(name)`, for types of plain data; any other is unknown."""
+        """Handle `dill._dill._load_type(name)`, for types of plain data; others are unknown."""
         if len(args) == 1 and type(args[0]) is str and f"builtins.{args[0]}" in DATA_TYPES:
             return self.find(Global("builtins", args[0], offset))
         return Record("dill._dill._load_type", offset, args)
 
     def _bytes(self, args: tuple, offset: int) -> Blob:
-        """`bytes()`, and `bytearray` of bytes or of a text, as older protocols spell them."""
+        """Handle `bytes()`, and `bytearray` of bytes or of a string in older protocols."""
         if args == ():
             return Blob(memoryview(b""), None)
         if type(args[0]) is Blob and len(args) == 1:
@@ -288,7 +288,7 @@ class CheckpointWorld:
         return tuple(args[0])
 
     def _text(self, args: tuple, offset: int, separator: str = "/") -> str:
-        """A path, or a device, as the text that it is made of."""
+        """Return a path or device as its string."""
         expect(all(type(arg) in (str, int) for arg in args), "a path that is no text", offset)
         self.budget.copy(sum(len(arg) if type(arg) is str else 8 for arg in args), offset)
         text = separator.join(map(str, args))

@@ -53,7 +53,7 @@ class Machine:
         self.opcode_at = 0
 
     def run(self) -> Any:
-        """The value of the pickle at `position`, which moves behind its STOP."""
+        """Return the value of the pickle at `position`, and set `position` behind its STOP."""
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -102,7 +102,7 @@ class Machine:
         return layout.unpack(self.take(layout.size))[0]
 
     def line(self, limit: int) -> bytes:
-        """The text up to the next line feed, without it."""
+        """Return the text up to the next line feed, without it."""
         size = 256
         while True:
             size = min(size, limit + 1)
@@ -153,7 +153,7 @@ class Machine:
         return items
 
     def key(self, value: Any) -> Any:
-        """`value`, if it can be a key: what a file may make slow to hash or to compare cannot."""
+        """Return `value` if it may be a key; refuse values that can be slow to hash or to compare."""
         if is_key(value):
             return value
         raise self.refuse(f"a key of a dict or set is neither a text nor a small number but {kind(value)}")

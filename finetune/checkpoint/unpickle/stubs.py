@@ -69,7 +69,7 @@ class PlainObject:
 
 
 def printable(text: str) -> str:
-    """`text` for a message: short, on one line, without control characters."""
+    """Return `text` for a message: short, on one line, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 

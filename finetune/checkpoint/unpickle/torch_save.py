@@ -77,7 +77,7 @@ class KeysWorld:
 
 
 def is_module_source(key: Any) -> bool:
-    """Whether a persistent id is a class with its source text, which legacy files have; it is not used."""
+    """Return whether a persistent id is a class with its source text (legacy files), which is not used."""
     return type(key) is tuple and len(key) == 4 and key[0] == "module" and type(key[1]) in (Global, Record)
 
 
@@ -111,7 +111,7 @@ def _loads_zip(data: bytes) -> Any:
 
 
 def _members(data: bytes) -> dict[str, tuple[int, memoryview]]:
-    """The members of a zip file by name: position in the file, and a view of their bytes."""
+    """Return the members of a zip file by name: position in the file, and a view of their bytes."""
     view = memoryview(data)
     found = {}
     try:

@@ -88,27 +88,27 @@ class World(Protocol):
     """Decides what the names in a file stand for. Every method may raise PickleRefused."""
 
     def find(self, name: Global) -> Any:
-        """The stub for the global `name`."""
+        """Return the stub for the global `name`."""
 
     def extension(self, code: int, offset: int) -> Any:
-        """The stub for a global that copyreg has given a number."""
+        """Return the stub for a global that copyreg has numbered."""
 
     def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Any:
-        """The value of `function(*args, **keywords)` (REDUCE, NEWOBJ, NEWOBJ_EX, OBJ and INST)."""
+        """Return the value of `function(*args, **keywords)` (REDUCE, NEWOBJ, NEWOBJ_EX, OBJ and INST)."""
 
     def set_state(self, target: Any, state: Any, offset: int) -> Any:
-        """`target` after the opcode BUILD; the result replaces nothing, it is `target` that must change."""
+        """Change `target` as the opcode BUILD does."""
 
     def persistent(self, key: Any, offset: int) -> Any:
-        """The object that the file keeps elsewhere under `key`."""
+        """Return the object with the persistent id `key`."""
 
 
 def is_key(value: Any) -> bool:
-    """Whether `value` may be a key; large integers can be made to collide, so they may not."""
+    """Return whether `value` may be a key; large integers may not, since they can be made to collide."""
     is_small = type(value) is int and -(2**31) <= value < 2**31
     return is_small or value is None or type(value) in (str, bool)
 
 
 def kind(value: Any) -> str:
-    """What `value` is, in words that never contain the value itself."""
+    """Describe the type of `value`, without the value itself."""
     return f"a {value.name}" if type(value) in (Global, Record) else f"a {type(value).__name__}"
