@@ -133,7 +133,7 @@ def fill_checked(
 
 
 def _unknown_rectangle(net: Described, module: torch.nn.Module) -> str | None:
-    """Why a StyleGAN2 network that is not square has no shape here; None for any other network."""
+    """Return why a StyleGAN2 network that is not square has no shape here; None for any other network."""
     const, fc = net.tensors.get("synthesis.b4.const"), net.tensors.get("b4.fc.weight")
     if getattr(module, "base_shape", arguments.SQUARE) != arguments.SQUARE:
         return None
