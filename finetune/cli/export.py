@@ -63,6 +63,7 @@ def write(
     out: Path,
     file_format: Format,
     *,
+    architecture: dict[str, Any] | None = None,
     which: str | None,
     slim: bool,
     half: bool,
@@ -74,15 +75,15 @@ def write(
     from finetune.resolve import load
 
     if out.is_dir():
-        raise ConfigError(f"--out {out}: this is a folder. Pass the name of a file.")
+        raise ConfigError(f"{out}: this is a folder. Pass the name of a file.")
     if out.exists():
         if out.samefile(source):
-            raise ConfigError(f"--out {out}: this is the checkpoint itself. Choose another name.")
+            raise ConfigError(f"{out}: this is the checkpoint itself. Choose another name.")
         if not force:
-            raise ConfigError(f"--out {out}: exists. Choose another name, or use --force to replace it.")
+            raise ConfigError(f"{out}: exists. Choose another name, or use --force to replace it.")
     if slim and which not in (None, "G_ema"):
         raise ConfigError(f"--slim: has no effect with --which {which}. Use one of the two.")
-    checkpoint = with_license(load(source), license)
+    checkpoint = with_license(load(source, architecture=architecture), license)
     with progress_bar("comparing images", 1) as progress:
         result = save(
             checkpoint,
@@ -108,6 +109,8 @@ def write(
     )
     for line in provenance_lines(checkpoint.provenance.to_dict()):
         click.echo(line)
+    for note in checkpoint.notes:
+        click.echo(f"Note: {note}.")
 
 
 def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:

@@ -92,7 +92,7 @@ MISTAKES = {
     "empty file": (f"{WITH} empty.pkl", "empty.pkl is empty", "Download or copy it again"),
     "cut download": (f"{WITH} cut.pkl", "the file may be cut off (at byte 2)", "download it again"),
     "hostile pickle": (f"{WITH} hostile.pkl", "asks for builtins.eval", "nothing was executed"),
-    "torch.save": (f"{WITH} weights.pt", "a file of torch.save", "pickle.dump({'G_ema': G_ema}, file)"),
+    "torch.save": (f"{WITH} weights.pt", "a state dict of an unknown network", "official PyTorch code"),
     "no discriminator": (f"{WITH} no-d.pkl", "G, G_ema but no discriminator D", "--new-d"),
     "only a discriminator": (f"{WITH} only-d.pkl", "a discriminator alone", "Use a file with G or G_ema"),
     "folder without snapshots": (f"{WITH} images", "a folder without snapshots", "name a file"),
