@@ -48,8 +48,8 @@ Network = Any  # a torch.nn.Module of finetune.models, whose attributes type che
 class Checkpoint:
     """The networks of a file, in eval mode without gradients; None for those the file does not have.
 
-    `foreign`: class of each network that is not of StyleGAN and was not opened. `notes`: one sentence for
-    each other finding in the file.
+    `foreign`: class of each network that is not of StyleGAN and was not opened, or the first tensor of a D
+    that does not fit. `notes`: one sentence for each other finding in the file.
     """
 
     G: Network | None
@@ -117,12 +117,9 @@ def load(
             check_given(architecture, [item for item in networks.values() if type(item) is StateDict])
         rebuilt, refused = _rebuild_all(networks, file.size, architecture)
         provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
-    foreign = {name: str(error.blocked) for name, error in refused.items()}
+    foreign = {name: _why_foreign(error) for name, error in refused.items()}
     notes = [note for item in rebuilt.values() for note in item.notes]
-    notes += [
-        f"{name}: foreign class {blocked}, not opened (at byte {refused[name].offset})"
-        for name, blocked in foreign.items()
-    ]
+    notes += [_refusal_note(name, error) for name, error in refused.items()]
     notes += _entry_notes({key: value for key, value in extras.items() if key not in networks})
     options = plain(extras.get("training_set_kwargs"), 0)
     modules = {name: item.module.to(device) for name, item in rebuilt.items()}
@@ -227,14 +224,15 @@ def _state_dict(name: str, value: Any, root: dict[Any, Any]) -> StateDict | None
 
 def _rebuild_all(
     networks: dict[str, Any], size: int, architecture: Mapping[str, Any] | None
-) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused]]:
-    """Return the rebuilt networks by name, and the refusals of those of foreign classes.
+) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused | CheckpointMismatch]]:
+    """Return the rebuilt networks by name, and the refusals of others.
 
-    Raises PickleRefused if none of the generators in the file can be rebuilt.
+    Refused alone are networks of foreign classes, and a discriminator whose tensors do not fit, if there is a
+    generator. Raises PickleRefused if none of the generators in the file can be rebuilt.
     """
     allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
-    refused: dict[str, PickleRefused] = {}
+    refused: dict[str, PickleRefused | CheckpointMismatch] = {}
     of_tensors = functools.partial(rebuild_state, given=architecture)
     builders = {PersistentObject: rebuild, TFNetwork: rebuild_tf, StateDict: of_tensors}
     base_shape = None
@@ -249,10 +247,26 @@ def _rebuild_all(
             if error.blocked is None:  # damaged
                 raise
             refused[name] = error
+        except CheckpointMismatch as error:
+            if name not in ("D", "augment_pipe"):
+                raise
+            refused[name] = error
     needed = networks.keys() & {"G", "G_ema"} or {"D"}
     if not needed & rebuilt.keys():
         raise next(refused[name] for name in ("G_ema", "G", "D") if name in refused)
     return {name: rebuilt[name] for name in networks if name in rebuilt}, refused
+
+
+def _why_foreign(error: PickleRefused | CheckpointMismatch) -> str:
+    """Return the foreign class of a refused network, or the first tensor that does not fit."""
+    return error.differences[0] if isinstance(error, CheckpointMismatch) else str(error.blocked)
+
+
+def _refusal_note(name: str, error: PickleRefused | CheckpointMismatch) -> str:
+    if isinstance(error, CheckpointMismatch):
+        count = len(error.differences)
+        return f"{name}: not opened, {count} tensors or settings do not fit, such as: {_why_foreign(error)}"
+    return f"{name}: foreign class {_why_foreign(error)}, not opened (at byte {error.offset})"
 
 
 def _foreign(name: str, record: Record) -> PickleRefused:

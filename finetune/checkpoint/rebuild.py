@@ -55,6 +55,9 @@ CONVERTED = {
 }
 
 
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
 @dataclass(slots=True)
 class Allowance:
     """Bytes of memory that the networks of one file may still take."""
@@ -227,11 +230,19 @@ def compare(found: dict[str, Tensor], module: torch.nn.Module) -> list[str]:
         else:
             seen, shape = found[name], list(wanted[name].shape)
             dtype = str(wanted[name].dtype).removeprefix("torch.")
-            if list(seen.array.shape) != shape:
+            has_shape = list(seen.array.shape) == shape
+            if not has_shape:
                 lines.append(f"{name} is {list(seen.array.shape)} in the file and {shape} in the network")
             if seen.dtype != dtype and not (dtype == "float32" and seen.dtype in CONVERTED):
                 lines.append(f"{name} is {seen.dtype} in the file and {dtype} in the network")
+            elif has_shape and seen.dtype == "float64" and (peak := _peak(seen.array)) > MAX_FLOAT32:
+                lines.append(f"{name} has a value of {peak:.3g}, too large for float32")
     return lines
+
+
+def _peak(values: np.ndarray) -> float:
+    """Return the largest finite absolute value."""
+    return float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
 
 
 def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance, offset: int) -> None:
@@ -254,10 +265,7 @@ def _values(tensor: Tensor) -> np.ndarray:
     """Return the values of a tensor for numpy, in float32 at most."""
     if tensor.dtype == "bfloat16":  # the upper half of a float32
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
-    if tensor.dtype == "float64":
-        with np.errstate(over="ignore"):
-            return tensor.array.astype(np.float32)
-    return tensor.array
+    return tensor.array.astype(np.float32) if tensor.dtype == "float64" else tensor.array
 
 
 def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:

@@ -200,7 +200,7 @@ def checkpoint_of(saved: SavedState) -> Checkpoint:
 
 def _without_d(checkpoint: Checkpoint) -> str:
     if "D" in checkpoint.foreign:
-        return f"its D is of a foreign class ({checkpoint.foreign['D']})"
+        return f"its D is foreign ({checkpoint.foreign['D']})"
     return "no discriminator D"
 
 

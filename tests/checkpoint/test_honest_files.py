@@ -148,6 +148,19 @@ def test_load_converts_precision(name, dtype, opened, golden_dir):
     assert sum(f"stored as {stored} were {way} to float32" in note for note in seen.notes) == 3
 
 
+@pytest.mark.parametrize("value", [1e300, -1e39, 3.5e38])
+def test_load_refuses_weights_beyond_float32(value, ada, opened):
+    honest.convert(ada["G_ema"], torch.float64)
+    mapping = ada["G_ema"].state["_modules"]["mapping"].state
+    mapping["_buffers"]["w_avg"][:2] = torch.tensor([value, torch.inf], dtype=torch.float64)
+    with pytest.raises(CheckpointMismatch) as refusal:
+        opened({"G_ema": ada["G_ema"]})
+    shown = f"{abs(value):.3g}"
+    assert refusal.value.differences == [f"mapping.w_avg has a value of {shown}, too large for float32"]
+    mapping["_buffers"]["w_avg"][0] = 3.4e38
+    assert opened({"G_ema": ada["G_ema"]}).G_ema.mapping.w_avg[1] == torch.inf
+
+
 def test_load_tensorflow_half_precision(opened, golden_dir, monkeypatch):
     honest.install(monkeypatch)
     root = honest.read(golden_dir / "stylegan2-tf-32.pkl")
@@ -181,6 +194,25 @@ def test_load_persistent_discriminator_of_other_architecture(ada, opened):
     modules = ada["D"].state["_modules"]
     ada["D"] = honest.Net("ProjectedDiscriminator", {**ada["D"].state, "_modules": {"heads": modules["b8"]}})
     assert opened(ada).foreign == {"D": "ProjectedDiscriminator"}
+
+
+def test_load_discriminator_of_another_shape_keeps_generators(ada, opened, tmp_path):
+    from finetune.train.prepare import load_for_training
+
+    ada["D"].state["_modules"]["b64"] = ada["D"].state["_modules"]["b32"]
+    seen = opened(ada)
+    assert seen.missing == ["D"] and seen.foreign["D"].startswith("b64.conv0.bias [16] is in the file")
+    assert any(note.startswith("D: not opened, 12 tensors or settings do not fit") for note in seen.notes)
+    with pytest.raises(ConfigError, match=r"its D is foreign \(b64") as refusal:
+        load_for_training(str(tmp_path / "network.pkl"))
+    assert "--new-d" in str(refusal.value)
+
+
+def test_load_generator_of_another_shape_is_refused(ada, opened):
+    synthesis = ada["G"].state["_modules"]["synthesis"].state["_modules"]
+    synthesis["b64"] = synthesis["b32"]
+    with pytest.raises(CheckpointMismatch, match="G describes a Generator"):
+        opened(ada)
 
 
 def test_load_foreign_generator_keeps_other(ada, opened, vision_head):
@@ -347,3 +379,13 @@ def test_load_refusals_of_honest_files(ada, opened, vision_head):
         with pytest.raises(CheckpointError) as refusal:
             opened(value)
         assert "Do not open" not in str(refusal.value) and "can run" not in str(refusal.value)
+
+
+def test_load_snapshot_by_dill(opened, golden_dir, monkeypatch):
+    """The library itself, as the projects derived from Projected GAN use it."""
+    dill = pytest.importorskip("dill", reason="needs dill")
+    honest.install(monkeypatch)
+    root = dict(honest.read(golden_dir / "stylegan3-t-32.pkl"))
+    root["progress"] = {"cur_nimg": torch.tensor([4000]), "best_fid": 9.5}
+    seen = opened(dill.dumps(root))
+    assert seen.missing == [] and equal(seen.G_ema, finetune.load(golden_dir / "stylegan3-t-32.pkl").G_ema)
