@@ -275,7 +275,12 @@ def extras():
     }
 
 
-@pytest.mark.parametrize("protocol", range(6))
+MOST = [0, 2, 4, 5]  # Python 3.14 writes 5, Python 3.8 to 3.13 write 4, torch.save 2; 0 is text
+
+
+@pytest.mark.parametrize(
+    "protocol", [pytest.param(i, marks=() if i in MOST else pytest.mark.slow) for i in range(6)]
+)
 @pytest.mark.parametrize("key", extras())
 def test_load_additional_entries(key, protocol, opened, golden_dir):
     root = {"G_ema": honest.read(golden_dir / "stylegan3-t-32.pkl")["G_ema"], key: extras()[key]}

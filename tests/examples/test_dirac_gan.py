@@ -147,6 +147,7 @@ def test_dirac_gan_period_is_seen_in_the_cosine_of_successive_steps(dirac):
     assert 2 * math.pi * tick / math.acos(cosine) == pytest.approx(period, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dirac_gan_images(dirac, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(dirac, "METHODS", {name: dirac.METHODS[name] for name in ("plain", "both")})

@@ -25,8 +25,14 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("where", ["path", "cwd", "both"])
+@pytest.mark.parametrize(
+    ("start", "where"),
+    [
+        pytest.param(start, where, marks=() if where == "both" else pytest.mark.slow)
+        for start in STARTS
+        for where in ("path", "cwd", "both")
+    ],
+)
 def test_import_uses_own_packages_in_commands(start, where, golden_dir, tmp_path):
     cwd = tmp_path if where == "path" else TREE
     path = str(ROOT) if where == "cwd" else FOREIGN_FIRST

@@ -172,6 +172,7 @@ class TestTheOtherMetrics:
         with pytest.raises(ConfigError, match="no such file"):
             Evaluation(colors, ["prc"], inception=tmp_path / "absent.pth")
 
+    @pytest.mark.slow
     def test_inception_of_torch_fidelity(self, colors, tmp_path, monkeypatch):
         """With weights of its own shape, random: the real ones are not in any package."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network

@@ -134,6 +134,7 @@ def test_cuda_every_architecture_compiles_with_nvrtc(capability):
         compiled(lambda name=name: cuda_build.nvrtc(plan_of(name, capability), capability))
 
 
+@pytest.mark.slow
 def test_cuda_nvcc_compiles_the_same_sources():
     try:
         compilers.nvcc()

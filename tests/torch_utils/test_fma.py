@@ -98,7 +98,11 @@ def test_fma_float64_is_exact_to_the_second_derivative(case, device):
     assert max(loss(actual, exact)) < 1e-12, loss(actual, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16]
+    + [pytest.param(each, marks=pytest.mark.slow) for each in (torch.float32, torch.bfloat16)],
+)
 @EACH
 def test_fma_other_dtypes_error_at_most_twice_torch(case, dtype, device):
     made = tensors(case, dtype, device)
@@ -110,11 +114,11 @@ def test_fma_other_dtypes_error_at_most_twice_torch(case, dtype, device):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "pixels"])
-@pytest.mark.parametrize("c_shape", [(), (3, 2), (2, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("c_shape", [(), (2, 2), (2, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize("kernels", [cpu, cuda], ids=["composite", "kernels"])
 def test_fma_gradients_of_both_orders(kernels, c_shape, layout, emulated, monkeypatch):
     monkeypatch.setattr(library, "kernels", lambda x: kernels)
-    a = torch.randn(2, 2, 3, 2, dtype=torch.float64).to(memory_format=layout).requires_grad_(True)
+    a = torch.randn(2, 2, 2, 2, dtype=torch.float64).to(memory_format=layout).requires_grad_(True)
     b = torch.randn(2, 2, 1, 1, dtype=torch.float64, requires_grad=True)
     c = torch.randn(c_shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(library.fma, (a, b, c))

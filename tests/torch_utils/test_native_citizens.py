@@ -66,6 +66,7 @@ def test_native_opcheck_covers_every_operator():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_native_compiled_generator_and_discriminator_are_the_networks():
     torch._dynamo.reset()
     sizes = dict(channel_base=64, channel_max=8)

@@ -92,6 +92,7 @@ print("both children agree", flush=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_native_children_of_a_process_with_threads_run_the_kernels():
     custom_ops.cpu_library()  # built here, not under the time limit
     done = subprocess.run(

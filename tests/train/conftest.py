@@ -9,6 +9,16 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import options, quiet
+
+from finetune.train.train import run
+
+
+@pytest.fixture(autouse=True)
+def no_pages(request, monkeypatch):
+    """Leave out previews and pages, which have tests of their own, to save a fifth of the time of a run."""
+    if request.path.name != "test_page.py" and "all_files" not in request.node.name:
+        monkeypatch.setattr("finetune.train.page.write_report", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +46,9 @@ def images(tmp_path_factory):
         return made[resolution, num_classes]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def parent(images, tmp_path_factory):
+    """The result of a finished run of tiny_runs.options; tests only read it."""
+    return run(options(images, tmp_path_factory.mktemp("parent")), console=quiet())

@@ -177,15 +177,14 @@ class TestMeasurements:
     def own_cache(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
 
-    def test_metrics_are_logged_and_do_not_change_training(self, images, tmp_path):
+    def test_metrics_are_logged_and_do_not_change_training(self, images, tmp_path, parent):
         console = Console(file=io.StringIO(), width=200)
         result = run(options(images, tmp_path, **self.SETTINGS), console=console)
         lines = lines_of(result)
         assert [line["metrics"]["num"] for line in lines] == [4, 4]
         assert all(line["metrics"]["random-fid"] > 0 for line in lines)
         assert "random-fid@4 " in console.file.getvalue()
-        plain = run(options(images, tmp_path), console=quiet())
-        other = weights(finetune.load(plain.snapshot).G_ema)
+        other = weights(finetune.load(parent.snapshot).G_ema)
         for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
             assert torch.equal(tensor, other[name]), name
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_runs import options, quiet, train_steps
+from tiny_runs import options, train_steps
 
 from finetune.recipes import WARMUP_STEPS
-from finetune.train import prepare, run
+from finetune.train import prepare
 from finetune.train.optim import LearningRate, load_adam, set_learning_rate
 
 
@@ -16,8 +16,7 @@ def test_warmup_is_linear(images, tmp_path):
     assert none.rate_G.warmup(0) == none.rate_D.warmup(0) == 1
 
 
-def test_warmup_of_waiting_generator_starts_later(images, tmp_path):
-    parent = run(options(images, tmp_path), console=quiet())
+def test_warmup_of_waiting_generator_starts_later(images, tmp_path, parent):
     changes = dict(resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, lr_warmup_kimg=0.016)
     plan = prepare(options(images, tmp_path, **changes)).plan
     assert [plan.rate_D.warmup(nimg) for nimg in (0, 8, 12)] == [0.25, 0.75, 1]
@@ -76,9 +75,8 @@ def test_rate_depends_on_nimg_and_rollbacks():
         ({"recipe": "adapt", "lr_warmup_kimg": 0.2}, 0.2),
     ],
 )
-def test_warmup_default(changes, value, images, tmp_path):
+def test_warmup_default(changes, value, images, tmp_path, parent):
     assert WARMUP_STEPS == 100
-    parent = run(options(images, tmp_path), console=quiet())
     settings = {"resume": str(parent.snapshot), "kimg": 10.0, "batch": 4, **changes}
     prepared = prepare(options(images, tmp_path, **settings))
     assert prepared.config.lr_warmup_kimg == value == prepared.plan.rate_G.warmup_nimg / 1000

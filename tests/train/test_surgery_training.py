@@ -51,8 +51,7 @@ def test_train_after_surgery(name, changes, num_labels, words, golden_dir, image
     assert img.shape == (2, G.img_channels, G.img_resolution, G.img_resolution) and img.isfinite().all()
 
 
-def test_new_d_warms_up_alone(images, tmp_path):
-    parent = run(options(images, tmp_path), console=quiet())
+def test_new_d_warms_up_alone(images, tmp_path, parent):
     prepared = prepare(
         options(images, tmp_path, resume=str(parent.snapshot), new_d=True, d_warmup_kimg=0.008, aug="noaug")
     )

@@ -137,8 +137,7 @@ def test_run_is_deterministic(images, tmp_path):
         assert moved(weights(getattr(a, name)), getattr(b, name)) == set()
 
 
-def test_resume_weights_only_prints_note(images, tmp_path):
-    parent = run(options(images, tmp_path), console=quiet())
+def test_resume_weights_only_prints_note(images, tmp_path, parent):
     checkpoint = finetune.load(parent.snapshot)
     console = quiet()
     config = options(
@@ -165,8 +164,8 @@ def test_resume_weights_only_prints_note(images, tmp_path):
     assert child.augment_pipe is None
 
 
-def test_prepare_notes_name_options(images, tmp_path):
-    snapshot = str(run(options(images, tmp_path), console=quiet()).snapshot)
+def test_prepare_notes_name_options(images, tmp_path, parent):
+    snapshot = str(parent.snapshot)
     assert prepare(options(images, tmp_path, resume=snapshot)).notes == []
     labeled = options(images, tmp_path, resume=snapshot, data=str(images(16, 3)))
     (note,) = prepare(labeled).notes
@@ -185,8 +184,7 @@ def test_freezed_layers_thaw(images, tmp_path):
     assert "b16.fromrgb.weight" in moved(before, prepared.state.D)
 
 
-def test_teacher_initial_is_constant(images, tmp_path):
-    parent = run(options(images, tmp_path), console=quiet())
+def test_teacher_initial_is_constant(images, tmp_path, parent):
     prepared = prepare(options(images, tmp_path, resume=str(parent.snapshot), sd_teacher="initial"))
     teacher = prepared.state.teacher
     before = weights(teacher)
