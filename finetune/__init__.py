@@ -5,6 +5,7 @@ Importing this package loads nothing heavy; torch comes with the first use of `l
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -41,27 +42,33 @@ from finetune.errors import FinetuneError  # noqa: E402
 from finetune.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
+    from finetune.api import evaluate, fine_tune, generate
     from finetune.checkpoint.load import Checkpoint
+    from finetune.config import TrainOptions
     from finetune.export.save import save
     from finetune.resolve import load
 
-__all__ = ["Checkpoint", "FinetuneError", "__version__", "load", "save"]
+# Imported when they are first used.
+_MODULES = {
+    "Checkpoint": "finetune.checkpoint.load",
+    "TrainOptions": "finetune.config",
+    "evaluate": "finetune.api",
+    "fine_tune": "finetune.api",
+    "generate": "finetune.api",
+    "load": "finetune.resolve",
+    "save": "finetune.export.save",
+}
+
+__all__ = [
+    "Checkpoint", "FinetuneError", "TrainOptions", "__version__",
+    "evaluate", "fine_tune", "generate", "load", "save",
+]  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name == "load":
-        from finetune.resolve import load
-
-        return load
-    if name == "save":
-        from finetune.export.save import save
-
-        return save
-    if name == "Checkpoint":
-        from finetune.checkpoint.load import Checkpoint
-
-        return Checkpoint
-    raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from finetune.cli.options import network_file, offline_option
-from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
+from finetune.progress import progress_bar
 
 
 class AlphaType(click.ParamType):

@@ -106,8 +106,8 @@ def fetch_command(names: tuple[str, ...]) -> None:
 
 def fetched(name: str) -> Path:
     """Return the file of a name or URL, of networks for metrics as well."""
-    from finetune.cli.progress import download_bar
     from finetune.hub import catalog, store
+    from finetune.progress import download_bar
     from finetune.resolve import as_url
 
     with download_bar() as (tell, progress):

@@ -15,7 +15,7 @@ from finetune.cli.options import (
     ops_option,
     outdir_option,
 )
-from finetune.cli.progress import progress_bar
+from finetune.progress import progress_bar
 
 AMOUNTS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations, the columns of the contact sheet
 

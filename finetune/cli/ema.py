@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from finetune.cli.options import device_option, offline_option, ops_option
-from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
+from finetune.progress import progress_bar
 
 BAR = 24  # characters
 NAME = "network-ema.pkl"

@@ -19,9 +19,9 @@ from finetune.cli.options import (
     ops_option,
     start_ranks,
 )
-from finetune.cli.progress import progress_bar
 from finetune.config import FITS, LABELS
 from finetune.errors import CheckpointError, ConfigError
+from finetune.progress import progress_bar
 
 DEFAULT = "fd-effnet,random-fid"
 
@@ -144,11 +144,9 @@ def measure(
     inception: Path | None, pairs: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Return the metrics and what they were measured on; on several ranks if torchrun started them."""
-    from finetune.data import ImageSet
     from finetune.device import float32_math, resolve_device
     from finetune.distributed import init, shutdown
-    from finetune.metrics.evaluate import Evaluation
-    from finetune.models import image_size
+    from finetune.metrics.evaluate import Evaluation, real_images
     from finetune.resolve import load
 
     started = time.perf_counter()
@@ -157,21 +155,7 @@ def measure(
     G: Any = checkpoint.best
     if G is None:
         raise CheckpointError(f"{file}: has no generator, only D.")
-    use_labels = G.c_dim > 0 if cond is None else cond
-    if labels_from == "folders" and not use_labels:
-        raise ConfigError("--labels folders: has no effect on a network without classes, or with --no-cond.")
-    if use_labels != (G.c_dim > 0):
-        raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
-    image_set = ImageSet(
-        data,
-        resolution=image_size(G),
-        channels=G.img_channels,
-        fit=fit,
-        use_labels=use_labels,
-        labels_from=labels_from,
-        num_classes=G.c_dim if use_labels else None,
-        mirror=mirror,
-    )
+    image_set = real_images(G, data, fit=fit, labels_from=labels_from, cond=cond, mirror=mirror)
     bar = progress_bar if group.is_first else no_bar
     with float32_math(), bar("looking at the images", len(image_set)) as progress:
         evaluation = Evaluation(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from finetune.cli.options import license_option, network_file, network_option, offline_option
-from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
 from finetune.export.formats import FORMATS, WHICH, Format, format_of
+from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint

@@ -24,8 +24,8 @@ from finetune.cli.options import (
     ops_option,
     outdir_option,
 )
-from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
+from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np

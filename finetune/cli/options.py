@@ -132,7 +132,7 @@ def network_option(**overrides: Any):
 
 def network_file(network: str) -> Path:
     """Return the file that `--network` means, downloaded if needed; print its name and license."""
-    from finetune.cli.progress import download_bar
+    from finetune.progress import download_bar
     from finetune.resolve import resolve_network
 
     with download_bar() as (tell, progress):

@@ -19,9 +19,9 @@ from finetune.cli.options import (
     ops_option,
     outdir_option,
 )
-from finetune.cli.progress import progress_bar
 from finetune.config import BACKBONES
 from finetune.errors import ConfigError, DataError
+from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from finetune.cli.options import (
     offline_option,
     ops_option,
 )
-from finetune.cli.progress import progress_bar
 from finetune.errors import ConfigError
+from finetune.progress import progress_bar
 
 
 @click.command("video", short_help="Make a video: a walk through latents, or a morph between networks.")

@@ -24,7 +24,7 @@ from finetune.metrics.perceptual import Distance as Perceptual
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
-from finetune.models import Network
+from finetune.models import Network, image_size
 from finetune.sampling import image_grid, run_network_chunked, to_uint8
 from torch_utils.files import atomic_write
 
@@ -277,6 +277,36 @@ def names_in(measured: dict[str, Any]) -> list[str]:
     """Return the metrics in the entry `metrics` of a line of the log, without what belongs to them."""
     others, endings = ("kimg", "num", "sec"), ("_spread", "_error")
     return [name for name in measured if name not in others and not name.endswith(endings)]
+
+
+def real_images(
+    G: Network,
+    data: str | Path,
+    *,
+    fit: str | None = None,
+    labels_from: str = "file",
+    cond: bool | None = None,
+    mirror: bool = False,
+) -> ImageSet:
+    """Open the real images to compare `G` with, in its size; `cond` None: with labels if it has them.
+
+    Raises ConfigError for options that do not fit the network, and what ImageSet raises.
+    """
+    use_labels = G.c_dim > 0 if cond is None else cond
+    if labels_from == "folders" and not use_labels:
+        raise ConfigError("--labels folders: has no effect on a network without classes, or with --no-cond.")
+    if use_labels != (G.c_dim > 0):
+        raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
+    return ImageSet(
+        data,
+        resolution=image_size(G),
+        channels=G.img_channels,
+        fit=fit,
+        use_labels=use_labels,
+        labels_from=labels_from,
+        num_classes=G.c_dim if use_labels else None,
+        mirror=mirror,
+    )
 
 
 def check_names(which: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ RANKS = {
     "finetune.recipes": 1,
     "finetune.models": 2,
     "finetune.device": 2,
+    "finetune.progress": 2,
     "finetune.distributed": 2,
     "finetune.data": 2,
     "finetune.sniff": 2,
@@ -33,13 +34,17 @@ RANKS = {
     "finetune.editing": 7,
     "finetune.train": 8,
     "finetune.demo": 9,
+    "finetune.api": 9,
     "finetune.cli": 10,
 }
 # Lower ranks that are out of bounds all the same: opening a file never touches the network.
 FORBIDDEN = {("finetune.checkpoint", "finetune.hub")}
 # The public API and the entry point of `python -m finetune`: they import nothing but what they export.
 DOORS = {
-    "finetune": {f"finetune.{part}" for part in ("errors", "version", "checkpoint", "resolve", "export")},
+    "finetune": {
+        f"finetune.{part}"
+        for part in ("errors", "version", "config", "checkpoint", "resolve", "export", "api")
+    },
     "finetune.__main__": {"finetune.cli"},
 }
 # Imports inside functions that do not count as edges of a cycle: (module, imported module): reason.
