@@ -85,3 +85,39 @@ def test_import_uses_own_packages_in_background_build(monkeypatch):
     words = [sys.executable, "-P", "-c", where]
     done = subprocess.run(words, env=started["env"], capture_output=True, text=True)
     assert Path(done.stdout.strip()) == ROOT / "torch_utils/__init__.py"
+
+
+@pytest.mark.slow
+def test_import_uses_own_packages_under_torchrun(tmp_path):
+    """Two ranks train and save; foreign packages are first on PYTHONPATH and in the current folder."""
+    words = "--scratch stylegan2 --resolution 16 --cbase 128 --cmax 8 --z-dim 8 --map-depth 2 --kimg 0.008"
+    data = ROOT / "finetune/demo/faces-flat.zip"
+    done = run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "finetune", "train"),
+        *(*words.split(), "--batch", "4", "--sd-weight", "0", "--device", "cpu", "--gpus", "3"),
+        *("--data", str(data), "--outdir", str(tmp_path)),
+        cwd=TREE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Done: 0.008 kimg") == 1 and list(tmp_path.glob("*/network-snapshot-*.pkl"))
+    assert done.stderr.count("--gpus 3 has no effect: torchrun has started 2 processes.") == 1
+
+
+@pytest.mark.slow
+def test_import_in_notebook_beside_another_tree(monkeypatch):
+    """A kernel whose current folder is another tree."""
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
+    pytest.importorskip("ipykernel", reason="needs ipykernel")
+    monkeypatch.setenv("PYTHONPATH", FOREIGN_FIRST)
+
+    def run_cells(*cells: str):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        place = {"metadata": {"path": TREE}}
+        client = nbclient.NotebookClient(notebook, kernel_name="python3", resources=place)
+        return client.execute().cells[-1].outputs[0].text
+
+    said = run_cells("import finetune", "import torch_utils; print(torch_utils.__file__)")
+    assert Path(said.strip()) == ROOT / "torch_utils/__init__.py"
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="Restart it"):
+        run_cells("import torch_utils", "import finetune")

@@ -120,6 +120,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(self.content[:HALF])
         self.close_connection = True
 
+    def send_empty_unknown_size(self):
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+
+    def send_empty_chunked(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"0\r\n\r\n")
+
     def send_too_short(self):
         """Half of the file, as if it were all."""
         self.answer(200, self.content[:HALF])

@@ -100,6 +100,10 @@ def test_fetch_verifies_existing_file(server, get, tmp_path):
         (b'{"requestStatus": {"statusCode": "NOT_FOUND"}}', {}, 'JSON: .*"NOT_FOUND"'),
         (b"moved to another place\n", {}, "text: 'moved to another place'"),
         (b"", {}, "not a network but an empty file"),
+        (b"", {"size": SIZE, "sha256": SHA256}, "not a network but an empty file"),
+        ("empty-unknown-size", {}, "not a network but an empty file"),
+        ("empty-chunked", {"sha256": SHA256}, "not a network but an empty file"),
+        ((206, {"Content-Length": "0", "Content-Range": "bytes 0-0/0"}), {}, "an empty file|broke"),
         ("file", {"sha256": "0" * 64}, f"has SHA-256 {SHA256} instead of 0000"),
         ("file", {"sha256": "abc"}, "instead of abc"),
         ("file", {"size": 10}, f"has {SIZE:,} bytes instead of 10"),
@@ -166,6 +170,25 @@ def test_fetch_continues_while_bytes_arrive(get, pauses):
 
 def test_fetch_restarts_without_range_support(get):
     assert get("half", "no-range").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (206, {"Content-Range": f"bytes 0-3/{SIZE}"}),
+        (206, {"Content-Range": f"bytes {HALF + 9}-{SIZE - 1}/{SIZE}"}),
+        (206, {"Content-Range": f"bytes {HALF}-"}),
+        (206, {}),
+        (416, {"Content-Range": "bytes */5"}),
+        (416, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("expected", [{}, {"sha256": SHA256}], ids=["unknown", "known"])
+def test_fetch_restarts_after_wrong_range(server, get, pauses, answer, expected):
+    assert get("half", answer, "file", **expected).read_bytes() == CONTENT
+    assert ["Range" in headers for _, headers in server.requests] == [False, True, False]
+    assert len(pauses) == 2 and pauses[1] == 0
 
 
 def test_fetch_resumes_earlier_part(server, get, tmp_path):
