@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import re
@@ -48,19 +49,9 @@ def write_report(
 
 def render(runs: Sequence[RunRecord], is_running: bool) -> str:
     """Return the page as HTML, with everything it needs inside."""
-    import jinja2
-
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    texts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    template, texts = _template()
     names = list(dict.fromkeys(name for run in runs for name in run.config))
-    return environment.get_template("page.html").render(
+    return template.render(
         title=runs[0].path.resolve().name if len(runs) == 1 else f"{len(runs)} runs",
         runs=[_shown(run, number, len(runs), is_running) for number, run in enumerate(runs)],
         charts=charts_of(runs),
@@ -72,6 +63,23 @@ def render(runs: Sequence[RunRecord], is_running: bool) -> str:
         version=__version__,
         **texts,
     )
+
+
+@functools.cache  # a run keeps its template, even if the package is updated meanwhile
+def _template() -> tuple[Any, dict[str, str]]:
+    """Return the template of the page, and its style and script by name."""
+    import jinja2
+
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    texts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    return environment.get_template("page.html"), texts
 
 
 def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict[str, Any]:

@@ -92,12 +92,12 @@ MISTAKES = {
     "empty file": (f"{WITH} empty.pkl", "empty.pkl is empty", "Download or copy it again"),
     "cut download": (f"{WITH} cut.pkl", "the file may be cut off (at byte 2)", "download it again"),
     "hostile pickle": (f"{WITH} hostile.pkl", "asks for builtins.eval", "nothing was executed"),
-    "torch.save": (f"{WITH} weights.pt", "a state dict of an unknown network", "official PyTorch code"),
-    "no discriminator": (f"{WITH} no-d.pkl", "G, G_ema but no discriminator D", "--new-d"),
-    "only a discriminator": (f"{WITH} only-d.pkl", "a discriminator alone", "Use a file with G or G_ema"),
-    "folder without snapshots": (f"{WITH} images", "a folder without snapshots", "name a file"),
+    "torch.save": (f"{WITH} weights.pt", "a state dict of an unknown network (weight", "can be opened"),
+    "no discriminator": (f"{WITH} no-d.pkl", "the file has G, G_ema, but no discriminator D", "--new-d"),
+    "only a discriminator": (f"{WITH} only-d.pkl", "has no generator, only D", "Use a file with G or G_ema"),
+    "folder without snapshots": (f"{WITH} images", "this folder has no snapshots", "Pass a file"),
     "run without state": (
-        f"{WITH} no-state", "holds no training state", "--resume no-state/network-snapshot-"),
+        f"{WITH} no-state", "has no training state", "--resume no-state/network-snapshot-"),
     "offline": (f"{WITH} ffhq-256-stylegan2", "is not on this machine", "finetune checkpoints add-file"),
     # Images and labels.
     "no such data": ("train --resume net.pkl --data nope", "nope: no such folder or zip", "Check the path"),
@@ -113,25 +113,26 @@ MISTAKES = {
         "--channels 1"),
     # Options.
     "nothing to start from": ("train --data images", "Use either --resume PICKLE", "or --scratch FAMILY"),
-    "no data": ("train --resume net.pkl", "--data:", "name the folder or zip"),
+    "no data": ("train --resume net.pkl", "--data: missing", "Pass the folder or zip"),
     "odd resolution": (f"{TRAIN} --resolution 20", "--resolution 20", "must be a power of two"),
     "micro-batch": (f"{TRAIN} --batch 6 --batch-gpu 4", "--batch 6", "multiple of --batch-gpu 4"),
     "groups of D": (
-        f"{TRAIN} --batch 6 --batch-gpu 6 --sd-backbone l2", "groups of 4", "use a multiple of 4"),
-    "no effect": (f"{TRAIN} --p 0.2", "--p 0.2: has no effect", "use --aug fixed"),
+        f"{TRAIN} --batch 6 --batch-gpu 6 --sd-backbone l2", "groups of 4", "Use a multiple of 4"),
+    "no effect": (f"{TRAIN} --p 0.2", "--p 0.2: has no effect", "Use --aug fixed"),
     "no number": (f"{TRAIN} --sd-weight much", "--sd-weight much", "such as auto:0.1"),
     "zero length": (f"{TRAIN} --kimg 0", "--kimg 0.0", "must be greater than 0"),
     "misspelled option": (f"{TRAIN} --kimgs 3", "No such option '--kimgs'", "'--kimg'"),
     "misspelled metric": (f"{TRAIN} --metrics fid5k", "unknown metric (fid5k)", "Choose from random-fid"),
     # The machine.
-    "float16 on a CPU": (f"{TRAIN} --precision fp16", "the device is cpu", "use --precision auto"),
+    "float16 on a CPU": (f"{TRAIN} --precision fp16", "the device is cpu", "Use --precision auto"),
     "no GPU": (f"{TRAIN} --device cuda:7", "--device cuda:7: torch sees", "Use --device auto"),
     "no weights": (TRAIN, "no weights for it", "Backbones that need no download: efficientnet-lite0"),
     "no metric weights": (
         f"{TRAIN} --sd-backbone l2 --metrics fid", "pytorch-fid-inception is not on", "checkpoints add-file"),
-    "outdir is a file": (f"{TRAIN} --sd-backbone l2 --outdir a-file", "a-file is a file", "Choose another"),
+    "outdir is a file": (f"{TRAIN} --sd-backbone l2 --outdir a-file", "a-file is a file", "Choose a folder"),
     # Runs.
-    "fixed option": ("train --resume run --kimg 1 --batch 8", "--batch 8: the run has 4", "start a new run"),
+    "fixed option": (
+        "train --resume run --kimg 1 --batch 8", "cannot change this (4 in the run)", "Start a new run"),
     "run in use": ("train --resume used --kimg 1", "by process 7 on other", "Stop that process first"),
     "not a run": ("report images", "no run folder", "Name a folder that `finetune train` wrote"),
     # Images from networks.
@@ -139,7 +140,8 @@ MISTAKES = {
         "generate --network net.pkl --seeds 0 --outdir out --class 1", "no classes", "Omit"),
     "class is missing": ("generate --network classes.pkl --seeds 0 --outdir out", "3 classes", "from 0 to 2"),
     "no seed": ("generate --network net.pkl --seeds one --outdir out", "'one' is not a seed", "like 0-15,42"),
-    "own file": ("export --network net.pkl --out net.pkl", "--out net.pkl is the checkpoint", "another name"),
+    "own file": (
+        "export --network net.pkl --out net.pkl", "net.pkl: this is the checkpoint itself", "another name"),
     "wrong ending": (
         "export --network net.pkl --out x.safetensors", "--format is stylegan-pkl", "--format safetensors"),
 }  # fmt: skip
@@ -217,7 +219,7 @@ def test_message_of_a_full_disk_names_the_sizes(invoke, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     result = invoke(f"{TRAIN} --sd-backbone l2 --snap 1")
     assert result.exit_code == 2
-    for words in ("GiB are free there", "Make room, choose another folder, or save less often"):
+    for words in ("not enough space", "GiB are free", "choose another folder, or save less often"):
         assert words in result.output, words
 
 
