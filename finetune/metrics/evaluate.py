@@ -24,6 +24,8 @@ from finetune.metrics.perceptual import Distance as Perceptual
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
+from finetune.metrics.st_lpips import FILES, StLpips
+from finetune.metrics.st_lpips import POOLED_SIZE as POOLED_PIXELS
 from finetune.models import Network, image_size
 from finetune.sampling import image_grid, run_network_chunked, to_uint8
 from torch_utils.files import atomic_write
@@ -40,11 +42,15 @@ METRICS = {
     "prc-effnet": ("effnet", "prc"),
     "ppl-effnet": ("", "ppl"),
     "memorization": ("effnet", "copies"),
+    "fd-stlpips": ("st-lpips", "frechet"),
+    "kid-stlpips": ("st-lpips", "kid"),
+    "prc-stlpips": ("st-lpips", "prc"),
     "fid": ("inception", "frechet"),
     "kid": ("inception", "kid"),
     "prc": ("inception", "prc"),
     "ppl": ("", "ppl"),
 }
+OF_BACKBONE = {"effnet": "efficientnet-lite0", "st-lpips": "st-lpips-vgg"}  # weights of a feature space
 PPL_BACKBONES = {"ppl": "lpips-vgg", "ppl-effnet": "efficientnet-lite0"}
 HIGHER_IS_BETTER = ("precision", "recall")
 
@@ -53,14 +59,14 @@ class Evaluation:
     """Statistics of the real images, computed once and compared with any number of generators.
 
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
-    `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`.
-    `ppl`: perceptual path length. `memorization`: share of near copies of real images, in the features of
-    EfficientNet-Lite0. workers: processes that decode images. cache: keep what is found out
-    about the images. inception: the file of its weights, fetched if None. group: this process among others
-    that do the same; each processes its part of the images, in batches that do not depend on their
-    number, and all get the same distances. with_error: also compute the standard error of the first of
-    `which` if it is a Fréchet distance (eight more distances). Raises ConfigError for unknown metrics and if
-    torch-fidelity is missing, WeightsMissing without weights.
+    `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`,
+    with `-stlpips` those of ST-LPIPS's VGG16. `ppl`: perceptual path length. `memorization`: share of near
+    copies of real images, in the features of EfficientNet-Lite0. workers: processes that decode images.
+    cache: keep what is found out about the images. inception: the file of its weights, fetched if None.
+    group: this process among others that do the same; each processes its part of the images, in batches that
+    do not depend on their number, and all get the same distances. with_error: also compute the standard error
+    of the first of `which` if it is a Fréchet distance (eight more distances). Raises ConfigError for unknown
+    metrics and if torch-fidelity is missing, WeightsMissing without weights.
     """
 
     def __init__(
@@ -108,6 +114,9 @@ class Evaluation:
                 f"EfficientNet-Lite0 {WEIGHTS_SHA256} at {POOLED_SIZE}",
                 EfficientNetLite0(self.device).pooled,
             )
+        if "st-lpips" in spaces:
+            identity = f"ST-LPIPS vgg {FILES['vgg'][1]} at {POOLED_PIXELS}"
+            self._add("st-lpips", identity, StLpips("vgg", self.device).pooled)
         if "inception" in spaces:
             path = inception_weights(inception, tell)
             self._add("inception", "torch-fidelity inception 2048", inception_features(path, self.device))
@@ -327,8 +336,8 @@ def ensure_metric_weights(
     for name in check_names(which):
         if METRICS[name][0] == "inception":
             inception_weights(inception, tell)
-        elif METRICS[name][0] == "effnet":
-            ensure_weights("efficientnet-lite0", tell)
+        elif METRICS[name][0] in OF_BACKBONE:
+            ensure_weights(OF_BACKBONE[METRICS[name][0]], tell)
         elif name in PPL_BACKBONES:
             ensure_weights(PPL_BACKBONES[name], tell, wanted_by=name)
 

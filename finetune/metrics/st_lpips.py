@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune.metrics.features import read_packaged
+from finetune.metrics.features import read_packaged, resize, to_rgb
 
 PACKAGE, EXTRA = "stlpips_pytorch", "st-lpips"
 FILES = {
@@ -30,6 +30,7 @@ STAGES = {
     "alex": ("c2 b r", "p3 b c2 r", "p3 b c1 r", "c1 r", "c1 r"),
     "vgg": ("c1 r c1 r", "p2 b c1 r c1 r", *["p2 b c1 r c1 r c1 r"] * 3),
 }
+POOLED_SIZE = 64  # part of the definition of `pooled`
 # Mean and standard deviation of ImageNet's colors, for values from -1 to 1.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
@@ -86,3 +87,7 @@ class StLpips(nn.Module):
             x = block(x)
             maps.append(x)
         return maps
+
+    def pooled(self, img: torch.Tensor) -> torch.Tensor:
+        """Return the last features `[N, C]`, averaged over the image, first resized to 64 pixels."""
+        return self.stages(resize(to_rgb(img), POOLED_SIZE))[-1].mean(dim=[2, 3])

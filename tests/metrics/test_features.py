@@ -8,6 +8,7 @@ import torch
 from finetune.errors import WeightsMissing
 from finetune.metrics import features
 from finetune.metrics.features import EfficientNetLite0, RandomFeatures
+from finetune.metrics.st_lpips import StLpips
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -72,6 +73,15 @@ def test_effnet_loading_runs_no_package_code(network):
     sys.modules.pop(features.WEIGHTS_PACKAGE, None)
     effnet_weights()
     assert features.WEIGHTS_PACKAGE not in sys.modules
+
+
+def test_st_lpips_pooled_any_size_and_gray():
+    network = StLpips("alex")
+    gray = images(channels=1, size=40)
+    with torch.no_grad():
+        found = network.pooled(gray)
+        assert found.shape == (2, 256)
+        torch.testing.assert_close(found, network.pooled(gray.repeat(1, 3, 1, 1)))
 
 
 def test_effnet_missing_package(monkeypatch):
