@@ -1,4 +1,4 @@
-"""Tables and plots of an A/B comparison: paired differences, values by seed, costs by phase.
+"""Tables and plots of an A/B comparison: paired differences, values by seed, costs, trajectories.
 
 A record (see ab_distillation.run_one) stands under (arm, seed). The other arms are compared with the first
 one, seed by seed: the two runs of a seed share checkpoint, images, latents and order, and their difference
@@ -14,15 +14,17 @@ from typing import Any
 
 import _checkout  # noqa: F401
 
-from finetune.metrics.evaluate import HIGHER_IS_BETTER, names_in
+from finetune.metrics.evaluate import HIGHER_IS_BETTER
 
 Records = dict[tuple[str, int], dict[str, Any]]
 
 # The 97.5 % quantile of Student's t with 1, 2, … 10 degrees of freedom; more are counted as 10.
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-HEADER = ["metric", "arm", "start", "last", "best", "last, difference", "95 %", "better", "says"]
-HEADER += ["best, difference", "95 %"]
-COSTS = ["arm", "seconds per kimg", "against the first", "Gdistill, of all", "Gdistill, on top of the rest"]
+RELATED = "†"  # the metric's features are those of the arm's loss
+COSTS = ["arm", "seconds per kimg", "Gdistill, of all", "Gdistill, on top of the rest"]
+TRAJECTORY = ["arm", "path per kimg", "straightness", "update cosine", "distance to the teacher", "weight"]
+# Names in the log, in the order of TRAJECTORY.
+OF_THE_LOG = ("path_per_kimg_G", "straightness_G", "update_cosine_G", "loss_sd", "sd_weight")
 
 
 def is_higher_better(name: str) -> bool:
@@ -30,20 +32,12 @@ def is_higher_better(name: str) -> bool:
     return name.startswith(HIGHER_IS_BETTER)
 
 
-def names_of(records: Records) -> list[str]:
-    """Return the metrics that were measured."""
-    return names_in(next(iter(records.values()))["points"][-1])
-
-
-def last_of(record: dict[str, Any], name: str) -> float:
-    """Return a metric at the end of a run."""
-    return record["points"][-1][name]
-
-
-def best_of(record: dict[str, Any], name: str) -> float:
-    """Return a metric at its best in a run."""
-    values = [point[name] for point in record["points"]]
-    return max(values) if is_higher_better(name) else min(values)
+def is_related(name: str, record: dict[str, Any]) -> bool:
+    """Return whether a metric uses the network, or a relative, of the loss of a run."""
+    families = {"effnet": "efficientnet", "memorization": "efficientnet", "stlpips": "st-lpips"}
+    family = families.get(name.rpartition("-")[2])
+    config = record["config"]
+    return bool(config["sd_weight"] and family and config["sd_backbone"].startswith(family))
 
 
 def shown(values: list[float]) -> str:
@@ -62,54 +56,46 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
     return middle - half, middle + half
 
 
-def verdict(differences: list[float], name: str) -> str:
-    """Return `better` or `worse` if the interval excludes 0, else `within the spread`."""
-    found = interval(differences)
+def difference(differences: list[float]) -> str:
+    """Return the mean of paired differences with its interval, bold if that excludes 0."""
+    middle, found = f"{statistics.fmean(differences):+.3g}", interval(differences)
     if found is None:
-        return "one seed"
-    if found[0] <= 0 <= found[1]:
-        return "within the spread"
-    return "better" if (found[0] > 0) == is_higher_better(name) else "worse"
+        return middle
+    text = f"{middle} ({found[0]:.3g} … {found[1]:.3g})"
+    return text if found[0] <= 0 <= found[1] else f"**{text}**"
 
 
-def as_text(found: tuple[float, float] | None) -> str:
-    """Return `low … high`."""
-    return "–" if found is None else f"{found[0]:.3g} … {found[1]:.3g}"
+def results_of(
+    records: Records, arms: list[str], seeds: list[int], start: dict[str, float]
+) -> list[list[str]]:
+    """Return a table of the metrics at the end, header first: a column for each metric, a row for each arm.
 
-
-def rows_of(records: Records, arms: list[str], seeds: list[int], start: dict[str, float]) -> list[list[str]]:
-    """Return one row for each metric and arm, under HEADER."""
-    rows = []
-    for name in names_of(records):
-        for arm in arms:
-            last, best = ([of(records[arm, seed], name) for seed in seeds] for of in (last_of, best_of))
-            row = [name, arm, f"{start[name]:.4g}", shown(last), shown(best)]
-            if arm == arms[0]:
-                rows.append([*row, *["–"] * 6])
-                base = {"last": last, "best": best}
-                continue
-            at_last, at_best = (
-                [ours - theirs for ours, theirs in zip(values, base[kind], strict=True)]
-                for kind, values in (("last", last), ("best", best))
-            )
-            better = sum((each > 0) == is_higher_better(name) for each in at_last if each)
-            row += [shown(at_last), as_text(interval(at_last)), f"{better} of {len(seeds)}"]
-            rows.append([*row, verdict(at_last, name), shown(at_best), as_text(interval(at_best))])
+    The first arm in full, the others as differences to it.
+    """
+    names = list(start)
+    directions = [f"{name} ({'↑' if is_higher_better(name) else '↓'})" for name in names]
+    rows = [["arm", *directions], ["start", *(f"{value:.4g}" for value in start.values())]]
+    values = {
+        (arm, name): [records[arm, seed]["final"][name] for seed in seeds] for arm in arms for name in names
+    }
+    rows.append([arms[0], *(shown(values[arms[0], name]) for name in names)])
+    for arm in arms[1:]:
+        cells = []
+        for name in names:
+            pairs = zip(values[arm, name], values[arms[0], name], strict=True)
+            mark = f" {RELATED}" if is_related(name, records[arm, seeds[0]]) else ""
+            cells.append(difference([ours - theirs for ours, theirs in pairs]) + mark)
+        rows.append([arm, *cells])
     return rows
 
 
 def seeds_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
-    """List two metrics and the weight of `auto:` for every run, measurements in order; header first."""
+    """Return the values of two metrics for every run, header first."""
+    names = [name for name in records[arms[0], seeds[0]]["final"] if not name.startswith("kid")][:2]
     rows = [["metric", "arm", *(f"seed {seed}" for seed in seeds)]]
-    for name in names_of(records)[:2]:
+    for name in names:
         for arm in arms:
-            runs = [[point[name] for point in records[arm, seed]["points"]] for seed in seeds]
-            rows.append([name, arm, *(", ".join(f"{value:.4g}" for value in run) for run in runs)])
-    for arm in arms:
-        runs = [[line.get("sd_weight") for line in records[arm, seed]["diagnostics"]] for seed in seeds]
-        if any(filter(None, runs[0])):
-            cells = (", ".join(f"{value:.3g}" for value in run if value) for run in runs)
-            rows.append(["sd_weight", arm, *cells])
+            rows.append([name, arm, *(f"{records[arm, seed]['final'][name]:.4g}" for seed in seeds)])
     return rows
 
 
@@ -124,51 +110,52 @@ def costs_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[s
     Shares are taken inside one run, so that what else the machine does hits both sides of them alike; totals
     of runs that did not run side by side compare only on a machine that does nothing else.
     """
-    base = statistics.median(records[arms[0], seed]["sec_per_kimg"] for seed in seeds)
     rows = []
     for arm in arms:
         found = [records[arm, seed] for seed in seeds]
         seconds = statistics.median(record["sec_per_kimg"] for record in found)
         share = statistics.median(distillation_share(record) for record in found)
-        rows.append(
-            [arm, f"{seconds:.2f}", f"{seconds / base:.3f}×", f"{share:.1%}", f"+{share / (1 - share):.1%}"]
-        )
+        rows.append([arm, f"{seconds:.2f}", f"{share:.1%}", f"+{share / (1 - share):.1%}"])
     return rows
 
 
-def plot(
-    path: Path,
-    jobs: dict[str, Records],
-    arms: list[str],
-    seeds: list[int],
-    starts: dict[str, dict[str, float]],
-) -> None:
-    """Plot every metric over images seen, a row for each job: a line for each arm, its band the deviation."""
+def trajectories_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
+    """Return means over ticks of the trajectory of G and of the distance, over seeds, under TRAJECTORY.
+
+    straightness: at the end. Distances compare between arms with the same backbone.
+    """
+    rows = []
+    for arm in arms:
+        cells = [arm]
+        for name in OF_THE_LOG:
+            found = [
+                [line[name] for line in records[arm, seed]["diagnostics"] if name in line] for seed in seeds
+            ]
+            means = [run[-1] if name == "straightness_G" else statistics.fmean(run) for run in found if run]
+            cells.append(shown(means) if means else "–")
+        rows.append(cells)
+    return rows
+
+
+def plot(path: Path, records: Records, arms: list[str], seeds: list[int], name: str) -> None:
+    """Plot a metric over images seen: a line for each arm, its band the deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = names_of(next(iter(jobs.values())))
-    size = (3.6 * len(names), 3.2 * len(jobs))
-    figure, grid = pyplot.subplots(len(jobs), len(names), figsize=size, squeeze=False)
-    for axes, (job, records) in zip(grid, jobs.items(), strict=True):
-        for axis, name in zip(axes, names, strict=True):
-            for arm in arms:
-                found = [records[arm, seed]["points"] for seed in seeds]
-                kimg = [0.0, *(point["kimg"] for point in found[0])]
-                values = [[starts[job][name], *(point[name] for point in points)] for points in found]
-                columns = list(zip(*values, strict=True))
-                mean = [statistics.fmean(column) for column in columns]
-                spread = [statistics.stdev(column) if len(seeds) > 1 else 0.0 for column in columns]
-                axis.plot(kimg, mean, marker="o", markersize=3, label=arm)
-                low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-                axis.fill_between(kimg, low, high, alpha=0.15)
-            direction = "higher" if is_higher_better(name) else "lower"
-            axis.set_title(f"{name} ({direction} is better)", fontsize=9)
-            axis.set_xlabel("kimg")
-        axes[0].set_ylabel(job)
-    grid[0][0].legend(fontsize=8)
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for arm in arms:
+        found = [records[arm, seed]["points"] for seed in seeds]
+        columns = list(zip(*([point[name] for point in points] for points in found), strict=True))
+        mean = [statistics.fmean(column) for column in columns]
+        spread = [statistics.stdev(column) if len(seeds) > 1 else 0.0 for column in columns]
+        kimg = [point["kimg"] for point in found[0]]
+        axis.plot(kimg, mean, marker="o", markersize=3, label=arm)
+        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+        axis.fill_between(kimg, low, high, alpha=0.15)
+    axis.set(xlabel="kimg", ylabel=f"{name} ({'higher' if is_higher_better(name) else 'lower'} is better)")
+    axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Image sets larger than the bundled ones, from two npm packages: the whole of Fluent 3D and of Noto.
+"""Image sets larger than the bundled ones: from two npm packages, and from photographs in classes.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      # unpack the .tgz into a folder: its `package` is FLUENT
     npm pack emoji-datasource-google@16.0.0      # likewise: its `package` is GOOGLE
@@ -6,7 +6,12 @@
 
 writes `fluent-32.zip` (1,871 images) and `google-32.zip` (1,636): on white, without skin tones, and Noto
 without flags, each image once. Names are code points; Noto's categories are its labels (dataset.json). The
-same packages and Pillow give the same bytes. Licenses: Fluent Emoji, MIT; Noto Emoji's images, Apache-2.0.
+same packages and Pillow give the same bytes.
+
+    python benchmarks/make_sets.py --photos PHOTOS.zip --size 64 --out sets
+
+writes the sets of the jobs of `ab_distillation.py` (`PHOTO_SETS`) from a zip whose folders are classes; the
+jobs do it by themselves. Licenses: Fluent Emoji, MIT; Noto Emoji's images, Apache-2.0.
 """
 
 from __future__ import annotations
@@ -21,6 +26,15 @@ from pathlib import Path
 from PIL import Image
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
+# Sets of photographs: (folders that belong to it, or those that do not; at most so many images).
+PHOTO_SETS: dict[str, tuple[tuple[str, ...], bool, int | None]] = {
+    "clothing": (("Hat",), False, None),
+    "dresses": (("Dress",), True, None),
+    "shoes": (("Shoes",), True, None),
+    "hats": (("Hat",), True, None),
+    "hats-50": (("Hat",), True, 50),
+    "hats-10": (("Hat",), True, 10),
+}
 MARGIN = 1 / 16  # Fluent leaves that much free on each side, Noto hardly anything
 
 
@@ -76,17 +90,35 @@ def google(folder: Path, size: int) -> tuple[dict[str, Image.Image], dict[str, i
     return images, {entry["image"]: categories.index(entry["category"]) for entry in chosen}
 
 
+def photos(path: Path, name: str, size: int) -> dict[str, Image.Image]:
+    """Return the photographs of a set of `PHOTO_SETS`, resized; those of a small set are spread evenly."""
+    folders, is_inside, limit = PHOTO_SETS[name]
+    with zipfile.ZipFile(path) as archive:
+        files = sorted(each for each in archive.namelist() if each.lower().endswith((".jpg", ".png")))
+        files = [each for each in files if (each.split("/")[0] in folders) == is_inside]
+        if not files:
+            raise ValueError(f"{path}: no images for the set {name} (folders {', '.join(folders)}).")
+        chosen = files[:: len(files) // limit][:limit] if limit else files
+        found = {}
+        for each in chosen:
+            with archive.open(each) as stream, Image.open(stream) as image:
+                square = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+            found[each.replace("/", "-").rpartition(".")[0] + ".png"] = square
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fluent", type=Path, help="the unpacked package @lobehub/fluent-emoji-3d")
     parser.add_argument("--google", type=Path, help="the unpacked package emoji-datasource-google")
-    parser.add_argument("--size", type=int, default=64, choices=[16, 32, 64], help="in pixels")
+    parser.add_argument("--photos", type=Path, help="a zip of photographs, one folder for each class")
+    parser.add_argument("--size", type=int, default=64, choices=[16, 32, 64, 128], help="in pixels")
     parser.add_argument("--out", type=Path, required=True, help="folder of the zips")
     options = parser.parse_args()
-    if not (options.fluent or options.google):
-        sys.exit("name a package with --fluent, --google or both.")
+    if not (options.fluent or options.google or options.photos):
+        sys.exit("name a source with --fluent, --google or --photos.")
     for folder, part in ((options.fluent, "assets"), (options.google, "emoji.json")):
         if folder and not (folder / part).exists():
             sys.exit(f"{folder} is not the unpacked package: it has no {part}.")
@@ -95,6 +127,9 @@ def main() -> None:
         write_zip(options.out / f"fluent-{options.size}.zip", fluent(options.fluent, options.size))
     if options.google:
         write_zip(options.out / f"google-{options.size}.zip", *google(options.google, options.size))
+    for name in PHOTO_SETS if options.photos else ():
+        images = photos(options.photos, name, options.size)
+        write_zip(options.out / f"{name}-{options.size}.zip", images)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from finetune.config import TrainOptions
+from finetune.metrics import evaluate
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -26,7 +27,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 def modules():
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("naive", "bench_ops", "bench_step", "ab_report", "ab_distillation", "make_sets")
+        names = ("naive", "bench_ops", "bench_step", "ab_jobs", "ab_report", "ab_distillation", "make_sets")
         names += ("measuring",)
         yield {name: importlib.import_module(name) for name in names}
     finally:
@@ -84,12 +85,12 @@ def test_benchmarks_inside_the_block_the_networks_call_the_yardstick(modules):
     torch.testing.assert_close(got, upfirdn2d.upsample2d(x, f))
 
 
-def record(last, *before, distillation=0.5, **metrics):
+def record(fd, recall=0.5, distillation=0.5, backbone="efficientnet-lite0", weight=1.0):
     """What ab_distillation keeps of a run, in part."""
-    points = [{"kimg": i, "num": 8, "sec": 1.0, "fd": value, "fd_spread": 0.1, "recall": 0.5, **metrics}
-              for i, value in enumerate((*before, last))]  # fmt: skip
     return {
-        "points": points,
+        "config": {"sd_backbone": backbone, "sd_weight": weight},
+        "final": {"fd": fd, "recall-effnet": recall},
+        "diagnostics": [{"path_per_kimg_G": 0.1, "straightness_G": 0.5}, {"straightness_G": 0.25}],
         "sec_per_phase": {"Gmain": 4.0, "Gdistill": distillation},
         "sec_per_kimg": 4 + distillation,
     }
@@ -107,51 +108,59 @@ class TestWhatAnABSays:
         assert report.interval([1.0]) is None
 
     @pytest.mark.parametrize(
-        ("differences", "name", "says"),
+        ("differences", "text"),
         [
-            ([-3.0, -3.1, -2.9], "fd", "better"),
-            ([3.0, 3.1, 2.9], "fd", "worse"),
-            ([3.0, 3.1, 2.9], "recall-effnet", "better"),
-            ([-3.0, 1.0, -2.9], "fd", "within the spread"),
-            ([-3.0], "fd", "one seed"),
+            ([-3.0, -3.1, -2.9], "**-3 (-3.25 … -2.75)**"),
+            ([-3.0, 1.0, -2.9], "-1.63 (-7.3 … 4.03)"),
+            ([-3.0], "-3"),
         ],
     )
-    def test_benchmarks_verdicts(self, modules, differences, name, says):
-        assert modules["ab_report"].verdict(differences, name) == says
+    def test_benchmarks_differences_beyond_the_spread_are_bold(self, modules, differences, text):
+        assert modules["ab_report"].difference(differences) == text
 
-    def test_benchmarks_rows_pair_the_seeds(self, modules):
-        report = modules["ab_report"]
+    def test_benchmarks_results_pair_the_seeds_and_mark_related_metrics(self, modules):
         records = {}
         for seed, (plain, ours) in enumerate([(10.0, 9.0), (20.0, 19.1), (30.0, 28.9)]):
-            records["plain", seed], records["sd", seed] = record(plain, 5.0), record(ours, 4.0)
-        rows = report.rows_of(records, ["plain", "sd"], [0, 1, 2], {"fd": 40.0, "recall": 0.1})
-        assert all(len(row) == len(report.HEADER) for row in rows)
-        by_arm = {(row[0], row[1]): dict(zip(report.HEADER, row, strict=True)) for row in rows}
-        ours = by_arm["fd", "sd"]
-        assert ours["start"] == "40" and ours["last"] == "19 ± 10" and ours["best"] == "4 ± 0"
-        assert (
-            ours["last, difference"] == "-1 ± 0.1" and ours["better"] == "3 of 3" and ours["says"] == "better"
-        )
-        assert ours["best, difference"] == "-1 ± 0"
-        assert by_arm["recall", "sd"]["better"] == "0 of 3"  # equal is not better
-        assert by_arm["fd", "plain"]["says"] == "–"
+            records["plain", seed], records["sd", seed] = record(plain, weight=0.0), record(ours)
+        names = ["plain", "sd"]
+        rows = modules["ab_report"].results_of(records, names, [0, 1, 2], {"fd": 40.0, "recall-effnet": 0.1})
+        assert rows == [
+            ["arm", "fd (↓)", "recall-effnet (↑)"],
+            ["start", "40", "0.1"],
+            ["plain", "20 ± 10", "0.5 ± 0"],
+            ["sd", "**-1 (-1.25 … -0.752)**", "+0 (0 … 0) †"],
+        ]
+
+    @pytest.mark.parametrize(
+        ("name", "backbone", "related"),
+        [
+            ("fd-effnet", "efficientnet-lite0", True),
+            ("memorization", "efficientnet-lite0", True),
+            ("prc-stlpips", "st-lpips-alex", True),
+            ("fd-stlpips", "efficientnet-lite0", False),
+            ("random-fid", "l2", False),
+        ],
+    )
+    def test_benchmarks_related_metrics(self, modules, name, backbone, related):
+        is_related = modules["ab_report"].is_related
+        assert is_related(name, record(1.0, backbone=backbone)) == related
+        assert not is_related(name, record(1.0, backbone=backbone, weight=0.0))
 
     def test_benchmarks_costs_are_by_phase(self, modules):
         records = {("plain", 0): record(1.0, distillation=0.0), ("sd", 0): record(1.0)}
         rows = modules["ab_report"].costs_of(records, ["plain", "sd"], [0])
-        assert rows[1] == ["sd", "4.50", "1.125×", "11.1%", "+12.5%"]
+        assert rows[1] == ["sd", "4.50", "11.1%", "+12.5%"]
 
     def test_benchmarks_every_run_is_shown(self, modules):
-        records = {("plain", 0): record(10.0, 12.0), ("plain", 1): record(11.0, 13.0)}
-        for each in records.values():
-            each["diagnostics"] = [{"sd_weight": 0.25}, {}]
-        rows = modules["ab_report"].seeds_of(records, ["plain"], [0, 1])
-        assert rows == [
+        records = {("plain", 0): record(10.0), ("plain", 1): record(11.0)}
+        report = modules["ab_report"]
+        assert report.seeds_of(records, ["plain"], [0, 1]) == [
             ["metric", "arm", "seed 0", "seed 1"],
-            ["fd", "plain", "12, 10", "13, 11"],
-            ["recall", "plain", "0.5, 0.5", "0.5, 0.5"],
-            ["sd_weight", "plain", "0.25", "0.25"],
+            ["fd", "plain", "10", "11"],
+            ["recall-effnet", "plain", "0.5", "0.5"],
         ]
+        (row,) = report.trajectories_of(records, ["plain"], [0, 1])
+        assert row == ["plain", "0.1 ± 0", "0.25 ± 0", "–", "–", "–"]
 
 
 class TestAB:
@@ -160,6 +169,19 @@ class TestAB:
         assert arm.options == {"sd_weight": "auto:0.1", "sd_interval": 4}
         with pytest.raises(SystemExit, match="--arm a:sd_wait=1: 'sd_wait=1' is no option=value"):
             modules["ab_distillation"].parse_arm("a:sd_wait=1")
+
+    def test_benchmarks_jobs_are_valid(self, modules):
+        """Every arm of every job is a run that `finetune train` accepts."""
+        ab, jobs = modules["ab_distillation"], modules["ab_jobs"]
+        for name, job in jobs.JOBS.items():
+            assert job.base in jobs.BASES and job.data.rpartition("-")[0] in modules["make_sets"].PHOTO_SETS
+            task = ab.Task(name, job, Path("a.pkl"), Path("b.zip"), 4, "cpu", Path("w"))
+            arms = [ab.parse_arm(text) for text in job.arms]
+            assert len({arm.name for arm in arms}) == len(arms) and arms[0].options == {"sd_weight": 0}
+            for arm in arms:
+                ab.config_of(task, 0, arm).validate()
+            judges = job.judges.split(",")
+            assert evaluate.check_names(judges) == tuple(judges)
 
     def test_benchmarks_records_of_other_defaults_are_not_used(self, modules, monkeypatch):
         ab = modules["ab_distillation"]
@@ -172,40 +194,76 @@ class TestAB:
         plain = dataclasses.replace(now, sd_weight=0)
         ab.check_same(Path("x"), then | {"sd_weight": 0}, plain)
 
-    def test_benchmarks_runs_that_were_ended_early_are_not_kept(self, modules):
+    def test_benchmarks_interrupted_runs_are_resumed(self, modules, monkeypatch, tmp_path):
         ab, config = modules["ab_distillation"], TrainOptions(data="d", resume="r", kimg=3.0)
-        result = types.SimpleNamespace(nimg=1504)
-        with pytest.raises(SystemExit, match=r"runs/a ended after 1\.504 of 3 kimg; it is not kept"):
-            ab.check_whole(result, config, Path("runs/a"))
-        result.nimg = 3000
-        ab.check_whole(result, config, Path("runs/a"))
+        asked = []
 
-    def test_benchmarks_from_nothing_to_a_report(self, modules, tmp_path, monkeypatch, capsys):
+        def run(options, console):
+            asked.append(options)
+            (tmp_path / "a" / "00000-x").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "a" / "00000-x" / "training-state-000001.504.pt").touch()
+            return types.SimpleNamespace(nimg=1504 if len(asked) == 1 else 3000)
+
+        monkeypatch.setattr(ab, "run", run)
+        with pytest.raises(SystemExit, match=r"a ended after 1\.504 of 3 kimg. Call again to resume"):
+            ab.run_or_resume(config, tmp_path / "a")
+        assert ab.run_or_resume(config, tmp_path / "a").nimg == 3000
+        assert asked[0].resume == "r" and asked[1].resume == str(tmp_path / "a" / "00000-x")
+
+    def test_benchmarks_from_photographs_to_a_report(self, modules, tmp_path, monkeypatch, capsys):
         """A checkpoint is made, both arms run once in two calls, a table and a plot are written."""
-        ab = modules["ab_distillation"]
+        ab, jobs = modules["ab_distillation"], modules["ab_jobs"]
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-            for i in range(6):
-                with archive.open(f"{i}.png", "w") as stream:
-                    Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(stream, "PNG")
-        arms = " ".join(
-            f"--arm {arm},batch=4,sd_backbone=l2" for arm in ("plain:sd_weight=0", "sd:sd_weight=1")
-        )
-        words = f"""ab --pretrain stylegan2:kimg=0.016,cbase=64,cmax=4,z_dim=4,map_depth=1,batch=4
-            --improve {tmp_path}/a.zip --adapt {tmp_path}/a.zip --jobs improve --kimg 0.016 --num 4
-            --measurements 1 --metrics random-fid --threads 1 --device cpu --seeds 3
-            --work {tmp_path}/work --out {tmp_path}/report.md {arms}"""
-        monkeypatch.setattr(sys, "argv", words.split())
-        ab.main()
-        first = capsys.readouterr().out
-        assert "improve, sd, seed 3" in first and "| random-fid | sd |" in first
-        report = (tmp_path / "report.md").read_text(encoding="utf-8")
-        assert "| random-fid | sd |" in report and "| seed 3 |" in report
-        assert str(tmp_path) not in report.replace(f"python {' '.join(sys.argv)}", "")
-        assert (tmp_path / "report.png").stat().st_size > 10_000
-        assert not list((tmp_path / "work").rglob("training-state*"))
-        ab.main()
-        assert "seed 3 …" not in capsys.readouterr().out
+        monkeypatch.setenv("FINETUNE_OPS", "ref")
+        monkeypatch.setattr(ab, "CHECKPOINTS", tmp_path / "checkpoints")
+        monkeypatch.setattr(ab, "RESULTS", tmp_path)
+        tiny = dict(scratch="stylegan2", kimg=0.008, cbase=64, cmax=4, z_dim=4, map_depth=1, batch=4)
+        tiny |= dict(metrics="none", metrics_num=None)
+        monkeypatch.setitem(ab.BASES, "clothing-16-tiny", tiny)
+        arms = ("plain:sd_weight=0", "ours:sd_weight=1,sd_backbone=l2")
+        settings = dict(batch=4, sd_backbone="ms-ssim")
+        job = jobs.Job("Why?", arms, "clothing-16-tiny", "hats-16", "few-shot", settings, 0.008, (3,), 4)
+        job = dataclasses.replace(job, judges="random-fid")
+        monkeypatch.setitem(ab.JOBS, "tiny", job)
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for i in range(8):
+                with archive.open(f"{'Hat' if i % 2 else 'Shirt'}/{i}.png", "w") as stream:
+                    Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(stream, "PNG")
+        shared = f"--photos {tmp_path}/photos.zip --threads 1 --device cpu --work {tmp_path}/work".split()
+
+        def call(*words):
+            monkeypatch.setattr(sys, "argv", ["ab", *words, *shared, "--measurements", "1"])
+            ab.main()
+            return capsys.readouterr().out
+
+        with pytest.raises(SystemExit, match="Make it with --make-base clothing-16-tiny"):
+            call("--job", "tiny")
+        assert "0.008 kimg" in call("--make-base", "clothing-16-tiny")
+        assert len((tmp_path / "checkpoints" / "clothing-16-tiny.jsonl").read_text().splitlines()) > 1
+        first = call("--job", "tiny")
+        assert "tiny, ours, seed 3 …" in first and "| plain | " in first
+        (path,) = tmp_path.glob("ab_tiny_*.md")
+        report = path.read_text(encoding="utf-8")
+        assert "Why?" in report and "| ours | " in report and "| seed 3 |" in report
+        assert str(tmp_path) not in report and "--photos photos.zip" in report
+        assert path.with_suffix(".png").stat().st_size > 5_000
+        left = {path.suffix for path in (tmp_path / "work").glob("tiny-*/*/*")}
+        assert not left & {".pkl", ".pt", ".safetensors"}
+        assert "seed 3 …" not in call("--job", "tiny")
+
+
+def test_benchmarks_sets_of_photographs(modules, tmp_path):
+    make_sets = modules["make_sets"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(103):
+            with archive.open(f"{'Hat' if i < 101 else 'Shoes'}/{i:03}.jpg", "w") as stream:
+                Image.new("RGB", (24, 24), (2 * i, 0, 0)).save(stream, "JPEG")
+    sets = {name: make_sets.photos(tmp_path / "a.zip", name, 16) for name in ("clothing", "hats", "hats-10")}
+    assert list(sets["clothing"]) == ["Shoes-101.png", "Shoes-102.png"] and len(sets["hats"]) == 101
+    assert list(sets["hats-10"]) == [f"Hat-{i:03}.png" for i in range(0, 100, 10)]
+    assert sets["hats"]["Hat-000.png"].size == (16, 16)
+    with pytest.raises(ValueError, match=r"no images for the set dresses \(folders Dress\)"):
+        make_sets.photos(tmp_path / "a.zip", "dresses", 16)
 
 
 def test_benchmarks_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
