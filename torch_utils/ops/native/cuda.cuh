@@ -1,4 +1,4 @@
-// What the CUDA kernels share: element types without CUDA's headers, and a way to run on a CPU for the tests.
+// Shared by the CUDA kernels: element types without CUDA headers, and support for emulation on a CPU in the tests.
 //
 // A kernel is compiled for one specialization, chosen by macros (see the plan.py beside it). SG_DTYPE is the
 // type of images; everything is computed in acc: float, double for double. With SG_INDEX_64 offsets in
@@ -144,14 +144,14 @@ __device__ __forceinline__ unsigned pack_pair(acc first, acc second) {
 __device__ __forceinline__ acc load_acc(const scalar* p) { return to_acc(*p); }
 __device__ __forceinline__ void store_acc(scalar* p, acc v) { *p = from_acc<scalar>(v); }
 
-// Neighbors, read and written at once; the address has to be a multiple of their size.
+// Adjacent elements, loaded and stored at once; the address must be a multiple of their size.
 template <class T, int N>
 struct __align__(N * sizeof(T)) vec {
     T v[N];
 };
 
-// Neighbors of an image as they are in memory. Two of 16 bits share a register, out of which one instruction each
-// takes them; as numbers of 16 bits they would first be moved to registers of their own.
+// Adjacent elements of an image as stored. Two 16-bit elements share a register, from which one instruction each
+// extracts them; 16-bit variables would first be moved to separate registers.
 template <int N>
 struct __align__(N * sizeof(scalar)) elements {
 #if SG_DTYPE == SG_F16 || SG_DTYPE == SG_BF16
@@ -228,7 +228,7 @@ __device__ __forceinline__ void write(scalar* to, const acc* values) {
     *reinterpret_cast<elements<N>*>(to) = packed;
 }
 
-// Read N accs of shared memory, AT_ONCE of them side by side.
+// Load N accs from shared memory, AT_ONCE per load.
 template <int N, int AT_ONCE>
 __device__ __forceinline__ void read_shared(const acc* from, acc* to) {
 #pragma unroll
@@ -239,9 +239,9 @@ __device__ __forceinline__ void read_shared(const acc* from, acc* to) {
     }
 }
 
-#define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs that shared memory gives at once
+#define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs per load from shared memory
 #define UP_TO(multiple, n) (((n) + (multiple) - 1) / (multiple) * (multiple))
-#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // read at once by threads that far apart
+#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // accs per load for threads with this distance
 
 __device__ __forceinline__ constexpr bool in_range(int i, int size) {
     return static_cast<unsigned>(i) < static_cast<unsigned>(size);

@@ -1,5 +1,4 @@
-// The pool of threads behind parallel_for: OpenMP's where the process has one, else our own. And what the library says of
-// itself.
+// The thread pool of parallel_for: that of OpenMP if the process has one, else our own. Also, information on the library.
 #include "parallel.h"
 
 #include <atomic>
@@ -50,8 +49,8 @@ long process() {
 #endif
 }
 
-// Threads that sleep between calls. One call at a time has them; a second one, from another thread of Python, works
-// alone instead of waiting. The pool is never destroyed: at exit its threads sleep and own nothing.
+// Threads that sleep between calls. One call at a time uses them; a concurrent call, from another Python thread, runs
+// single-threaded instead of waiting. The pool is never destroyed: at exit its threads are asleep and own nothing.
 class Pool {
   public:
     const long owner = process();
@@ -66,7 +65,7 @@ class Pool {
                     std::thread(&Pool::live, this, threads_).detach();
                     ++threads_;
                 }
-            } catch (...) {  // no more threads to be had: those that there are will do
+            } catch (...) {  // thread limit reached: use those that exist
             }
             work_ = &work;
             wanted_ = helpers < threads_ ? helpers : threads_;
@@ -106,18 +105,18 @@ class Pool {
     uint64_t round_ = 0;
 };
 
-// A forked child has the memory of the pool but none of its threads, and perhaps its locks held: it gets a new one.
+// A forked child has no threads of the pool, and its locks may be held: create a new pool.
 Pool* pool() {
     static std::atomic<Pool*> current{nullptr};
     Pool* found = current.load();
     if (found && found->owner == process()) return found;
     Pool* fresh = new (std::nothrow) Pool;
     if (!fresh || current.compare_exchange_strong(found, fresh)) return fresh;
-    delete fresh;  // another thread was faster; ours has no threads yet
+    delete fresh;  // another thread created one first; ours has no threads yet
     return found;
 }
 
-thread_local bool inside = false;  // a task that calls a kernel runs it alone
+thread_local bool inside = false;  // nested kernel calls are single-threaded
 
 struct Scratch {
     void* memory = nullptr;
@@ -149,7 +148,7 @@ void run_tasks(int num_threads, sg_int64 tasks, task_function function, void* co
 void* scratch(size_t bytes) {
     const size_t line = 64;
 #if defined(__SANITIZE_ADDRESS__)
-    const bool fits = own_scratch.bytes == bytes;  // not a byte more, for scripts/sanitize to see who goes beyond
+    const bool fits = own_scratch.bytes == bytes;  // exactly this size, so that sanitizers detect overruns
 #else
     const bool fits = own_scratch.bytes >= bytes;
 #endif

@@ -1,4 +1,4 @@
-// Vectors of one element type, as wide as the machine has them, and the bits that comparisons give.
+// SIMD vectors of one element type, as wide as the machine supports, and bit masks of comparisons.
 #ifndef SG_SIMD_H
 #define SG_SIMD_H
 #include <cstddef>
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// GCC's and clang's vectors; a compiler without them cannot build the CPU library, and the ops run in plain torch.
+// Vector extensions of GCC and clang. Other compilers cannot build the CPU library, and the ops run in plain torch.
 #if defined(__AVX512F__)
 #define SG_VECTOR_BYTES 64
 #elif defined(__AVX__)
@@ -59,7 +59,7 @@ SG_INLINE vector_of<T> all(T value) {
     return value - vector_of<T>{};
 }
 
-// The first `count` lanes alone; the others are zero.
+// Load the first `count` lanes only; the others are zero.
 template <class T>
 SG_INLINE vector_of<T> load_some(const T* p, int64_t count) {
 #if defined(__AVX512F__)
@@ -93,7 +93,7 @@ SG_INLINE vector_of<T> picked(vector_of<T> a, vector_of<T> b) {
 #endif
 }
 
-// a0 b0 a1 b1 … of the lower or the upper half of the lanes, and every second lane of a and b in a row.
+// Interleave (a0 b0 a1 b1 …) the lower or upper half of the lanes; deinterleave every second lane of a and b.
 template <class T, size_t HALF, size_t... K>
 SG_INLINE vector_of<T> zipped(vector_of<T> a, vector_of<T> b, std::index_sequence<K...>) {
     return picked<T, (HALF * sizeof...(K) / 2 + K / 2 + K % 2 * sizeof...(K))...>(a, b);
@@ -114,7 +114,7 @@ SG_INLINE vector_of<T> every_second(vector_of<T> a, vector_of<T> b) {
     return every_second<T, FIRST>(a, b, std::make_index_sequence<simd<T>::lanes>());
 }
 
-// One bit a lane, from a comparison (all ones or all zeros a lane).
+// One bit per lane, from a comparison (all ones or all zeros per lane).
 template <class T>
 SG_INLINE unsigned bits_of(typename simd<T>::integers c) {
 #if defined(__AVX512F__)

@@ -1,10 +1,10 @@
-// One pass over dense images that also sums by channel: shared by fma and the gradient of bias_act.
+// Channel sums within a pass over dense images; shared by fma and the gradient of bias_act.
 //
-// Macros: SG_VECTOR (elements that a thread reads at once), SG_PLANAR (1: memory is [groups, size], one channel a
-// group; 0: memory is [groups, size, channels]), SG_CHUNKS (vectors of one pixel that a thread holds; 1 if planar).
-// A position is a vector of a plane, or a pixel. A block has 256 threads: blockDim.x of them, a power of two, lie side
-// by side in memory (along a plane; or along the channels of a pixel, at most a warp), and blockDim.y planes or
-// pixels are in work at once. The positions of a group are divided into parts, one part for each block.
+// Macros: SG_VECTOR (elements per load), SG_PLANAR (1: memory is [groups, size], one channel per group;
+// 0: memory is [groups, size, channels]), SG_CHUNKS (vectors of one pixel per thread; 1 if planar).
+// A position is a vector of a plane, or a pixel. A block has 256 threads: blockDim.x of them, a power of two, are
+// adjacent in memory (along a plane, or along the channels of a pixel, at most a warp), and blockDim.y planes or
+// pixels are processed at once. The positions of a group are divided into parts, one per block.
 #ifndef SG_SUMS_CUH
 #define SG_SUMS_CUH
 #include "cuda.cuh"
@@ -13,7 +13,7 @@
 
 struct part_t {
     offset_t group, part, parts;
-    offset_t begin, end, own, stride;  // positions: of the block, of the thread in the block, between its turns
+    offset_t begin, end, own, stride;  // positions: of the block, of the thread in the block, between its iterations
     offset_t base, every;              // element of position i: base + i * every
     int channels;
     bool inside;                       // false for threads beyond the last plane
@@ -23,7 +23,7 @@ struct part_t {
         return SG_PLANAR ? 0 : (static_cast<int>(threadIdx.x) + chunk * static_cast<int>(blockDim.x)) * SG_VECTOR;
     }
     __device__ __forceinline__ bool has(int chunk) const { return SG_PLANAR || channel(chunk) < channels; }
-    // Positions and channels beyond the end become ones that can be read, so that no load waits for a branch.
+    // Clamp positions and channels beyond the end to readable ones, so that loads need no branch.
     __device__ __forceinline__ offset_t element(offset_t position, int chunk) const {
         const offset_t at = position < end ? position : end - 1;
         return base + at * every + (has(chunk) ? channel(chunk) : 0);
@@ -55,8 +55,8 @@ __device__ __forceinline__ part_t part_of(offset_t groups, offset_t size, int ch
     return w;
 }
 
-// Calls read(position, element) for all chunks of several positions first, then
-// use(position, holds, values of its chunks). All threads of a block make the same number of calls.
+// Call read(position, element) for all chunks of several positions, then use(position, holds, values of its chunks).
+// All threads of a block make the same number of calls.
 template <class Value, class Read, class Use>
 __device__ __forceinline__ void for_each_position(const part_t& w, Read read, Use use) {
     for (offset_t i = w.begin; i < w.end; i += w.stride * SG_UNROLL) {
@@ -76,13 +76,13 @@ __device__ __forceinline__ void for_each_position(const part_t& w, Read read, Us
     }
 }
 
-// The sum over groups of `width` lanes, a power of two up to 32, in each of them; all threads of a warp call it.
+// Return the sum over a group of `width` lanes, a power of two up to 32, in each lane; called by all threads of a warp.
 __device__ __forceinline__ acc sum_of_lanes(acc v, int width) {
     for (int mask = width / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
     return v;
 }
 
-// Writes the sums of a block: planar to [groups, parts], else to [groups, parts, channels]. In a fixed order, so that
+// Write the sums of a block: planar to [groups, parts], else to [groups, parts, channels]. The order is fixed, so
 // equal calls give equal bits. Needs 256 / 32 * blockDim.x * SG_VECTOR numbers of shared memory, planar 256 / 32.
 __device__ __forceinline__ void write_sums(const part_t& w, const acc (*sums)[SG_VECTOR], acc* to) {
     SG_SHARED_MEMORY;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void write_sums(const part_t& w, const acc (*sums)[SG
     const int row = width * SG_VECTOR;
 #pragma unroll
     for (int k = 0; k < SG_CHUNKS; ++k) {
-        if (k) __syncthreads();  // the sums of the chunk before have been read
+        if (k) __syncthreads();  // the sums of the previous chunk have been read
 #pragma unroll
         for (int e = 0; e < SG_VECTOR; ++e) {
             acc total = sums[k][e];

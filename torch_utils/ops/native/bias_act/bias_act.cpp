@@ -1,4 +1,4 @@
-// bias_act on the CPU: one pass over the memory, in rows that share a bias or that hold one number of every bias.
+// bias_act on the CPU: one pass over the memory, in rows that share a bias or have one element per bias.
 #include "bias_act.h"
 
 #include <algorithm>
@@ -18,11 +18,11 @@ template <class T>
 struct Call {
     T gain, alpha, clamp;
     bool clamps;
-    // Where the gain is 0 the derivatives are too, whatever number they are told to be at.
+    // If the gain is 0, the derivatives are 0 at every point.
     double inverse_gain() const { return gain == 0 ? 1.0 : 1.0 / gain; }
 };
 
-// act(u) * gain, clamped; its derivatives times what arrives. `at` is y, for swish u.
+// act(u) * gain, clamped, or its derivatives times the incoming gradient. `at` is y, for swish u.
 template <class T, int ACT, int ORDER, class V>
 SG_INLINE V piecewise(const Call<T>& call, V in, V at) {
     const V zero{};
@@ -69,7 +69,7 @@ SG_INLINE R smooth(const Call<T>& call, R in, R in2, R at) {
     }
 }
 
-// As run_row, where an exponential is needed. One copy for both steps: this is what takes long to compile.
+// Like run_row, for activations with an exponential. One copy for both steps, since it is slow to compile.
 template <int ACT, int ORDER>
 void run_smooth(const Call<double>& call, const double* in, const double* in2, const double* ref, const double* b,
                 int step, double* out, sg_int64 count) {
@@ -170,13 +170,13 @@ double sum_of(const T* values, sg_int64 count) {
     return total;
 }
 
-// Rows of bias_step elements share a bias. What is summed, and in which order, does not depend on the threads.
+// Rows of bias_step elements share a bias. The order of sums does not depend on the number of threads.
 template <class T, int ACT, int ORDER>
 void run_shared(const sg_bias_act_params& p, const Call<T>& call) {
     const sg_int64 step = p.bias_size == 1 && !p.db ? p.size : p.bias_step;
     const sg_int64 rows = (p.size + step - 1) / step;
     const sg_int64 parts = p.db ? 1 : (step + TASK - 1) / TASK, part = (step + parts - 1) / parts;
-    const sg_int64 together = std::max<sg_int64>(1, TASK / step);  // short rows go in groups
+    const sg_int64 together = std::max<sg_int64>(1, TASK / step);  // short rows are grouped
     std::vector<double> sums(p.db ? static_cast<size_t>(rows) : 0);
     parallel_for(p.num_threads, (rows + together - 1) / together * parts, [&](sg_int64 task) {
         const sg_int64 first = task / parts * together, last = std::min(first + together, rows);
@@ -199,15 +199,15 @@ void run_shared(const sg_bias_act_params& p, const Call<T>& call) {
     }
 }
 
-// Neighbors have neighboring biases: channels-last images, and plain matrices. Few biases are repeated until they
-// fill a row that is worth a loop.
+// Adjacent elements have adjacent biases: channels-last images, and matrices. Few biases are repeated to fill a row
+// long enough for a loop.
 template <class T, int ACT, int ORDER>
 void run_side_by_side(const sg_bias_act_params& p, const Call<T>& call) {
     const sg_int64 repeats = (ROW + p.bias_size - 1) / p.bias_size, width = p.bias_size * repeats;
     const sg_int64 rows = (p.size + width - 1) / width;
     std::vector<T> b;
     for (sg_int64 k = 0; p.b && k < width; ++k) b.push_back(static_cast<const T*>(p.b)[k % p.bias_size]);
-    // Few enough parts that their sums are small, the same number for every number of threads.
+    // A small number of parts, independent of the number of threads.
     const sg_int64 together = std::max<sg_int64>({1, TASK / width, (rows + 255) / 256});
     const sg_int64 tasks = (rows + together - 1) / together;
     std::vector<double> sums(p.db ? static_cast<size_t>(tasks * width) : 0);

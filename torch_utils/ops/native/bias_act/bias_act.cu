@@ -1,8 +1,8 @@
-// bias_act on CUDA: one pass over dense memory, 16 bytes a thread and step.
+// bias_act on CUDA: one pass over dense memory, 16 bytes per thread and step.
 //
 // Macros: SG_DTYPE, SG_ACT, SG_ORDER, SG_CLAMP (0, 1), SG_HAS_REF (0, 1), SG_VECTOR (elements a step: 1, or
-// 16 bytes), SG_BIAS (0 none, 1 one number for all elements of a step, 2 a number each, side by side, 3
-// worked out for each), SG_DB (order 1: 1 also sums up by bias, which takes the macros of sums.cuh), SG_INDEX_64.
+// 16 bytes), SG_BIAS (0 none, 1 one number for all elements of a step, 2 contiguous numbers, 3 index computed
+// per element), SG_DB (order 1: 1 also sums per bias, with the macros of sums.cuh), SG_INDEX_64.
 #include "bias_act.h"
 #if SG_DB
 #include "../sums.cuh"
@@ -90,7 +90,7 @@ __device__ __forceinline__ acc element(acc in, acc in2, acc ref, acc b, acc gain
     const acc a = ref + b;
     const acc y = SG_CLAMP ? activated(a, alpha) * gain : acc(0);
 #else
-    const acc a = SG_ACT == SG_RELU || SG_ACT == SG_LRELU ? ref : ref / gain;  // of these only the sign, and gain > 0
+    const acc a = SG_ACT == SG_RELU || SG_ACT == SG_LRELU ? ref : ref / gain;  // only the sign matters for these, and gain > 0
     const acc y = ref;
 #endif
 #if SG_ORDER == 1
@@ -107,7 +107,7 @@ __device__ __forceinline__ acc element(acc in, acc in2, acc ref, acc b, acc gain
 __device__ __forceinline__ void read_bias(const sg_bias_act_params& p, offset_t first, acc* bias) {
     const scalar* const b = static_cast<const scalar*>(p.b);
     const unsigned_t size = static_cast<unsigned_t>(p.bias_size), every = static_cast<unsigned_t>(p.bias_step);
-    const unsigned_t at = static_cast<unsigned_t>(first);  // divided in fewer instructions than with a sign
+    const unsigned_t at = static_cast<unsigned_t>(first);  // unsigned division takes fewer instructions
 #if SG_BIAS == 2
     read<SG_VECTOR>(b + at % size).unpack(bias);
 #else
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(256) sg_bias_act_cuda(const sg_bias
 #if SG_DB
     with_sums(p, in, ref, out, gain, alpha, clamp);
 #else
-    const offset_t steps = static_cast<offset_t>(p.size / SG_VECTOR);  // the plan sees to it that there is no rest
+    const offset_t steps = static_cast<offset_t>(p.size / SG_VECTOR);  // the plan ensures that there is no remainder
     const offset_t stride = static_cast<offset_t>(gridDim.x) * blockDim.x;
     for (offset_t step = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x; step < steps; step += stride) {
         const offset_t first = step * SG_VECTOR;

@@ -17,8 +17,8 @@
 //   order 0: out = c(u)               in = x
 //   order 1: out = in * c'(u)         in = dy
 //   order 2: out = in * in2 * c''(u)  in = dy, in2 = ddx (the gradient that arrives at dx)
-// Where the clamp bites (|act(u) * gain| >= clamp), both derivatives are zero.
-// ref tells orders 1 and 2 where they are: y = c(u) for every activation but swish, x (b is added here) for swish.
+// Where values are clamped (|act(u) * gain| >= clamp), both derivatives are zero.
+// ref is the point of orders 1 and 2: y = c(u) for every activation but swish, x (b is added here) for swish.
 // All tensors are dense and share one order of memory, in which element i has the bias (i / bias_step) % bias_size.
 typedef struct {
     const void* in;
@@ -26,7 +26,7 @@ typedef struct {
     const void* ref;     // orders 1 and 2; null for linear without clamp
     const void* b;       // null: no bias
     void* out;
-    void* db;            // order 1: the sums of out for each bias, null: not wanted. On the CPU [bias_size], on CUDA those
+    void* db;            // order 1: the sums of out per bias, null: not computed. On the CPU [bias_size], on CUDA those
                          // of the groups and parts of sums.cuh, to be added up
     sg_int64 size;       // elements
     sg_int64 bias_size;  // at least 1

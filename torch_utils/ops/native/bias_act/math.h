@@ -1,9 +1,8 @@
 // Activations and their derivatives, written once for doubles and for vectors of doubles.
 //
-// float32 is computed in float64 where an exponential is needed, which spares every care for cancellation; float64
-// itself goes number by number through the C library. What is made of vectors is exact to 1e-9, far beyond float32.
-// Sigmoid and swish, in which nothing cancels, and their slopes are as good in float32 itself, where a vector holds
-// twice as many.
+// Activations with an exponential compute float32 in float64, which avoids cancellation; float64 itself uses the C
+// library, one number at a time. Vector functions are accurate to 1e-9, far beyond float32. Sigmoid, swish and their
+// derivatives have no cancellation and are computed in float32, with twice as many elements per vector.
 #ifndef SG_BIAS_ACT_MATH_H
 #define SG_BIAS_ACT_MATH_H
 #include <cmath>
@@ -21,7 +20,7 @@ typedef int64_t wide_bits __attribute__((vector_size(SG_VECTOR_BYTES)));
 typedef float narrow __attribute__((vector_size(SG_VECTOR_BYTES / 2)));
 typedef float single __attribute__((vector_size(SG_VECTOR_BYTES)));
 
-// What float32 is computed in, and what of it a step reads and writes.
+// The type that float32 is computed in, and the type that a step loads and stores.
 template <bool SINGLE>
 struct working {
     typedef double number;
@@ -48,9 +47,9 @@ struct Split {
 
 SG_INLINE Split split(wide x) {
     const double log2_high = 6.93147180369123816490e-01, log2_low = 1.90821492927058770002e-10;
-    wide bounded = x < -708.0 ? wide{} - 708.0 : x;  // beyond, float32 is at zero or infinity; a NaN stays one
+    wide bounded = x < -708.0 ? wide{} - 708.0 : x;  // beyond, float32 is zero or infinity; NaN is kept
     bounded = bounded > 709.0 ? wide{} + 709.0 : bounded;
-    // Adding so much rounds to an integer, which the last bits then hold, and its exponent with it.
+    // Adding this constant rounds to an integer, stored in the lowest bits.
     const double magic = 6755399441055744.0 + 1023.0;
     const wide shifted = bounded * 1.44269504088896340736 + magic, n = shifted - magic;
     const wide r = bounded - n * log2_high - n * log2_low;
@@ -67,7 +66,7 @@ SG_INLINE Split split(wide x) {
     return parts;
 }
 
-// The same in float32: relative error below 2e-8, but for roundings; nothing below 2^-126.
+// The same in float32: relative error below 2e-8, except for rounding; zero below 2^-126.
 struct SplitSingle {
     single power, rest;
 };
@@ -94,7 +93,7 @@ SG_INLINE SplitSingle split(single x) {
 SG_INLINE single exp(single x) {
     const SplitSingle parts = split(x);
     const single e = parts.power + parts.power * parts.rest;
-    return x > 88.0f ? single{} + __builtin_inff() : e;  // so that a sigmoid ends at zero
+    return x > 88.0f ? single{} + __builtin_inff() : e;  // so that the sigmoid becomes zero
 }
 
 SG_INLINE wide exp(wide x) {
@@ -104,7 +103,7 @@ SG_INLINE wide exp(wide x) {
 
 SG_INLINE wide expm1(wide x) {
     const Split parts = split(x);
-    return parts.power * parts.rest + (parts.power - 1.0);  // near zero the power is 1: nothing cancels
+    return parts.power * parts.rest + (parts.power - 1.0);  // near zero the power is 1: no cancellation
 }
 
 // For x >= 0.
@@ -117,7 +116,7 @@ SG_INLINE wide log1p(wide x) {
     const wide_bits mantissa = bits - (e << 52);
     wide m;
     std::memcpy(&m, &mantissa, sizeof m);
-    const wide s = (e == 0 ? x : m - 1.0) / (m + 1.0), z = s * s;  // m - 1 has lost digits of a small x
+    const wide s = (e == 0 ? x : m - 1.0) / (m + 1.0), z = s * s;  // m - 1 loses digits for small x
     wide p = wide{} + 1.0 / 13;
 #pragma GCC unroll 8
     for (int k = 11; k >= 1; k -= 2) p = p * z + 1.0 / k;

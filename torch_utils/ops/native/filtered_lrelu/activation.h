@@ -1,13 +1,13 @@
-// What happens to a vector of the upsampled grid, and where its two bits an element are kept.
+// Activation of a vector of the upsampled grid, and the layout of its mask (two bits per element).
 #ifndef SG_FILTERED_LRELU_ACTIVATION_H
 #define SG_FILTERED_LRELU_ACTIVATION_H
 #include "geometry.h"
 
 namespace sg {
 
-// A row of the mask: for each plane of columns the bits "passes as it is", then for each plane the bits "passes times
-// slope". Neither: clamped, nothing passes. As lcm(up, down) is the same in the op and in its backward pass, so are
-// the planes, and the bits that a vector needs lie side by side, only shifted.
+// A row of the mask: for each plane of columns the bits "gradient times 1", then for each plane the bits "gradient
+// times slope". Neither: clamped, gradient 0. lcm(up, down), and therefore the planes, are the same in the op and in
+// its backward pass, so the bits of a vector are contiguous up to a shift.
 template <class T, int MODE>
 struct Activation {
     static constexpr int lanes = simd<T>::lanes;
@@ -17,8 +17,8 @@ struct Activation {
     bool clamps;
     const unsigned char* mask;       // of this image plane
     unsigned char* written;
-    // Of the column of vectors at hand:
-    sg_int64 byte = 0, second = 0;   // where its bits are in a row; from there to the slope bits
+    // State of the current column of vectors:
+    sg_int64 byte = 0, second = 0;   // byte of its bits in a row; offset to the slope bits
     int right = 0, left = 0;         // shifts that bring them to lane 0
     unsigned valid = 0;              // lanes inside the mask
 
@@ -42,7 +42,7 @@ struct Activation {
         int width = (g.p->mask_w - plane + g.planes - 1) / g.planes;  // columns of the mask in this plane
         valid = 0;
         for (int i = 0; i < lanes; ++i) valid |= static_cast<unsigned>(x + i >= 0 && x + i < width) << i;
-        if (MODE == SG_GATE && !valid) x = 0;  // nothing is there to be read
+        if (MODE == SG_GATE && !valid) x = 0;  // outside the mask
         byte = static_cast<sg_int64>(plane) * g.mask_plane_bytes + std::max(x, 0) / 8;
         right = x > 0 ? x % 8 : 0;
         left = x < 0 ? -x : 0;
@@ -65,14 +65,14 @@ struct Activation {
         }
     }
 
-    // The activated vector of row m; `owned`: the bits of this row are this strip's to write.
+    // Return the activated vector of row m; `owned`: this strip writes the bits of this row.
     SG_INLINE vector_of<T> operator()(vector_of<T> u, int m, bool owned) const {
         if (MODE == SG_GATE) {
             int row = m + g.p->mask_off_y;
             if (row < 0 || row >= g.p->mask_h) return vector_of<T>{};
             const unsigned char* at = mask + static_cast<sg_int64>(row) * g.p->mask_row_bytes + byte;
             unsigned passes = read(at), scaled = read(at + second);
-            // No lane is in both, so that bits may be joined where numbers would be added.
+            // The lanes are disjoint, so OR replaces addition.
             typedef typename simd<T>::integers integers;
             return (vector_of<T>)((integers)where<T>(passes, u) | (integers)where<T>(scaled, u * slope));
         }

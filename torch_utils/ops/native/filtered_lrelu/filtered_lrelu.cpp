@@ -1,9 +1,9 @@
-// filtered_lrelu on the CPU: strips of rows that stay in cache, polyphase filters, whole vectors throughout.
+// filtered_lrelu on the CPU: strips of rows that fit into the cache, polyphase filters, whole vectors throughout.
 //
 // One task is a strip of output rows of one (sample, channel). It reads its input rows once (bias, zero padding, columns
-// dealt out to planes), filters along x, and then walks down each column of vectors: upsampling along y, activation and
-// downsampling along y happen in registers, so that of the upsampled image nothing is ever in memory. Filters that are
-// not separable need their neighbors along x, and get the activated rows of the strip from a buffer.
+// split into planes), filters along x, and then processes each column of vectors: upsampling along y, activation and
+// downsampling along y are done in registers, so the upsampled image is never in memory. Non-separable filters need
+// neighbors along x, and read the activated rows of the strip from a buffer.
 #include "filtered_lrelu.h"
 
 #include <atomic>
@@ -16,20 +16,20 @@
 namespace sg {
 namespace {
 
-const int BLOCK = 8;  // rows that are made together where the filter is not separable
-const sg_int64 STRIP_BYTES = 384 * 1024;  // what a strip may hold, so that it stays in the second-level cache
+const int BLOCK = 8;  // rows computed together for non-separable filters
+const sg_int64 STRIP_BYTES = 384 * 1024;  // limit of a strip, to stay in the L2 cache
 
-// Rows of one strip, in memory of the thread that works on it.
+// Buffers of one strip, in scratch memory of its thread.
 template <class T>
 struct Strip {
     int first, last;            // output rows [first, last)
-    int grid_first, grid_last;  // rows of the grid that they need
+    int grid_first, grid_last;  // rows of the grid needed for them
     int owned_first, owned_last;
     int input_first;            // the input row of rows[0]
     T* zeros;                   // an input row outside the image
-    T* input;                   // one row, or all where fu is 2-D
+    T* input;                   // one row, or all rows if fu is 2-D
     T* wide;                    // rows filtered along x
-    T* grid;                    // activated rows, where they are kept
+    T* grid;                    // activated rows, if they are stored
     T* tall;                    // rows filtered along y
     const T** rows;             // of `wide` or `input`, by input row - input_first
 };
@@ -42,7 +42,7 @@ int strip_input_rows(const Geometry<T>& g, int rows) {
     return (rows * g.down + g.taps_dy + 2 * g.planes) / g.up + g.steps_y + BLOCK;
 }
 
-// BLOCK rows at once may look, in vain, beyond the last.
+// Blocks of BLOCK rows may read beyond the last row, without effect.
 template <class T>
 sg_int64 strip_grid_rows(const Geometry<T>& g, int rows) {
     return fused(g) ? 0 : static_cast<sg_int64>(rows + BLOCK) * g.down + g.taps_dy;
@@ -59,7 +59,7 @@ sg_int64 strip_bytes(const Geometry<T>& g, int rows) {
 
 template <class T>
 int strip_rows(const Geometry<T>& g, sg_int64 image_planes, int num_threads) {
-    int unit = g.planes / g.down;  // strips begin where the pattern of rows does
+    int unit = g.planes / g.down;  // strips begin at a multiple of the pattern of rows
     int rows = ceil_div(g.p->out_h, unit) * unit;
     while (rows > 8 * unit && (strip_bytes(g, rows) > STRIP_BYTES ||
                                (num_threads > 1 && image_planes * ceil_div(g.p->out_h, rows) < 2 * num_threads)))
@@ -135,7 +135,7 @@ void filter_row(const T* from, const int* offsets, const T* taps, int steps, int
     }
 }
 
-// One row of outputs, which come in planes of their own.
+// Compute one row of outputs, which is split into output planes.
 template <class T>
 void write_row(const Geometry<T>& g, const T* from, T* spare, T* y) {
     constexpr int lanes = simd<T>::lanes;
@@ -158,8 +158,8 @@ void write_row(const Geometry<T>& g, const T* from, T* spare, T* y) {
 
 // ---- Along y, column by column of vectors
 
-// Upsampling, activation, and, unless the rows are KEPT, downsampling, all in registers. SHIFT is the geometry's
-// row_shift: with it, the pattern of taps is known when this is compiled.
+// Upsampling, activation and, unless the rows are KEPT, downsampling, all in registers. SHIFT is row_shift of the
+// geometry, a template argument so that the pattern of taps is a compile-time constant.
 template <class T, int UP, int DOWN, int STEPS, int TAPS, int SHIFT, bool KEPT, int MODE>
 void walk(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     constexpr int lanes = simd<T>::lanes;
@@ -213,7 +213,7 @@ void walk(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     }
 }
 
-// Any filters: one row of the grid after the other.
+// General filters: one row of the grid at a time.
 template <class T, int MODE>
 void walk_any(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     constexpr int lanes = simd<T>::lanes;
@@ -238,13 +238,13 @@ void walk_by_shift(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     switch (g.row_shift) {
         case 0: walk<T, UP, DOWN, STEPS, TAPS, 0, KEPT, MODE>(g, s, plane); break;
         case 1: walk<T, UP, DOWN, STEPS, TAPS, 1, KEPT, MODE>(g, s, plane); break;
-        case 2: walk<T, UP, DOWN, STEPS, TAPS, 2 % UP, KEPT, MODE>(g, s, plane); break;  // where UP is 2, never reached
+        case 2: walk<T, UP, DOWN, STEPS, TAPS, 2 % UP, KEPT, MODE>(g, s, plane); break;  // never reached if UP is 2
         default: walk<T, UP, DOWN, STEPS, TAPS, UP - 1, KEPT, MODE>(g, s, plane); break;
     }
 }
 
-// The filters of StyleGAN3 (6 taps that meet a pixel, on either side) have code of their own, in float32: float64 is
-// for tests, and every form costs time when this is compiled.
+// Specializations for the filters of StyleGAN3 (6 taps per pixel on either side), in float32 only: float64 is for
+// tests, and every specialization costs compile time.
 template <class T>
 bool known_up(const Geometry<T>& g) {
     return sizeof(T) == 4 && g.separable_u && g.steps_y == 6 && (g.up == 2 || g.up == 4);
@@ -272,9 +272,9 @@ void filter_columns(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     walk_any<T, MODE>(g, s, plane);
 }
 
-// ---- Filters that are not separable
+// ---- Non-separable filters
 
-// Rows of the grid from input rows. ROWS rows of one phase share what they read: row q * up + r of ROWS groups.
+// Compute rows of the grid from input rows. ROWS rows of one phase share their loads: row q * up + r of ROWS groups.
 template <class T, int STEPS, int ROWS, int MODE>
 void upsample_2d(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     constexpr int lanes = simd<T>::lanes;
@@ -318,8 +318,8 @@ void upsample_2d(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     }
 }
 
-// Output rows from rows of the grid; ROWS of them share what they read. FOLDED: the filter is its own mirror image, so
-// that columns left and right of its middle are added before they are multiplied.
+// Compute output rows from rows of the grid; ROWS of them share their loads. FOLDED: the filter is symmetric along x, so
+// columns left and right of its center are added before they are multiplied.
 template <class T, int DOWN, int TAPS, int ROWS, bool FOLDED>
 void downsample_2d(const Geometry<T>& g, const Strip<T>& s, T* y, T* spare) {
     constexpr int lanes = simd<T>::lanes;
@@ -373,14 +373,14 @@ void run_strip(const Geometry<T>& g, Strip<T>& s, const T* x, T bias, T* y, sg_i
     s.grid_last = std::min((s.last - 1) * g.down + g.taps_dy, g.grid_h);
     s.owned_first = s.grid_first;
     s.owned_last = s.last == p.out_h ? s.grid_last : s.last * g.down;
-    const int unit = g.planes;  // walks begin at a multiple of the pattern
+    const int unit = g.planes;  // starts at a multiple of the pattern
     s.input_first = floor_div(floor_div(s.grid_first - g.row_shift, unit) * unit, g.up) + g.first_row;
     const int needed = floor_div(s.grid_last - 1 - g.row_shift, g.up) + g.first_row + g.steps_y;
     const int count = strip_input_rows(g, s.last - s.first);
     for (int i = s.input_first; i < s.input_first + count; ++i) {
         const T*& row = s.rows[i - s.input_first];
         row = s.zeros;
-        if (i < 0 || i >= p.in_h || i >= needed) continue;  // what is read from there is thrown away
+        if (i < 0 || i >= p.in_h || i >= needed) continue;  // values read there are discarded
         const T* from = x + i * p.x_stride[2];
         if (g.separable_u) {
             T* wide = s.wide + static_cast<sg_int64>(i - s.input_first) * g.row_width;

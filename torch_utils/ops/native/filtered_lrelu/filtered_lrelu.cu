@@ -1,6 +1,6 @@
 // filtered_lrelu on CUDA. A block computes a tile of outputs of one image plane, a thread one column of the upsampled
-// image. Going down its column, it keeps the open rows in registers, those that further inputs still add to: rows of
-// the upsampled image, and rows of what is filtered again. Nothing of upsampled height is ever in memory.
+// image. Going down its column, a thread keeps incomplete rows (to which further inputs contribute) in registers: rows
+// of the upsampled image and of the filtered outputs. Nothing of upsampled height is stored in memory.
 //
 //     x, an image plane            in [inputs][IN_P], shared            wide [inputs][WIDE_P], shared
 //   +--------------------+        +--------------------+  filter_rows  +------------------------------------+
@@ -21,22 +21,21 @@
 //   +--------------------+ along x
 //
 // A 2-D up filter is applied in upsampled_t, straight from `in`; before a 2-D down filter, all rows of the tile's part
-// of the upsampled image (the grid) are kept in shared memory. Bits of the mask are collected there, too.
+// of the upsampled image (the grid) are stored in shared memory. Mask bits are collected there as well.
 //
-// Which taps meet which rows and columns is known when this is compiled, as tiles start where the same tap always
-// meets the first input.
+// The mapping of taps to rows and columns is a compile-time constant, since every tile starts with the same phase.
 //
 // Macros: SG_DTYPE, SG_UP, SG_DOWN, SG_PERIOD (their least common multiple), SG_TAPS_UX, SG_TAPS_UY, SG_TAPS_DX,
-// SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D (0, 1), SG_PHASE_X, SG_PHASE_Y (the tap that meets the first input of
-// a tile), SG_MODE, SG_CLAMPS (0, 1), SG_TILE_W (outputs of a row of a block; how many rows is the launch's affair),
-// SG_LOAD, SG_SHIFT (elements read at once, and the place of a tile's first input in them), SG_STORE (elements
-// written at once), SG_UNROLL (0: filters too large to write out), SG_INDEX_64.
+// SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D (0, 1), SG_PHASE_X, SG_PHASE_Y (the tap of the first input of
+// a tile), SG_MODE, SG_CLAMPS (0, 1), SG_TILE_W (outputs per row of a block; the number of rows is a launch argument),
+// SG_LOAD, SG_SHIFT (elements per load, and the position of a tile's first input in them), SG_STORE (elements
+// per store), SG_UNROLL (0: filters too large to unroll), SG_INDEX_64.
 //
-// SG_ACTIVATE and SG_RECORD give equal outputs bit for bit, whatever their tiles: each sum takes its terms in the
-// order of the taps, and multiply-adds are written as such, so that no compiler decides which products are rounded.
+// SG_ACTIVATE and SG_RECORD give bit-identical outputs for all tiles: sums are in the order of the taps, and
+// multiply-adds are explicit, so the compiler does not decide which products are rounded.
 //
-// A row of the mask: for each 32 columns a word "not clamped" and a word "above zero", the votes of a warp. Tiles
-// begin at multiples of 32 columns of the grid where bits are recorded, so each word has one writer.
+// A row of the mask: for each 32 columns a word "not clamped" and a word "above zero" (warp ballots). With SG_RECORD,
+// tiles begin at multiples of 32 columns of the grid, so each word has one writer.
 #include "filtered_lrelu.h"
 #include "../cuda.cuh"
 
@@ -49,24 +48,24 @@
 
 // ---- Columns
 
-#define GRID_W ((SG_TILE_W - 1) * SG_DOWN + SG_TAPS_DX)  // of the upsampled image, that a tile needs
+#define GRID_W ((SG_TILE_W - 1) * SG_DOWN + SG_TAPS_DX)  // columns of the upsampled image per tile
 #define THREADS UP_TO(32, GRID_W)
-#define STEPS_X ((SG_TAPS_UX + SG_UP - 1) / SG_UP)  // taps that meet a pixel
-#define FIRST_X(column) (((column) - SG_PHASE_X + SG_UP - 1) / SG_UP)  // input of a column, counted from the tile's
-#define RUN (SG_UP * QUAD)                          // columns that a thread filters side by side along x
+#define STEPS_X ((SG_TAPS_UX + SG_UP - 1) / SG_UP)  // taps per input pixel
+#define FIRST_X(column) (((column) - SG_PHASE_X + SG_UP - 1) / SG_UP)  // input of a column, relative to the tile's first
+#define RUN (SG_UP * QUAD)                          // columns per thread in the filter along x
 #define WIDE_P UP_TO(RUN, THREADS)
 #define READS_X UP_TO(QUAD, SG_SHIFT + FIRST_X(RUN - 1) + STEPS_X)
 #define IN_P UP_TO(LARGER(QUAD, SG_LOAD), (WIDE_P / RUN - 1) * QUAD + READS_X)
-#define WORDS (THREADS / 32 + (SG_MODE == SG_GATE ? 1 : 0))  // of bits of a row of a tile; gates begin anywhere
+#define WORDS (THREADS / 32 + (SG_MODE == SG_GATE ? 1 : 0))  // mask words per row of a tile; SG_GATE is not aligned
 
-// ---- Rows, taken in blocks of SG_PERIOD of the upsampled image
+// ---- Rows, in blocks of SG_PERIOD rows of the upsampled image
 
 #define INPUTS (SG_PERIOD / SG_UP)     // rows of a block
 #define OUTPUTS (SG_PERIOD / SG_DOWN)
-// Rows of inputs that the first block needs before its own.
+// Input rows that the first block needs before its own.
 #define EARLY ((SG_PERIOD + SG_TAPS_UY - 2 - SG_PHASE_Y) / SG_UP + 1 - INPUTS)
-#define OPEN_U LARGER(SG_PERIOD, (EARLY + INPUTS - 1) * SG_UP + SG_PHASE_Y + 1)  // rows that inputs at hand meet
-#define LATE ((SG_TAPS_DY + SG_DOWN - 1) / SG_DOWN - 1)  // rows of outputs begun before a block and not complete
+#define OPEN_U LARGER(SG_PERIOD, (EARLY + INPUTS - 1) * SG_UP + SG_PHASE_Y + 1)  // rows that the current inputs contribute to
+#define LATE ((SG_TAPS_DY + SG_DOWN - 1) / SG_DOWN - 1)  // incomplete rows of outputs from earlier blocks
 #define OPEN_D (OUTPUTS + LATE)
 #define BLOCKS(rows) ((((rows) - 1) * SG_DOWN + SG_TAPS_DY + SG_PERIOD - 1) / SG_PERIOD)
 
@@ -90,7 +89,7 @@
 #define TAPS_U (SG_SEPARABLE_U ? SG_TAPS_UX + SG_TAPS_UY : SG_TAPS_UY * PADDED_UX)  // along x, then along y
 #define TAPS_D (SG_SEPARABLE_D ? SG_TAPS_DX : SG_TAPS_DY * PADDED_DX)
 
-// In correlation order, the gain in those of the up filter (along y).
+// Load the taps in correlation order; those of the up filter (along y) include the gain.
 __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc* up, acc* down) {
     const acc *const fu = static_cast<const acc*>(p.fu), *const fd = static_cast<const acc*>(p.fd);
     const acc gain = static_cast<acc>(p.up_gain);
@@ -114,7 +113,7 @@ __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc
     }
 }
 
-// What a block works on.
+// The tile of a block.
 struct tile_t {
     const scalar* x;      // the image plane
     unsigned char* mask;  // likewise
@@ -122,13 +121,12 @@ struct tile_t {
     int ix, iy;           // of the first input
     int gx, gy;           // of the first column and row of the upsampled image
     int columns, rows;    // of outputs
-    int owned_w, owned_h; // of the grid, where the bits are this tile's to write
+    int owned_w, owned_h; // of the grid: where this tile writes mask bits
 };
 
 // ---- Inputs
 
-// Fetch rows of inputs, biased, zeros where there is no image. A thread stays in its columns; four loads of it are on
-// their way at once.
+// Load input rows, with bias, zero outside the image. A thread stays in its columns, with four loads in flight.
 __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, acc* in) {
     constexpr int units = IN_P / SG_LOAD, span = units < THREADS ? units : THREADS, step = THREADS / span;
     constexpr int part = SG_LOAD < QUAD ? SG_LOAD : QUAD;
@@ -148,7 +146,7 @@ __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const t
 #pragma unroll
             for (int t = 0; t < 4; ++t, to += step * IN_P) {
                 if (row + t * step >= rows) continue;
-                // Padding is zero, so the bias is not in it.
+                // Padding is zero, without bias.
                 const acc bias = has_column && in_range(tile.iy + row + t * step, p.in_h) ? tile.bias : acc(0);
                 acc pixels[SG_LOAD];
                 fetched[t].unpack(pixels);
@@ -164,11 +162,11 @@ __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const t
     }
 }
 
-// Two words of bits for 32 elements of the grid: not clamped, above zero.
+// Two mask words for 32 elements of the grid: not clamped, above zero.
 typedef vec<unsigned, 2> bits_t;
 
 #if SG_MODE == SG_GATE
-// Fetch the recorded bits of a tile, zeros (nothing passes) where nothing was recorded.
+// Load the recorded bits of a tile, zero (gradient 0) where none were recorded.
 __device__ __forceinline__ void read_mask(
     const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, bits_t* bits) {
     const int first = (tile.gx + p.mask_off_x) >> 5, words = (p.mask_w + 31) >> 5;
@@ -181,7 +179,7 @@ __device__ __forceinline__ void read_mask(
     }
 }
 #elif SG_MODE == SG_RECORD
-// Write the bits of a tile that are its to write.
+// Write the mask bits that this tile owns.
 __device__ __forceinline__ void write_mask(const sg_filtered_lrelu_params& p, const tile_t& tile, const bits_t* bits) {
     const int rows = tile.owned_h - tile.gy;
     for (int i = threadIdx.x; i < rows * WORDS; i += THREADS) {
@@ -227,7 +225,7 @@ UNROLL
 
 // ---- Down a column
 
-// Leaky ReLU and clamp, by value or by recorded bits, row after row of the tile's part of the grid.
+// Leaky ReLU and clamp, by value or by recorded bits, for successive rows of the tile's part of the grid.
 struct activation_t {
     acc slope, clamp;
 #if SG_MODE == SG_GATE
@@ -282,7 +280,7 @@ struct activation_t {
 
 #define KEEPS_TAPS_2D (SG_UNROLL && !SG_SEPARABLE_U && SG_TAPS_UY * STEPS_X <= 80)  // in registers
 
-// The up filter along y (or, of a 2-D one, all of it) for one column: rows not complete yet.
+// The up filter along y (or all of a 2-D one) for one column, with its incomplete rows.
 struct upsampled_t {
     const acc* from;  // the next row of inputs
 #if SG_SEPARABLE_U
@@ -317,7 +315,7 @@ UNROLL
         for (int s = 0; s < OPEN_U; ++s) rows[s] = acc(0);
     }
 
-    // Add what the next row of inputs, number `input` of a block, gives to the rows from that block's first on.
+    // Add the contributions of the next row of inputs, number `input` of a block, to the rows of the block.
     __device__ __forceinline__ void take(int input) {
 #if SG_SEPARABLE_U
         const acc value = *from;
@@ -355,9 +353,9 @@ UNROLL
 };
 
 #if SG_SEPARABLE_D
-// The down filter along y for one column: rows of outputs not complete yet.
+// The down filter along y for one column, with its incomplete rows of outputs.
 struct filtered_t {
-    acc* to;  // this column of the rows that are only left to be filtered along x, from the first open one on
+    acc* to;  // this column of the rows filtered along y, from the first incomplete one on
     acc taps[SG_TAPS_DY];
     acc rows[OPEN_D];
 
@@ -369,7 +367,7 @@ UNROLL
         for (int a = 0; a < OPEN_D; ++a) rows[a] = acc(0);
     }
 
-    // Add what row s of a block gives.
+    // Add the contributions of row s of a block.
     __device__ __forceinline__ void take(acc v, int s) {
 UNROLL
         for (int a = 0; a < OPEN_D; ++a) {
@@ -378,7 +376,7 @@ UNROLL
         }
     }
 
-    // Put away the outputs that block b has completed.
+    // Store the outputs that block b has completed.
     __device__ __forceinline__ void next_block(int b, int count) {
 UNROLL
         for (int a = 0; a < OUTPUTS; ++a) {
@@ -391,7 +389,7 @@ UNROLL
     }
 };
 
-// Filter along x what has been filtered along y, and write it. A thread stays in its columns.
+// Filter the rows along x and write the outputs. A thread stays in its columns.
 __device__ __forceinline__ void write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* shared_taps, const acc* tall, scalar* y) {
 #if SG_UNROLL
@@ -436,7 +434,7 @@ struct filtered_t {
     __device__ __forceinline__ void next_block(int, int) { to += SG_PERIOD * GRID_P; }
 };
 
-// Filter the grid and write the outputs, of which a thread has a few in each of a few rows.
+// Filter the grid and write the outputs; a thread has a few outputs in each of a few rows.
 __device__ __forceinline__ void write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
     constexpr int groups = SG_TILE_W / COLUMNS_2D;
@@ -492,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
     acc* const down = up + UP_TO(QUAD, TAPS_U);
     acc* const in = down + UP_TO(QUAD, TAPS_D);
 #if SG_SEPARABLE_U
-    acc* const filtered = in;  // which is done with by then
+    acc* const filtered = in;  // `in` is no longer needed
     acc* const wide = in + LARGER(in_accs, filtered_accs);
     acc* const end = wide + all_inputs * WIDE_P;
 #else
@@ -517,11 +515,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
         tile.ix = (tile.gx - p.pad_x0 + SG_PHASE_X) / SG_UP - SG_SHIFT, tile.iy = (tile.gy - p.pad_y0 + SG_PHASE_Y) / SG_UP;
         tile.columns = p.out_w - ox < SG_TILE_W ? p.out_w - ox : SG_TILE_W;
         tile.rows = p.out_h - oy < p.tile_h ? p.out_h - oy : p.tile_h;
-        // The bits of rows and columns that the next tile also has are the next tile's to write.
+        // Mask bits of rows and columns shared with the next tile are written by the next tile.
         tile.owned_w = tile_x + 1 == tiles_x ? p.mask_w : tile.gx + SG_TILE_W * SG_DOWN;
         tile.owned_h = tile_y + 1 == tiles_y ? p.mask_h : tile.gy + p.tile_h * SG_DOWN;
         const int blocks = BLOCKS(tile.rows), inputs = EARLY + blocks * INPUTS;
-        if (work != blockIdx.x) __syncthreads();  // the tile before is done with
+        if (work != blockIdx.x) __syncthreads();  // the previous tile is finished
         stage(p, tile, inputs, in);
 #if SG_MODE == SG_GATE
         read_mask(p, tile, blocks * SG_PERIOD, reinterpret_cast<bits_t*>(end));
@@ -531,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
         filter_rows(up, in, inputs, wide);
         __syncthreads();
 #endif
-        // Whole warps, which vote together.
+        // Whole warps, for ballots.
         if (static_cast<int>(threadIdx.x) / 32 * 32 < (tile.columns - 1) * SG_DOWN + SG_TAPS_DX) {
             activation_t activate(p, tile, end);
             upsampled_t upsampled(up, in, wide);
@@ -539,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
 UNROLL
             for (int i = 0; i < EARLY; ++i) upsampled.take(i - EARLY);
 #if SG_UNROLL
-#pragma unroll 2  // half the instructions that count and move on
+#pragma unroll 2  // halves the loop overhead
 #else
 #pragma unroll 1
 #endif

@@ -3,23 +3,23 @@
 #define SG_FILTERED_LRELU_H
 #include "../common.h"
 
-// What happens between the filters.
-#define SG_ACTIVATE 0  // leaky ReLU and clamp by value, nothing kept
+// Modes: what is done between the filters.
+#define SG_ACTIVATE 0  // leaky ReLU and clamp, no mask
 #define SG_RECORD 1    // the same, and the two bits of each element are written to mask
-#define SG_GATE 2      // the bits in mask decide: times 1, times slope, or zero; b and clamp are not used
+#define SG_GATE 2      // multiply by 1, slope or 0, by the bits of the mask; b and clamp are not used
 
 // Along each axis, with taps in correlation order (flip_filter: as given; else reversed):
 //   u[m] = up_gain * sum_i fu[i * up + pad0 - m] * (in[i] + b)         (padding is zero: the bias is not in it)
 //   v[m] = activation or gate of u[m]
 //   out[j] = sum_k fd[k] * v[j * down + k]
-// up_gain holds everything that scales u: up^2 and, as a leaky ReLU commutes with it, the op's own gain. The grid of u
-// is as large as the outputs need: (out - 1) * down + taps_d. Element (h, w) of the grid has its bits at row
-// h + mask_off_y, column w + mask_off_x of the mask; SG_GATE takes zero for what lies outside [mask_h, mask_w].
-// That makes the backward pass the same op: filters exchanged and flipped, up and down exchanged,
+// up_gain includes up^2 and the gain of the op, which commutes with a leaky ReLU. The grid of u has the size that the
+// outputs need: (out - 1) * down + taps_d. Element (h, w) of the grid has its bits at row
+// h + mask_off_y, column w + mask_off_x of the mask; SG_GATE uses zero outside [mask_h, mask_w].
+// So the backward pass is the same op: filters exchanged and flipped, up and down exchanged,
 // pad0' = (taps_u - 1) + (taps_d - 1) - pad0, mask_off = pad0 - (taps_u - 1). Its own backward pass gates with offset 0.
 //
-// mask: [n, c, mask_h, mask_row_bytes] bytes, dense, two bits an element; how a row is arranged is each implementation's
-// own affair (the same process that wrote it reads it). Rows that no output needs may stay unwritten.
+// mask: [n, c, mask_h, mask_row_bytes] bytes, dense, two bits per element; the layout of a row depends on the
+// implementation (it is read by the process that wrote it). Rows that no output needs may be uninitialized.
 // Taps are float32, float64 for float64 images, dense; *_h = 0 means *_w taps along both axes (separable), and
 // h = w = 1 the single tap of an identity.
 typedef struct {

@@ -1,4 +1,4 @@
-// Where everything is: the forms of filtered_lrelu worked out for rows of vectors.
+// Memory layout of filtered_lrelu for rows of vectors.
 #ifndef SG_FILTERED_LRELU_GEOMETRY_H
 #define SG_FILTERED_LRELU_GEOMETRY_H
 #include <algorithm>
@@ -14,12 +14,12 @@ inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b);
 inline int mod(int a, int b) { return a - floor_div(a, b) * b; }
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The upsampled grid is never stored pixel by pixel. Its columns are dealt out to `planes` = lcm(up, down) planes,
-// column m to plane m % planes, so that each step of either filter reads and writes contiguous numbers. Input columns
-// are dealt out to `input_planes` = planes / up likewise, and outputs come in `output_planes` = planes / down.
+// The columns of the upsampled grid are split into `planes` = lcm(up, down) planes, column m into plane m % planes, so
+// that each step of either filter reads and writes contiguous numbers. Likewise, input columns are split into
+// `input_planes` = planes / up, and outputs into `output_planes` = planes / down.
 //
-// Its rows are taken in groups of `up`: row m = q * up + p + row_shift, with a shift that lets all rows of a group read
-// the same input rows, first_row + q to first_row + q + steps_y - 1.
+// Rows are processed in groups of `up`: row m = q * up + p + row_shift. The shift makes all rows of a group read the
+// same input rows, first_row + q to first_row + q + steps_y - 1.
 template <class T>
 struct Geometry {
     static constexpr int lanes = simd<T>::lanes;
@@ -28,22 +28,22 @@ struct Geometry {
     int up, down, planes, input_planes, output_planes;
     int taps_uy, taps_ux, taps_dy, taps_dx;
     bool separable_u, separable_d;
-    bool mirrored_d = false;           // the 2-D down filter is the same from right to left
-    int steps_y, steps_x;              // taps that meet a pixel: taps / up, rounded up
+    bool mirrored_d = false;           // the 2-D down filter is symmetric along x
+    int steps_y, steps_x;              // taps per input pixel: taps / up, rounded up
     int grid_h, grid_w;
     int row_shift, first_row;
     int plane_width;                   // columns of a plane, a multiple of the lanes
-    int row_width;                     // all planes, and room to read a little beyond
+    int row_width;                     // all planes, with padding to read beyond
     int input_width, input_row_width;  // of a plane of inputs, of all
-    int input_first;                   // the column, counted in planes, at the start of each
+    int input_first;                   // first column of each, in units of planes
     int mask_plane_bytes;
-    std::vector<T> up_y;               // [up][steps_y], the gain is in them; separable only
+    std::vector<T> up_y;               // [up][steps_y], including the gain; separable only
     std::vector<T> up_x;               // [planes][steps_x]; separable only
     std::vector<T> up_2d;              // [planes][up][steps_x][steps_y]; 2-D only
     std::vector<T> down_y, down_x;     // [taps], with zeros up to a multiple of down; separable only
     std::vector<T> down_2d;            // [taps_x][taps_y]; 2-D only
-    std::vector<int> input_offset;     // [planes][steps_x]: where in an input row the numbers of a step begin
-    std::vector<int> output_offset;    // [output_planes][taps_dx]: where in a row of the grid
+    std::vector<int> input_offset;     // [planes][steps_x]: offset of a step in an input row
+    std::vector<int> output_offset;    // [output_planes][taps_dx]: offset in a row of the grid
 
     explicit Geometry(const sg_filtered_lrelu_params* params) : p(params) {
         up = p->up, down = p->down;
@@ -57,7 +57,7 @@ struct Geometry {
         grid_h = (p->out_h - 1) * down + taps_dy;
         grid_w = (p->out_w - 1) * down + taps_dx;
         row_shift = mod(p->pad_y0 + 1, up);
-        first_row = -((p->pad_y0 - row_shift - (up - 1)) / up);  // exact: the shift sees to that
+        first_row = -((p->pad_y0 - row_shift - (up - 1)) / up);  // exact, because of the shift
         plane_width = ceil_div(ceil_div(grid_w, planes), lanes) * lanes;
         mask_plane_bytes = 2 * ceil_div(ceil_div(p->mask_w, planes), 16);
         lay_out_inputs();

@@ -1,4 +1,4 @@
-// fma on CUDA: a product with a number for each image and channel, and its gradients, in one pass over the images.
+// fma on CUDA: multiplication by a number per image and channel, and its gradients, in one pass over the images.
 //
 // Macros: SG_DTYPE, SG_PLANAR, SG_VECTOR, SG_CHUNKS (sums.cuh), SG_ADDEND (0 none, 1 one number, 2 an image without
 // channels), SG_DB (0, 1), SG_DC (0, 1; 0 if planar), SG_INDEX_64.

@@ -4,8 +4,8 @@
 #include "../common.h"
 
 // out = in * b + c for dense in, out [n, channels, size] (planar) or [n, size, channels], b [n, channels], and
-//   db: sums of in * other by image and channel, one for each part (sums.cuh), in the type of computation
-//   dc: [n, size], sums of in over the channels; not for planar memory
+//   db: sums of in * other per image and channel, one per part (sums.cuh), in the type of computation
+//   dc: [n, size], sums of in over channels; not for planar memory
 // The gradient of y = a * b + c takes in = dy and other = a.
 typedef struct {
     const void* in;
@@ -13,8 +13,8 @@ typedef struct {
     const void* b;
     const void* c;     // addend 0: null, 1: one number, 2: [size] at every c_step elements for each image
     void* out;
-    void* db;          // null: not wanted
-    void* dc;          // null: not wanted
+    void* db;          // null: not computed
+    void* dc;          // null: not computed
     sg_int64 size;     // pixels of an image
     sg_int64 c_step;
     int n;

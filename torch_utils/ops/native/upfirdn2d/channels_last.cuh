@@ -1,10 +1,10 @@
-// Channels-last images: a thread has some channels of a block of pixels. Part of upfirdn2d.cu.
+// Channels-last images: a thread computes some channels of a block of pixels. Part of upfirdn2d.cu.
 
 #define THREAD_COLUMNS (SG_THREADS / SG_LANES)
 #define TILE_W (THREAD_COLUMNS * SG_COLUMNS)
 static_assert(TAPS * sizeof(acc) == SG_SHARED_BYTES, "the plan counts shared memory otherwise");
 
-// Some channels of one thread's outputs: a pixel, or a row of pixels.
+// Channels of one thread's outputs: a pixel, or a row of pixels.
 struct sums_t {
     acc v[SG_VECTOR];
 };
@@ -25,7 +25,7 @@ __device__ __forceinline__ void filter_x(const acc* taps, const sums_t* in, sums
     }
 }
 
-// Where a thread's first inputs and outputs are, and how many there are from there on.
+// Position of a thread's first inputs and outputs, and the number of them from there on.
 struct block_t {
     const scalar* x;
     scalar* y;
@@ -75,9 +75,9 @@ __device__ __forceinline__ void filter(const sg_upfirdn2d_params& p, const acc* 
 #if SG_FACTORS
 static_assert(SG_UP_X == 1 && SG_UP_Y == 1 && SG_DOWN_X == 1 && SG_DOWN_Y == 1 && TAPS <= 32, "of one pixel to one");
 
-// Whether every tap is, up to its last bit, a product of one number for its row and one for its column; these are
-// written to `factors`, along x and then along y. StyleGAN2's filter is such a product, kept as [4, 4] taps: two short
-// passes take half the multiplications. Each lane of a warp looks at one tap.
+// Return whether the filter is separable up to rounding, and write its factors to `factors`, along x and then along y.
+// StyleGAN2's filter is separable, stored as [4, 4] taps: two short passes take half the multiplications. Each lane of
+// a warp checks one tap.
 __device__ __forceinline__ bool factor(const acc* taps, acc* factors) {
     const acc* const row = taps + SG_TAPS_Y / 2 * SG_TAPS_X;
     const acc pivot = row[SG_TAPS_X / 2];
@@ -92,7 +92,7 @@ __device__ __forceinline__ bool factor(const acc* taps, acc* factors) {
     return __ballot_sync(0xffffffffu, !(error <= most && error >= -most)) == 0;  // false for NaN
 }
 
-// The outputs one by one, for the rare filter that is no product: right, in few instructions, and not fast.
+// Compute outputs one by one, for the rare non-separable filter: small code, not fast.
 __device__ __forceinline__ void filter_plainly(const sg_upfirdn2d_params& p, const acc* taps, const block_t& block) {
     const offset_t x_down = static_cast<offset_t>(p.x_stride[2]), x_right = static_cast<offset_t>(p.x_stride[3]);
     const offset_t y_down = static_cast<offset_t>(p.y_stride[2]), y_right = static_cast<offset_t>(p.y_stride[3]);

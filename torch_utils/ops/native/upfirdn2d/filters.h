@@ -1,4 +1,4 @@
-// The forms of upfirdn2d worked out: which taps meet which pixels, and where rows of vectors keep their numbers.
+// Polyphase decomposition for upfirdn2d: which taps are applied to which pixels, and the layout of rows of vectors.
 #ifndef SG_UPFIRDN2D_FILTERS_H
 #define SG_UPFIRDN2D_FILTERS_H
 #include <algorithm>
@@ -17,12 +17,12 @@ inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b);
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Outputs come in lcm(up, down) / down phases, inputs in lcm(up, down) / up: output j * out_phases + r is the sum over
-// t < count[r] of taps[r * steps + t] * in[j * in_phases + first[r] + t]. Of a phase, the numbers are contiguous.
+// t < count[r] of taps[r * steps + t] * in[j * in_phases + first[r] + t]. The numbers of a phase are contiguous.
 template <class T>
 struct Axis {
     int up, down, in_phases, out_phases, steps;
     std::vector<int> first, count, offset;  // [out_phases]; tap t of a phase is tap offset + t * up of the filter
-    std::vector<T> taps;                    // [out_phases][steps], of filters that are a product
+    std::vector<T> taps;                    // [out_phases][steps], of separable filters
 
     Axis(int up_, int down_, int pad0, int size) : up(up_), down(down_) {
         const int period = up / std::gcd(up, down) * down;
@@ -49,7 +49,7 @@ struct Filters {
     const sg_upfirdn2d_params* p;
     int taps_h, taps_w;
     Axis<T> y, x;
-    bool product = true;                  // of a column and a row: two short passes do what one long pass does
+    bool product = true;                  // separable: two short passes instead of a long one
     std::vector<std::vector<T>> taps_2d;  // [y.out_phases * x.out_phases][y.count][x.count], of other filters
 
     explicit Filters(const sg_upfirdn2d_params* params)
@@ -75,7 +75,7 @@ struct Filters {
     }
 
   private:
-    // Whether every tap is, up to its last bit, a product of one number for its row and one for its column.
+    // Return whether the filter is separable up to rounding.
     bool factors(const std::vector<T>& f, std::vector<T>& column, std::vector<T>& row) const {
         size_t largest = 0;
         for (size_t i = 0; i < f.size(); ++i)

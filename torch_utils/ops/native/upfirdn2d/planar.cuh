@@ -1,4 +1,4 @@
-// Planar images and those of any strides: a tile of one image plane is a block's. Part of upfirdn2d.cu.
+// Planar images and those of any strides: a block computes a tile of one image plane. Part of upfirdn2d.cu.
 
 #define THREAD_ROWS (SG_THREADS / SG_LANES)
 #define TILE_W (SG_LANES * SG_COLUMNS)
@@ -11,21 +11,20 @@
 #define ROW_PITCH UP_TO(QUAD, TILE_W)
 #define TILE_ACCS (STAGED_H * PITCH)
 #define ROW_ACCS (SG_SEPARABLE ? STAGED_H * ROW_PITCH : 0)
-#define REGROUPS (SG_STORE == 1 && SG_COLUMNS > 1)  // neighboring lanes write neighbors, for which rows are redistributed
+#define REGROUPS (SG_STORE == 1 && SG_COLUMNS > 1)  // redistribute rows so that adjacent lanes write adjacent outputs
 static_assert(
     (TILE_ACCS + ROW_ACCS + TAPS) * sizeof(acc) + (REGROUPS ? 2 * SG_THREADS * SG_COLUMNS * sizeof(scalar) : 0) ==
         SG_SHARED_BYTES, "the plan counts shared memory otherwise");
 
 // ---- Inputs
 
-// How many lanes fetch a row: those of which the fewest have nothing to do.
+// Number of lanes that load a row: the one that leaves the fewest lanes idle.
 __device__ __forceinline__ constexpr int idle(int units, int lanes) { return UP_TO(lanes, units) - units; }
 __device__ __forceinline__ constexpr int best_span(int units) {
     return idle(units, 32) <= idle(units, 16) ? 32 : SG_LOAD == 1 || idle(units, 16) <= idle(units, 8) ? 16 : 8;
 }
 
-// Fetch the part of a plane that begins at (ix0, iy0), zeros where there is no image. Loads go out many at a
-// time.
+// Load the part of a plane that begins at (ix0, iy0), zero outside the image, with many loads in flight.
 __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar* x, int ix0, int iy0, acc* tile) {
     typedef elements<SG_LOAD> unit;
     constexpr int units = STAGED_W / SG_LOAD, span = best_span(units), passes = (units + span - 1) / span;
@@ -40,7 +39,7 @@ __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar
         for (int t = 0; t < together; ++t) {
             const int row = row0 + t * step, iy = iy0 + row;
             const bool there = row < STAGED_H && in_range(iy, p.in_h);
-            const scalar* const from = x + iy * stride_y;  // looked at only if there
+            const scalar* const from = x + iy * stride_y;  // dereferenced only inside the image
 #pragma unroll
             for (int q = 0; q < passes; ++q) {
                 const int column = side + q * span * SG_LOAD, ix = ix0 + column;
@@ -67,9 +66,9 @@ __device__ __forceinline__ void stage(const sg_upfirdn2d_params& p, const scalar
 // ---- Outputs
 
 struct place {
-    scalar* first;      // of this thread's outputs; with REGROUPS of its row of threads
-    scalar* regroup;    // two rows of outputs, used in turns
-    int columns, rows;  // that the image has from there on
+    scalar* first;      // of this thread's outputs; with REGROUPS, of its row of threads
+    scalar* regroup;    // two rows of outputs, used alternately
+    int columns, rows;  // remaining in the image
     int lane;
 };
 
@@ -96,7 +95,7 @@ __device__ __forceinline__ void put(const sg_upfirdn2d_params& p, const place& a
 
 // ---- Filters
 
-// Add to the outputs of a row what the inputs of a row give them, with the taps of one row.
+// Add the contributions of a row of inputs to a row of outputs, with the taps of one row.
 __device__ __forceinline__ void filter_x(const acc* taps, const acc* in, acc* sums) {
 UNROLL
     for (int c = 0; c < SG_COLUMNS; ++c) {
@@ -128,8 +127,7 @@ __device__ __forceinline__ void filter_rows(const acc* taps, const acc* tile, ac
 }
 #endif
 
-// Compute and write a thread's outputs; `from` is where its inputs begin (separable: its rows, filtered along
-// x).
+// Compute and write a thread's outputs; `from`: its first input (separable: its rows, filtered along x).
 __device__ __forceinline__ void filter(const sg_upfirdn2d_params& p, const acc* taps, const acc* from, const place& at) {
     acc sums[SG_ROWS][SG_COLUMNS] = {};
 UNROLL
@@ -184,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(SG_THREADS) sg_upfirdn2d_cuda(const
         at.first = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) +
                    c * static_cast<offset_t>(p.y_stride[1]) + y_first * static_cast<offset_t>(p.y_stride[2]) +
                    x_first * (SG_DENSE ? 1 : static_cast<offset_t>(p.y_stride[3]));
-        if (work != blockIdx.x) __syncthreads();  // the tile before is done with
+        if (work != blockIdx.x) __syncthreads();  // the previous tile is finished
         stage(p, x, first_x(x0, p.pad_x0) - SG_SHIFT, first_y(y0, p.pad_y0), tile);
         if (work == blockIdx.x) keep_taps(p, tap, shared_taps);
         __syncthreads();

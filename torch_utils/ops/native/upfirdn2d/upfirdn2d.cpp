@@ -1,9 +1,8 @@
-// upfirdn2d on the CPU: polyphase filters on whole vectors, each number read from memory and written to it once.
+// upfirdn2d on the CPU: polyphase filters on whole vectors; each number is read and written once.
 //
-// A filter that is a product of two runs along y first, from the rows of the image as they lie in memory into one row
-// that stays in the first-level cache, and then along x to the output. Any other runs in one pass over rows that a strip
-// has copied. In between, rows have zeros on both sides, so that no sum needs to look where it is. Channels-last images
-// hold the numbers of a pixel side by side, so that both passes are sums of whole pixels.
+// A separable filter runs along y first, from the rows of the image into one row in the L1 cache, and then along x to
+// the output. Other filters run in one pass over rows copied per strip. Intermediate rows are zero-padded on both
+// sides, so sums need no bounds checks. For channels-last images, both passes are sums of whole pixels.
 #include "upfirdn2d.h"
 
 #include <atomic>
@@ -16,8 +15,8 @@ namespace sg {
 namespace upfirdn2d {
 namespace {
 
-const sg_int64 STRIP_BYTES = 256 * 1024;   // what a strip may hold, so that it stays in the second-level cache
-const sg_int64 TASK = 16384;               // outputs that are worth a task
+const sg_int64 STRIP_BYTES = 256 * 1024;   // limit of a strip, to stay in the L2 cache
+const sg_int64 TASK = 16384;               // outputs per task
 
 // ---- Sums of taps times vectors
 
@@ -40,7 +39,7 @@ SG_INLINE vector_of<T> some_sums(const T* const* from, const T* taps, int count,
     return sum;
 }
 
-// `width` sums to `to`. Not a number beyond them is read or written.
+// Write `width` sums to `to`, without reading or writing beyond them.
 template <class T>
 void combine(const T* const* from, const T* taps, int count, sg_int64 width, T* to) {
     constexpr int lanes = simd<T>::lanes;
@@ -58,7 +57,7 @@ void combine(const T* const* from, const T* taps, int count, sg_int64 width, T* 
     if (i < width) store_some(to + i, some_sums(from, taps, count, i, width - i), width - i);
 }
 
-// The same, the even sums to `even`, the odd ones to `odd`; behind them, up to a vector of zeros may follow.
+// The same, with even sums to `even` and odd ones to `odd`, each followed by up to a vector of zeros.
 template <class T>
 void combine_apart(const T* const* from, const T* taps, int count, sg_int64 width, T* even, T* odd) {
     constexpr int lanes = simd<T>::lanes;
@@ -77,7 +76,7 @@ void combine_apart(const T* const* from, const T* taps, int count, sg_int64 widt
 
 // ---- Rows
 
-// What is summed for the outputs of one phase.
+// The terms of the outputs of one phase.
 template <class T>
 struct Terms {
     const T* const* from;
@@ -85,16 +84,16 @@ struct Terms {
     int count;
 };
 
-// Rows between the passes: input columns dealt out to x.in_phases planes, zeros around them.
+// Rows between the passes: input columns split into x.in_phases planes, zero-padded.
 template <class T>
 struct Layout {
     static constexpr int lanes = simd<T>::lanes;
-    int width;                // outputs of a phase, a multiple of the lanes
-    int first;                // the first column of each plane, counted in planes
+    int width;                // outputs per phase, a multiple of the lanes
+    int first;                // first column of each plane, in units of planes
     int plane;                // numbers from one plane to the next
     sg_int64 row;             // numbers of a row
     int begin, column, end;   // image columns [column, end) begin at number `begin` of the first plane
-    std::vector<int> offset;  // [x.out_phases][x.steps]: where the numbers of a tap begin
+    std::vector<int> offset;  // [x.out_phases][x.steps]: offset of a tap
 
     explicit Layout(const Filters<T>& g) {
         const Axis<T>& x = g.x;
@@ -120,7 +119,7 @@ struct Layout {
     }
 };
 
-// Sums of image rows, from their first column that counts, into a row of planes.
+// Sum image rows, from the first column needed, into a row of planes.
 template <class T>
 void fill_row(const Filters<T>& g, const Layout<T>& layout, const Terms<T>& terms, T* line, T* row) {
     const int width = layout.end - layout.column, phases = g.x.in_phases;
@@ -163,7 +162,7 @@ void write_row(const Filters<T>& g, const Layout<T>& layout, const Terms<T>* ter
 
 // ---- Images with contiguous rows
 
-// Scratch memory in parts, each on a vector's boundary.
+// Scratch memory in parts, aligned to vectors.
 struct Memory {
     unsigned char* next;
     static sg_int64 rounded(sg_int64 bytes) { return (bytes + 63) / 64 * 64; }
@@ -181,9 +180,9 @@ struct Planar {
     const Filters<T>& g;
     const Layout<T> layout;
     int rows;       // of outputs, in a strip
-    int held;       // rows that a strip holds
-    int terms;      // of an output, at most
-    sg_int64 line;  // numbers of a row, on its way in or out
+    int held;       // rows stored per strip
+    int terms;      // per output, at most
+    sg_int64 line;  // numbers of an input or output row
 
     Planar(const sg_upfirdn2d_params& p_, const Filters<T>& g_) : p(p_), g(g_), layout(g_) {
         terms = g.product ? std::max(g.x.steps, g.y.steps) : g.x.steps * g.y.steps;
@@ -265,7 +264,7 @@ int run_planar(const sg_upfirdn2d_params& p) {
     const Filters<T> g(&p);
     const Planar<T> image(p, g);
     const sg_int64 planes = static_cast<sg_int64>(p.n) * p.c, strips = ceil_div(p.out_h, image.rows);
-    // Small planes go in groups, as long as there is work for all threads.
+    // Group small planes, as long as there is work for all threads.
     const sg_int64 worth = std::max<sg_int64>(1, TASK / (static_cast<sg_int64>(p.out_h) * p.out_w));
     const sg_int64 together = std::min(worth, std::max<sg_int64>(1, planes / (4 * std::max(p.num_threads, 1))));
     std::atomic<int> status{SG_OK};
@@ -355,7 +354,7 @@ struct ChannelsLast {
 template <class T>
 int run_channels_last(const sg_upfirdn2d_params& p) {
     const Filters<T> g(&p);
-    if (g.product && p.x_stride[3] != p.c) return SG_UNSUPPORTED;  // a row is summed as one
+    if (g.product && p.x_stride[3] != p.c) return SG_UNSUPPORTED;  // a row is summed as one vector
     const ChannelsLast<T> image(p, g);
     const sg_int64 strips = ceil_div(p.out_h, image.rows);
     std::atomic<int> status{SG_OK};

@@ -5,9 +5,9 @@
 
 // Along one axis, with taps g in correlation order (flip_filter: g = f; else g = f reversed):
 //   out[m] = gain * sum_i g[i * up + pad0 - m * down] * in[i],  over the i with 0 <= that index < taps, 0 <= i < in size
-// out_h and out_w say how far m goes; the caller has worked them out of the padding on the other side, of which nothing
-// is left here. pad0 may be negative. Taps are float32, float64 for float64 images, [f_h, f_w] dense; a separable filter
-// has f_h = 0 and f_w taps that are used along both axes (gain once, not once an axis).
+// out_h and out_w limit m; the caller computes them from the padding at the end, which is not needed here.
+// pad0 may be negative. Taps are float32, float64 for float64 images, [f_h, f_w] dense; a separable filter
+// has f_h = 0 and f_w taps, used along both axes (the gain is applied once).
 typedef struct {
     const void* x;
     const void* f;
