@@ -172,7 +172,7 @@ class TrainOptions(_Fields):
         SHAPE, "Image channels: 1 (gray), 3 (RGB) or 4 (RGBA); changes the checkpoint.",
         shown="as the checkpoint; 3 with --scratch", choices=CHANNELS, metavar="1|3|4")
     classes: str | None = _option(
-        SHAPE, "What happens to the class embeddings if the data set has other classes than the "
+        SHAPE, "Class embeddings, if the data set has other classes than the "
         "checkpoint.", default="", shown="refuse", choices=("keep", "extend", "fresh"))
     new_d: bool | None = _option(
         SHAPE, "Start with a new discriminator; needed if the file has none.", default=False)
@@ -188,7 +188,7 @@ class TrainOptions(_Fields):
         SHAPE, "With --scratch: dimensions of z, and of w.", shown="512", above=0)
 
     recipe: str | None = _option(
-        RECIPE, "What the images are: the checkpoint's own (improve), others (adapt), very few (few-shot); "
+        RECIPE, "The images: the checkpoint's own (improve), others (adapt), very few (few-shot); "
         "custom uses published formulas alone.", default="auto", choices=RECIPES)
     kimg: float | None = _option(
         RECIPE, "Training length in thousands of images.", shown="200 to 5000 by data set size", above=0)

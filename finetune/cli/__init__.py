@@ -114,7 +114,7 @@ def explain(error: Exception) -> CommandFailed:
 @click.group(
     cls=CommandTable,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="`finetune COMMAND --help` explains one command.",
+    epilog="Run `finetune COMMAND --help` for the options of a command.",
 )
 @click.version_option(__version__, prog_name="finetune", message="%(prog)s %(version)s")
 @offline_option()

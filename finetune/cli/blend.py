@@ -63,7 +63,7 @@ class AlphaType(click.ParamType):
 def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None:
     """Write a checkpoint with weights between those of A and B.
 
-    A and B are whatever --network of other commands takes. Only related checkpoints blend well: one is
+    A and B are anything that --network of other commands accepts. Only related checkpoints blend well: one is
     refused unless both descend from the same file, or their weights are close.
     """
     from finetune.editing.blend import MAX_DISTANCE, blend, relation

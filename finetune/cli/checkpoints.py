@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
-@click.group("checkpoints", short_help="Public checkpoints by name: find, fetch, verify, add.")
+@click.group("checkpoints", short_help="Find, download and verify public checkpoints by name.")
 def command() -> None:
-    """Find, fetch and verify public checkpoints by name.
+    """Find, download and verify public checkpoints by name.
 
     Every command that takes a network accepts these names and URLs. The catalog lists published facts about
     each checkpoint; $FINETUNE_CATALOG adds a catalog of your own. Files are kept in the cache folder, which
@@ -38,12 +38,12 @@ def show_entries(entries: list[Entry], as_json: bool) -> None:
 
 
 @command.command("list", short_help="List the checkpoints that can be opened.")
-@click.option("--all", "everything", is_flag=True, help="Also networks for metrics, and kinds that cannot.")
-@click.option("--here", is_flag=True, help="Only those on this machine.")
+@click.option("--all", "everything", is_flag=True, help="Also list unsupported and metric networks.")
+@click.option("--here", is_flag=True, help="Only list files on this machine.")
 @json_option
 def list_command(everything: bool, here: bool, as_json: bool) -> None:
-    """List the checkpoints of the catalog: pixels, architecture, images, license, size, and whether it is
-    here."""
+    """List the checkpoints of the catalog: resolution, architecture, images, license, size, and whether
+    they are on this machine."""
     from finetune.hub import catalog, store
 
     entries = [
@@ -62,7 +62,7 @@ def list_command(everything: bool, here: bool, as_json: bool) -> None:
 @click.argument("words", nargs=-1, required=True)
 @json_option
 def search_command(words: tuple[str, ...], as_json: bool) -> None:
-    """List the entries in which every word occurs: in name, architecture, pixels, images or license, like
+    """List the entries that contain every word in name, architecture, resolution, images or license, like
     `search ffhq 256 stylegan3`."""
     from finetune.hub import catalog
 
@@ -116,12 +116,11 @@ def fetched(name: str) -> Path:
         return store.fetch_entry(catalog.get(name), tell=tell, progress=progress)
 
 
-@command.command("verify", short_help="Read files again and compare their hashes.")
+@command.command("verify", short_help="Verify the hashes of downloaded files.")
 @click.argument("names", nargs=-1, metavar="[NAME|URL]...")
 @json_option
 def verify_command(names: tuple[str, ...], as_json: bool) -> None:
-    """Read what is in the folder again, or what is named, and compare size and hash with the catalog and
-    with the first download."""
+    """Hash all downloaded files, or those named, and compare them with the catalog and the first download."""
     from finetune.hub import store
 
     verdicts = [store.verify(path) for path in ([place(name) for name in names] or store.kept_files())]
@@ -153,10 +152,10 @@ def place(name: str) -> Path:
     return store.place_of(catalog.get(name))
 
 
-@command.command("where", short_help="Print the path of a file, or of the folder.")
+@command.command("where", short_help="Print the path of a file or of the folder.")
 @click.argument("name", required=False, metavar="[NAME|URL]")
 def where_command(name: str | None) -> None:
-    """Print the path of a checkpoint that is here, or of the folder of all; for scripts."""
+    """Print the path of a downloaded checkpoint, or of the folder of all, for use in scripts."""
     from finetune.hub import store
 
     if name is None:
@@ -169,12 +168,12 @@ def where_command(name: str | None) -> None:
     click.echo(path)
 
 
-@command.command("add-file", short_help="Add a file obtained by other means.")
+@command.command("add-file", short_help="Add a file that you downloaded yourself.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="Its name, if neither hash nor file name identify it.")
+@click.option("--name", metavar="NAME", help="Its name, if neither hash nor file name identifies it.")
 @license_option(help="Its license, if the catalog states none.")
 def add_file_command(file: Path, name: str | None, license: str | None) -> None:
-    """Copy FILE, a catalog checkpoint obtained by other means, into the cache folder.
+    """Copy FILE, a checkpoint of the catalog that you downloaded yourself, into the cache folder.
 
     Its size, hash, architecture, resolution and classes must match the catalog, if it states them.
     """
@@ -208,28 +207,31 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
             click.echo(line)
 
 
-@command.command("add", short_help="Make an entry for the catalog from a URL.")
+@command.command("add", short_help="Create a catalog entry from a URL.")
 @click.argument("url")
 @click.option(
-    "--into", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it there."
+    "--into",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Catalog to write the entry to.  [default: print it]",
 )
 @click.option("--name", "id", metavar="NAME", help="Its name.  [default: that of the file]")
 @click.option("--alias", "aliases", multiple=True, metavar="NAME", help="A shorter name; may be repeated.")
-@click.option("--data", "dataset", metavar="TEXT", help="The images that it was trained on.")
+@click.option("--data", "dataset", metavar="TEXT", help="Images that it was trained on.")
 @license_option(help="Its license, as the publisher states it.")
 @license_option("--license-page", metavar="URL", help="Page that states the license.")
-@click.option("--source", "sources", multiple=True, metavar="TEXT", help="Where these facts are from.")
+@click.option("--source", "sources", multiple=True, metavar="TEXT", help="Source of these facts.")
 @click.option("--config", metavar="TEXT", help="Name of its published configuration.")
-@click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight that it was trained with.")
-@click.option("--batch", type=click.IntRange(min=1), help="Batch that it was trained with.")
-@click.option("--kimg", type=click.FloatRange(min=0), help="Thousands of images that it was trained for.")
+@click.option("--gamma", type=click.FloatRange(min=0), help="R1 weight of its training.")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size of its training.")
+@click.option("--kimg", type=click.FloatRange(min=0), help="Length of its training in thousands of images.")
 @click.option("--notes", metavar="TEXT", help="Notes.")
 @offline_option()
 def add_command(url: str, into: Path | None, **said: Any) -> None:
-    """Fetch the checkpoint at URL, open it safely, and print its entry for checkpoints.json.
+    """Download the checkpoint at URL, open it safely, and print its entry for checkpoints.json.
 
-    Architecture, resolution, classes, size and hash come from the file, the rest from the options; what
-    neither states is left empty. For a URL of the catalog, its entry is completed.
+    Architecture, resolution, classes, size and hash come from the file, the rest from the options;
+    everything else stays empty. For a URL of the catalog, its entry is completed.
     """
     from finetune.hub import catalog, contribute
     from finetune.resolve import as_url, facts_of

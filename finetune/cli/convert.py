@@ -46,7 +46,7 @@ class ArgumentType(click.ParamType):
     type=ArgumentType(),
     multiple=True,
     metavar="NAME=VALUE",
-    help="Constructor argument of the networks of a state dict, if its tensors do not tell. Repeatable.",
+    help="Constructor argument of the networks of a state dict, if not given by its tensors. Repeatable.",
 )
 @write_options
 def command(
@@ -55,7 +55,7 @@ def command(
     """Convert the checkpoint IN to the format of OUT, with the same checks as `finetune export`.
 
     IN is anything that can be opened: official pickles, state dicts and modules written by torch.save, files
-    of the StyleGAN2 port by rosinality, and safetensors of this program.
+    of the StyleGAN2 port by rosinality, and safetensors of this package.
     """
     row = format_of(out, file_format, option="--format")
     write(network_file(source), out, row, architecture=dict(arch), **options)

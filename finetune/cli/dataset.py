@@ -18,16 +18,16 @@ workers_option = click.option(
     "--workers",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Processes that decode images, at most one a core.  [default: one a core]",
+    help="Processes that decode images.  [default: one per core, which is the maximum]",
 )
 
 
-@click.group("dataset", short_help="Check a set of images, or prepare one that trains fastest.")
+@click.group("dataset", short_help="Check a data set, or prepare a zip that loads fastest.")
 def command() -> None:
-    """Check a set of images before training, or bring it to size in a zip that trains fastest.
+    """Check a data set before training, or resize it into a zip that loads fastest.
 
-    Neither is needed: training reads any folder or zip of images, checks all of it first, and brings
-    images to size by --fit.
+    Both are optional: training reads any folder or zip of images, checks all of them first, and resizes
+    them by --fit.
     """
 
 
@@ -39,11 +39,11 @@ def command() -> None:
     help="Check for training on this checkpoint: its resolution, channels and classes.",
 )
 @click.option("--resolution", type=ImageSize(), help="Check for this resolution.")
-@click.option("--fit", type=click.Choice(FITS), help="What to do with other sizes.  [default: crop]")
+@click.option("--fit", type=click.Choice(FITS), help="How other sizes are resized.  [default: crop]")
 @click.option(
     "--cond/--no-cond",
     default=None,
-    help="Check the labels.  [default: as the network; without one, if there are any]",
+    help="Check labels.  [default: as the network; without one, if there are any]",
 )
 @click.option(
     "--labels",
@@ -54,8 +54,8 @@ def command() -> None:
     help="Check dataset.json, or classes from the folders.",
 )
 @workers_option
-@click.option("--fresh", is_flag=True, help="Decode every image, also those that have not changed.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every offender, instead of text.")
+@click.option("--fresh", is_flag=True, help="Decode unchanged images as well.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every problem, instead of text.")
 @offline_option()
 def check_command(
     path: Path,
@@ -68,8 +68,8 @@ def check_command(
     fresh: bool,
     as_json: bool,
 ) -> None:
-    """Look at every image and list, by kind, all that training would refuse, and what else is worth
-    knowing: odd modes, animations, duplicates, names that collide, labels of files that are not there.
+    """Decode every image and list, by kind, everything that training would refuse, and other findings:
+    unusual modes, animations, duplicates, colliding names, labels without a file.
 
     Images that have not changed since the last check or training are not decoded again. Exit code 2 if
     training would refuse something, else 0.
@@ -133,7 +133,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
     return image_size(G), G.img_channels, G.c_dim
 
 
-@command.command("prepare", short_help="Bring images to size, in a zip that trains fastest.")
+@command.command("prepare", short_help="Resize images into a zip that loads fastest.")
 @click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
 @click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
 @click.option(
@@ -144,7 +144,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
 @click.option(
     "--fit",
     type=click.Choice(FITS),
-    help="What to do with other sizes.  [default: crop; without --resolution, refuse them]",
+    help="How images of other sizes are resized.  [default: crop; without --resolution, refuse them]",
 )
 @click.option(
     "--channels",
@@ -163,7 +163,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
     type=click.IntRange(1, 16),
     default=16,
     show_default=True,
-    help="Bits that the values of 16-bit images take, such as 12 for those of many scanners.",
+    help="Bits used by the values of 16-bit images, such as 12 for many scanners.",
 )
 @click.option(
     "--format",
@@ -171,16 +171,16 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
     type=click.Choice(["tiff", "png"]),
     default="tiff",
     show_default=True,
-    help="tiff is read fastest, png takes less room.",
+    help="tiff is read fastest, png is smaller.",
 )
-@click.option("--skip-bad", is_flag=True, help="Leave out what cannot be used, instead of refusing the set.")
+@click.option("--skip-bad", is_flag=True, help="Leave out unusable images instead of refusing the data set.")
 @workers_option
 @click.option("--force", is_flag=True, help="Replace DEST if it exists.")
 def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> None:
-    """Bring the images of SRC, a folder or zip, to size and write them to the uncompressed zip DEST.
+    """Resize the images of SRC, a folder or zip, and write them to the uncompressed zip DEST.
 
-    Folders in SRC stay folders in the zip. An interrupted call is resumed by the same call, and
-    the zip comes out the same to the byte; DEST appears when it is whole.
+    Subfolders are kept. Repeat the command to resume an interrupted call; the zip is identical byte
+    for byte. DEST is created when it is complete.
     """
     from finetune.data.preparing import prepare
     from finetune.data.problems import printable

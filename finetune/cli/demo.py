@@ -10,7 +10,7 @@ from finetune.cli.options import device_option, ops_option, outdir_option
 from finetune.demo import KIMG
 
 
-@click.command("demo", short_help="Fine-tune the bundled checkpoint to the bundled images; needs no network.")
+@click.command("demo", short_help="Fine-tune the bundled checkpoint on the bundled images, offline.")
 @outdir_option(required=False, default=Path("demo-out"), show_default=True)
 @click.option(
     "--kimg",
@@ -25,10 +25,10 @@ from finetune.demo import KIMG
 @device_option(default="cpu")
 @ops_option()
 def command(outdir: Path, kimg: float, seed: int, device: str) -> None:
-    """Fine-tune the bundled checkpoint to the bundled images with self-distillation.
+    """Fine-tune the bundled checkpoint on the bundled images with self-distillation.
 
     Writes before.png and after.png (the same seeds before and after), the run folder and the exported pickle
-    to --outdir, and prints how far the generated images are from the new ones, before and after. Takes a
+    to --outdir, and prints the distances of generated images to the new ones, before and after. Takes a
     few minutes on two CPU cores and needs no network.
     """
     from finetune.demo.run import run_demo

@@ -13,22 +13,22 @@ from typing import Any
 import click
 
 
-@click.command("doctor", short_help="Show how the ops run on this machine, and why.")
+@click.command("doctor", short_help="Show versions, compilers and how the ops run on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option("--clean", is_flag=True, help="Empty the cache of built kernels first.")
 @click.option(
-    "--build", is_flag=True, help="Build the kernels now: for this CPU, and for the GPUs that are here."
+    "--build", is_flag=True, help="Build the kernels for this CPU and the GPUs of this machine."
 )
 @click.option(
     "--arch",
     multiple=True,
     metavar="X.Y",
-    help="With --build: for GPUs of this compute capability, here or not.",
+    help="With --build: for GPUs of this compute capability.",
 )
 def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> None:
-    """Show installed versions, working compilers, and how each op runs on each device, and why.
+    """Show versions, working compilers, and the implementation of each op per device, with the reason.
 
-    Compilers are tried on three lines of code. None is required: if kernels cannot be
+    Compilers are tested on three lines of code. None is required: if kernels cannot be
     built, the ops run in plain torch, which is correct but slower.
     """
     from finetune.errors import ConfigError

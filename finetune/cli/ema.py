@@ -18,7 +18,7 @@ NAME = "network-ema.pkl"
 @click.command("ema", short_help="Choose the half-life of G_ema after training.")
 @click.argument("run", metavar="RUN|SNAPSHOT", type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--metric", default="fd-effnet", show_default=True, help="What decides, named as in `finetune evaluate`."
+    "--metric", default="fd-effnet", show_default=True, help="Metric to optimize (see `finetune evaluate`)."
 )
 @click.option(
     "--half-lives",
@@ -30,7 +30,7 @@ NAME = "network-ema.pkl"
     type=click.IntRange(min=2),
     help="Images to generate for each.  [default: 1000 on a CPU, 5000 on a GPU]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the latents.")
 @click.option("--data", type=click.Path(), metavar="DIR|ZIP", help="The real images.  [default: as trained]")
 @offline_option()
 @device_option()

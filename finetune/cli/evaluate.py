@@ -26,7 +26,7 @@ from finetune.progress import progress_bar
 DEFAULT = "fd-effnet,random-fid"
 
 
-@click.command("evaluate", short_help="Compare a generator with a set of images.")
+@click.command("evaluate", short_help="Measure a generator against a data set.")
 @network_option()
 @click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="The real images.")
 @click.option(
@@ -34,18 +34,18 @@ DEFAULT = "fd-effnet,random-fid"
     default=DEFAULT,
     show_default=True,
     metavar="LIST",
-    help="Of fid, kid, prc (precision, recall), ppl, which fetch Inception or VGG weights once; random-fid; "
-    "fd-effnet, kid-effnet, prc-effnet, ppl-effnet, the first three with -stlpips, and memorization (share "
-    "of near copies of real images), which need no download.",
+    help="Of fid, kid, prc (precision, recall) and ppl, which download Inception or VGG weights once; "
+    "random-fid; fd-effnet, kid-effnet, prc-effnet, ppl-effnet, the first three with -stlpips, and memorization "
+    "(share of near copies of real images), which need no download.",
 )
 @click.option(
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the latents.")
 @click.option(
     "--fit",
     type=click.Choice(FITS),
-    help="What to do with other sizes; numbers depend on it.  [default: refuse them]",
+    help="How images of other sizes are resized, which affects the results.  [default: refuse them]",
 )
 @click.option(
     "--labels",
@@ -57,9 +57,9 @@ DEFAULT = "fd-effnet,random-fid"
 )
 @click.option("--cond/--no-cond", default=None, help="Use labels.  [default: as the network]")
 @click.option(
-    "--mirror", is_flag=True, help="Compare with the mirrored images, too, as FID of mirrored sets is."
+    "--mirror", is_flag=True, help="Compare with mirrored images as well, as after training with --mirror."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at once.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size.")
 @click.option(
     "--workers",
     type=click.IntRange(min=0),
@@ -72,7 +72,7 @@ DEFAULT = "fd-effnet,random-fid"
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Processes that share the work, one for each GPU (or CPU processes, with --device cpu). More "
+    help="Ranks, one per GPU (or CPU processes, with --device cpu). More "
     "machines: torchrun.",
 )
 @click.option(
@@ -111,10 +111,10 @@ def command(
     as_json: bool,
     device: str,
 ) -> None:
-    """Compare the generator of a checkpoint with a set of images.
+    """Measure the generator of a checkpoint against a data set.
 
-    G_ema if there is one, no truncation. Results depend on the numbers of images, the features and the
-    resizing: compare only results measured with the same settings.
+    Uses G_ema if there is one, without truncation. Results depend on the numbers of images, the features and
+    the resizing: compare only results measured with the same settings.
     """
     from finetune.cli.train import report_errors_on_rank0
     from finetune.distributed import env_rank

@@ -24,9 +24,9 @@ def write_options(command):
             click.option(
                 "--which",
                 type=click.Choice(WHICH),
-                help="Networks to write.  [default: all that the format is for]",
+                help="Networks to write.  [default: all that the format supports]",
             ),
-            click.option("--slim", is_flag=True, help="Same as --which G_ema: all that generating needs."),
+            click.option("--slim", is_flag=True, help="Same as --which G_ema, which is enough to generate."),
             click.option("--half", is_flag=True, help="Weights in float16; the difference is measured."),
             click.option("--force", is_flag=True, help="Replace the file if it exists."),
             license_option(help="License of the checkpoint, if it does not state one."),
@@ -37,7 +37,7 @@ def write_options(command):
     return command
 
 
-@click.command("export", short_help="Write a checkpoint for other programs, and check what was written.")
+@click.command("export", short_help="Write a checkpoint for other programs, and verify the file.")
 @network_option()
 @click.option(
     "--format",
@@ -52,7 +52,7 @@ def write_options(command):
 def command(network: str, file_format: str, out: Path, **options: Any) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
-    FILE is created only if all agree. The source of the weights and their license are written to it, too.
+    FILE is created only if all agree. It also states the source of the weights and their license.
     """
     source = network_file(network)
     write(source, out, format_of(out, file_format, option="--format"), **options)

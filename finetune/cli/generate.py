@@ -47,7 +47,7 @@ def start_without_build(device_type: str) -> None:
         custom_ops.build_for_next_start()
 
 
-@click.command("generate", short_help="Make images from a checkpoint, one for each seed.")
+@click.command("generate", short_help="Generate images from a checkpoint, one per seed.")
 @network_option()
 @latent_options
 @click.option(
@@ -83,7 +83,7 @@ def command(
     device: str,
     **latents: Any,
 ) -> None:
-    """Make one image for each seed or saved w: OUTDIR/seed0000.png and so on.
+    """Generate one image per seed or saved w: OUTDIR/seed0000.png and so on.
 
     A seed always gives the same image, independent of the other seeds. If --trunc, --class or --edit have
     several values, or with --mix, an image is made for each combination, OUTDIR/seed0000-trunc0.5.png, and

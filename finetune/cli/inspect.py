@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
 
 
-@click.command("inspect", short_help="Say what a checkpoint holds; nothing in it is executed.")
+@click.command("inspect", short_help="Describe a checkpoint, without executing anything in it.")
 @click.argument("network", metavar=NETWORK)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @offline_option()
 def command(network: str, as_json: bool) -> None:
-    """Say what a checkpoint, or the newest snapshot of a run folder, holds.
+    """Describe a checkpoint, or the newest snapshot of a run folder.
 
     Generation, architecture, sizes, precision, where it comes from, and what is missing. The networks are
     built and every tensor is checked, so a file that passes can be used; nothing in it is executed.

@@ -203,7 +203,7 @@ def ops_option(**overrides: Any):
         "type": click.Choice(OPS_IMPLEMENTATIONS),
         "callback": set_variable,
         "expose_value": False,
-        "help": f"Which kernels run: plain torch is ref, a name never falls back. Also ${OPS_VARIABLE}.",
+        "help": f"Implementation of the ops: ref is plain torch; only auto falls back. Also ${OPS_VARIABLE}.",
     }
     return click.option("--ops", **{**settings, **overrides})
 

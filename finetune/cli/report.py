@@ -22,8 +22,7 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
     finetune report runs/00000-images-stylegan2-256
     finetune report runs/00000-images-stylegan2-256 runs/00001-images-stylegan2-256 --out compare.html
 
-    The page is one file that needs no network: open it in a browser. Training writes it by itself and keeps
-    it current.
+    The page is one self-contained file for a browser. Training writes and updates it as well.
     """
     from finetune.report import write_report
 

@@ -26,7 +26,7 @@ from finetune.errors import ConfigError
 from finetune.progress import progress_bar
 
 
-@click.command("video", short_help="Make a video: a walk through latents, or a morph between networks.")
+@click.command("video", short_help="Render a video: a walk through latents, or a morph between networks.")
 @network_option()
 @click.option(
     "--to",
@@ -71,7 +71,7 @@ def command(
     device: str,
     **latents: Any,
 ) -> None:
-    """Make a video that walks through latents, on a smooth curve in w.
+    """Render a video of a walk through latents, on a smooth curve in w.
 
     It walks from seed to seed (or saved w). If --trunc, --class or --edit have several values, every seed
     walks along those, each in a place of the grid; with --to, every seed stays and the network changes.

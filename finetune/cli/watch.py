@@ -25,8 +25,7 @@ CURVES = {
 def command(run: Path) -> None:
     """Follow a run from another terminal or over ssh, until it ends or Ctrl-C.
 
-    Only reads the run folder, so that it cannot disturb the run. If the output is no terminal, prints one
-    line per tick and every event.
+    Only reads the run folder. If the output is not a terminal, prints one line per tick and every event.
     """
     from rich.console import Console
 
