@@ -125,6 +125,8 @@ def command(
         raise ConfigError("--metrics: the list is empty. Name some, such as fd-effnet,random-fid.")
     if pairs is not None and "memorization" not in names:
         raise ConfigError(f"--pairs {pairs}: has no effect without --metrics memorization.")
+    if inception is not None and not {"fid", "kid", "prc"} & set(names):
+        raise ConfigError(f"--inception {inception}: has no effect without --metrics fid, kid or prc.")
     file = network_file(network)
     start_ranks(gpus, device)
     with report_errors_on_rank0():

@@ -115,6 +115,7 @@ def test_evaluate_two_ranks_equal_one(images, golden_dir, tmp_path):
         (("--metrics", "fd"), "Choose from random-fid"),
         (("--metrics", " ,"), "--metrics: the list is empty"),
         (("--pairs", "a.png", "--num", 4), "has no effect without --metrics memorization"),
+        (("--inception", "w.pth", "--num", 4), "has no effect without --metrics fid, kid or prc"),
         (("--metrics", "fid", "--offline"), "is not on this machine"),
         (("--metrics", "prc-effnet", "--num", 2), "need more than 3 real"),
         (("--cond",), "the network has 0 classes"),
