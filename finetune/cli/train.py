@@ -130,9 +130,9 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
     finetune train --resume runs/00000-images-stylegan2-256
 
     All other options have defaults that follow from the checkpoint, the resolution, the data set and the
-    machine; `--dry-run` prints each with its reason. The run folder contains config.json, log.jsonl, image
-    grids and snapshots. `finetune --offline train …` prevents downloads, `finetune --ops … train` chooses
-    the kernels.
+    machine; `--dry-run` prints each with its reason and downloads nothing. The run folder contains
+    config.json, log.jsonl, image grids, snapshots and report.html, the page of the run. `finetune --offline
+    train …` prevents downloads, `finetune --ops … train` chooses the kernels.
     """
     asked = TrainOptions(**options)
     if dry_run and dry_run_without_checkpoint(asked):
