@@ -1,9 +1,8 @@
 """Write a generator as ONNX: opset 18, standard operators only, float32, for any batch size.
 
 Inputs: `z` [N, z_dim], `c` [N, c_dim] (only with classes), `truncation_psi` []. Outputs: `img` [N, C, H, W]
-and `ws` [N, num_ws, w_dim], where onnx.utils.extract_model can cut mapping and synthesis apart. Each noise
-map of StyleGAN2 is an optional input, such as `b8.conv0.noise_const` [1 or N, 1, R, R]; left out, it is the
-network's own.
+and `ws` [N, num_ws, w_dim], where onnx.utils.extract_model can cut mapping and synthesis apart. In StyleGAN2
+`noise` [1 or N, number of pixels of all noise maps] is an optional input; left out, it is the network's own.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from finetune.checkpoint.load import NETWORKS, Checkpoint
+from finetune.checkpoint.rebuild import tensors_of
 from finetune.errors import ConfigError, ExportError
 from finetune.export.provenance import entry_of
 from finetune.export.stylegan_pickle import plain
@@ -70,15 +70,15 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def to_onnx(G: Network, part: str, *, original: Network | None = None, noise_inputs: bool = True) -> Any:
+def to_onnx(G: Network, part: str, *, original: Network | None = None, noise_input: bool = True) -> Any:
     """Return a part of `G` as an `onnx.ModelProto`: "mapping" up to `ws`, or "synthesis" from there.
 
     With `original`, a network of equal shapes, the input `alpha` [] blends the weights linearly, buffers
-    included: 0 is `original`, 1 is `G`, exactly. Its noise maps are not inputs. ConfigError if shapes differ.
+    included: 0 is `original`, 1 is `G`, exactly. Noise is not an input then. ConfigError if shapes differ.
     Source: "Deep Network Interpolation" (1811.10515), equation 1.
     """
     require_packages()
-    graph = _Graph(G, part, original, noise_inputs and original is None).eval()
+    graph = _Graph(G, part, original, noise_input and original is None).eval()
     with torch.no_grad(), warnings.catch_warnings(), impl.using("ref"):
         warnings.simplefilter("ignore")  # the exporter warns about its own use of torch
         program = torch.onnx.export(
@@ -94,7 +94,8 @@ def to_onnx(G: Network, part: str, *, original: Network | None = None, noise_inp
     assert program is not None
     model = program.model_proto
     model.producer_name, model.producer_version = "stylegan-finetune", __version__
-    _make_noise_optional(model, graph.noise)
+    if graph.maps:
+        _make_noise_optional(model, graph.noise().numpy())
     return model
 
 
@@ -131,11 +132,11 @@ class _Graph(torch.nn.Module):
 
     run: _Mapping | _Synthesis
 
-    def __init__(self, G: Network, part: str, original: Network | None, noise_inputs: bool) -> None:
+    def __init__(self, G: Network, part: str, original: Network | None, noise_input: bool) -> None:
         super().__init__()
-        network = _plain_copy(getattr(G, part))
+        network = plain_copy(getattr(G, part))
         self.run = _Mapping(network) if part == "mapping" else _Synthesis(network)
-        self.original = None if original is None else _plain_copy(getattr(original, part))
+        self.original = None if original is None else plain_copy(getattr(original, part))
         self.blended = [] if self.original is None else _differing(part, self.run.network, self.original)
         batch = 2  # one example would make the batch size a constant of the graph
         if part == "synthesis":
@@ -148,10 +149,15 @@ class _Graph(torch.nn.Module):
         self.inputs = list(self.examples)
         if self.original is not None:
             self.examples["alpha"] = torch.tensor(0.5)
-        self.noise: dict[str, torch.Tensor] = {}
-        if noise_inputs:
-            self.noise = {name: x for name, x in self.run.network.named_buffers() if name.endswith(NOISE)}
-        self.examples |= {name: x.expand(batch, 1, -1, -1).clone() for name, x in self.noise.items()}
+        self.maps: dict[str, torch.Tensor] = {}
+        if noise_input:
+            self.maps = {name: x for name, x in self.run.network.named_buffers() if name.endswith(NOISE)}
+        if self.maps:
+            self.examples["noise"] = self.noise().expand(batch, -1).clone()
+
+    def noise(self) -> torch.Tensor:
+        """Return the noise maps of the network in one row."""
+        return torch.cat([x.reshape(1, -1) for x in self.maps.values()], dim=1)
 
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
         """Return the dimensions of each example that are variable."""
@@ -160,10 +166,15 @@ class _Graph(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         given = dict(zip(self.examples, tensors))
-        replaced = {name: given[name] for name in self.noise}
+        replaced = {}
+        if self.maps:
+            parts = given["noise"].split([x.numel() for x in self.maps.values()], dim=1)
+            replaced = {
+                name: part.reshape(-1, 1, *x.shape) for (name, x), part in zip(self.maps.items(), parts)
+            }
         if self.original is not None:
             alpha = given["alpha"]
-            ours, theirs = _tensors(self.run.network), _tensors(self.original)
+            ours, theirs = tensors_of(self.run.network), tensors_of(self.original)
             # Not torch.lerp, which not every runtime computes exactly at both ends.
             replaced = {name: theirs[name] * (1 - alpha) + ours[name] * alpha for name in self.blended}
         replaced = {f"network.{name}": tensor for name, tensor in replaced.items()}
@@ -194,17 +205,14 @@ class _Synthesis(torch.nn.Module):
         return self.network(ws, noise_mode="const")
 
 
-def _plain_copy(network: Network) -> Network:
+def plain_copy(network: Network) -> Network:
+    """Return a copy on the CPU, in float32, evaluation mode and without gradients."""
     return copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
-
-
-def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _differing(part: str, network: Network, original: Network) -> list[str]:
     """Return the names of the tensors whose values differ; ConfigError if names or shapes do."""
-    ours, theirs = _tensors(network), _tensors(original)
+    ours, theirs = tensors_of(network), tensors_of(original)
     for name in sorted(ours.keys() | theirs.keys()):
         shapes = [list(side[name].shape) if name in side else "absent" for side in (theirs, ours)]
         if shapes[0] != shapes[1]:
@@ -215,31 +223,32 @@ def _differing(part: str, network: Network, original: Network) -> list[str]:
     return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-def _make_noise_optional(model: Any, noise: Mapping[str, torch.Tensor]) -> None:
-    """Give the noise inputs the maps of the network as initializers: such inputs may be left out."""
+def _make_noise_optional(model: Any, noise: np.ndarray) -> None:
+    """Give the input `noise` an initializer: such an input may be left out."""
     from onnx import numpy_helper
 
-    if not noise:
-        return
-    del model.graph.value_info[:]  # shapes of intermediate values, true for N noise maps only
-    for value in model.graph.input:
-        if value.name in noise:
-            value.type.tensor_type.shape.dim[0].dim_param = "1 or N"
-            array = noise[value.name].numpy()[np.newaxis, np.newaxis]
-            model.graph.initializer.append(numpy_helper.from_array(array, value.name))
+    (value,) = (value for value in model.graph.input if value.name == "noise")
+    value.type.tensor_type.shape.dim[0].dim_param = "1 or N"
+    model.graph.initializer.append(numpy_helper.from_array(noise, "noise"))
+    del model.graph.value_info[:]  # shapes of intermediate values, which hold for N rows of noise only
+
+
+def session_of(model: str | os.PathLike | bytes) -> Any:
+    """Return the onnxruntime session of a file, or of its content, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns about an input that may be left out
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxGenerator:
     """A written generator in onnxruntime on the CPU, called as the network is."""
 
-    def __init__(self, model: str | os.PathLike | bytes) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.session = session_of(path)
         self.inputs = {value.name for value in self.session.get_inputs()}
-        self.noise = {value.name: value.shape for value in self.session.get_overridable_initializers()}
+        self.noise_shapes = [value.shape for value in self.session.get_overridable_initializers()]
 
     def __call__(
         self, z: torch.Tensor, c: torch.Tensor, *, truncation_psi: float = 1, noise_mode: str = "const"
@@ -248,8 +257,8 @@ class OnnxGenerator:
         given = {"z": z.cpu().numpy(), "truncation_psi": np.array(truncation_psi, np.float32)}
         if "c" in self.inputs:
             given["c"] = c.cpu().numpy()
-        if noise_mode == "none":
-            given |= {name: np.zeros([1, *shape[1:]], np.float32) for name, shape in self.noise.items()}
+        if noise_mode == "none" and self.noise_shapes:
+            given["noise"] = np.zeros([1, self.noise_shapes[0][1]], np.float32)
         return torch.from_numpy(self.session.run(["img"], given)[0])
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +13,19 @@ import torch
 from click.testing import CliRunner
 from tolerances import NETWORK_F32, assert_close
 
+import finetune
 from finetune.cli import cli
 from finetune.errors import ConfigError, ExportError
 from finetune.export import onnx as to
 from finetune.export.save import save
 from finetune.models.stylegan2 import Generator
-from finetune.sampling import z_from_seeds
+from finetune.sampling import generate, to_uint8, z_from_seeds
 
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
+ROOT = Path(__file__).parents[2]
 SIZES = dict(z_dim=8, c_dim=2, w_dim=8, img_resolution=4, img_channels=3)
 METADATA = {"license": "CC0-1.0", "network": "G_ema"}
 C = torch.eye(2)[[0, 1, 0]]
@@ -46,9 +49,13 @@ def run(model, outputs=None, **inputs):
     return session.run(outputs, {name: np.asarray(x, np.float32) for name, x in inputs.items()})
 
 
+def export(G):
+    return to.join(*(to.to_onnx(G, part) for part in to.PARTS))
+
+
 @pytest.fixture(scope="module")
 def exported():
-    model = to.join(*(to.to_onnx(tiny(), part) for part in to.PARTS))
+    model = export(tiny())
     to.add_metadata(model, METADATA)
     return model
 
@@ -72,18 +79,22 @@ def test_onnx_images(exported, psi):
     assert_close(one, img[1:2], NETWORK_F32)
 
 
-@pytest.mark.parametrize("maps", [1, 3])
-def test_onnx_given_noise(exported, maps):
-    G = tiny()
-    names = [name for name, _ in G.synthesis.named_buffers() if name.endswith("noise_const")]
-    assert names == [value.name for value in exported.graph.input][3:]
-    noise = {name: torch.randn([maps, 1, *G.synthesis.get_buffer(name).shape]) for name in names}
+@pytest.mark.slow
+def test_onnx_given_noise():
+    G = tiny(img_resolution=8)
+    exported = export(G)
+    maps = [tensor for name, tensor in G.synthesis.named_buffers() if name.endswith("noise_const")]
     z = z_from_seeds(range(3), 8)
-    img = run(exported, ["img"], z=z, c=C, truncation_psi=1, **noise)[0]
-    for i in range(3):
-        for name in names:
-            G.synthesis.get_buffer(name).copy_(noise[name][i % maps, 0])
-        assert_close(img[i], G(z[i : i + 1], C[i : i + 1], noise_mode="const")[0], NETWORK_F32)
+    assert len(maps) == 3
+    for rows in (1, 3):
+        noise = torch.randn([rows, sum(x.numel() for x in maps)])
+        img = run(exported, ["img"], z=z, c=C, truncation_psi=1, noise=noise)[0]
+        for i in range(3):
+            first = 0
+            for x in maps:
+                x.copy_(noise[i % rows, first : first + x.numel()].reshape(x.shape))
+                first += x.numel()
+            assert_close(img[i], G(z[i : i + 1], C[i : i + 1], noise_mode="const")[0], NETWORK_F32)
 
 
 def test_onnx_cut_at_ws(exported):
@@ -112,9 +123,7 @@ def test_onnx_blend(blended):
 
 
 def test_onnx_blend_refuses_other_shapes():
-    with pytest.raises(
-        ConfigError, match=re.escape("synthesis.b8.conv0.affine.bias is [8], here absent")
-    ):
+    with pytest.raises(ConfigError, match=re.escape("synthesis.b8.conv0.affine.bias is [8], here absent")):
         to.to_onnx(tiny(), "synthesis", original=tiny(img_resolution=8))
 
 
@@ -168,3 +177,17 @@ def test_onnx_export_command(golden_dir, tmp_path, name):
     metadata = to.OnnxGenerator(tmp_path / "x.onnx").session.get_modelmeta().custom_metadata_map
     assert metadata["network"] == "G_ema" and metadata["family"] in name
     assert json.loads(metadata["finetune"])["source"]["source"] == f"{name}.pkl"
+
+
+@pytest.mark.slow
+def test_onnx_documentation(tmp_path, monkeypatch):
+    """The code of docs/onnx.md gives the image of `finetune generate`."""
+    checkpoint = finetune.load(ROOT / "finetune" / "demo" / "faces-3d-64.pkl")
+    monkeypatch.chdir(tmp_path)
+    save(checkpoint, "faces.onnx")
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text("utf-8"), re.DOTALL):
+        exec(code, names)
+    ((_, expected),) = generate(checkpoint.best, [7], truncation_psi=0.7)
+    assert np.abs(to_uint8(torch.from_numpy(names["img"]))[0].astype(int) - expected).max() <= 1
+    assert (tmp_path / "mapping.onnx").exists() and (tmp_path / "synthesis.onnx").exists()
