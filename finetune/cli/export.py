@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import license_option, network_file, network_option, offline_option
+from finetune.cli.options import NETWORK, license_option, network_file, network_option, offline_option
 from finetune.errors import ConfigError
 from finetune.export.formats import FORMATS, WHICH, Format, format_of
 from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
+
+WEB = "web"
 
 
 def write_options(command):
@@ -42,19 +44,44 @@ def write_options(command):
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(list(FORMATS)),
+    type=click.Choice([*FORMATS, WEB]),
     default="stylegan-pkl",
     show_default=True,
-    help="; ".join(f"{row.name} opens in {row.opens_in}" for row in FORMATS.values()) + ".",
+    help="; ".join(f"{row.name} opens in {row.opens_in}" for row in FORMATS.values())
+    + "; web is a folder with a page that generates images in a browser.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File (web: folder) to write.",
+)
+@click.option(
+    "--original",
+    metavar=NETWORK,
+    help="web: the checkpoint that training started from; the page morphs between both.",
+)
+@click.option(
+    "--runtime",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="web: folder with the files of onnxruntime-web.  [default: fetched with npm, and cached]",
+)
 @write_options
-def command(network: str, file_format: str, out: Path, **options: Any) -> None:
+def command(
+    network: str, file_format: str, out: Path, original: str | None, runtime: Path | None, **options: Any
+) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
     FILE is created only if all agree. It also states the source of the weights and their license.
     """
     source = network_file(network)
+    if file_format == WEB:
+        write_web(source, out, original, runtime, **options)
+        return
+    if original or runtime:
+        raise ConfigError("--original, --runtime: have no effect without --format web. Omit them, or use it.")
     write(source, out, format_of(out, file_format, option="--format"), **options)
 
 
@@ -111,6 +138,42 @@ def write(
         click.echo(line)
     for note in checkpoint.notes:
         click.echo(f"Note: {note}.")
+
+
+def write_web(
+    source: Path,
+    out: Path,
+    original: str | None,
+    runtime: Path | None,
+    *,
+    which: str | None,
+    slim: bool,
+    half: bool,
+    force: bool,
+    license: str | None,
+) -> None:
+    """Write the page of the checkpoint `source` to the folder `out`."""
+    from finetune.export.save import select
+    from finetune.export.web import write_page
+    from finetune.resolve import load
+
+    if half or which in ("D", "all"):
+        raise ConfigError(
+            "--format web: a page has one generator in float32. Omit --half, --which D and --which all."
+        )
+    checkpoint = with_license(load(source), license)
+    if which or slim:
+        checkpoint = select(checkpoint, which or "G_ema")
+    first = None if original is None else load(network_file(original))
+    with progress_bar("writing the page", 1) as progress:
+        page = write_page(out, checkpoint, original=first, runtime=runtime, force=force, progress=progress)
+    click.echo(f"Wrote {out} ({page.num_bytes:,} bytes). To open it: python -m http.server --directory {out}")
+    click.echo(
+        f"Models compared: {page.num_images} images, largest difference {page.max_difference:.3g} "
+        "(of values in -1 to 1)."
+    )
+    for line in provenance_lines(checkpoint.provenance.to_dict()):
+        click.echo(line)
 
 
 def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
