@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import CheckpointError
+from finetune.hub import huggingface
 from finetune.recipes import Published
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def load(
     """Open the checkpoint that `network` means: a file, run folder (its newest snapshot), name or URL.
 
     Nothing in the file is executed. The license is that which the file states or, for a public checkpoint,
-    that of the catalog. architecture: constructor arguments of state dicts, for those that no tensor tells.
-    Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
+    that of the catalog or of its model card. architecture: constructor arguments of state dicts, for those
+    that no tensor tells. Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
     """
     from finetune.checkpoint.load import load as load_file
     from finetune.hub.identify import find_license
@@ -65,6 +66,8 @@ def load(
         size=origin.size,
         resolution=checkpoint.network.img_resolution,
     )
+    if license is None and (address := huggingface.address_of(path)):
+        license = huggingface.license_of(address)
     return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
 
 
@@ -120,13 +123,15 @@ def resolve_network(
     tell: Callable[[str], None] = log.info,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
-    """Return the checkpoint file that `network` means: a file, run folder, catalog name or URL.
+    """Return the checkpoint file that `network` means: a file, run folder, catalog name or URL (hf:// too).
 
     The file of a run folder is its newest snapshot; that of a name or URL is downloaded if it is not on this
     machine. `tell` is called with what is downloaded and its license, `progress` with the bytes so far and in
     total. Raises CheckpointError if `network` is none of these, and what `hub.download.fetch` raises.
     """
     text = os.fspath(network)
+    if address := huggingface.parse(text):
+        return huggingface.fetch(address, tell=tell)
     if url := as_url(text):
         from finetune.hub import store
 

@@ -26,7 +26,7 @@ from torch_utils.files import WriteError
 # In the order of use; `finetune --help` keeps it.
 COMMANDS = (
     "demo", "checkpoints", "inspect", "dataset", "train", "watch", "report", "generate", "video", "blend",
-    "project", "directions", "evaluate", "ema", "export", "convert", "doctor",
+    "project", "directions", "evaluate", "ema", "export", "convert", "hub", "doctor",
 )  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def network_option(**overrides: Any):
     settings: dict[str, Any] = {
         "required": True,
         "metavar": NETWORK,
-        "help": "Checkpoint file, run folder (its newest snapshot), name of `finetune checkpoints`, or URL.",
+        "help": "Checkpoint file, run folder (its newest snapshot), name of `finetune checkpoints`, or URL "
+        "(hf://USER/REPO too).",
     }
     return click.option("--network", **{**settings, **overrides})
 

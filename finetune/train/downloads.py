@@ -12,7 +12,8 @@ from finetune import recipes
 from finetune.config import TrainConfig, TrainOptions
 from finetune.data import scan
 from finetune.device import resolve_device
-from finetune.hub import catalog, store
+from finetune.errors import CheckpointError
+from finetune.hub import catalog, huggingface, store
 from finetune.hub.download import stated_size
 from finetune.metrics import inception
 from finetune.metrics.evaluate import METRICS, PPL_BACKBONES
@@ -26,6 +27,12 @@ from finetune.train.validation import names_of
 
 def missing_checkpoint(resume: str) -> str | None:
     """Return what would be downloaded for `--resume`, with its size; None if nothing."""
+    if address := huggingface.parse(resume):
+        try:
+            huggingface.find(address)
+        except CheckpointError:
+            return f"checkpoint {address}"
+        return None
     if url := as_url(resume):
         is_here = store.is_kept(store.place_of_url(url))
         return None if is_here else f"checkpoint {url}, {_size(None, [url])}"

@@ -1,0 +1,152 @@
+"""Publish a checkpoint on the Hugging Face Hub: safetensors, sample images and a model card."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.unpickle.stubs import printable
+from finetune.errors import ConfigError
+from finetune.export.save import save
+from finetune.hub import download
+from finetune.hub.huggingface import explained, library
+from finetune.hub.identify import BY_NAME
+from finetune.models import image_size
+from finetune.sampling import generate, save_grid
+
+FILE, SAMPLES, CARD = "model.safetensors", "samples.png", "README.md"
+NUM_SAMPLES = 16
+PSI = 0.7
+# Licenses that the Hub has an identifier for, and that checkpoints have; any other is "other".
+IDENTIFIERS = re.compile(r"(?i)(mit|apache-2\.0|cc0-1\.0|unlicense|cc-by(-nc)?(-sa|-nd)?-[34]\.0)\b")
+USAGE = """## Usage
+
+```bash
+finetune generate --network hf://{repo} --seeds 0-15 --trunc {psi} --outdir out
+finetune convert hf://{repo} network.pkl    # for the StyleGAN2-ADA and StyleGAN3 code bases
+```
+
+```python
+import finetune
+
+G = finetune.load("hf://{repo}").best    # G(z, c) -> images in -1 to 1
+```"""
+
+
+def check_license(checkpoint: Checkpoint) -> str:
+    """Return the license under which a checkpoint would be published; ConfigError if it is not known."""
+    license = checkpoint.provenance.licence
+    if not license or license.endswith(BY_NAME):
+        what = f"only guessed: {license}" if license else "not known"
+        raise ConfigError(
+            f"{checkpoint.provenance.source}: its license is {what}. State it with --license TEXT, as the "
+            "source of the weights does."
+        )
+    return license
+
+
+def push(
+    checkpoint: Checkpoint,
+    repo: str,
+    *,
+    public: bool = False,
+    which: str = "all",
+    metrics: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Upload a checkpoint to `repo` ("user/name") in one commit, and return its URL.
+
+    The repository is made if it does not exist: private, unless `public`. metrics: a measurement of the log
+    of a run. Raises ConfigError for an unknown license, or a public repository without `public`;
+    CheckpointError if the upload fails. Nothing is uploaded unless the file was read back and compared.
+    """
+    check_license(checkpoint)
+    if download.is_offline():
+        raise ConfigError(f"hf://{repo}: publishing needs the network, and {download.OFFLINE} forbids it.")
+    hub = library()
+    api = hub.HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        save(checkpoint, Path(folder) / FILE, which=which, progress=progress)
+        if checkpoint.best is not None:
+            images = [image for _, image in generate(checkpoint.best, range(NUM_SAMPLES), truncation_psi=PSI)]
+            save_grid(images, Path(folder) / SAMPLES)
+        (Path(folder) / CARD).write_text(model_card(checkpoint, repo, metrics), encoding="utf-8")
+        with explained(f"hf://{repo}: publishing"):
+            api.create_repo(repo, private=not public, exist_ok=True)
+            if not public and not api.model_info(repo).private:
+                raise ConfigError(f"hf://{repo}: this repository is public. Use --public, or another name.")
+            files = [hub.CommitOperationAdd(path.name, path) for path in sorted(Path(folder).iterdir())]
+            commit = api.create_commit(repo, files, commit_message=f"Add {checkpoint.provenance.source}")
+    return str(getattr(commit, "repo_url", None) or commit.commit_url)
+
+
+def model_card(checkpoint: Checkpoint, repo: str, metrics: Mapping[str, Any] | None = None) -> str:
+    """Return the model card: metadata, images, usage, license, data, metrics, origin of the weights."""
+    origin = checkpoint.provenance
+    network, license = checkpoint.network, check_license(checkpoint)
+    height, width = image_size(network)
+    what = f"{checkpoint.family} at {width} x {height} px"
+    what += f", {network.c_dim} classes" if network.c_dim else ""
+    what += f", trained for {origin.nimg / 1000:g} kimg" if origin.nimg else ""
+    data = (origin.training or {}).get("data") or "Not stated."
+    metadata = _metadata(checkpoint, license).to_yaml()
+    sections = [f"---\n{metadata}\n---", f"# {repo.partition('/')[2]}", f"{what}."]
+    if checkpoint.best is not None:
+        caption = f"{NUM_SAMPLES} images: seeds 0 to {NUM_SAMPLES - 1}, truncation psi {PSI}"
+        sections.append(f"![{caption}]({SAMPLES})")
+    sections += [
+        USAGE.format(repo=repo, psi=PSI),
+        f"## License\n\n{_text(license)}",
+        f"## Data\n\n{_text(data)}",
+        f"## Metrics\n\n{_metrics(metrics)}",
+        f"## Origin\n\n{_origin(checkpoint)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(checkpoint: Checkpoint, license: str) -> Any:
+    data = library().ModelCardData(
+        library_name="stylegan-finetune",
+        pipeline_tag="unconditional-image-generation",
+        tags=["gan", checkpoint.family],
+    )
+    found, link = IDENTIFIERS.match(license), re.search(r"https?://\S+", license)
+    if found:
+        data.license = found[0].lower()
+    else:
+        data.license, data.license_name = "other", _text(license.partition(",")[0])
+        data.license_link = link[0] if link else None
+    return data
+
+
+def _metrics(metrics: Mapping[str, Any] | None) -> str:
+    from_log = dict(metrics or {})
+    num = from_log.pop("num", "?")
+    rows = [
+        f"| {_text(name)} | {value:.4g} |"
+        for name, value in from_log.items()
+        if type(value) is float and not name.endswith(("_spread", "_error")) and name not in ("kimg", "sec")
+    ]
+    if not rows:
+        return "Not measured."
+    head = f"Measured during training, with {num} generated images.\n\n| metric | value |\n| --- | --- |\n"
+    return head + "\n".join(rows)
+
+
+def _origin(checkpoint: Checkpoint) -> str:
+    lines: list[str] = []
+    step: dict[str, Any] | None = checkpoint.provenance.to_dict()
+    while step:
+        sha256 = _text(step["sha256"] or "not known")
+        lines.append(f"- {_text(step['source'] or 'unnamed')}, SHA-256 {sha256}")
+        step = step.get("parent")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """A text of a file for Markdown: one line, no markup."""
+    return re.sub(r"[|<>`\[\]\\]", " ", printable(str(value)))
