@@ -189,6 +189,8 @@ def _rescaled_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
     lower = _opened(data)
     other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     try:
+        if image.mode not in ("RGB", "RGBA"):
+            raise ValueError(image.mode)
         lower.tile = [_in_other_order(tile, other) for tile in lower.tile]
         lower.load()
     except (ValueError, KeyError, OSError):

@@ -79,10 +79,8 @@ class ImageSet(Dataset):
 
     @property
     def label_kind(self) -> str | None:
-        """Return 'classes' or 'vectors', None without labels."""
-        if self._labels is None:
-            return None
-        return "vectors" if self._labels.values.ndim == 2 else "classes"
+        """Return 'classes' or 'vectors', None without labels. Vectors that are all one-hot are classes."""
+        return None if self._labels is None else self._labels.kind
 
     def __len__(self) -> int:
         return len(self.names) * (2 if self.mirror else 1)

@@ -26,6 +26,14 @@ class Labels:
     values: np.ndarray
     num_classes: int
 
+    @property
+    def kind(self) -> str:
+        """Return 'classes', also for vectors that are all one-hot, or 'vectors'."""
+        values = self.values
+        if values.ndim == 1 or (np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all()):
+            return "classes"
+        return "vectors"
+
     def one_hot(self, picked: np.ndarray | int) -> np.ndarray:
         """Return labels as float32, `[num_classes]` for one, `[n, num_classes]` for n; vectors unchanged."""
         if self.values.ndim == 2:

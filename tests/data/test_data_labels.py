@@ -42,6 +42,20 @@ def test_labels_classes_become_one_hot(labeled, name):
     assert labels.one_hot(0).dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        ((1, 0, 2), "classes"),
+        (([0, 1], [1, 0], [0.0, 1.0]), "classes"),
+        (([0, 1], [1, 1], [0, 1]), "vectors"),
+        (([0, 1], [0.5, 0.5], [0, 1]), "vectors"),
+        (([0, 1], [2, -1], [0, 1]), "vectors"),
+    ],
+)
+def test_labels_kind(labeled, labels, kind):
+    assert read(labeled(pairs(*labels)))[0].kind == kind
+
+
 def test_labels_vectors_are_kept(labeled):
     labels, problems = read(labeled(pairs([0.5, -1], [1, 2], [0, 1e-3])))
     assert problems == [] and labels.num_classes == 2
