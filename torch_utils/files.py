@@ -89,7 +89,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))  # through a link, so that the link itself stays one
     if target.is_dir():
         raise WriteError(f"{path} is a folder.", hint="Pass the name of a file in it.")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    # Cut, since a longer name than that of the target may be too long for the file system.
+    temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as stream:

@@ -195,6 +195,8 @@ def _wrong_class(value: Any, num_classes: int | None) -> str | None:
     """Return what is wrong with one class index, or None."""
     if value is MISSING:
         return f"not in {LABELS_NAME}"
+    if isinstance(value, float) and value.is_integer():  # as the official code reads it
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         return f"{_shown(value)} is not a whole number"
     if value < 0:

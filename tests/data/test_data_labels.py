@@ -46,6 +46,7 @@ def test_labels_classes_become_one_hot(labeled, name):
     ("labels", "kind"),
     [
         ((1, 0, 2), "classes"),
+        ((1.0, 0.0, 2.0), "classes"),
         (([0, 1], [1, 0], [0.0, 1.0]), "classes"),
         (([0, 1], [1, 1], [0, 1]), "vectors"),
         (([0, 1], [0.5, 0.5], [0, 1]), "vectors"),

@@ -71,6 +71,14 @@ def test_a_full_disk(tmp_path, monkeypatch, step, existed):
     assert not existed or path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("letter", ["a", "ü", "\U00020000"])
+def test_atomic_write_longest_name(tmp_path, letter):
+    target = tmp_path / (letter * (250 // len(letter.encode())) + ".pkl")
+    with atomic_write(target) as stream:
+        stream.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
 def test_atomic_write_target_is_folder(tmp_path):
     with pytest.raises(WriteError, match="is a folder"), atomic_write(tmp_path):
         raise AssertionError("never reached")
