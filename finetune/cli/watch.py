@@ -83,8 +83,8 @@ def line_of(record: RunRecord, line: dict[str, Any]) -> str:
     from finetune.report.status import duration, losses, rate
 
     return (
-        f"{line['kimg']:8.2f} kimg  {rate(line.get('img_per_sec', 0.0)):>12}  {duration(line['sec'])} gone  "
-        f"{losses(line)}"
+        f"{line['kimg']:8.2f} kimg  {rate(line.get('img_per_sec', 0.0)):>12}  "
+        f"{duration(line['sec'])} elapsed  {losses(line)}"
     )
 
 

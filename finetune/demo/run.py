@@ -61,7 +61,7 @@ def recipe(outdir: Path, checkpoint: Path, images: Path, kimg: float, seed: int)
         dlr=0.004,
         ema_kimg=0.5,
         mirror=True,
-        augpipe="color",  # geometry is dear on a CPU
+        augpipe="color",  # geometric augmentations are expensive on a CPU
         sd_backbone="efficientnet-lite0",
         metrics="none",  # measured before and after
         seed=seed,
@@ -81,10 +81,10 @@ def run_demo(
     num_images: int = NUM_IMAGES,
     console: Console | None = None,
 ) -> DemoResult:
-    """Fine-tune, with images and distances before and after, and export; everything goes into `outdir`.
+    """Fine-tune and export, with images and distances before and after, all in `outdir`.
 
-    Without the package of EfficientNet-Lite0 the student is held to its teacher by `l2` and only random-FID
-    is measured; a line reports it. Raises FinetuneError if a bundled file is missing.
+    Without the package of EfficientNet-Lite0, the distillation distance is `l2` and the only metric
+    random-FID, which a line reports. Raises FinetuneError if a bundled file is missing.
     """
     started = time.perf_counter()
     console = console if console is not None else Console()
@@ -123,7 +123,7 @@ def run_demo(
 
 
 def speaker(console: Console) -> Callable[[str], None]:
-    """Print lines as they are: no markup, no colors in numbers, no wrapping of paths."""
+    """Return a function that prints lines without markup, highlighting and wrapping."""
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -138,7 +138,7 @@ def available(config: TrainOptions, say: Callable[[str], None]) -> tuple[TrainOp
 
 
 def save_images(G: Network, path: Path) -> None:
-    """Save a sheet of the first seeds, the same for every generator; classes, if any, take turns."""
+    """Save a grid of the first seeds, equal for every generator, cycling through the classes."""
     columns, rows = GRID
     images = []
     for seed in range(columns * rows):

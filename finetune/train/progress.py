@@ -71,10 +71,10 @@ class Display:
             self.losses += f" p {state.ada.p:.3f}"
         self.memory = f"{numbers['memory_gib']:.1f} GiB" if numbers.get("memory_gib") else ""
         if self.live is None:
-            gone = duration(time.perf_counter() - self.started)
+            elapsed = duration(time.perf_counter() - self.started)
             self.say(
                 f"{state.nimg / 1000:8.2f} kimg  {rate(numbers['img_per_sec']):>12}  {self.memory}  "
-                f"{gone} gone, {self._left(state)}  {self.losses}"
+                f"{elapsed} elapsed, {self._left(state)}  {self.losses}"
             )
 
     def _seconds_per_image(self, state: TrainState) -> float:

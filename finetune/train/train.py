@@ -134,7 +134,7 @@ def open_run(prepared: Prepared, display: Display, path: Path) -> Run:
     if origin.saved is None:
         run = build_run(prepared, display, path)
         run.run_dir.write_fakes(state.G_ema, "-init")
-        run.checkpointer.save_state()  # so that there is always one
+        run.checkpointer.save_state()  # a rollback needs one
     else:
         run = build_run(prepared, display, path)
         run.checkpointer.load_state_dict(origin.saved.content)

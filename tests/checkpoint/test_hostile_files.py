@@ -430,13 +430,13 @@ def test_load_names_text_file(tmp_path, name):
         finetune.load(path)
     quoted = " ".join(TEXTS[name].split())[:40]
     assert refusal.value.what.startswith(f"{path} is not a checkpoint: it is text: '{quoted}")
-    assert "asks for" not in str(refusal.value)
+    assert "refers to" not in str(refusal.value)
 
 
 def test_load_refuses_hostile_text_pickle(tmp_path):
     path = tmp_path / "network.pkl"
     path.write_bytes(b"cos\nsystem\n(Vecho\ntR.")
-    with pytest.raises(PickleRefused, match=r"asks for os\.system"):
+    with pytest.raises(PickleRefused, match=r"refers to os\.system"):
         finetune.load(path)
 
 

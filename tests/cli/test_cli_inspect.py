@@ -139,7 +139,7 @@ def test_inspect_hostile_file(inspect, tmp_path):
     result = inspect(path)
     assert result.exit_code == 2 and result.stdout == ""
     name = f"{os.system.__module__}.system"
-    assert f"Error: {path} asks for {name} (at byte " in result.stderr
+    assert f"Error: {path} refers to {name} (at byte " in result.stderr
     assert "nothing was executed" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -91,7 +91,7 @@ MISTAKES = {
     "login page": (f"{WITH} page.pkl", "it is a web page: 'Sign in to Google Drive'", "get the file again"),
     "empty file": (f"{WITH} empty.pkl", "empty.pkl is empty", "Download or copy it again"),
     "cut download": (f"{WITH} cut.pkl", "the file may be cut off (at byte 2)", "download it again"),
-    "hostile pickle": (f"{WITH} hostile.pkl", "asks for builtins.eval", "nothing was executed"),
+    "hostile pickle": (f"{WITH} hostile.pkl", "refers to builtins.eval", "nothing was executed"),
     "torch.save": (f"{WITH} weights.pt", "a state dict of an unknown network (weight", "can be opened"),
     "no discriminator": (f"{WITH} no-d.pkl", "the file has G, G_ema, but no discriminator D", "--new-d"),
     "only a discriminator": (f"{WITH} only-d.pkl", "has no generator, only D", "Use a file with G or G_ema"),

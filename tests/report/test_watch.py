@@ -19,7 +19,7 @@ def test_watch_prints_lines_and_ends_with_the_run(make_run):
     assert result.exit_code == 0 and len(lines) == 51
     assert (
         lines[9].split()
-        == "40.00 kimg 66.7 img/s 10:00 gone G 1.946 D 0.700 SD 1.100 random-fid@1000 0.6".split()
+        == "40.00 kimg 66.7 img/s 10:00 elapsed G 1.946 D 0.700 SD 1.100 random-fid@1000 0.6".split()
     )
     assert lines[-1] == "    4.00 kimg  ADA is at <its> limit."
 
@@ -35,7 +35,7 @@ def test_watch_follows_a_growing_log(make_run, monkeypatch):
 
     monkeypatch.setattr(watch.time, "sleep", grow)
     result = CliRunner().invoke(cli, ["watch", str(folder)])
-    assert result.output.splitlines()[-1] == "  200.00 kimg     2.5 s/img  50:00 gone  G 1.500"
+    assert result.output.splitlines()[-1] == "  200.00 kimg     2.5 s/img  50:00 elapsed  G 1.500"
 
 
 def test_watch_of_a_stopped_run_names_the_command(make_run):

@@ -28,7 +28,7 @@ def read_pickle(path: Path) -> PickleFile:
     """Read a pickle or a file of torch.save without executing anything in it.
 
     Raises CheckpointError where there is no such file or it is no pickle (and says what it looks like),
-    PickleRefused where it is damaged, asks for a global that acts, or grows beyond its size.
+    PickleRefused where it is damaged, refers to a name that acts, or grows beyond its size.
     """
     data = _read(path)
     refuse_other_formats(path, data)

@@ -80,11 +80,11 @@ SAVE_AGAIN = (
 )
 
 
-def block(name: str, offset: int, why: str = "is not read here", hint: str | None = None) -> NoReturn:
+def block(name: str, offset: int, why: str = "is not allowed", hint: str | None = None) -> NoReturn:
     """Refuse a whole file for what it names."""
     name = printable(name)
     raise PickleRefused(
-        f"the pickle asks for {name} (at byte {offset}), which {why}; nothing was executed",
+        f"the pickle refers to {name} (at byte {offset}), which {why}; nothing was executed",
         offset=offset,
         blocked=name,
         hint=hint or f"{NOT_OPENED} {SAVE_AGAIN}",
@@ -97,12 +97,13 @@ WRITTEN_BY_DILL = f"The file was written by dill, with classes or functions of i
 def block_acting(name: str, offset: int, is_dill: bool = False) -> NoReturn:
     """Refuse a whole file for a name that Python's pickle could run code or commands with."""
     caution = (
-        "With pickle or torch.load such a file can run anything: open it there only if you trust its author."
+        "Note that pickle.load and torch.load would execute it: do not open the file with them unless you "
+        "trust its author."
     )
     block(
         name,
         offset,
-        "no network needs and which can run code or commands",
+        "can run code or commands",
         f"{WRITTEN_BY_DILL} {caution}" if is_dill else caution,
     )
 
