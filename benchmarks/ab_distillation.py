@@ -44,6 +44,7 @@ from ab_report import (
     TRAJECTORY,
     Records,
     costs_of,
+    half_lives_table,
     plot,
     results_of,
     seeds_of,
@@ -60,7 +61,7 @@ from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation
 from finetune.models import image_size
 from finetune.resolve import load, resolve_network
-from finetune.train import RunResult, prepare, run
+from finetune.train import RunResult, posthoc_ema, prepare, run
 
 DEMO = ROOT / "finetune" / "demo"
 CHECKPOINTS, RESULTS = ROOT / "benchmarks" / "checkpoints", ROOT / "benchmarks" / "results"
@@ -123,7 +124,6 @@ def config_of(task: Task, seed: int, arm: Arm) -> TrainOptions:
         "kimg": job.kimg,
         "tick": job.kimg / task.measurements / 4,
         "snap": 4,  # the curve is measured at snapshots
-        "keep": 1,
         "metrics": CURVE,
         "metrics_num": min(1000, job.num),
         "save_every_min": 5,
@@ -191,7 +191,8 @@ def run_one(task: Task, seed: int, arm: Arm, threads: int) -> dict[str, Any]:
     kept += ("path_per_kimg_G", "straightness_G", "update_cosine_G")
     found = {
         "config": json.loads(result.config.to_json()),
-        "final": measure(task, result.snapshot),
+        "final": measure(task, load(result.snapshot, device=resolve_device(task.device)).best),
+        "half_lives": half_lives_of(task, result) if task.job.half_lives else {},
         "points": [{"kimg": line["kimg"], **line["metrics"]} for line in lines if "metrics" in line],
         "diagnostics": [{name: line[name] for name in kept if name in line} for line in lines],
         "sec_per_phase": phases,
@@ -204,10 +205,8 @@ def run_one(task: Task, seed: int, arm: Arm, threads: int) -> dict[str, Any]:
     return found
 
 
-def measure(task: Task, checkpoint: Path) -> dict[str, float]:
-    """Return the metrics of a checkpoint."""
-    device = resolve_device(task.device)
-    G: Any = load(checkpoint, device=device).best
+def measure(task: Task, G: Any, judges: str = "", num: int = 0) -> dict[str, float]:
+    """Return metrics of a generator, by default those of the job."""
     images = ImageSet(
         task.data,
         resolution=image_size(G),
@@ -217,15 +216,26 @@ def measure(task: Task, checkpoint: Path) -> dict[str, float]:
         use_labels=G.c_dim > 0,
         num_classes=G.c_dim or None,
     )
-    evaluation = Evaluation(images, task.job.judges.split(","), device=device, cache=True)
-    return {name: each.value for name, each in evaluation.distances(G, task.job.num).items()}
+    which, device = (judges or task.job.judges).split(","), resolve_device(task.device)
+    evaluation = Evaluation(images, which, device=device, cache=True)
+    return {name: each.value for name, each in evaluation.distances(G, num or task.job.num).items()}
+
+
+def half_lives_of(task: Task, result: RunResult) -> dict[str, float]:
+    """Return CURVE by the half-life of G_ema in kimg, reconstructed from the averages of a run."""
+    G_ema: Any = load(result.snapshot, device=resolve_device(task.device)).G_ema
+    saved, found = posthoc_ema.saved_averages(result.snapshot), {}
+    for kimg in posthoc_ema.grid(result.config, saved):
+        network, _ = posthoc_ema.reconstruct(result.config, saved, kimg, G_ema)
+        found[f"{kimg:g}"] = measure(task, network, CURVE, min(1000, task.job.num))[CURVE]
+    return found
 
 
 def start_of(task: Task) -> dict[str, float]:
     """Return the metrics of the checkpoint that all runs start from, from --work if they are there."""
     place = task.work / f"start-{task.name}-{key_of(config_of(task, 0, Arm('', {})), task.job)}.json"
     if not place.is_file():
-        found = measure(task, task.checkpoint)
+        found = measure(task, load(task.checkpoint, device=resolve_device(task.device)).best)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(place.read_text(encoding="utf-8"))
@@ -253,7 +263,7 @@ def make_base(options: argparse.Namespace, name: str) -> None:
         "resolution": resolution,
         "sd_weight": 0,
         "aug": "ada",
-        "snap": 1,
+        "snap": 5,
         "keep": 2,
         "metrics": "random-fid,fd-effnet",
         "metrics_num": 1000,
@@ -317,6 +327,10 @@ def compare(options: argparse.Namespace, task: Task) -> None:
     texts = [table(header, rows), notes, table(by_seed, values)]
     texts += [table(COSTS, costs_of(records, names, seeds))]
     texts += [table(TRAJECTORY, trajectories_of(records, names, seeds))]
+    if task.job.half_lives:
+        header, *rows = half_lives_table(records, names, seeds)
+        texts += [f"{CURVE} by the half-life of G_ema (kimg), reconstructed after training:"]
+        texts += [table(header, rows)]
     texts = [task.job.question, *texts] if task.job.question else texts
     print("\n\n".join(texts))
     device = resolve_device(task.device)

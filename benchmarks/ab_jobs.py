@@ -38,7 +38,8 @@ class Job:
     """One comparison: arms on the same checkpoint and images, paired by seed.
 
     base: of `BASES`. data: a set of `make_sets.PHOTO_SETS` with its size. recipe, settings: options of all
-    arms. num: generated images at the end. needs: "cpu" (hours on two cores) or "gpu".
+    arms. num: generated images at the end. half_lives: also measure other half-lives of G_ema, afterwards.
+    needs: "cpu" (hours on two cores) or "gpu".
     """
 
     question: str
@@ -51,11 +52,14 @@ class Job:
     seeds: tuple[int, ...] = FIVE
     num: int = 4000
     judges: str = JUDGES
+    half_lives: bool = False
     needs: str = "cpu"
 
 
 JOBS = {
-    "improve": Job("Is fine-tuning on the checkpoint's own images better with it?", (PLAIN, OURS)),
+    "improve": Job(
+        "Is fine-tuning on the checkpoint's own images better with it?", (PLAIN, OURS), half_lives=True
+    ),
     "distances": Job(
         "Which distance, at which ratio of gradients?",
         (
@@ -110,6 +114,7 @@ JOBS = {
         data="dresses-64",
         recipe="adapt",
         settings=dict(gamma=0.2, ema_kimg=1.0, freezed=0),
+        half_lives=True,
     ),
     "few-shot": Job(
         "171 hats, which the checkpoint has not seen: does it help, and does it prevent copies?",
@@ -119,12 +124,14 @@ JOBS = {
         settings=dict(ema_kimg=1.0),
         kimg=8.0,
         judges=f"{JUDGES},memorization",
+        half_lives=True,
     ),
     "improve-stylegan3-t": Job(
         "The same for StyleGAN3-T at 32 px.",
         (PLAIN, OURS),
         base="clothing-32-stylegan3-t",
         data="clothing-32",
+        half_lives=True,
     ),
     # Open: for a GPU.
     "improve-50": Job("Does the effect last?", (PLAIN, OURS), kimg=50.0, needs="gpu"),

@@ -137,6 +137,15 @@ def trajectories_of(records: Records, arms: list[str], seeds: list[int]) -> list
     return rows
 
 
+def half_lives_table(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
+    """Return a metric by the half-life of G_ema, mean ± deviation over seeds, header first."""
+    names = list(records[arms[0], seeds[0]]["half_lives"])
+    rows = [["arm", *names]]
+    for arm in arms:
+        rows.append([arm, *(shown([records[arm, seed]["half_lives"][n] for seed in seeds]) for n in names)])
+    return rows
+
+
 def plot(path: Path, records: Records, arms: list[str], seeds: list[int], name: str) -> None:
     """Plot a metric over images seen: a line for each arm, its band the deviation."""
     import matplotlib

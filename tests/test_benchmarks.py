@@ -223,7 +223,7 @@ class TestAB:
         arms = ("plain:sd_weight=0", "ours:sd_weight=1,sd_backbone=l2")
         settings = dict(batch=4, sd_backbone="ms-ssim")
         job = jobs.Job("Why?", arms, "clothing-16-tiny", "hats-16", "few-shot", settings, 0.008, (3,), 4)
-        job = dataclasses.replace(job, judges="random-fid")
+        job = dataclasses.replace(job, judges="random-fid", half_lives=True)
         monkeypatch.setitem(ab.JOBS, "tiny", job)
         with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
             for i in range(8):
@@ -245,6 +245,7 @@ class TestAB:
         (path,) = tmp_path.glob("ab_tiny_*.md")
         report = path.read_text(encoding="utf-8")
         assert "Why?" in report and "| ours | " in report and "| seed 3 |" in report
+        assert "random-fid by the half-life of G_ema" in report
         assert str(tmp_path) not in report and "--photos photos.zip" in report
         assert path.with_suffix(".png").stat().st_size > 5_000
         left = {path.suffix for path in (tmp_path / "work").glob("tiny-*/*/*")}
