@@ -86,7 +86,7 @@ def line_chart(title: str, lines: Sequence[Line]) -> Markup:
         style = f"c{line.color} d{line.dash}"
         if len(drawn) == 1 or line.spread:
             parts += [f'<circle class="{style}" cx="{x}" cy="{y}" r="2.5"/>' for x, y in drawn]
-        parts.append(f'<polyline class="{style}" points="{_coordinates(drawn)}"/>')
+        parts.append(f'<path class="line {style}" d="{_path(drawn)}"/>')
     label = escape(f"{title}. " + "; ".join(line.summary() for line in lines))
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
@@ -97,6 +97,16 @@ def line_chart(title: str, lines: Sequence[Line]) -> Markup:
 
 def _coordinates(points: Sequence[Point]) -> str:
     return " ".join(f"{x:g},{y:g}" for x, y in points)
+
+
+def _path(points: Sequence[Point]) -> str:
+    """Return points as the data of a path; it begins again where a rollback went back in time."""
+    before = math.inf
+    parts = []
+    for x, y in points:
+        parts.append(f"{'L' if x >= before else 'M'}{x:g},{y:g}")
+        before = x
+    return "".join(parts)
 
 
 def _axes(left, right, low, high, is_log, at) -> str:

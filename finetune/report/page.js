@@ -69,7 +69,7 @@ if (times.length > 1) {
 
 // Values under the pointer, shown in the legend of a chart.
 for (const chart of all(".chart")) {
-  const svg = $("svg", chart), lines = all("polyline", svg), shown = all(".legend output", chart);
+  const svg = $("svg", chart), lines = all(".line", svg), shown = all(".legend output", chart);
   const [left, right, low, high] = svg.dataset.range.split(" ").map(Number);
   const [boxLeft, boxRight, boxBottom, boxTop, width] = svg.dataset.box.split(" ").map(Number);
   const cross = document.createElementNS("http://www.w3.org/2000/svg", "path");
@@ -79,7 +79,7 @@ for (const chart of all(".chart")) {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * width;
     cross.setAttribute("d", `M${x} ${boxTop}V${boxBottom}`);
     lines.forEach((line, index) => {
-      const points = line.getAttribute("points").split(" ").map((pair) => pair.split(",").map(Number));
+      const points = line.getAttribute("d").split(/[ML]/).slice(1).map((pair) => pair.split(",").map(Number));
       const [px, py] = points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
       const kimg = left + (px - boxLeft) / (boxRight - boxLeft) * (right - left);
       let value = high - (py - boxTop) / (boxBottom - boxTop) * (high - low);

@@ -58,7 +58,19 @@ class RunPage:
             return
         with self._warning():
             write_about(self.run_dir.path, prepared, self.run_dir.source)
+        if prepared.origin.saved is not None:
+            self.restart(prepared.state.nimg)
         self.update(prepared.state)
+
+    def restart(self, nimg: int) -> None:
+        """Delete previews after `nimg` images: training continues from there."""
+        if not self.run_dir.is_writable:
+            return
+        with self._warning():
+            for path in (self.run_dir.path / PREVIEWS).glob("*.webp"):
+                if float(path.stem.rpartition("-")[2]) > nimg / 1000:
+                    path.unlink(missing_ok=True)
+        self.last_nimg = nimg
 
     def update(self, state: TrainState) -> None:
         """Write a preview and the page if they are due; called at the end of each tick."""

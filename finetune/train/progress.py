@@ -23,9 +23,9 @@ class Display:
 
     def __init__(self, console: Console, total_nimg: int, snap_nimg: float = 0.0) -> None:
         self.console = console
-        self.first_nimg = 0
         self.total_nimg, self.snap_nimg = total_nimg, snap_nimg
-        self.started = time.perf_counter()
+        self.started = self.measured_from = time.perf_counter()
+        self.first_nimg = 0
         self.losses = self.memory = ""
         self.live: Live | None = None
         if console.is_terminal and not console.quiet:
@@ -38,7 +38,7 @@ class Display:
 
     def start_at(self, nimg: int) -> None:
         """Measure rate and time left from here on."""
-        self.first_nimg, self.started = nimg, time.perf_counter()
+        self.first_nimg, self.measured_from = nimg, time.perf_counter()
         if self.live is not None:
             self.progress.update(self.task, completed=nimg, description=f"{nimg / 1000:g} kimg")
 
@@ -78,7 +78,7 @@ class Display:
             )
 
     def _seconds_per_image(self, state: TrainState) -> float:
-        return (time.perf_counter() - self.started) / max(1, state.nimg - self.first_nimg)
+        return (time.perf_counter() - self.measured_from) / max(1, state.nimg - self.first_nimg)
 
     def _left(self, state: TrainState) -> str:
         return duration(self._seconds_per_image(state) * max(0, self.total_nimg - state.nimg)) + " left"

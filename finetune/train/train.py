@@ -256,6 +256,8 @@ def train(run: Run) -> Path:
             # Stop with an error, or return to the last state with half the learning rates.
             checkpointer.roll_back(diverged)
             run.monitor.restart(state.nimg)
+            run.display.start_at(state.nimg)
+            run.page.restart(state.nimg)
         elif not is_end and not alarms:
             checkpointer.save_by_the_clock()
         if is_tick:

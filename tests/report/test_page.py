@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shlex
 import time
 from html.parser import HTMLParser
@@ -170,6 +171,12 @@ def test_line_chart_draws_log_scale_bands_and_single_points():
     svg = line_chart("T", [Line("a", [(0, 1.0), (1, 2.0)], [0.1, 0.2]), Line("b", [(5, 3.0)], color=1)])
     assert 'data-log="0"' in svg and svg.count("<polygon") == 1 and svg.count("<circle") == 3
     assert "a: first 1, last 2, lowest 1, highest 2" in svg
+
+
+def test_line_chart_begins_again_after_a_rollback():
+    svg = line_chart("T", [Line("a", [(0, 1.0), (1, 2.0), (2, 9.0), (1, 2.0), (2, 1.0)])])
+    (path,) = re.findall(r'class="line c0 d0" d="([^"]*)"', svg)
+    assert re.findall("[ML]", path) == ["M", "L", "L", "M", "L"]
 
 
 def test_thin_keeps_peaks():

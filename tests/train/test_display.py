@@ -64,3 +64,11 @@ def test_duration_has_hours_if_needed(seconds, text):
 
 def test_losses_names_what_is_there():
     assert losses({"loss_D": 0.5, "loss_sd": 0.25}) == "D 0.500 SD 0.250"
+
+
+def test_display_measures_again_after_a_rollback(monkeypatch):
+    display = display_after(50.0, monkeypatch)
+    display.start_at(0)
+    monkeypatch.setattr("finetune.train.progress.time.perf_counter", lambda: 60.0)
+    display.tick(state_at(100), NUMBERS)
+    assert "1:00 gone, 1:30 left" in display.console.file.getvalue()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,15 @@ def test_train_writes_previews_reasons_and_page(images, tmp_path):
     assert (result.run_dir / "preview" / "samples-000000.048.webp").is_file()
 
 
+def test_rollback_deletes_later_previews(images, tmp_path, monkeypatch):
+    result = run(options(images, tmp_path, kimg=0.016, tick=0.008), console=quiet())
+    written = page.RunPage(Mock(path=result.run_dir, is_writable=True), result.config)
+    written.restart(8)
+    names = sorted(path.name for path in (result.run_dir / "preview").glob("samples-*"))
+    assert names == ["samples-000000.000.webp", "samples-000000.008.webp"]
+    assert written.last_nimg == 8
+
+
 def test_train_continues_if_the_page_fails(images, tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("no page today")
@@ -51,8 +61,4 @@ def test_train_continues_if_the_page_fails(images, tmp_path, monkeypatch, caplog
 
 @pytest.mark.parametrize("kimg, tick, interval", [(200, 4, 4000), (1000, 4, 20_000), (3, 0.15, 150)])
 def test_previews_are_about_fifty(kimg, tick, interval):
-    class Config:
-        pass
-
-    Config.kimg, Config.tick = kimg, tick
-    assert page.RunPage(None, Config).interval_nimg == interval
+    assert page.RunPage(Mock(), Mock(kimg=kimg, tick=tick)).interval_nimg == interval
