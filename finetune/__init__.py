@@ -1,4 +1,4 @@
-"""Make pretrained StyleGAN2 and StyleGAN3 checkpoints better: safe loading, self-distillation, export.
+"""Fine-tune StyleGAN2 and StyleGAN3 checkpoints: safe loading, self-distillation, export.
 
 Importing this package loads nothing heavy; torch comes with the first use of `load`.
 """

@@ -1,4 +1,4 @@
-"""`python -m finetune` is the same program as `finetune`."""
+"""Run the command `finetune` as `python -m finetune`."""
 
 from finetune.cli import main
 

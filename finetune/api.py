@@ -1,4 +1,4 @@
-"""The functions of the package for Python: `finetune.fine_tune`, `finetune.generate`, `finetune.evaluate`.
+"""The Python API: `finetune.fine_tune`, `finetune.generate`, `finetune.evaluate`.
 
 Progress is shown on terminals and in notebooks. All raise FinetuneError for what a user can fix.
 """

@@ -1,7 +1,7 @@
-"""The options of a training run: what a user asked (`TrainOptions`) and what the run does (`TrainConfig`).
+"""Options of a training run: as requested (`TrainOptions`) and resolved (`TrainConfig`).
 
 A field, its flag (`--sd-weight` for `sd_weight`) and its key in `config.json` share one name. A field of
-`TrainOptions` holds all that is said about an option: help text, default, choices and range. The command line
+`TrainOptions` declares the options: help text, default, choices and range. The command line
 is generated from it. Defaults that depend on the checkpoint, the data or the machine are in
 `finetune.recipes`.
 """
@@ -92,7 +92,7 @@ class DistillWeight:
 
 @dataclass(frozen=True)
 class Option:
-    """All that is said about one option of `train`.
+    """Declaration of one option of `train`.
 
     default: the value where neither a user nor `finetune.recipes` gives another; None if recipes give one.
     shown: the default in the words of the help text.
@@ -130,7 +130,7 @@ def _option(group: str, help: str, **settings: Any) -> Any:
 
 
 class _Fields:
-    """What both kinds of options share."""
+    """Fields of both classes of options."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON has them."""
@@ -144,7 +144,7 @@ class _Fields:
 
 @dataclass(frozen=True)
 class TrainOptions(_Fields):
-    """What a user asked of a training run; None: not asked. Lengths are in kimg (1000 images seen by D)."""
+    """Options that a user has set; None: not set. Lengths are in kimg (1000 images seen by D)."""
 
     # fmt: off
     data: str | None = _option(
@@ -304,7 +304,7 @@ OPTIONS: dict[str, Option] = {
 
 @dataclass(frozen=True)
 class TrainConfig(_Fields):
-    """What a training run does: every option of `TrainOptions` with its value.
+    """Resolved options of a run: every option of `TrainOptions` with its value.
 
     An empty text and 0 mean none: no checkpoint (`resume`) or no architecture (`scratch`, `cbase`, …), no
     surgery (`classes`), no separate teacher (`sd_teacher_kimg`), no limit of snapshots (`keep`).

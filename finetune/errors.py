@@ -9,7 +9,7 @@ FinetuneError
 │   ├── PickleRefused        it is damaged, or refers to something that is never executed
 │   └── CheckpointMismatch   its tensors are not exactly those of the network that it describes
 ├── WeightsMissing       a perceptual or metric network whose weights are not on this machine
-├── TrainingError        training cannot go on (non-finite loss, no space left)
+├── TrainingError        training cannot continue (non-finite loss, no space left)
 └── ExportError          a written file did not read back as the network it was made from
 """
 
@@ -74,7 +74,7 @@ class WeightsMissing(FinetuneError):
 
 
 class TrainingError(FinetuneError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class ExportError(FinetuneError):

@@ -31,7 +31,7 @@ ADA_TARGET = 0.6
 WARMUP_STEPS = 100
 FEW_IMAGES, SOME_IMAGES, MANY_IMAGES = 1000, 2000, 50_000
 
-# The jobs. A run without a checkpoint has one of its own.
+# The purposes. A run without a checkpoint has its own.
 SCRATCH = "scratch"
 IMPROVE, TRANSFER = ("improve",), ("adapt", "few-shot")
 CHECKPOINT = (*IMPROVE, *TRANSFER, "custom")
@@ -40,7 +40,7 @@ ANY = (*CHECKPOINT, SCRATCH)
 
 @dataclass(frozen=True)
 class Published:
-    """What is publicly stated about the training of a checkpoint of the catalog.
+    """Published settings of the training of a checkpoint of the catalog.
 
     trained, finetune: (gamma, batch) of its own training, and of fine-tuning it; glr, dlr, target: learning
     rates and ADA's target of its own training. None where nothing is known.
@@ -61,7 +61,7 @@ class Published:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known about a run before it starts.
+    """Facts about a run, known before it starts.
 
     resolution: of the longer side. base_shape: height and width of an image whose longer side is 4.
     num_images: images before mirroring. group_size: images that D compares with each other, 1 if it
@@ -103,7 +103,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Rule:
-    """The value of an option in some jobs. The first rule of an option that applies decides.
+    """The value of an option for some purposes. The first rule that applies to an option determines it.
 
     value: a constant, or a function of the facts and of the options decided before; None passes on to the
     next rule. why: the reason, a template over the same names; empty if the option has no effect. source:

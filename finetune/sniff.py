@@ -1,4 +1,4 @@
-"""What a file is that is no checkpoint, told by its first bytes; texts are quoted."""
+"""Identify files that are not checkpoints by their first bytes, with a quotation of text files."""
 
 from __future__ import annotations
 

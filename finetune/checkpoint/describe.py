@@ -1,4 +1,4 @@
-"""A network as a file describes it: modules, their attributes and tensors, by dotted name; still inert."""
+"""Flat, inert description of a network in a file: modules, attributes and tensors by dotted name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TensorFlow generation (stylegan2, stylegan2-ada): from its networks to a description in our names.
+"""Describe networks of the TensorFlow generation (stylegan2, stylegan2-ada) under our names.
 
 Such a network is a tree of components with a list of variables each, and the options it was made with.
 Weights are `[kh, kw, in, out]` and `[in, out]`; kernels of upsampling convolutions are stored rotated by half

@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint come from, as its file says; every value from a file is checked."""
+"""Provenance of the weights of a checkpoint, as stated in its file; every value is checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a described network to a module of ours: every tensor of the file in exactly one place, or a refusal.
+"""Rebuild a described network: every tensor of the file is assigned to exactly one place, or it is refused.
 
 The module is first built on the device 'meta', which costs no memory; only where all names, shapes and dtypes
 agree are its tensors allocated and filled from the file.
@@ -60,7 +60,7 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(slots=True)
 class Allowance:
-    """Bytes of memory that the networks of one file may still take."""
+    """Memory in bytes that the networks of one file may still use."""
 
     left: int
 
@@ -71,7 +71,7 @@ class Allowance:
 
 @dataclass(slots=True)
 class Rebuilt:
-    """A module of ours, and what of the file it has no place for, one sentence each."""
+    """A rebuilt module, and notes on what it ignores of the file, one sentence each."""
 
     module: Any  # torch.nn.Module
     notes: list[str]
@@ -84,7 +84,7 @@ def rebuild(
     """Build the network that the entry `name` of a checkpoint describes; float32 on the CPU, eval, no
     gradients. `base_shape`: that of the generator in the file, if there is one.
 
-    Raises PickleRefused where it is no network of ours, CheckpointMismatch with all differences where its
+    Raises PickleRefused if it is not a known network, CheckpointMismatch with all differences if its
     tensors are not exactly those of the network.
     """
     net = describe(network)
@@ -192,7 +192,7 @@ def build_on_meta(cls: type, kwargs: dict[str, Any], net: Described) -> torch.nn
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Build networks without memory and without values: large tensors on 'meta', small ones all zeros.
+    """Build networks without memory or values: large tensors on 'meta', small ones all zero.
 
     As `torch.device("meta")`, whose arithmetic runs in Python and imports torch._dynamo: 0.8 s and 170 MB.
     """

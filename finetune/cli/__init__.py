@@ -1,4 +1,4 @@
-"""The program `finetune`: find a command by name, run it, and turn errors into messages and exit codes.
+"""The command `finetune`: run subcommands, and turn errors into messages and exit codes.
 
 Each command is a module of this folder with a `click.Command` called `command`. Modules import torch, numpy
 and the rest inside the function that needs them, so that `--help` is fast.

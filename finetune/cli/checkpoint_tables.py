@@ -1,4 +1,4 @@
-"""What `finetune checkpoints` shows: a table of entries, all about one, and the same as plain values."""
+"""Output of `finetune checkpoints`: a table of entries, details of one entry, and both as plain values."""
 
 from __future__ import annotations
 

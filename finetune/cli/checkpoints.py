@@ -1,4 +1,4 @@
-"""`finetune checkpoints`: public checkpoints by name, and the folder that they are kept in."""
+"""`finetune checkpoints`: public checkpoints by name, and the folder of downloads."""
 
 from __future__ import annotations
 

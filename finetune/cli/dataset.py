@@ -1,4 +1,4 @@
-"""`finetune dataset`: check a set of images, and bring it into the form that trains fastest."""
+"""`finetune dataset`: check a data set, and prepare a zip that loads fastest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `finetune dataset check` shows of a scan, as text and as JSON."""
+"""Output of `finetune dataset check`, as text and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune demo`: the main job on the images that come with the package."""
+"""`finetune demo`: fine-tune the bundled checkpoint on the bundled images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune doctor`: how the ops run on this machine, and why; builds their kernels ahead of time."""
+"""`finetune doctor`: versions, compilers, how the ops run, and building kernels ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune evaluate`: compare a generator with a set of images."""
+"""`finetune evaluate`: measure a generator against a data set."""
 
 from __future__ import annotations
 

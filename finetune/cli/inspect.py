@@ -1,4 +1,4 @@
-"""`finetune inspect`: what a checkpoint holds, without executing anything in it."""
+"""`finetune inspect`: describe a checkpoint, without executing anything in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options and parameter types that several commands share, so that one name means one thing everywhere."""
+"""Options and parameter types shared by several commands, so they have the same meaning everywhere."""
 
 from __future__ import annotations
 

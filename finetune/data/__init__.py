@@ -1,4 +1,4 @@
-"""Images in: folders, zips, labels, checks before training, batches without end. Rules: docs/data.md."""
+"""Image data sets: folders, zips, labels, checks before training, infinite batches. Rules: docs/data.md."""
 
 from finetune.data.decode import images_to_float
 from finetune.data.image_set import ImageSet

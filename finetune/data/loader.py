@@ -1,4 +1,4 @@
-"""Batches without end."""
+"""Infinite data loader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("finetune.data")
 
 
 class InfiniteLoader(Iterator[Batch]):
-    """Yields `(uint8 [N, C, H, W], float32 [N, num_classes])` without end, on the CPU (pinned for CUDA).
+    """Yields `(uint8 [N, C, H, W], float32 [N, num_classes])` indefinitely, on the CPU (pinned for CUDA).
 
     An image that cannot be read any more is replaced by another one, and counted in `unreadable` (items, not
     files); the first one is logged. Raises DataError if none of the replacements can be read either, or if

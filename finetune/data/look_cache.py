@@ -1,4 +1,4 @@
-"""Looks at the images of a set, kept between runs in the cache folder: an SQLite file for each folder or zip.
+"""Cache of image scans in the cache folder: one SQLite file per folder or zip.
 
 An image counts as unchanged if its size and its time stamp are (in a zip: its size and CRC). What could not
 be read is not kept. Without a usable cache everything is looked at again.

@@ -1,4 +1,4 @@
-"""What is recorded about one image before training: size, mode, range of values, a digest of its pixels."""
+"""Scan one image before training: size, mode, range of values, digest of its pixels."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 class InfiniteSampler(Sampler[int]):
-    """Item numbers without end: every epoch is another permutation, and holds each item exactly once.
+    """Yields item numbers indefinitely: every epoch is a new permutation with each item exactly once.
 
     The order is one stream that depends on `seed` and `num_items` alone; `num_replicas` replicas take turns
     with `block` items each (their batch), so that together they see what a single one would have seen, in

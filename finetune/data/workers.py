@@ -50,7 +50,7 @@ def leave_interrupts_to_the_main_process(worker: int) -> None:
 def surviving(start: Callable[[], Iterator]) -> Iterator:
     """Yield the items of `start()`; if a worker dies, call `start()` again and continue with the next item.
 
-    Raises DataError if workers die again and again and nothing comes in between.
+    Raises DataError if workers die repeatedly without producing data in between.
     """
     deaths, items = 0, start()
     while True:

@@ -1,4 +1,4 @@
-"""Make the two image sets of the demo: the same faces, once shaded (Fluent 3D) and once flat (Twemoji).
+"""Make the two data sets of the demo: the same faces, shaded (Fluent 3D) and flat (Twemoji).
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      # unpack the .tgz into a folder: its `package` is FLUENT
     npm pack emoji-datasource-twitter@16.0.0     # likewise: its `package` is TWEMOJI

@@ -1,4 +1,4 @@
-"""The demo: fine-tune the bundled checkpoint to the bundled images, and measure what it did."""
+"""The demo: fine-tune the bundled checkpoint on the bundled images, and measure the effect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = {"random-fid": "random network", "fd-effnet": "EfficientNet-Lite0"}
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo did: distances to the new images before and after, files written, seconds."""
+    """The result of a demo: distances to the new images before and after, files written, seconds."""
 
     before: dict[str, Distance]
     after: dict[str, Distance]

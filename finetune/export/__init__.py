@@ -1,1 +1,1 @@
-"""Networks out: pickles for other code bases, tensor files, and the proof that they read back."""
+"""Export networks as files for other programs, and verify the files."""

@@ -106,7 +106,7 @@ def join(mapping: Any, synthesis: Any) -> Any:
     renamed = compose.add_prefix(mapping, "mapping.", rename_inputs=False, rename_outputs=False)
     model = compose.merge_models(renamed, synthesis, io_map=[("ws", "ws")], name="generator")
     model.graph.output.extend(mapping.graph.output)
-    del model.opset_import[1:]  # the same once more
+    del model.opset_import[1:]  # a duplicate
     model.producer_name, model.producer_version = mapping.producer_name, mapping.producer_version
     return model
 

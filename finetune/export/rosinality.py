@@ -92,7 +92,7 @@ def _problems(network: Network) -> list[str]:
 
 
 def reopen(path: Path, device: torch.device) -> dict[str, Network]:
-    """Read a file as the port does, by torch.load, without what only this program knows of it."""
+    """Read a file as the port does, with torch.load, without the entries of this package."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     allowance = Allowance.for_file(path.stat().st_size)
     found = {}

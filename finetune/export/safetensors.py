@@ -1,4 +1,4 @@
-"""Write networks as a safetensors file: tensors named `G_ema.synthesis.b4.const`, all else in its header.
+"""Write networks as a safetensors file: tensors named `G_ema.synthesis.b4.const`, the rest in the header.
 
 The strings: `format`, `version`, `family`, `networks` (JSON: name to class and constructor arguments),
 `training_set_kwargs` (JSON), `finetune` (JSON: provenance, as in our pickles) and `licence`. The augmentation

@@ -117,7 +117,7 @@ def save_stylegan_pickle(
 
 
 class _Record:
-    """Stands for a network in the tree to be pickled, as the call that rebuilds it from `meta`."""
+    """A network in the tree to be pickled, as the call that rebuilds it from `meta`."""
 
     def __init__(self, meta: dict) -> None:
         self.meta = meta

@@ -1,4 +1,4 @@
-"""The proof that a written file is the network it was made from: read it again, and compare."""
+"""Verify that a written file contains the network it was made from: read it again, and compare."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Public checkpoints by name or URL: the catalog, downloads, and the folder that keeps them."""
+"""Public checkpoints by name or URL: catalog, downloads, and their folder."""

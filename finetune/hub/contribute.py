@@ -1,4 +1,4 @@
-"""Make entries for the catalog from what `finetune.resolve.facts_of` finds in a file and what a user adds."""
+"""Create catalog entries from the facts in a file (`finetune.resolve.facts_of`) and what a user adds."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Retryable(DownloadFailed):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the file must be: its SHA-256, or the beginning of it, and its size in bytes; None is unknown."""
+    """The expected SHA-256, or its beginning, and size in bytes; None: unknown."""
 
     sha256: str | None = None
     size: int | None = None
@@ -80,7 +80,7 @@ class Expected:
 
 @dataclass
 class Part:
-    """The bytes of a file that have arrived, and a note beside them: from where, and of which version."""
+    """A partial download, with a note of its URL and version."""
 
     path: Path
     expected: Expected

@@ -1,4 +1,4 @@
-"""Perceptual path length in W: how far images jump for a small step, through torch-fidelity.
+"""Perceptual path length in W: change of the image per small step, through torch-fidelity.
 
 Source: Karras et al. 2019 (1812.04948), section 4.1: steps of 1e-4 from one latent of W towards another, at
 the ends of paths (t = 0) and without a crop, as in 1912.04958; the lowest and highest per cent are left out.

@@ -1,4 +1,4 @@
-"""Distances between images that the eye would agree with, and the weights they need.
+"""Perceptual distances between images, and their weights.
 
 Every backbone is a `Distance`: two batches `[N, C, H, W]` with values in about [-1, 1] to `[N]`. Generators
 overshoot that range a little and are not clamped (a clamp would silence the gradient exactly where it is
@@ -124,7 +124,7 @@ def mean_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class Checked:
-    """A distance that refuses images in a range it was not made for."""
+    """A distance that refuses images outside of its range."""
 
     def __init__(self, distance: Distance) -> None:
         self.distance = distance

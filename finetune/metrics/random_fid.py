@@ -1,4 +1,4 @@
-"""random-FID: the Fréchet distance in the features of randomly initialized networks, over several of them.
+"""random-FID: the Fréchet distance in the features of several randomly initialized networks.
 
 It needs no download and does not favor the classes of ImageNet. A single random network is one sample, so the
 mean and the spread over at least three seeds are reported. `RandomFeatures` is the definition; keep seeds and

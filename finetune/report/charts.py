@@ -1,4 +1,4 @@
-"""Line charts as SVG text: a few lines of drawing, so that the page needs no plotting library."""
+"""Line charts as SVG, without a plotting library."""
 
 from __future__ import annotations
 

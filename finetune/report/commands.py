@@ -1,4 +1,4 @@
-"""What to do with a run that has ended: commands, quoted for a shell."""
+"""Suggest commands for a finished run, quoted for a shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which curves the page shows, from the lines of the log."""
+"""Choose the curves of the page from the lines of the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a run folder as it is: while the run writes to it, after a crash, and from older versions."""
+"""Read a run folder, also while a run writes to it, after a crash, and of older versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds. `about`: data, reasons and origin, as training wrote them at the start."""
+    """The content of a run folder. `about`: data, reasons and origin, as training wrote them at the start."""
 
     path: Path
     config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The state of a run in short texts, for the progress display, `finetune watch` and the page."""
+"""Format the state of a run for the progress display, `finetune watch` and the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From resolved options to what is trained: networks, optimizers, ADA, and the plan."""
+"""Build networks, optimizers, ADA and the plan from resolved options."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class SavedState:
 
 
 class RunFinished(FinetuneError):
-    """A run has reached its length: nothing is left to do, which is no error for whoever starts it again."""
+    """A run has reached its length; resuming it is not an error."""
 
     exit_code = 0
 
@@ -353,7 +353,7 @@ def find_state(place: Path) -> SavedState | None:
 
 
 class _ErrorKeeper:
-    """A stream that keeps the error of a failed write, which torch replaces by a message of its own."""
+    """A stream that keeps the error of a failed write, which torch replaces by another message."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""Gradient cosine similarity and weight trajectory of the generator, once a tick.
+"""Gradient cosine similarity and weight trajectory of the generator, once per tick.
 
 Nothing here changes a number of the training: gradients are taken beside the backward pass, and no random
 number is drawn.

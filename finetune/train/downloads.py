@@ -1,4 +1,4 @@
-"""Dry runs without a download: what would be fetched, and the settings that are known without it."""
+"""Dry runs without downloads: what would be downloaded, and the settings known without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages of the generator: an exponential one, measured in images seen, and power-function ones."""
+"""EMA of the generator, measured in images seen, and power-function averages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents and noise of a batch, drawn once so that student and teacher get exactly the same.
+"""Latents and noise of a batch, drawn once and shared by student and teacher.
 
 `Latents` holds z, c, the style-mixing cut and the second latent; `NoiseReplay` lets a second network draw the
 same noise maps by starting from the same random state, and leaves that state as if it had never run.

@@ -1,4 +1,4 @@
-"""Too little memory on a GPU: what was measured, and which option to change."""
+"""Explain out-of-memory errors on a GPU: the measured memory, and the option to change."""
 
 from __future__ import annotations
 

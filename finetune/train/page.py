@@ -1,4 +1,4 @@
-"""Small previews and the page `report.html` while a run goes on. A failure is only a warning."""
+"""Previews and the page `report.html` during a run. A failure is only a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Post-hoc EMA: the average of any half-life, from averages that a run kept in its snapshots.
+"""Post-hoc EMA: the average with any half-life, from averages saved with the snapshots of a run.
 
 A run keeps two power-function averages of G (`finetune.train.ema.POWERS`). Any average of the weights over
 training has a profile: how much of it comes from each step. A combination of the kept averages whose profile

@@ -1,4 +1,4 @@
-"""From the options of a run to everything it needs, checked and built; nothing is written yet."""
+"""Check the options of a run and build everything it needs, without writing anything."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run in which everything has been checked and built, and that can start.
+    """A run that has been checked and built, ready to start.
 
     overview: the data set in words, by subject; empty on ranks other than 0.
     """

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process writes into it, on whatever machine."""
+"""Lock of a run folder: only one process, on any machine, writes into it."""
 
 from __future__ import annotations
 

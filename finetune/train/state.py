@@ -94,7 +94,7 @@ class TrainState:
 
 @dataclass
 class RunCounters:
-    """What a run counts besides images and steps.
+    """Counters of a run besides images and steps.
 
     best, last: metric, value, standard error and nimg of `network-best.pkl` and of the last measurement.
     worse: measurements in a row that were clearly worse than the best.
@@ -117,7 +117,7 @@ class RunCounters:
 
 @dataclass(frozen=True)
 class Plan:
-    """What training keeps fixed: the recipe in the units of the loop (images, not kimg).
+    """Constants of a training run: the recipe in the units of the loop (images, not kimg).
 
     batch: images of all ranks together; batch_gpu: in one micro-batch. d_warmup_nimg: images over which only
     D trains, because it is new. tick_nimg, snap_nimg: images between lines of the log, and between snapshots.

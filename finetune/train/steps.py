@@ -29,7 +29,7 @@ GDISTILL, DIAGNOSE = "Gdistill", "diagnose"  # in the log only
 
 
 def update_averages(state: TrainState, plan: Plan) -> None:
-    """Move G_ema, the teacher if it is an average of its own, and the power-function averages toward G."""
+    """Move G_ema, the teacher if it is a separate EMA, and the power-function averages toward G."""
     update_average_of("G_ema", plan.ema_nimg, state, plan)
     if plan.teacher_nimg is not None:
         update_average_of("teacher", plan.teacher_nimg, state, plan)

@@ -1,1 +1,1 @@
-"""The ops that the networks are made of; `docs/add-an-op.md` describes how each file is organized."""
+"""The ops of the networks; `docs/add-an-op.md` describes how each file is organized."""

@@ -1,4 +1,4 @@
-"""Upsample, leaky ReLU, downsample: the nonlinearity of StyleGAN3, free of aliasing.
+"""Upsample, leaky ReLU, downsample: the alias-free nonlinearity of StyleGAN3.
 
 Source: Karras et al., "Alias-Free Generative Adversarial Networks", arXiv 2106.12423, section 3.2, appendix
 B.
@@ -106,7 +106,7 @@ def _activate(x, slope, clamp):
 
 
 class _MaskedActivation(torch.autograd.Function):
-    """The activation that keeps one byte a pixel for its gradient: 0 clamped, 1 below zero, 2 above."""
+    """Activation that saves one byte per pixel for its gradient: 0 clamped, 1 below zero, 2 above."""
 
     @staticmethod
     def forward(ctx, x, slope, clamp):

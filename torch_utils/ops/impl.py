@@ -1,4 +1,4 @@
-"""Choose the implementation of an op: one rule for all ops, which register themselves here.
+"""Choose the implementation of an op, by one rule for all registered ops.
 
 `impl=` of the call comes first, then `set_default_impl` (the option `--ops`), then the variable FINETUNE_OPS,
 then 'auto'. 'auto' decides once per process, op and kind of device, logs one line, and never fails; a name
@@ -34,7 +34,7 @@ class UnknownImplementation(ValueError):
 
 
 class ImplementationUnavailable(RuntimeError):
-    """The named implementation cannot run here; a name never falls back."""
+    """The named implementation is unavailable; named implementations never fall back."""
 
 
 TOLERANCE = 1e-4  # of a trial, in float32

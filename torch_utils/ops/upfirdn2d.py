@@ -200,7 +200,7 @@ def check_filter(f: torch.Tensor | None, op: str, x: torch.Tensor) -> None:
 
 
 class Axis(NamedTuple):
-    """What happens along one axis."""
+    """Geometry along one axis."""
 
     taps: int
     up: int

@@ -1,4 +1,4 @@
-"""Read a file from outside: a pickle, or a file of `torch.save`, by its first bytes."""
+"""Read an untrusted file: a pickle, or a file of `torch.save`, distinguished by its first bytes."""
 
 from __future__ import annotations
 

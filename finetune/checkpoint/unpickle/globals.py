@@ -1,4 +1,4 @@
-"""Give inert stubs for the names that checkpoints contain, and a record of name and arguments for any other.
+"""Represent the names in checkpoints by inert stubs, and any other by a record of name and arguments.
 
 Nothing of the file is imported, called or executed: `machine` reads the opcodes, and `CheckpointWorld` below
 answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file, checked

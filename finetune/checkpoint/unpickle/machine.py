@@ -1,4 +1,4 @@
-"""An interpreter of the pickle language that imports nothing and calls nothing.
+"""Interpreter of pickle opcodes that imports and calls nothing.
 
 Python's own unpickler calls what a file names. This one computes plain values only (None, bool, int, float,
 str, list, tuple, dict, set, `Blob`) and hands every global, call and state of the file to a `World`, which
@@ -42,7 +42,7 @@ U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i"
 
 
 class Machine:
-    """Reads one pickle after another from `data`, the bytes of a file from position `base` on."""
+    """Reads successive pickles from `data`, the bytes of a file from position `base` on."""
 
     def __init__(self, data: memoryview, world: World, budget: Budget, *, base: int = 0) -> None:
         self.data = data

@@ -1,4 +1,4 @@
-"""Which names refuse a whole file, and which unknown ones mean nothing.
+"""Names that refuse a whole file, and unknown names that are ignored.
 
 Safety does not rest on these lists: nothing in a file is imported or called, whatever its name. They decide
 what the message says, and what a file still opens with.

@@ -1,4 +1,4 @@
-"""The memory of a tensor as `torch.save` wrote it: five small pickles for the same machine, and bytes."""
+"""Read the storage of a tensor as written by `torch.save`: five small pickles, and bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STORAGES = {
 
 @dataclass(slots=True, frozen=True, eq=False)
 class StorageKey:
-    """The persistent id of a storage, which no other opcode can make: its class, its name, its elements."""
+    """The persistent id of a storage, which no other opcode can create: class, name, number of elements."""
 
     storage: str
     name: str

@@ -1,4 +1,4 @@
-"""The inert objects (stubs) that represent what a checkpoint file describes, and the refusals of the rest."""
+"""Inert objects (stubs) for the content of a checkpoint file, and errors for everything else."""
 
 from __future__ import annotations
 

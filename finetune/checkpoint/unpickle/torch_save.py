@@ -52,7 +52,7 @@ class ArchiveWorld(CheckpointWorld):
 
 
 class KeysWorld:
-    """Collects the storages that a pickle names, and makes nothing of the rest."""
+    """Collects the storages that a pickle names, and ignores everything else."""
 
     def __init__(self) -> None:
         self.keys: dict[str, StorageKey] = {}

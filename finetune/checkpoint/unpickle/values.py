@@ -1,4 +1,4 @@
-"""What a pickle language without calls computes with, and how much of it a file may spend."""
+"""Values of the pickle interpreter, and limits on what a file may use."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What the file makes of a name that is unknown here: name, arguments and state, and nothing done.
+    """An unknown name in the file, with arguments and state; nothing is executed.
 
     Without arguments it is the name itself. `offset` is the position of the name in the file.
     """
@@ -62,7 +62,7 @@ class Record:
 
 @dataclass(slots=True, eq=False)
 class Budget:
-    """What is left to spend on one file: steps of the machine, and bytes copied out of the file."""
+    """What one file may still use: steps of the machine, and bytes copied from the file."""
 
     steps: int
     copied: int
@@ -85,7 +85,7 @@ class Budget:
 
 
 class World(Protocol):
-    """Decides what the names in a file stand for. Every method may raise PickleRefused."""
+    """Maps the names in a file to values. Every method may raise PickleRefused."""
 
     def find(self, name: Global) -> Any:
         """Return the stub for the global `name`."""

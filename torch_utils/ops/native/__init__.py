@@ -1,1 +1,1 @@
-"""Kernels of the ops in C++ and CUDA, free of torch headers, and what builds, calls and registers them."""
+"""C++ and CUDA kernels of the ops, free of torch headers, and code to build, call and register them."""

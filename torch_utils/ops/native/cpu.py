@@ -1,6 +1,6 @@
-"""The kernels on the CPU: tensors in, tensors out, a C function with a struct in between.
+"""Call the CPU kernels: C functions that take a struct.
 
-ctypes lets go of Python's lock while a kernel runs. What a struct holds besides pointers is worked out once
+ctypes releases the GIL while a kernel runs. What a struct holds besides pointers is worked out once
 for each spec and shape and copied from then on. Half precision is computed in float32 and rounded once.
 """
 

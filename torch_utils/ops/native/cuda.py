@@ -1,4 +1,4 @@
-"""The kernels on CUDA: tensors in, tensors out, a launch through the driver in between.
+"""Call the CUDA kernels, launched through the driver.
 
 Binaries come from `custom_ops.cubin`, one for each specialization that a plan names. Plan, binary, function
 and struct are worked out once for each device, spec and shape; from then on a call copies the struct, fills
@@ -25,7 +25,7 @@ from .sums import Images, biased_images
 
 
 class _Launch(NamedTuple):
-    """All of a kernel call but the pointers."""
+    """Everything of a kernel call except the pointers."""
 
     struct: ctypes.Structure
     context: int

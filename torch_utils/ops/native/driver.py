@@ -1,4 +1,4 @@
-"""The part of the CUDA driver that loads and launches a kernel, through ctypes.
+"""Load and launch kernels with the CUDA driver, through ctypes.
 
 Modules live in the primary context of a device, the one that torch uses. A thread that has not touched CUDA
 yet gets it for good, as from torch's own calls; a thread that works on another device, for the length of a

@@ -1,4 +1,4 @@
-"""The structs that the kernels take, mirrored from the headers beside them.
+"""The structs that the kernels take, mirrored from their headers.
 
 The same bytes go to a C++ function by address and to a CUDA kernel by value. A test compares sizes and
 offsets with the compiler's.

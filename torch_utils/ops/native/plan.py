@@ -1,4 +1,4 @@
-"""What a plan is: the specialization of a CUDA kernel, and the shape of its launch."""
+"""Launch plans: the specialization of a CUDA kernel, and the shape of its launch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class LaunchPlan(NamedTuple):
-    """One kernel for one specialization: what it is compiled from, and how many threads run it.
+    """One specialization of a kernel: its sources and macros, and the number of threads.
 
     source: path below this folder. entry: name of the kernel. defines: macros that specialize it.
     shared_bytes: dynamic shared memory of a block.

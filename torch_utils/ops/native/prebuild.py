@@ -1,4 +1,4 @@
-"""The CUDA specializations that StyleGAN2 and StyleGAN3 need, so that they can be built before anybody waits.
+"""The CUDA specializations that StyleGAN2 and StyleGAN3 need, for building ahead of time.
 
 What is missing here is not missing at run time: it is compiled at its first use.
 """

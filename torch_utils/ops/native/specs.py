@@ -1,4 +1,4 @@
-"""Specs of calls in numbers, one tuple an op: geometry, adjoint, and the struct a kernel takes.
+"""Specs of calls, one tuple of numbers per op: geometry, adjoint, and the struct of the kernel.
 
 The tuples are flat so that `torch.library` can pass them on as they are: `op(*tensors, *spec)`.
 """

@@ -1,4 +1,4 @@
-"""How bias_act runs on a GPU."""
+"""Launch plans of bias_act."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds compilers, compiles kernels, keeps what they made: everything between a source and a binary."""
+"""Find compilers, compile kernels and cache the binaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where binaries are kept: one folder for each key, complete or not there, checked whenever it is read.
+"""Cache of binaries: one folder per key, written atomically, verified whenever it is read.
 
 A key covers everything that a binary depends on (sources, flags, compiler, architecture), so nothing in the
 cache is ever out of date, and processes, versions and machines can share one.

@@ -1,4 +1,4 @@
-"""Compilers that work, which is found out by compiling three lines, not by looking for a name."""
+"""Find working compilers by compiling three lines of code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_NVCC = "Nothing is lost: NVRTC, which torch for CUDA brings along, builds the
 
 
 class Compiler(NamedTuple):
-    """A compiler that has compiled something here."""
+    """A compiler that works on this machine."""
 
     path: str
     version: str

@@ -1,4 +1,4 @@
-"""The CPU library: all C++ files of the ops in one, built by ninja with the first compiler that works."""
+"""Build the CPU library from all C++ files of the ops, with ninja and the first working compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA binaries, one for each specialization, by NVRTC or by nvcc from the same sources and macros."""
+"""Build CUDA binaries, one per specialization, with NVRTC or nvcc from the same sources and macros."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def nvrtc_many(
 ) -> list[bytes]:
     """Compile many specializations side by side, those that are in the cache excepted.
 
-    NVRTC lets go of Python's lock while it works. Raises NativeUnavailable.
+    NVRTC releases the GIL while it compiles. Raises NativeUnavailable.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda p: find(p, capability, sources) or nvrtc(p, capability, sources), plans))

@@ -1,4 +1,4 @@
-"""How filtered_lrelu runs on a GPU: which outputs are a block's.
+"""Launch plans of filtered_lrelu: the tile of outputs per block.
 
 The macros are explained in filtered_lrelu.cu; what is counted here is laid out there.
 """

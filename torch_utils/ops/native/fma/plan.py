@@ -1,4 +1,4 @@
-"""How fma runs on a GPU."""
+"""Launch plans of fma."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How upfirdn2d runs on a GPU: which outputs are a thread's, which threads a block's.
+"""Launch plans of upfirdn2d: outputs per thread, threads per block.
 
 The macros are explained in upfirdn2d.cu, which checks the shared memory that is counted here.
 """
