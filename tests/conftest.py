@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -93,6 +94,17 @@ def golden_network():
         return cache[name]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """benchmarks/browser.py; skips where Chromium is missing."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    module = importlib.import_module("browser")
+    sys.path.remove(str(Path(__file__).parents[1] / "benchmarks"))
+    if reason := module.missing():
+        pytest.skip(reason)
+    return module
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import io
 import re
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -178,16 +176,6 @@ def shown(driver, channels=3):
 def difference(a, b):
     assert a.shape == b.shape
     return int(np.abs(a.astype(int) - b.astype(int)).max())
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    module = importlib.import_module("browser")
-    sys.path.remove(str(ROOT / "benchmarks"))
-    if reason := module.missing():
-        pytest.skip(reason)
-    return module
 
 
 @pytest.fixture(scope="module")
