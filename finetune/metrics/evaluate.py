@@ -115,7 +115,7 @@ class Evaluation:
                 EfficientNetLite0(self.device).pooled,
             )
         if "st-lpips" in spaces:
-            identity = f"ST-LPIPS vgg {FILES['vgg'][1]} at {POOLED_PIXELS}"
+            identity = f"ST-LPIPS vgg {FILES['vgg'][1]} at {POOLED_PIXELS}, directions"
             self._add("st-lpips", identity, StLpips("vgg", self.device).pooled)
         if "inception" in spaces:
             path = inception_weights(inception, tell)

@@ -89,5 +89,10 @@ class StLpips(nn.Module):
         return maps
 
     def pooled(self, img: torch.Tensor) -> torch.Tensor:
-        """Return the last features `[N, C]`, averaged over the image, first resized to 64 pixels."""
-        return self.stages(resize(to_rgb(img), POOLED_SIZE))[-1].mean(dim=[2, 3])
+        """Return the last features `[N, C]`, averaged over the image, first resized to 64 pixels.
+
+        At every position they are scaled to a mean square of 1 over the channels: the distance compares
+        directions alone, and the kernel of KID needs features of about that size.
+        """
+        x = self.stages(resize(to_rgb(img), POOLED_SIZE))[-1]
+        return F.normalize(x, dim=1).mean(dim=[2, 3]) * x.shape[1] ** 0.5

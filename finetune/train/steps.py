@@ -57,8 +57,8 @@ def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
     with stats.phase(GMAIN):
         with gradients_of("G", GMAIN, state, plan):
             for _, size in micro_batches(GMAIN, state, plan):
-                pulls = distillation is not None and distillation.weight
-                diagnostics = stats.due_diagnostics(state.nimg) if pulls else None
+                has_gradient = distillation is not None and distillation.weight
+                diagnostics = stats.due_diagnostics(state.nimg) if has_gradient else None
                 key = (GMAIN, size, bool(distillation), augmented) if diagnostics is None else None
                 part = partial(generator_micro_batch, state, plan, stats, distillation, diagnostics)
                 norms.append(plan.graphs.run(key, part, **draw_inputs(state, plan, size)))
