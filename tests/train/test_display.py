@@ -45,7 +45,7 @@ def test_display_without_terminal_prints_a_line(monkeypatch):
     display = display_after(250.0, monkeypatch)
     display.tick(state_at(100), NUMBERS)
     line = display.console.file.getvalue()
-    assert line == "    0.10 kimg     2.5 s/img  3.2 GiB  4:10 gone, 37:30 left  G 1.250 fid@1000 12.5\n"
+    assert line == "    0.10 kimg     2.5 s/img  3.2 GiB  4:10 elapsed, 37:30 left  G 1.250 fid@1000 12.5\n"
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_display_measures_again_after_a_rollback(monkeypatch):
     display.start_at(0)
     monkeypatch.setattr("finetune.train.progress.time.perf_counter", lambda: 60.0)
     display.tick(state_at(100), NUMBERS)
-    assert "1:00 gone, 1:30 left" in display.console.file.getvalue()
+    assert "1:00 elapsed, 1:30 left" in display.console.file.getvalue()
