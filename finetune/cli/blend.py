@@ -73,7 +73,7 @@ def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None
 
     format_of(out, None)
     if out.exists() and not force:
-        raise ConfigError(f"--out {out} exists; give --force to replace it, or choose another name.")
+        raise ConfigError(f"--out {out}: exists. Choose another name, or use --force to replace it.")
     A, B = (load(network_file(network)) for network in (first, second))
     related = relation(A, B)
     distance = f"distance of the weights {related.distance:.3f}"

@@ -124,11 +124,11 @@ def write(
     name, networks = file_format.name, result.networks
     click.echo(f"Wrote {out} ({out.stat().st_size:,} bytes, {name}): {', '.join(networks)}.")
     if checkpoint.missing:
-        click.echo(f"The source has no {' and no '.join(checkpoint.missing)}, so the file has none either.")
+        click.echo(f"The source has no {' and no '.join(checkpoint.missing)}, so the file has none.")
     if name == "stylegan-pkl" and len(networks) < 3:
-        click.echo("Loaders that insist on G, D and G_ema will refuse it.")
+        click.echo("Loaders that require G, D and G_ema will refuse it.")
     if checkpoint.augment_pipe is not None and not file_format.augment_pipe:
-        click.echo("The augmentation pipe, which only training needs, is not in it.")
+        click.echo("It does not contain the augmentation pipe, which only training needs.")
     tensors = f"{result.num_tensors} tensors equal, " if result.num_tensors else ""
     click.echo(
         f"Read back and compared: {tensors}{result.num_images} images, "

@@ -104,7 +104,7 @@ def command(
     if grid is not None and total > grid[0] * grid[1]:
         raise ConfigError(f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {total} images.")
     if save_w is not None and save_w.suffix != ".npz":
-        raise ConfigError(f"--save-w {save_w} has not the ending .npz; give a name that has.")
+        raise ConfigError(f"--save-w {save_w} does not end in .npz. Use a name that does.")
     print_options_without_effect(table, noise_mode)
     pixels = math.prod(image_size(G)) * total
     if pixels <= QUICK_PIXELS.get(checkpoint.family, 0):

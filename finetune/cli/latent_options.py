@@ -47,7 +47,7 @@ class EditType(click.ParamType):
             return value
         match = re.fullmatch(r"([\w.-]+)=([^=@]+)(?:@([^=@]+))?", value)
         if match is None:
-            self.fail(f"{value!r} is not an edit; write it like pc1=2.0.", param, ctx)
+            self.fail(f"{value!r} is not an edit. Write it like pc1=2.0.", param, ctx)
         return match[1], tuple(Vector().convert(match[2], param, ctx)), match[3]
 
 
@@ -144,7 +144,7 @@ def latent_table(
     from finetune.editing.latents import Edit, LatentTable, columns, load_ws, parse_layers
 
     if bool(seeds) == bool(w_files):
-        raise ConfigError("give either --seeds or --w.")
+        raise ConfigError("Use either --seeds or --w.")
     if w_files and (classes or label) and not mix_seeds:
         raise ConfigError("--class and --label have no effect on --w: the label is part of w. Omit them.")
     if directions is not None and not edits:
@@ -179,7 +179,7 @@ def labels_of(
     G: Network = checkpoint.best
     if label is not None:
         if classes is not None:
-            raise ConfigError("--class and --label: an image has one label. Give one of the two.")
+            raise ConfigError("--class and --label: an image has one label. Use one of the two.")
         if checkpoint.label_kind == "classes":
             raise ConfigError(f"--label: the labels of this network are {G.c_dim} classes. Use --class.")
         return [("", label_from_vector(G, label))]

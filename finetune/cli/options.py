@@ -31,7 +31,7 @@ def parse_numbers(text: str, noun: str = "seed") -> list[int]:
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{part.strip()!r} is not a {noun} or a range; write them like 0-15,42.")
+            raise ValueError(f"{part.strip()!r} is not a {noun} or a range. Write them like 0-15,42.")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
             raise ValueError(f"the range {part.strip()!r} runs backwards. Write {high}-{low}.")
@@ -77,7 +77,7 @@ class Vector(click.ParamType):
         except ValueError:
             numbers = [math.nan]
         if not all(map(math.isfinite, numbers)):
-            self.fail(f"{value!r} is not a list of finite numbers; separate them with commas.", param, ctx)
+            self.fail(f"{value!r} is not a list of finite numbers. Separate them with commas.", param, ctx)
         return numbers
 
 
@@ -116,7 +116,7 @@ class ImageSize(click.ParamType):
             return tuple(value)
         sides = value.lower().split("x")
         if len(sides) > 2 or not all(side.isdecimal() and int(side) >= self.smallest for side in sides):
-            self.fail(f"{value!r} is not a size; write 256, or width x height like 512x1024.", param, ctx)
+            self.fail(f"{value!r} is not a size. Write 256, or width x height like 512x1024.", param, ctx)
         return int(sides[-1]), int(sides[0])
 
 

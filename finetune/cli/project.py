@@ -100,7 +100,7 @@ def command(
     names = [path.stem for path in images]
     for name in names:
         if names.count(name) > 1 or name in ("projections", "tuned"):
-            raise ConfigError(f"two files would be called {name}. Rename the image.")
+            raise ConfigError(f"two outputs would be named {name}. Rename an image.")
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint, network)
     targets = [read_target(path, G) for path in images]

@@ -38,7 +38,7 @@ def relation(A: Checkpoint, B: Checkpoint) -> Relation:
     Raises ConfigError if their generators are not of one architecture.
     """
     if A.best is None or B.best is None:
-        raise ConfigError("a blend needs two generators, and one of the files holds only D.")
+        raise ConfigError("A blend needs two generators, but one of the files has only D.")
     if problem := difference(A.best, B.best):
         raise ConfigError(problem, hint="Only checkpoints of one architecture can be blended.")
     known = {step["sha256"] for step in _family(B.provenance.to_dict()) if step["sha256"]}
@@ -76,7 +76,7 @@ def blend(A: Checkpoint, B: Checkpoint, alpha: Alpha) -> Checkpoint:
             between = Interpolation(getattr(A, name), getattr(B, name))
             networks[name] = between.set(by_resolution(alpha, between.network))
     if networks["G"] is None and networks["G_ema"] is None:
-        raise ConfigError("the checkpoints have no generator in common: one has G, the other G_ema.")
+        raise ConfigError("The checkpoints have no generator in common: one has G, the other G_ema.")
     first, second = A.provenance, B.provenance
     licenses = dict.fromkeys(origin.licence for origin in (first, second) if origin.licence)
     shown = alpha if isinstance(alpha, float) else {str(key): value for key, value in alpha.items()}

@@ -117,7 +117,7 @@ def columns(
     ]
     count = int(np.prod([len(axis) for axis in axes]))
     if count > MAX_COLUMNS:
-        raise ConfigError(f"the values given combine to {count:,} columns, {MAX_COLUMNS:,} are allowed.")
+        raise ConfigError(f"{count:,} combinations of values: at most {MAX_COLUMNS:,}. Use fewer values.")
     found = []
     for combination in itertools.product(*axes):
         names = [name for (name, _), axis in zip(combination, axes) if name and len(axis) > 1]
@@ -191,5 +191,5 @@ def parse_layers(text: str, num_ws: int) -> slice:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < num_ws:
-        raise ConfigError(f"layers {text!r} are not rows of ws; write them like 0-3, from 0 to {num_ws - 1}.")
+        raise ConfigError(f"layers {text!r}: not rows of ws. Write them like 0-3, from 0 to {num_ws - 1}.")
     return slice(first, last + 1)

@@ -98,7 +98,7 @@ class Projector:
         loss = loss + PIXEL_WEIGHT * (img - target).square().mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                "the distance to the image is not finite.", hint="Use other weights or images."
+                "The distance to the image is not finite.", hint="Use other weights or images."
             )
         return loss
 

@@ -71,7 +71,7 @@ def walk_frames(table: LatentTable, steps: int, *, loop: bool, cells: int = 1) -
         keys = torch.cat(rows).unflatten(0, (cells, -1)).transpose(0, 1)
     if len(keys) < 2:
         raise ConfigError(
-            "a video needs something to move between.",
+            "The video has nothing to interpolate between.",
             hint="Give more seeds (as many for each cell of --grid), several values of --trunc, --class or "
             "--edit, or a second network (--to).",
         )
@@ -120,7 +120,7 @@ def render(
 def check_kind(path: Path, fps: int) -> None:
     """Raise ConfigError if no video of `fps` can be written under this name on this machine."""
     if path.suffix.lower() not in ("", *KINDS):
-        raise ConfigError(f"{path} has not the ending of a video: use {', '.join(KINDS)}, or a folder.")
+        raise ConfigError(f"{path} has no video suffix. Use {', '.join(KINDS)}, or a folder.")
     if path.suffix.lower() == ".gif" and fps > GIF_MAX_FPS:
         raise ConfigError(f"--fps {fps}: GIF has at most {GIF_MAX_FPS}. Use {GIF_MAX_FPS} or less.")
     if path.suffix.lower() == ".mp4":

@@ -83,14 +83,14 @@ def format_of(path: str | os.PathLike, name: str | None = None, *, option: str =
     if name is None:
         if by_ending is None:
             endings = ", ".join(f"{row.suffix} ({row.name})" for row in FORMATS.values())
-            raise ConfigError(f"{path}: the ending {ending!r} is of no format. Use one of {endings}.")
+            raise ConfigError(f"{path}: unknown suffix {ending!r}. Use one of {endings}.")
         return by_ending
     if name not in FORMATS:
         raise ConfigError(f"{option} {name!r} is unknown. Choose from {', '.join(FORMATS)}.")
     if by_ending not in (None, FORMATS[name]):
         assert by_ending is not None
         raise ConfigError(
-            f"{path}: {ending} is the ending of {by_ending.name}, and {option} is {name}. Give {option} "
+            f"{path}: {ending} is the suffix of {by_ending.name}, but {option} is {name}. Use {option} "
             f"{by_ending.name}, or a name that ends in {FORMATS[name].suffix}."
         )
     return FORMATS[name]

@@ -47,7 +47,7 @@ def write(
     held = [name for name in NETWORKS if name not in checkpoint.missing]
     if held not in (["G_ema"], ["G"]):
         raise ExportError(
-            f"An ONNX file has one generator, not {', '.join(held)}.", hint="Give --which G_ema or --which G."
+            f"An ONNX file has one generator, not {', '.join(held)}.", hint="Use --which G_ema or --which G."
         )
     model = join(*(to_onnx(checkpoint.best, part) for part in PARTS))
     add_metadata(model, metadata_of(checkpoint))

@@ -31,7 +31,7 @@ def write(path: str | os.PathLike, checkpoint: Checkpoint, *, check: Check | Non
         if (network := getattr(checkpoint, name)) is not None:
             if problems := _problems(network):
                 raise ExportError(
-                    f"{name} is no network of the StyleGAN2 port: {'; '.join(problems)}.",
+                    f"{name} is not supported by the StyleGAN2 port: {'; '.join(problems)}.",
                     hint="Use stylegan-pkl, safetensors or state-dict.",
                 )
             content[layout.NAMES[name]] = _their_tensors(network)

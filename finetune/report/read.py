@@ -89,7 +89,7 @@ def read_run(path: str | Path) -> RunRecord:
         if inner:
             hint = f"Run folders in it: {', '.join(map(str, inner[-3:]))}"
         raise ConfigError(
-            f"{path}: this is no run folder (no readable config.json in it).", hint=hint
+            f"{path}: not a run folder (no readable config.json).", hint=hint
         ) from None
     about: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):

@@ -75,7 +75,7 @@ def saved_averages(snapshot: Path) -> list[SavedAverages]:
     if last is None:
         raise CheckpointError(
             f"{snapshot}: its averages {averages_beside(snapshot).name} are missing.",
-            hint="Runs of earlier versions kept none; finetune train writes them beside every snapshot.",
+            hint="Runs of earlier versions have none. `finetune train` writes them with every snapshot.",
         )
     return sorted((each for each in found if 0 < each.updates <= last.updates), key=lambda each: each.updates)
 

@@ -42,7 +42,7 @@ def test_convert_with_arguments_that_tensors_do_not_tell(tmp_path):
 def test_convert_refusals(golden_dir, tmp_path):
     source = golden_dir / "stylegan3-t-32.pkl"
     for args, words in (
-        ((source, tmp_path / "net.jpg"), "the ending '.jpg' is of no format. Use one of .pkl (stylegan-pkl)"),
+        ((source, tmp_path / "net.jpg"), "unknown suffix '.jpg'. Use one of .pkl (stylegan-pkl)"),
         ((source, tmp_path / "net.pt"), "StyleGAN2 port: StyleGAN3, not StyleGAN2"),
         ((source, tmp_path / "net.pkl", "--arch", "first_cutoff"), "'first_cutoff' is not an argument"),
         ((source, tmp_path / "net.pkl", "--arch", "first_cutoff=1"), "no architecture can be given"),

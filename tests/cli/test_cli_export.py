@@ -59,7 +59,7 @@ def test_export_prints_lineage_and_license(source, tmp_path):
     assert "trained for 2.5 kimg" in output
     assert f"from: ffhq.pkl (sha256 {'ab' * 32})" in output
     assert "License: CC-BY-NC-4.0" in output
-    assert "The source has no G and no D" in output and "Loaders that insist on G, D and G_ema" in output
+    assert "The source has no G and no D" in output and "Loaders that require G, D and G_ema" in output
     assert finetune.load(tmp_path / "out.pkl").provenance.licence == "CC-BY-NC-4.0"
 
 
@@ -143,7 +143,7 @@ def test_export_full_disk(source, tmp_path, monkeypatch):
         (["--network", "{source}", "--out", "."], "is a folder"),
         (["--network", "{source}", "--out", "x.onnx", "--format", "onnx", "--half"], "omit half"),
         (["--network", "{source}"], "--out"),
-        (["--network", "{source}", "--out", "x.safetensors"], "Give --format safetensors"),
+        (["--network", "{source}", "--out", "x.safetensors"], "Use --format safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--half"], "stylegan-pkl with half"),
         (["--network", "{source}", "--out", "x.pkl", "--slim", "--which", "D"], "no effect with --which D"),

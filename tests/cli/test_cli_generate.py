@@ -115,7 +115,7 @@ def test_generate_label_vector(of_kind, run, tmp_path):
         ("classes", ["--label", "0,1,0,0,0"], "the labels of this network are 5 classes. Use --class"),
         (None, ["--label", "1,x"], "'1,x' is not a list of finite numbers"),
         (None, ["--label", "1,nan"], "'1,nan' is not a list of finite numbers"),
-        (None, ["--label", "1", "--class", "0"], "Give one of the two"),
+        (None, ["--label", "1", "--class", "0"], "Use one of the two"),
         (None, ["--class", "1,7"], "--class 7: must be 0 to 4"),
     ],
 )
@@ -183,7 +183,7 @@ def test_generate_mixing(run):
     run("--seeds", "5")
     np.testing.assert_array_equal(sheet[:32, 32:64], pixels(outdir / "seed0005.png"))
     result, _ = run("--seeds", "0", "--mix", "5", "--mix-layers", "0-99", code=2)
-    assert "layers '0-99' are not rows of ws; write them like 0-3, from 0 to" in result.output
+    assert "layers '0-99': not rows of ws. Write them like 0-3, from 0 to" in result.output
 
 
 def test_generate_saved_w(run, tmp_path):
@@ -193,20 +193,20 @@ def test_generate_saved_w(run, tmp_path):
     run("--w", str(file))
     np.testing.assert_array_equal(pixels(outdir / "w0001.png"), pixels(outdir / "seed0009.png"))
     result, _ = run("--w", str(file), "--seeds", "1", code=2)
-    assert "give either --seeds or --w" in result.output
+    assert "Use either --seeds or --w" in result.output
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give either --seeds or --w"),
-        (["--seeds", "0", "--edit", "pc1"], "'pc1' is not an edit; write it like pc1=2.0"),
+        ([], "Use either --seeds or --w"),
+        (["--seeds", "0", "--edit", "pc1"], "'pc1' is not an edit. Write it like pc1=2.0"),
         (["--seeds", "0", "--edit", "pc1=much"], "'much' is not a list of finite numbers"),
         (["--seeds", "0", "--edit", "smile=1"], "--edit smile: not a principal direction"),
         (["--seeds", "0", "--directions", "d.npz"], "--directions has no effect without --edit"),
         (["--seeds", "0", "--mix-layers", "0-3"], "--mix-layers has no effect without --mix"),
         (["--seeds", "0", "--trunc", "11"], "11 is outside -10 to 10"),
-        (["--seeds", "0", "--save-w", "w.pt"], "--save-w w.pt has not the ending .npz"),
+        (["--seeds", "0", "--save-w", "w.pt"], "--save-w w.pt does not end in .npz"),
         (["--w", "absent.npz"], "absent.npz does not exist"),
     ],
 )

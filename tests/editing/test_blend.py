@@ -151,7 +151,7 @@ def test_blend_command(small, golden_dir, tmp_path):
     result = CliRunner().invoke(cli, [*words, "--force", "--alpha", "4=0,16=0.5,mapping=0"])
     assert result.exit_code == 0 and f"Wrote {out}: G_ema. No common ancestor known" in result.output
     result = CliRunner().invoke(cli, ["blend", str(path), str(path), "--alpha", "0.1", "--out", str(out)])
-    assert result.exit_code == 2 and "exists; give --force" in result.output
+    assert result.exit_code == 2 and "exists. Choose another name" in result.output
     for alpha in ("much", "4=x", "nan", "x=1"):
         result = CliRunner().invoke(cli, ["blend", str(path), str(path), "--alpha", alpha, "--out", str(far)])
         assert result.exit_code == 2 and "is not a number, or numbers by resolution" in result.output

@@ -55,7 +55,7 @@ def test_table_mixes_then_edits(G, labels):
 
 
 def test_table_too_many_columns(G, labels):
-    with pytest.raises(ConfigError, match="combine to 40,000 columns"):
+    with pytest.raises(ConfigError, match="40,000 combinations"):
         columns(G, labels, psis=[0.5] * 200, mix_seeds=range(199))
 
 

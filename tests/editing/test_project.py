@@ -115,7 +115,7 @@ def test_project_errors(run, tmp_path):
         Image.new("RGB", (64, 64)).save(tmp_path / name / "x.png")
     for images, message in (
         (["a.png"], "a.png"),
-        (["a/x.png", "b/x.png"], "two files would be called x. Rename the image"),
+        (["a/x.png", "b/x.png"], "two outputs would be named x. Rename an image"),
         (["absent.png"], "does not exist"),
     ):
         result, outdir = run(*(str(tmp_path / image) for image in images), code=2)

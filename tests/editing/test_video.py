@@ -99,7 +99,7 @@ def test_frames_of_a_morph_equal_generate(G, B, loop):
 
 
 def test_video_needs_something_to_move_between(G, B):
-    with pytest.raises(ConfigError, match="needs something to move between"):
+    with pytest.raises(ConfigError, match="nothing to interpolate between"):
         walk_frames(table_of(G, [1]), 4, loop=True)
     with pytest.raises(ConfigError, match="3 seeds cannot be divided among 2 cells"):
         walk_frames(table_of(G, [1, 2, 3]), 4, loop=True, cells=2)
@@ -108,7 +108,7 @@ def test_video_needs_something_to_move_between(G, B):
 
 
 def test_video_names(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"not the ending of a video: use \.mp4, \.gif"):
+    with pytest.raises(ConfigError, match=r"no video suffix. Use \.mp4, \.gif"):
         check_kind(tmp_path / "a.avi", 30)
     with pytest.raises(ConfigError, match="GIF has at most 50"):
         check_kind(tmp_path / "a.gif", 60)
@@ -187,7 +187,7 @@ def test_video_errors_leave_nothing(run, golden_dir, tmp_path):
     out = tmp_path / "x.gif"
     other = str(golden_dir / "stylegan2-64-cond.pkl")
     for words, message in (
-        (["--seeds", "0"], "something to move between"),
+        (["--seeds", "0"], "nothing to interpolate between"),
         (["--seeds", "0", "--class", "0", "--to", other], "no classes"),
         (["--seeds", "0", "--to", other], "the networks differ in"),
         (["--seeds", "0-4", "--trunc", "0,1", "--grid", "2x2"], "--grid 2x2 has 4 places, for 5 seeds"),

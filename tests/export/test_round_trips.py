@@ -58,7 +58,7 @@ def test_round_trip_of_other_networks(golden_checkpoint, tmp_path, name):
     write(tmp_path / "c.pkl", finetune.load(tmp_path / "b.pth"), "stylegan-pkl")
     again = finetune.load(tmp_path / "c.pkl")
     assert all(map(torch.equal, tensors_of(source.G_ema).values(), tensors_of(again.G_ema).values()))
-    with pytest.raises(ExportError, match="G_ema is no network of the StyleGAN2 port"):
+    with pytest.raises(ExportError, match="G_ema is not supported by the StyleGAN2 port"):
         finetune.save(source, tmp_path / "d.pt")
 
 

@@ -173,7 +173,7 @@ def test_save_half_refuses_weights_beyond_float16(golden_checkpoint, tmp_path):
 def test_format_is_that_of_the_ending(tmp_path):
     assert format_of("a.PKL").name == "stylegan-pkl"
     assert format_of("a", "safetensors").name == "safetensors"
-    with pytest.raises(ConfigError, match=r"the ending '.jpg' is of no format. Use one of .pkl"):
+    with pytest.raises(ConfigError, match=r"unknown suffix '.jpg'. Use one of .pkl"):
         format_of("a.jpg")
-    with pytest.raises(ConfigError, match=r"Give format stylegan-pkl, or a name that ends in .safetensors"):
+    with pytest.raises(ConfigError, match=r"Use format stylegan-pkl, or a name that ends in .safetensors"):
         format_of("a.pkl", "safetensors")

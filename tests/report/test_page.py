@@ -161,7 +161,7 @@ def test_read_run_refuses_other_places(what, tmp_path, make_run):
     make_run("inner/00000-x")
     place = {"missing": tmp_path / "no", "file": tmp_path / "file", "empty": tmp_path / "inner"}[what]
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"no such folder|is a file|no run folder(.|\n)*00000-x"):
+    with pytest.raises(ConfigError, match=r"no such folder|is a file|not a run folder(.|\n)*00000-x"):
         read_run(place)
 
 
