@@ -20,7 +20,7 @@ Check = Callable[[Path], None]
 def save_tensors(
     path: str | os.PathLike, checkpoint: Checkpoint, content: Mapping[str, Any], check: Check | None
 ) -> None:
-    """Write `content`, and the entry "finetune": provenance, and how the networks are built.
+    """Write `content`, the training set options, and "finetune": provenance and how to build the networks.
 
     The file opens with torch.load(weights_only=True). `check` is called with the finished temporary file
     before it takes its name. Raises WriteError if the file cannot be written.
@@ -31,8 +31,9 @@ def save_tensors(
         if (network := getattr(checkpoint, name)) is not None
     }
     entry = {**plain(entry_of(checkpoint), "provenance"), "networks": networks}
+    options = plain(checkpoint.training_set_kwargs, "training_set_kwargs")
     with atomic_write(path) as stream:
-        torch.save({**content, "finetune": entry}, stream)
+        torch.save({**content, "training_set_kwargs": options, "finetune": entry}, stream)
         if check is not None:
             stream.flush()
             check(Path(stream.name))

@@ -31,10 +31,11 @@ def test_label_vectors_are_stated_in_snapshot(images, with_vectors, tmp_path):
     asked = options(images, tmp_path, data=str(with_vectors), cond=True, kimg=0.004)
     snapshot = run(asked, console=quiet()).snapshot
     again = run(TrainOptions(resume=str(snapshot.parent), kimg=0.008), console=quiet()).snapshot
-    exported = tmp_path / "net.safetensors"
-    words = ["export", "--network", str(again), "--out", str(exported), "--format", "safetensors"]
-    assert CliRunner().invoke(cli, words).exit_code == 0
-    for path in (snapshot, again, exported):
+    exported = [tmp_path / "net.safetensors", tmp_path / "net.pth"]
+    for path in exported:
+        done = CliRunner().invoke(cli, ["convert", str(again), str(path)])
+        assert done.exit_code == 0, done.output
+    for path in (snapshot, again, *exported):
         said = CliRunner().invoke(cli, ["inspect", str(path)]).stdout
         assert "labels        vectors of 2 numbers\n" in said and "classes" not in said
 
