@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.latent_options import generator_of
+from finetune.cli.latent_options import generator_of, start_without_build
 from finetune.cli.options import (
     device_option,
     network_file,
@@ -54,8 +54,10 @@ def command(network: str, outdir: Path, num: int, seed: int, class_index: int | 
     from finetune.resolve import load
     from finetune.sampling import label_from_class, save_grid, synthesize
 
-    G = generator_of(load(network_file(network), device=resolve_device(device)), network)
+    checkpoint = load(network_file(network), device=resolve_device(device))
+    G = generator_of(checkpoint, network)
     label = label_from_class(G, 0 if class_index is None and G.c_dim else class_index)
+    start_without_build(checkpoint, num * len(AMOUNTS))
     with float32_math(), progress_bar("images", num * len(AMOUNTS)) as progress:
         found = principal_directions(G, num, class_index=class_index)
         images = []

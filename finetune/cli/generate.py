@@ -13,6 +13,7 @@ from finetune.cli.latent_options import (
     latent_options,
     latent_table,
     print_options_without_effect,
+    start_without_build,
 )
 from finetune.cli.options import (
     GridSize,
@@ -33,18 +34,6 @@ if TYPE_CHECKING:
     from finetune.editing.latents import LatentTable
 
 MAX_SHEET_PIXELS = 1 << 27  # of a sheet that nobody asked for: 400 MB in memory
-# Few enough pixels that plain torch makes them sooner than the kernels are built (half a minute); StyleGAN3
-# takes some thirty times as long without kernels, StyleGAN2 hardly longer.
-QUICK_PIXELS = {"stylegan2": 1 << 22, "stylegan3-t": 1 << 14, "stylegan3-r": 1 << 14}
-
-
-def start_without_build(device_type: str) -> None:
-    """Run this command in plain torch if the CPU kernels are not built yet, and build them meanwhile."""
-    from torch_utils import custom_ops
-    from torch_utils.ops import impl
-
-    if device_type == "cpu" and impl.default_impl() == "auto":
-        custom_ops.build_for_next_start()
 
 
 @click.command("generate", short_help="Generate images from a checkpoint, one per seed.")
@@ -106,9 +95,8 @@ def command(
     if save_w is not None and save_w.suffix != ".npz":
         raise ConfigError(f"--save-w {save_w} does not end in .npz. Use a name that does.")
     print_options_without_effect(table, noise_mode)
+    start_without_build(checkpoint, total)
     pixels = math.prod(image_size(G)) * total
-    if pixels <= QUICK_PIXELS.get(checkpoint.family, 0):
-        start_without_build(next(G.parameters()).device.type)
     is_table = grid is None and len(table.columns) > 1 and pixels <= MAX_SHEET_PIXELS
 
     outdir.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from finetune.cli.latent_options import (
     latent_options,
     latent_table,
     print_options_without_effect,
+    start_without_build,
 )
 from finetune.cli.options import (
     NETWORK,
@@ -78,9 +79,8 @@ def command(
     Frames are equal to the images of `finetune generate`.
     """
     from finetune.device import float32_math, resolve_device
-    from finetune.editing.video import check_kind, morph_frames, render, walk_frames, write_video
+    from finetune.editing.video import check_kind, full_grid, morph_frames, render, walk_frames, write_video
     from finetune.resolve import load
-    from finetune.sampling import near_square
 
     check_kind(out, fps)
     target = resolve_device(device)
@@ -90,23 +90,24 @@ def command(
     print_options_without_effect(table, noise_mode)
     is_walk = to is None and len(table.columns) == 1
     if not is_walk:
-        grid = grid or near_square(len(table))
+        grid = grid or full_grid(len(table))
         if len(table) > grid[0] * grid[1]:
             raise ConfigError(
                 f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {len(table)} seeds."
             )
     with float32_math():
+        columns, rows = grid or (1, 1)
         if to is None:
-            columns, rows = grid or (1, 1)
             count, frames = walk_frames(table, steps, loop=loop, cells=columns * rows)
         else:
             B = generator_of(load(network_file(to), device=target), to)
             count, frames = morph_frames(table, B, steps, loop=loop)
+        start_without_build(checkpoint, count * columns * rows)
         noise_seeds = table.noise_seeds()[: 1 if is_walk else None]
         with progress_bar("frames", count) as progress:
             images = render(
                 frames,
-                grid or (1, 1),
+                (columns, rows),
                 noise_mode=noise_mode,
                 noise_seeds=noise_seeds,
                 progress=lambda done: progress(done, count),

@@ -15,13 +15,14 @@ from finetune.editing.interpolate import Interpolation
 from finetune.editing.latents import LatentTable
 from finetune.errors import ConfigError
 from finetune.models import Network
-from finetune.sampling import image_grid, synthesize
+from finetune.sampling import image_grid, near_square, synthesize
 from torch_utils.files import atomic_write
 
 KINDS = (".mp4", ".gif", ".webp")
 GIF_MAX_FPS = 50  # viewers slow down shorter delays than 2/100 s
 WEBP_QUALITY = 90
 H264_CRF = "16"  # visually lossless
+BT709, LIMITED_RANGE = 1, 1  # numbers of ITU-T H.273 and FFmpeg
 
 Frame = tuple[Network, torch.Tensor]  # a network and ws [cells, num_ws, w_dim]
 
@@ -117,6 +118,12 @@ def render(
         progress(done)
 
 
+def full_grid(count: int) -> tuple[int, int]:
+    """Return (columns, rows) for `count` cells: without empty places, if that is not much wider than high."""
+    columns = next(n for n in range(math.isqrt(count - 1) + 1, count + 1) if count % n == 0)
+    return (columns, count // columns) if columns <= 3 * (count // columns) else near_square(count)
+
+
 def check_kind(path: Path, fps: int) -> None:
     """Raise ConfigError if no video of `fps` can be written under this name on this machine."""
     if path.suffix.lower() not in ("", *KINDS):
@@ -169,9 +176,13 @@ def _write_mp4(stream, images: Iterable[Image.Image], fps: int) -> None:
         video = None
         for image in images:
             frame = av.VideoFrame.from_image(to_channels(image, 3))
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
             if video is None:
                 video = container.add_stream("libx264", rate=fps, options={"crf": H264_CRF})
                 video.width, video.height, video.pix_fmt = frame.width, frame.height, "yuv420p"
+                context = video.codec_context  # without these, players guess the colors by the size
+                context.colorspace = context.color_primaries = context.color_trc = BT709
+                context.color_range = LIMITED_RANGE
             container.mux(video.encode(frame))
         if video is not None:
             container.mux(video.encode())

@@ -14,7 +14,7 @@ from finetune.cli import cli
 from finetune.demo.run import CHECKPOINT as BUNDLED
 from finetune.editing.interpolate import Interpolation
 from finetune.editing.latents import LatentTable, columns
-from finetune.editing.video import check_kind, morph_frames, render, walk, walk_frames
+from finetune.editing.video import check_kind, full_grid, morph_frames, render, walk, walk_frames
 from finetune.errors import ConfigError
 from finetune.sampling import generate, label_from_class
 
@@ -194,3 +194,10 @@ def test_video_errors_leave_nothing(run, golden_dir, tmp_path):
     ):
         assert message in run(*words, "--out", str(out), code=2).output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "grid"), [(1, (1, 1)), (2, (2, 1)), (4, (2, 2)), (7, (3, 3)), (8, (4, 2)), (13, (4, 4))]
+)
+def test_grid_without_empty_places(count, grid):
+    assert full_grid(count) == grid
