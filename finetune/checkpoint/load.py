@@ -238,7 +238,8 @@ def _rebuild_all(
     base_shape = None
     for name, network in sorted(networks.items(), key=lambda item: item[0] == "D"):  # as a generator has it
         try:
-            if (record := find_foreign(network)) is not None:
+            record = network if type(network) is Record else find_foreign(network)
+            if record is not None:
                 raise _foreign(name, record)
             build: Any = builders[type(network)]
             rebuilt[name] = build(name, network, allowance, base_shape)

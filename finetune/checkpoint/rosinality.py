@@ -30,7 +30,7 @@ Pairs = Iterator[tuple[str, str]]  # our name, theirs
 
 def is_port(state: Mapping[str, Any]) -> bool:
     """Return whether the names of a state dict are those of the port."""
-    return "conv1.conv.weight" in state or "final_linear.0.weight" in state
+    return {"style.1.weight", "conv1.conv.weight"} <= state.keys() or "final_linear.0.weight" in state
 
 
 def generator_names(resolution: int, num_layers: int) -> Pairs:

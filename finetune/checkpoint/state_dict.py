@@ -31,6 +31,7 @@ BANDS = ("num_critical", "first_cutoff", "first_stopband", "last_stopband_rel", 
 FILTERS = (".up_filter", ".down_filter")
 SAME_FILTER = 1e-6
 MEAN_SAMPLES = 10_000  # of w, if a file has no mean
+MEAN_CHUNK = 100  # bounds the memory that a file of wide layers can take
 MAX_NAME = 200  # letters of the name of a tensor
 HOW = "with `finetune convert --arch NAME=VALUE`, or finetune.load(path, architecture={...})"
 
@@ -191,9 +192,12 @@ def rebuild_described(
 
 @torch.no_grad()
 def _estimate_w_avg(G: Any) -> None:
-    """Set the mean w of a generator from MEAN_SAMPLES latents of a fixed seed."""
-    z = torch.randn([MEAN_SAMPLES, G.z_dim], generator=torch.Generator().manual_seed(0))
-    G.mapping.w_avg.copy_(G.mapping(z, torch.zeros([MEAN_SAMPLES, G.c_dim]))[:, 0].mean(dim=0))
+    """Set the mean w of a generator from MEAN_SAMPLES latents of a fixed seed, few at a time."""
+    generator = torch.Generator().manual_seed(0)
+    c = torch.zeros([MEAN_CHUNK, G.c_dim])
+    for _ in range(MEAN_SAMPLES // MEAN_CHUNK):
+        z = torch.randn([MEAN_CHUNK, G.z_dim], generator=generator)
+        G.mapping.w_avg.add_(G.mapping(z, c)[:, 0].sum(dim=0) / MEAN_SAMPLES)
 
 
 def _check_bands(name: str, net: Described, module: Any, differences: list[str]) -> None:

@@ -274,6 +274,13 @@ def test_hostile_legacy_files(tmp_path, cut, words):
         finetune.load(tmp_path / "net.pt")
 
 
+def test_network_that_is_a_harmless_object_is_refused(tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_bytes(changed("data.pkl", b"\x80\x02}X\x05\0\0\0G_emacdatetime\ndate\n)Rs."))
+    with pytest.raises(PickleRefused, match=r"G_ema in .* needs datetime\.date"):
+        finetune.load(path)
+
+
 def test_whole_modules_that_share_tables_end_at_a_bound(tmp_path):
     """A module that contains itself, and tables shared by all modules, end at a bound."""
     root = Node()

@@ -38,8 +38,8 @@ class Source:
 
 
 def source(name: str, data: bytes) -> Source:
-    """Parse a pickle as far as it can be."""
-    outer, _ = _opcodes(data, 0)
+    """Parse a pickle as far as it can be; in a zip archive of torch.save, that of its first member."""
+    outer, _ = _opcodes(data, data.index(b"\x80\x02") if data.startswith(b"PK") else 0)
     inner: list[tuple[int, int, str]] = []
     for start, stop, kind in outer:
         if kind in ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8") and STORAGE in data[start : start + 40]:
@@ -93,7 +93,8 @@ def without_sources(data: bytes) -> bytes:
 
 def golden(folder: Path, names: Sequence[str] | None = None) -> dict[str, list[Source]]:
     """The checkpoints of a folder: whole ones, and their first networks."""
-    paths = [path for path in sorted(folder.glob("*.pkl")) if names is None or path.stem in names]
+    paths = sorted([*folder.glob("*.pkl"), *folder.glob("*.pt")])
+    paths = [path for path in paths if names is None or path.stem in names]
     contents = {path.stem: path.read_bytes() for path in paths}
     cut = [first_network(name, data) for name, data in contents.items()]
     return {
