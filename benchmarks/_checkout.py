@@ -1,4 +1,4 @@
-"""Imported first by every program of this folder: the package is that of this checkout, installed or not."""
+"""Import this first in every benchmark, so that the package is that of this checkout, installed or not."""
 
 import sys
 from pathlib import Path

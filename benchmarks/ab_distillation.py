@@ -1,4 +1,4 @@
-"""Does self-distillation help? The same checkpoint, data, seeds and images seen, with different options.
+"""Compare options of self-distillation with the same checkpoint, data, seeds and images seen.
 
     python benchmarks/ab_distillation.py --job improve --photos PHOTOS.zip
     python benchmarks/ab_distillation.py --make-base clothing-64-stylegan2 --photos PHOTOS.zip

@@ -1,12 +1,12 @@
-"""Seconds that building the kernels takes: cold, with each compiler, and warm, when all is in the cache.
+"""Measure the build time of the kernels: cold, with each compiler, and warm, from the cache.
 
     python benchmarks/bench_build.py --out benchmarks/results/build_<machine>_<yyyymm>.md
 
-No GPU is needed. The CUDA kernels are those that a training step of a network asks for (G, D and their
-second gradients, in one precision; told by running the step on tensors without memory), and all that
-`finetune doctor --build` builds for an architecture. Every build has an empty cache. "one by one" is how a
-program comes upon them, "side by side" how they are built ahead. CPU seconds stand beside the wall's clock,
-because other programs may run. Warm: a new process finds and loads everything, Python and torch being there
+No GPU is needed. The CUDA kernels are those of a training step of a network (G, D and their
+second gradients, in one precision; found by running the step on meta tensors), and all that
+`finetune doctor --build` builds for an architecture. Every build has an empty cache. "one by one": as
+at run time; "side by side": ahead of time. CPU seconds are listed beside wall time, because other programs
+may run. Warm: a new process finds and loads everything, Python and torch being there
 already.
 """
 

@@ -1,9 +1,9 @@
-"""Images a second of `finetune train` alone and beside a process that keeps one core busy.
+"""Measure images per second of `finetune train` alone and beside a process that keeps one core busy.
 
     python benchmarks/bench_busy.py --out benchmarks/results/busy_<machine>_<yyyymm>.md
 
-Each run is a subprocess that trains the demo checkpoint at batch 8; the four kinds alternate, and medians of
-their speeds stand in the table. "Busy waiting" is what OpenMP does by default (GOMP_SPINCOUNT=300000): its
+Each run is a subprocess that trains the demo checkpoint at batch 8; the four kinds alternate, and the
+table has medians. "Busy waiting" is what OpenMP does by default (GOMP_SPINCOUNT=300000): its
 threads keep their cores while they wait. `finetune` sets OMP_WAIT_POLICY=passive unless it is set already.
 """
 

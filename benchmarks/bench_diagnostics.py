@@ -1,10 +1,10 @@
-"""What the diagnostics cost: their seconds once a tick, in parts of what a tick takes.
+"""Measure the cost of the diagnostics: their time per tick, as a fraction of the tick.
 
     python benchmarks/bench_diagnostics.py --out benchmarks/results/diagnostics_<machine>_<yyyymm>.md
 
 Once a tick two gradients are compared (two backward passes through G beside the one of the step) and the
 weights are copied to the CPU. Both are the phase `diagnose` of the log. Every family takes its phases in turn
-in one process, so that what else the machine does hits all of them alike; medians are reported. Seconds of a
+in one process, so other load on the machine affects all equally; medians are reported. Seconds of a
 tick follow from the medians, the intervals of the lazy phases and the number of steps in the default tick of
 runs of --kimg. Random weights, the bundled images, no augmentation.
 """

@@ -1,10 +1,10 @@
-"""How long one image takes to read and decode: from a folder, from zips, from what `dataset prepare` makes.
+"""Measure the time to read and decode one image from a folder, from zips, and from `dataset prepare`.
 
     python benchmarks/bench_load.py --out benchmarks/results/load_<machine>_<yyyymm>.md
 
 The images are random, with the spectrum of photographs (1/f) and a little grain. All forms hold the same
-ones (JPEG nearly), and are read in turn through `finetune.data.ImageSet` by one process, so that what else
-the machine does hits all alike; the files are in the system's cache. Milliseconds an image, medians.
+ones (JPEG nearly), and are read in turn through `finetune.data.ImageSet` by one process, so that other
+load on the machine affects all equally; the files are in the system's cache. Milliseconds per image, medians.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Milliseconds of the modulated convolution in four ways, forward and with its backward pass.
+"""Measure four implementations of the modulated convolution, forward and with the backward pass.
 
     python benchmarks/bench_modulated_conv.py --out benchmarks/results/modulated_conv_<machine>_<yyyymm>.md
 

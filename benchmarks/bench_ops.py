@@ -1,4 +1,4 @@
-"""Milliseconds of each op, forward and with its backward pass: naive, reference, native; and the floor.
+"""Measure each op, forward and with the backward pass: naive, reference, native, and the floor.
 
     python benchmarks/bench_ops.py --out benchmarks/results/ops_<machine>_<yyyymm>.md
 

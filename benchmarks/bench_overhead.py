@@ -1,10 +1,10 @@
-"""Microseconds that a call of each op costs in Python, independent of the kernel: images of 4 by 4 pixels.
+"""Measure the Python overhead of a call of each op, on images of 4 by 4 pixels.
 
     python benchmarks/bench_overhead.py --out benchmarks/results/overhead_<machine>_<yyyymm>.md
 
 Plain torch and the native kernels, without gradients, with a graph being recorded, and with its backward
 pass, in turn in one process; medians over rounds of many calls. On a CPU with one thread, in CPU time, which
-other programs disturb little; on a GPU by the wall's clock and as calls are launched, not as they end.
+other programs disturb little; on a GPU, the wall time of launching.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Seconds and memory of commands that should answer at once, beside `import torch` alone.
+"""Measure time and memory of short commands, compared with `import torch`.
 
     python benchmarks/bench_start.py --out benchmarks/results/start_<machine>_<yyyymm>.md
 
 Every command is a subprocess with one thread; they alternate, and medians of processor time (which other
-programs disturb less than the clock), of wall time and of peak memory stand in the table. The data set of
+programs disturb less than the clock), of wall time and of peak memory are reported. The data set of
 `dataset check` is made first: small images in folders of 1,000; "unchanged" checks it again.
 """
 

@@ -1,11 +1,11 @@
-"""Seconds per 1,000 images of whole training steps, where they go, and peak memory, for the three families.
+"""Measure seconds per 1,000 images of whole training steps, by phase, and peak memory, by family.
 
     python benchmarks/bench_step.py --out benchmarks/results/step_<machine>_<yyyymm>.md
 
-The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots. What
-is timed are cycles of 16 steps, in which every lazy phase takes place at its interval, after `--warmup`
-cycles that build kernels, find memory and are reported as "first". Phases are those of the loop's own clock.
-`--profile` adds one more cycle under torch.profiler and its heaviest CUDA kernels; "busy" is the share of a
+The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots.
+Cycles of 16 steps are timed, in which every lazy phase runs at its interval, after `--warmup` cycles that
+build kernels, allocate memory and are reported as "first". Phases are those of the loop's own clock.
+`--profile` adds one more cycle under torch.profiler and its slowest CUDA kernels; "busy" is the fraction of a
 cycle in which a kernel runs: time covered by kernels, over the time of a cycle without the profiler.
 
 Arms: `naive` (benchmarks/naive.py, modulated convolutions grouped by sample: what plain-torch code bases

@@ -1,4 +1,4 @@
-"""Images per second of the page of a generator in a headless Chromium, with and without a morph.
+"""Measure the web page of a generator in a headless Chromium, with and without a morph.
 
     python benchmarks/bench_web.py --out benchmarks/results/web_<machine>_<yyyymm>.md
 

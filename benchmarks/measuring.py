@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved medians, the ceilings of the machine, and the files of results."""
+"""Shared by the benchmarks: interleaved medians, the ceilings of the machine, and result files."""
 
 from __future__ import annotations
 

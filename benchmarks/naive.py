@@ -1,8 +1,8 @@
-"""The yardstick of the benchmarks: the ops as plain-torch code bases of the family compute them.
+"""The baseline of the benchmarks: the ops as plain-torch code bases of the family compute them.
 
 Zeros are inserted, padded and convolved with, channel by channel, one convolution for each set of taps;
-bias, activation, gain and clamp are operations of their own. Right in value and in every gradient (the
-tests of the benchmarks compare it with the reference), and nothing but torch's own autograd behind it.
+bias, activation, gain and clamp are separate operations. Values and gradients are those of the reference (the
+tests of the benchmarks compare them), with torch's autograd only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Self-distillation on the smallest GAN there is: a point that shall move to 0.
+"""Self-distillation on the smallest GAN: a point that should move to 0.
 
     python examples/dirac_gan.py --out dirac-gan
 
 The generator is a point θ, the data are the point 0, the critic is D(x) = ψx. Gradient descent on this game
-circles around its solution forever; the gradient penalty R1 and self-distillation (a pull of strength k
-towards m, an average of θ that follows at rate τ) both damp it. The script draws trajectories, vector fields
-and the rate at which the game comes to rest, and prints the same in numbers. docs/theory.md derives what it
-shows.
+circles around its solution forever; the gradient penalty R1 and self-distillation (a gradient of
+strength k toward m, an EMA of θ with rate τ) both damp it. The script draws trajectories, vector fields
+and convergence rates, and prints them as numbers. docs/theory.md derives the results.
 
 Source: Mescheder et al., "Which Training Methods for GANs do actually Converge?", arXiv 1801.04406, sections
 2 and 4 (the game, R1); Nowinowski & Krawiec, arXiv 2605.08577 (self-distillation).

@@ -43,7 +43,7 @@ class Published:
     """Published settings of the training of a checkpoint of the catalog.
 
     trained, finetune: (gamma, batch) of its own training, and of fine-tuning it; glr, dlr, target: learning
-    rates and ADA's target of its own training. None where nothing is known.
+    rates and ADA's target of its own training. None if unknown.
     """
 
     name: str

@@ -4,7 +4,7 @@
 # newer and a package registry, no root. Afterwards $VENV is the absolute path of the environment.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ "${CI:-}" = true ] && exec </dev/null # nobody is there to answer a question
+[ "${CI:-}" = true ] && exec </dev/null # no interactive questions
 
 TORCH=${TORCH:-}
 VENV=${FINETUNE_VENV:-.venv${TORCH:+-torch$TORCH}}

@@ -41,7 +41,7 @@ SYNTHESIS_CALL = ("w_dim", "img_resolution", "img_channels", "channel_base", "ch
 BLOCK = ("activation", "resample_filter", "freeze_layers", "fp16_channels_last")
 EPILOGUE = ("mbstd_group_size", "mbstd_num_channels", "activation")
 
-# name -> the smallest and largest number, or the texts, or the type, that is believed.
+# name -> allowed range and type, or allowed values.
 LIMITS: dict[str, Any] = {
     "z_dim": (1, 1 << 16, int),
     "c_dim": (0, 1 << 20, int),

@@ -34,7 +34,7 @@ UNUSED = {"lod"}  # left over from progressive growing; codespell:ignore lod
 MAX_COMPONENTS = 16
 MAX_VARIABLES = 10_000  # of a component; the largest has about 200
 
-# Option of the file -> (argument of ours, the value where the file has none).
+# Option in the file -> (our argument, default value).
 GENERATOR_OPTIONS: dict[str, tuple[str, Any]] = {
     "latent_size": ("z_dim", 512),
     "label_size": ("c_dim", 0),
@@ -79,7 +79,7 @@ BLOCK_OPTIONS: dict[str, tuple[str, Any]] = {
     "resample_kernel": ("resample_filter", [1, 3, 3, 1]),
 }
 
-# Layer of the file -> module of ours, inside block b{r}.
+# Layer in the file -> our module in block b{r}.
 SYNTHESIS_LAYERS = {"Conv0_up": "conv0", "Conv1": "conv1", "Conv": "conv1", "ToRGB": "torgb", "Skip": "skip"}
 DISCRIMINATOR_LAYERS = {
     **{"FromRGB": "fromrgb", "Conv0": "conv0", "Conv1_down": "conv1", "Skip": "skip"},
@@ -91,7 +91,7 @@ ROTATED = {"Conv0_up", "Skip"}
 def describe_tf(network: TFNetwork) -> tuple[Described, str, dict[str, Any]]:
     """Return the tensors of a network under our names, its class name, and its constructor arguments.
 
-    Raises PickleRefused where it is neither, or holds a variable that has no place here.
+    Raises PickleRefused if it is neither, or has an unknown variable.
     """
     version = network.state.get("version")
     if type(version) is not int or version < OLDEST_VERSION:

@@ -17,8 +17,8 @@ class Provenance:
     """Describe the origin of a checkpoint.
 
     `generation` is the code base that wrote the file; `parent` is the provenance of the checkpoint that
-    training started from, `training` its options and `nimg` the images it saw: None where the file does not
-    say. A blend has a second parent, `blended_with`. The names of the fields are keys inside files and never
+    training started from, `training` its options and `nimg` the images it saw; None if not stated in the
+    file. A blend has a second parent, `blended_with`. The names of the fields are keys inside files and never
     change.
     """
 

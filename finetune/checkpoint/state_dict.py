@@ -239,7 +239,7 @@ def check_given(given: Mapping[str, Any], states: Iterable[StateDict]) -> None:
 
 
 def _merge(tensors: Tensors, kwargs: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put arguments where the constructor takes them; those that it does not take are left out."""
+    """Nest arguments as the constructor expects them; unknown ones are omitted."""
     for place, names in _places(tensors).items():
         values = {key: value for key, value in more.items() if key in names}
         (kwargs.setdefault(place, {}) if place else kwargs).update(values)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def command(network: str, as_json: bool) -> None:
     """Describe a checkpoint, or the newest snapshot of a run folder.
 
-    Generation, architecture, sizes, precision, where it comes from, and what is missing. The networks are
+    Generation, architecture, sizes, precision, provenance, and missing networks. The networks are
     built and every tensor is checked, so a file that passes can be used; nothing in it is executed.
     """
     from finetune.resolve import load

@@ -146,7 +146,7 @@ class _Items(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, str | None] | DataError:
         why: str | None = None
-        # From anywhere in the set: what vanishes is often a folder, whose images are neighbors.
+        # From the whole data set: often a folder vanishes, whose images are adjacent in the order.
         others = np.random.RandomState(index).randint(len(self), size=NUM_STAND_INS)
         for candidate in (index, *others.tolist()):
             try:

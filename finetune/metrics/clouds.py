@@ -17,7 +17,7 @@ PRC_BATCH = 2500  # rows of distances at once
 class Distance:
     """One number and its spread: over random networks (random-fid), subsets (kid), or its error (ppl).
 
-    error: its standard error with respect to the generated images, where it was computed.
+    error: its standard error with respect to the generated images, if computed.
     """
 
     value: float

@@ -119,9 +119,9 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
         values, vectors = torch.linalg.eigh(cov1)
     except torch.linalg.LinAlgError:  # divide and conquer does not converge on some singular matrices
         vectors, values, _ = torch.linalg.svd(cov1)
-    # Directions in which cov1 has no extent but rounding add nothing; without them the second step is small.
+    # Directions without variance in cov1 add nothing; without them, the second step is smaller.
     kept = values > values.amax() * len(values) * torch.finfo(torch.float64).eps
     root = vectors[:, kept] * values[kept].sqrt()
     overlap = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap
-    return max(float(distance), 0.0)  # rounding can leave a tiny negative number where the two are equal
+    return max(float(distance), 0.0)  # rounding can give a tiny negative number for equal distributions

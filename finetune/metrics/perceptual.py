@@ -88,7 +88,7 @@ def ensure_weights(
 
 
 def weights_path(backbone: str) -> Path:
-    """Return where the file of a backbone of `WEIGHTS` is, whether it exists or not: torchvision's place."""
+    """Return the path of the weights of a backbone of `WEIGHTS`, existing or not, as torchvision has it."""
     return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[backbone][0]
 
 

@@ -270,7 +270,7 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
 
 
 def path_for(run_dir: Path, nimg: int) -> Path:
-    """Return where the state after `nimg` images is kept."""
+    """Return the path of the state after `nimg` images."""
     return run_dir / f"training-state-{nimg // 1000:06d}.{nimg % 1000:03d}.pt"
 
 

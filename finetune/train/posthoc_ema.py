@@ -42,7 +42,7 @@ class SavedAverages:
 
 
 def averages_beside(snapshot: Path) -> Path:
-    """Return where the averages of a snapshot are kept."""
+    """Return the path of the averages of a snapshot."""
     return snapshot.with_name(snapshot.stem.replace("network-snapshot", "averages") + ".safetensors")
 
 
@@ -146,7 +146,7 @@ def ema_profile(config: TrainConfig, half_life_kimg: float, updates: int) -> tor
     if config.scratch:
         half_life = half_life.minimum(nimg * EMA_RAMPUP)
     halvings = config.batch / half_life
-    remaining = halvings.flip(0).cumsum(0).flip(0)  # that the weight of what is there before an update meets
+    remaining = halvings.flip(0).cumsum(0).flip(0)  # until the end, after each update
     return torch.cat([0.5**remaining, torch.ones(1, dtype=torch.float64)])
 
 

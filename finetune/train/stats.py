@@ -109,7 +109,7 @@ class Stats:
             return []
         alarms = []
         for name, (value, _) in self._recorded().items():
-            # What one rank alone sees must not stop it: the others would wait.
+            # A rank must not stop by itself: the others would wait.
             is_shared = self.group.world_size == 1 or self.is_reduced or name.startswith("grad_norm")
             if is_shared and not math.isfinite(value):
                 self._forget(name)

@@ -39,7 +39,7 @@ def setup_filter(
     Returns `[t]` or `[ty, tx]`, summing to 1 if `normalize`, times `gain ** (ndim / 2)`.
     Raises ValueError for taps of more than two dimensions, or none.
     """
-    # The device is named at once: a default device, 'meta' above all, must not decide where the taps are.
+    # Name the device explicitly: a default device, such as 'meta', must not determine that of the taps.
     taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
     if taps.ndim > 2 or taps.numel() == 0:
         raise ValueError(f"setup_filter: f must be a scalar, [t] or [ty, tx], got shape {list(taps.shape)}")

@@ -27,8 +27,8 @@ class PickleFile:
 def read_pickle(path: Path) -> PickleFile:
     """Read a pickle or a file of torch.save without executing anything in it.
 
-    Raises CheckpointError where there is no such file or it is no pickle (and says what it looks like),
-    PickleRefused where it is damaged, refers to a name that acts, or grows beyond its size.
+    Raises CheckpointError if the file is missing or not a pickle (with its probable type),
+    PickleRefused if it is damaged, refers to a name that acts, or grows beyond its size.
     """
     data = _read(path)
     refuse_other_formats(path, data)

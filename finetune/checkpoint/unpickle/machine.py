@@ -375,7 +375,7 @@ HANDLERS: dict[str, Callable[[Machine], Any]] = {
     "LONG_BINGET": lambda m: _get(m, m.unpack(U32)),
     "PROTO": _proto,
     "FRAME": _frame,
-    # What Python would look up or call goes to the world.
+    # Names and calls are handled by the world.
     "GLOBAL": _global,
     "STACK_GLOBAL": _stack_global,
     "EXT1": lambda m: _extension(m, U8),

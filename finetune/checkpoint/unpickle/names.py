@@ -36,7 +36,7 @@ DATA_TYPES = frozenset(
     xrange
     """.split()
 ) | {"_io.BytesIO", "_io.StringIO"}
-# Unknown names that decide nothing about a network that holds them.
+# Unknown names that do not affect a network.
 HARMLESS = re.compile(
     r"builtins\.\w+|(collections|datetime|numpy\.random|zoneinfo)\..*|random\.Random|types\.SimpleNamespace"
     r"|numpy\.(dtypes\.)?(bool|int|uint|float|str|bytes|datetime|timedelta)\w*"

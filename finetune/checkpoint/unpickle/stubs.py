@@ -75,7 +75,7 @@ def printable(text: str) -> str:
 
 NOT_OPENED = "Only networks of stylegan2, stylegan2-ada(-pytorch) and stylegan3 can be opened."
 SAVE_AGAIN = (
-    "To use it, save its generator again with Python's own pickle, where it came from: "
+    "To use it, save its generator again with Python's pickle, in the code that it comes from: "
     "pickle.dump({'G_ema': G_ema}, file)."
 )
 

@@ -1,7 +1,7 @@
 """Call the CPU kernels: C functions that take a struct.
 
-ctypes releases the GIL while a kernel runs. What a struct holds besides pointers is worked out once
-for each spec and shape and copied from then on. Half precision is computed in float32 and rounded once.
+ctypes releases the GIL while a kernel runs. The struct without pointers is computed once per spec
+and shape and copied for each call. Half precision is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _torch_parallel() -> int | None:
     """Return the address of GOMP_parallel in the OpenMP library of torch, if it has one.
 
     One pool of threads serves both then; two would wake each other up from their waiting loops. Asking
-    torch's library for the name finds the right copy where a process has loaded several.
+    torch's library for the name finds the right copy if a process has loaded several.
     """
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

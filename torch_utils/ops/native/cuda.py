@@ -1,12 +1,12 @@
 """Call the CUDA kernels, launched through the driver.
 
-Binaries come from `custom_ops.cubin`, one for each specialization that a plan names. Plan, binary, function
-and struct are worked out once for each device, spec and shape; from then on a call copies the struct, fills
-in the pointers and launches on torch's current stream of the device.
+Binaries are from `custom_ops.cubin`, one per specialization. Plan, binary, function and struct are computed
+once per device, spec and shape; a call copies the struct, fills in the pointers and launches on torch's
+current stream of the device.
 
 No tensor needs `record_stream`: results and temporaries are allocated under the stream that the kernel runs
-on, so the allocator, which hands memory on in the order of that stream, cannot give it away too early. The
-structs travel by value. Whoever passes tensors from one stream to another does it as with any op of torch.
+on, so the allocator, which reuses memory in the order of that stream, cannot reuse it too early. Structs are
+passed by value. Tensors used on another stream need the same care as with any op of torch.
 """
 
 from __future__ import annotations

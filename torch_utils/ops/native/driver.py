@@ -1,8 +1,8 @@
 """Load and launch kernels with the CUDA driver, through ctypes.
 
-Modules live in the primary context of a device, the one that torch uses. A thread that has not touched CUDA
-yet gets it for good, as from torch's own calls; a thread that works on another device, for the length of a
-call.
+Modules live in the primary context of a device, the one that torch uses. It becomes the current
+context of threads without one, as after torch's own calls; in a thread with the context of another device, it
+is current during the call only.
 """
 
 from __future__ import annotations

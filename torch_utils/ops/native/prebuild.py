@@ -1,6 +1,6 @@
 """The CUDA specializations that StyleGAN2 and StyleGAN3 need, for building ahead of time.
 
-What is missing here is not missing at run time: it is compiled at its first use.
+Specializations that are missing here are compiled at their first use.
 """
 
 from __future__ import annotations

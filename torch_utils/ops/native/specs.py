@@ -1,6 +1,6 @@
 """Specs of calls, one tuple of numbers per op: geometry, adjoint, and the struct of the kernel.
 
-The tuples are flat so that `torch.library` can pass them on as they are: `op(*tensors, *spec)`.
+The tuples are flat so that `torch.library` can pass them unchanged: `op(*tensors, *spec)`.
 """
 
 from __future__ import annotations

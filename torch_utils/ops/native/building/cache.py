@@ -1,7 +1,7 @@
 """Cache of binaries: one folder per key, written atomically, verified whenever it is read.
 
-A key covers everything that a binary depends on (sources, flags, compiler, architecture), so nothing in the
-cache is ever out of date, and processes, versions and machines can share one.
+A key covers everything that a binary depends on (sources, flags, compiler, architecture), so entries are
+never stale, and processes, versions and machines can share a cache.
 """
 
 from __future__ import annotations

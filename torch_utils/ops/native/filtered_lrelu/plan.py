@@ -1,6 +1,6 @@
 """Launch plans of filtered_lrelu: the tile of outputs per block.
 
-The macros are explained in filtered_lrelu.cu; what is counted here is laid out there.
+The macros and the layout of shared memory are explained in filtered_lrelu.cu.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Launch plans of upfirdn2d: outputs per thread, threads per block.
 
-The macros are explained in upfirdn2d.cu, which checks the shared memory that is counted here.
+The macros are explained in upfirdn2d.cu, which checks the size of shared memory computed here.
 """
 
 from __future__ import annotations
