@@ -45,7 +45,7 @@ CASES = (
 
 
 @pytest.mark.parametrize(("op", "options", "fu", "fd"), CASES)
-def test_benchmarks_yardstick_is_right_in_value_and_gradient(modules, op, options, fu, fd):
+def test_benchmarks_naive_ops_agree_with_reference(modules, op, options, fu, fd):
     case = modules["bench_ops"].Case(op, "", (2, 3, 14, 14), options, fu, fd)
     settings = type("Settings", (), dict(channels_last=False, device="cpu", dtype=torch.float64))
     made = modules["bench_ops"].tensors(case, settings, torch.Generator().manual_seed(0))
@@ -62,7 +62,7 @@ def test_benchmarks_yardstick_is_right_in_value_and_gradient(modules, op, option
     torch.testing.assert_close(got, want)
 
 
-def test_benchmarks_work_counted_is_the_work_that_cannot_be_left_out(modules):
+def test_benchmarks_work_counts_necessary_operations(modules):
     bench = modules["bench_ops"]
     # 4 of the 16 taps meet a pixel when every second one is a zero.
     up = bench.fir("", (1, 1, 8, 8), up=2, padding=[2, 1, 2, 1])
@@ -74,7 +74,7 @@ def test_benchmarks_work_counted_is_the_work_that_cannot_be_left_out(modules):
     assert bench.work(both, torch.Size([1, 1, 8, 8]), 4) == ((64 + 64) * 4, 2 * macs)
 
 
-def test_benchmarks_inside_the_block_the_networks_call_the_yardstick(modules):
+def test_benchmarks_networks_use_naive_ops_in_block(modules):
     naive, x = modules["naive"], torch.ones(1, 1, 4, 4)
     f = upfirdn2d.setup_filter([1, 3, 3, 1])
     before = upfirdn2d.upfirdn2d
@@ -267,7 +267,7 @@ def test_benchmarks_sets_of_photographs(modules, tmp_path):
         make_sets.photos(tmp_path / "a.zip", "dresses", 16)
 
 
-def test_benchmarks_whole_sets_are_made_without_tones_and_flags(modules, tmp_path):
+def test_benchmarks_sets_without_tones_and_flags(modules, tmp_path):
     make_sets = modules["make_sets"]
     (tmp_path / "f" / "assets").mkdir(parents=True)
     for name in ("1f600", "1f44d", "1f44d-1f3fb"):
@@ -293,7 +293,7 @@ class TestSteps:
         tiny = "--resolution 16 --cbase 64 --cmax 8 --batch 4 --warmup 0 --cycles 1 --arms auto".split()
         return modules["bench_step"].parser_of_steps().parse_args([*tiny, *words])
 
-    def test_benchmarks_rotating_generator_has_twice_the_channels_and_no_more(self, modules):
+    def test_benchmarks_stylegan3_r_has_twice_the_channels(self, modules):
         plain, rotating = (
             modules["bench_step"].build(family, self.options(modules)).state
             for family in ("stylegan3-t", "stylegan3-r")
@@ -314,7 +314,7 @@ class TestSteps:
             float(found[f"{name} (s/kimg)"]) > 0 for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
         )
 
-    def test_benchmarks_kernels_are_counted_and_what_they_cover_too(self, modules):
+    def test_benchmarks_kernels_and_busy_time(self, modules):
         events = [
             {"cat": "kernel", "name": "a", "ts": 10.0, "dur": 5.0},
             {"cat": "kernel", "name": "a", "ts": 12.0, "dur": 5.0},  # on another stream

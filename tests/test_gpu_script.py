@@ -74,12 +74,12 @@ def test_gpu_script_marked_tests_run_without_the_benchmark_plugin():
     assert "-p no:benchmark" in " ".join(tests) and "-m gpu" in " ".join(tests)
 
 
-def test_gpu_script_what_matters_most_comes_first():
+def test_gpu_script_order_of_stages():
     names = [name for name, _, _ in stages("speed")]
     assert names[1:4] == ["stylegan2-256", "stylegan3-r-256", "stylegan3-t-256"] and names[-1] == "ops"
 
 
-def test_gpu_script_results_go_where_they_are_wanted():
+def test_gpu_script_results_path():
     for options, variables, folder in (
         ([], {}, "benchmarks/results"),
         ([], {"OUT": "/tmp/b"}, "/tmp/b"),
@@ -99,7 +99,7 @@ esac
 """
 
 
-def test_gpu_script_what_fails_is_written_down_and_what_is_done_is_not_run_again(tmp_path):
+def test_gpu_script_records_failures_and_skips_finished_stages(tmp_path):
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -118,7 +118,7 @@ def test_gpu_script_what_fails_is_written_down_and_what_is_done_is_not_run_again
     )
 
 
-def test_gpu_script_stage_that_is_cut_short_keeps_its_table(tmp_path):
+def test_gpu_script_interrupted_stage_keeps_its_table(tmp_path):
     """As where the whole script is ended from outside."""
     python, out = tmp_path / "python", tmp_path / "out"
     stop = '    *check*) echo "| --- |"; exec sleep 60 ;;\n    *) echo'
@@ -149,7 +149,7 @@ def test_gpu_script_wrong_options_are_named(options, words):
     assert done.returncode == 2 and words in done.stderr
 
 
-def test_gpu_script_cpu_time_is_counted_where_it_is_asked_for(monkeypatch):
+def test_gpu_script_cpu_time_on_request(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     measuring, ticks = importlib.import_module("measuring"), iter(range(10))
     monkeypatch.setattr(measuring, "clock", lambda: next(ticks))

@@ -25,21 +25,21 @@ def wanted_by_pyproject() -> set[str]:
     return {line for line in everything if not line.startswith(PROJECT["name"])}
 
 
-def test_environment_yml_installs_what_pyproject_names():
+def test_environment_yml_matches_pyproject():
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     conda, pip = text.split("  - pip:\n")
     assert sorted(line.removeprefix("      - ") for line in pip.splitlines()) == sorted(wanted_by_pyproject())
     assert f"  - python{PROJECT['requires-python']}\n" in conda
 
 
-def test_the_development_extra_holds_every_other_extra():
+def test_dev_extra_includes_other_extras():
     extras = PROJECT["optional-dependencies"]
     match = re.fullmatch(rf"{PROJECT['name']}\[(.*)\]", extras["dev"][0])
     assert match, extras["dev"][0]
     assert set(match[1].split(",")) == set(extras) - {"dev"}
 
 
-def test_what_the_package_promises_is_there():
+def test_package_files_exist():
     assert PROJECT["scripts"]["finetune"] == "finetune.cli:main"
     assert PROJECT["license"] == "Apache-2.0"
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def test_what_the_package_promises_is_there():
         assert (ROOT / name).stat().st_size > 500, name
 
 
-def test_the_readme_names_every_command():
+def test_readme_names_every_command():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in COMMANDS:
         assert f"`finetune {name}" in text, name
@@ -60,7 +60,7 @@ def test_results_are_short_tables_without_raw_records():
         assert text.count("![") <= 1, path.name
 
 
-def test_security_md_names_tests_that_exist():
+def test_security_md_names_existing_tests():
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     found = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
@@ -69,7 +69,7 @@ def test_security_md_names_tests_that_exist():
     assert len(named) > 20 and sorted(named - found) == []
 
 
-def test_links_in_the_documents_lead_somewhere():
+def test_documents_links_exist():
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
     assert len(documents) > 6
     broken = []
@@ -82,7 +82,7 @@ def test_links_in_the_documents_lead_somewhere():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_can_be_run_and_stop_at_errors(name):
+def test_scripts_are_executable_and_stop_at_errors(name):
     path = ROOT / name
     assert os.access(path, os.X_OK)
     text = path.read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def test_scripts_can_be_run_and_stop_at_errors(name):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-def test_without_a_new_enough_python_the_scripts_say_what_to_install(tmp_path):
+def test_scripts_name_required_python(tmp_path):
     for tool in ("bash", "dirname"):
         (tmp_path / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
     (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
@@ -106,7 +106,7 @@ def test_without_a_new_enough_python_the_scripts_say_what_to_install(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-def test_the_architecture_page_names_every_module():
+def test_architecture_page_names_every_module():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     words = set(re.findall(r"[A-Za-z_0-9]+", text))
     modules = [path for top in ("finetune", "torch_utils", "dnnlib") for path in (ROOT / top).rglob("*.py")]

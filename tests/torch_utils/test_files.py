@@ -49,7 +49,7 @@ def test_atomic_write_interrupted_changes_nothing(tmp_path, error):
 
 @pytest.mark.parametrize("existed", [True, False])
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
-def test_a_full_disk(tmp_path, monkeypatch, step, existed):
+def test_atomic_write_full_disk(tmp_path, monkeypatch, step, existed):
     """Wherever the system runs out of space, the message says so and the folder looks as before."""
     path = tmp_path / "net.pkl"
     if existed:

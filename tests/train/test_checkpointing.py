@@ -113,7 +113,7 @@ def test_resume_with_own_teacher_and_changed_rates(images, tmp_path, monkeypatch
     assert prepared.plan.total_nimg == 40
 
 
-def test_every_option_may_change_on_resume_or_may_not():
+def test_resume_classifies_every_option():
     lists = (checkpointing.CHANGEABLE, checkpointing.FIXED, checkpointing.IGNORED_ON_RESUME)
     assert sorted(itertools.chain(*lists)) == sorted(OPTIONS)
 
