@@ -46,7 +46,12 @@ def test_run_writes_all_files(finished):
     } | {
         name
         for stem in stems
-        for name in (f"fakes{stem}.png", f"network-snapshot-{stem}.pkl", f"training-state-{stem}.pt")
+        for name in (
+            f"fakes{stem}.png",
+            f"network-snapshot-{stem}.pkl",
+            f"averages-{stem}.safetensors",
+            f"training-state-{stem}.pt",
+        )
     }
     assert result.run_dir.name == f"00000-discs16-0-{family}-16"
     assert TrainConfig.read(result.run_dir / "config.json") == result.config
