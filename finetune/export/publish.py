@@ -148,5 +148,5 @@ def _origin(checkpoint: Checkpoint) -> str:
 
 
 def _text(value: Any) -> str:
-    """A text of a file for Markdown: one line, no markup."""
+    """Return a text of a file for Markdown: one line, no markup."""
     return re.sub(r"[|<>`\[\]\\]", " ", printable(str(value)))

@@ -37,7 +37,7 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     (
         "Scores of D",
         {"score_real": "real", "score_fake": "fake"},
-        "Lines that drift apart without end: D overfits or overpowers G.",
+        "Lines that keep drifting apart: D overfits or overpowers G.",
     ),
     (
         "Mean sign of D",
@@ -47,14 +47,14 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     (
         "Augmentation probability p",
         {"p": "p"},
-        "ADA raises p while D overfits; at 1 it cannot help any more.",
+        "ADA raises p while D overfits; 1 is its limit.",
     ),
-    ("R1 penalty", {"r1_penalty": "R1"}, "Steady growth: a larger --gamma."),
-    ("Path length", {"path_length": "path length"}, "Settles early; jumps come with a diverging G."),
+    ("R1 penalty", {"r1_penalty": "R1"}, "If it keeps growing, use a larger --gamma."),
+    ("Path length", {"path_length": "path length"}, "Levels off early; jumps indicate divergence."),
     (
         "Distance to the teacher",
         {"loss_sd": "distance"},
-        "Begins at 0, rises and settles; ten times its past is divergence.",
+        "Starts at 0, rises and levels off; ten times its previous maximum is divergence.",
     ),
     (
         "Distillation weight λ",

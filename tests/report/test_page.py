@@ -139,7 +139,7 @@ def test_report_of_a_run_without_a_tick(make_run):
     folder = make_run(kimg=0.0, num_frames=1)
     (folder / "network-snapshot-000200.pkl").unlink()
     page = Page(write_report([folder]))
-    assert "Nothing is logged yet" in page.text and "finetune train --resume" in page.text
+    assert "Nothing is logged before the first tick" in page.text and "finetune train --resume" in page.text
 
 
 @pytest.mark.parametrize("kimg, running", [(200.0, False), (100.0, True)])
