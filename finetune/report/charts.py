@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 190  # with labels, in units of the viewBox
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 8, 24  # margins of the plot area
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 8, 24  # margins of the plot area
 MAX_POINTS = 400  # drawn of a line; more cannot be told apart at this size
 LOG_FROM = 200.0  # largest over smallest value from which a positive quantity is drawn on a log scale
 
@@ -67,7 +67,7 @@ def line_chart(title: str, lines: Sequence[Line]) -> Markup:
     if is_log:
         low, high = math.log10(low), math.log10(high)
     if right == left:
-        left, right = left - 0.5, right + 0.5
+        left, right = 0.0, 2 * right or 1.0
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     low, high = low - margin, high + margin
 
