@@ -3,6 +3,7 @@
 Arguments: the tree, then for each file: the pickle, a .npz with `z c real`, and the .npz to write.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -37,6 +38,11 @@ def use(data, inputs):
         if data["augment_pipe"] is not None:
             data["augment_pipe"].p.fill_(1)  # or else which images it touches is random
             found["augmented"] = data["augment_pipe"](real, debug_percentile=0.3)
+    # Editors copy networks, pickle them again, and use parts of them.
+    with torch.no_grad():
+        for name, again in (("copied", copy.deepcopy(G)), ("pickled", pickle.loads(pickle.dumps(G)))):
+            found[f"img_{name}"] = again(z, c, noise_mode="const")
+        found["img_parts"] = by_parts(G, found["ws"])
     found["param_sums"] = [float(p.double().sum()) for p in data["G"].parameters()]
     # They train on as well.
     for network in (data["G"], D):
@@ -49,6 +55,23 @@ def use(data, inputs):
     found["init_kwargs"] = json.dumps(dict(G.init_kwargs))
     found["entry"] = json.dumps(data["finetune"])
     return found
+
+
+def by_parts(G, ws):
+    """The image of `ws` block by block, or layer by layer, as editors and visualizers compute it."""
+    x = img = None
+    if hasattr(G.synthesis, "layer_names"):
+        x = G.synthesis.input(ws[:, 0])
+        for name, w in zip(G.synthesis.layer_names, ws.unbind(1)[1:]):
+            x = getattr(G.synthesis, name)(x, w)
+        return x * G.synthesis.output_scale
+    first = 0
+    for resolution in G.synthesis.block_resolutions:
+        block = getattr(G.synthesis, f"b{resolution}")
+        rows = ws.narrow(1, first, block.num_conv + block.num_torgb)
+        x, img = block(x, img, rows, noise_mode="const")
+        first += block.num_conv
+    return img
 
 
 arguments = sys.argv[2:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,31 +22,48 @@ HERE = Path(__file__).parent
 NAMES = [*GOLDEN_NETWORKS, RECTANGLE]
 
 
-@pytest.fixture(scope="session")
-def opened(golden_dir, tmp_path_factory):
+def open_elsewhere(golden_dir, folder, python: str):
     """Every golden network as loaded here, and what another code base computes with its export."""
-    folder = tmp_path_factory.mktemp("foreign")
     checkpoints, arguments = {}, []
     for name in NAMES:
         checkpoint = checkpoints[name] = finetune.load(golden_dir / f"{name}.pkl")
         networks = {key: getattr(checkpoint, key) for key in ("G", "D", "G_ema", "augment_pipe")}
         save_stylegan_pickle(folder / f"{name}.pkl", **networks, provenance=entry_of(checkpoint))
         arguments += [folder / f"{name}.pkl", golden_dir / f"{name}.npz", folder / f"{name}.npz"]
-    command = [sys.executable, "-I", HERE / "open_pickles.py", HERE / "tree", *arguments]
+    command = [python, "-I", HERE / "open_pickles.py", HERE / "tree", *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return {name: (checkpoints[name], dict(np.load(folder / f"{name}.npz"))) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_foreign_load_golden_values(opened, golden_network, name):
-    _, found = opened[name]
-    _, golden = golden_network(name)
+@pytest.fixture(scope="session")
+def opened(golden_dir, tmp_path_factory):
+    return open_elsewhere(golden_dir, tmp_path_factory.mktemp("foreign"), sys.executable)
+
+
+def check_golden(found, golden, name):
     tolerance = NETWORK_F16 if name == RECTANGLE else NETWORK_F32
     for key in ("ws", "img", "img_none", "logits_real"):
         assert_close(found[key], golden[key], tolerance, key)
     if "img_trunc" in golden:
         assert_close(found["img_trunc"], golden["img_trunc"], tolerance, "img_trunc")
+    for key in ("img_copied", "img_pickled", "img_parts"):
+        assert_close(found[key], found["img"], NETWORK_F32, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_foreign_load_golden_values(opened, golden_network, name):
+    check_golden(opened[name][1], golden_network(name)[1], name)
+
+
+@pytest.mark.slow
+def test_foreign_load_oldest_python(golden_dir, golden_network, tmp_path):
+    """With the interpreter $FOREIGN_PYTHON, of Python 3.8 and torch 1.9 for example."""
+    if not (python := os.environ.get("FOREIGN_PYTHON")):
+        pytest.skip("FOREIGN_PYTHON does not name a Python with an old torch")
+    for name, (_, found) in open_elsewhere(golden_dir, tmp_path, python).items():
+        check_golden(found, golden_network(name)[1], name)
+        assert found["trained"].all()
 
 
 @pytest.mark.parametrize("name", NAMES)

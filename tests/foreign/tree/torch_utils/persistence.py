@@ -21,6 +21,11 @@ def persistent_class(cls):
         def init_kwargs(self):
             return dnnlib.EasyDict(self._init_kwargs)
 
+        def __reduce__(self):
+            meta = {"type": "class", "version": 6, "module_src": self._module_src}
+            meta.update(class_name=type(self).__name__, state=dict(self.__dict__))
+            return _reconstruct_persistent_obj, (meta,)
+
     Persistent.__name__ = cls.__name__
     return Persistent
 
@@ -34,6 +39,7 @@ def _reconstruct_persistent_obj(meta):
         _modules[meta.module_src] = module
     found = vars(_modules[meta.module_src])[meta.class_name]
     decorated = persistent_class(found)  # the embedded source has decorated it already; loaders do it again
+    decorated._module_src = meta.module_src
     obj = decorated.__new__(decorated)
     state = dnnlib.EasyDict(meta.state)
     if callable(getattr(obj, "__setstate__", None)):
