@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,3 +73,21 @@ def test_state_dict_export_loads_strictly(golden_dir, tmp_path):
     G.load_state_dict(content["G_ema"], strict=True)
     assert all(map(torch.equal, tensors_of(G).values(), tensors_of(source.G_ema).values()))
     assert dataclasses.asdict(finetune.load(tmp_path / "net.pth").provenance)["parent"]["generation"] == "sg3"
+
+
+@pytest.mark.slow
+def test_rosinality_export_in_oldest_torch(golden_dir, numbers, tmp_path):
+    """With the interpreter $FOREIGN_PYTHON, of Python 3.8 and torch 1.9 for example."""
+    if not (python := os.environ.get("FOREIGN_PYTHON")):
+        pytest.skip("FOREIGN_PYTHON does not name a Python with an old torch")
+    finetune.save(finetune.load(golden_dir / "rosinality-32.pt"), tmp_path / "net.pt")
+    np.save(tmp_path / "z.npy", numbers["z"].numpy())
+    program = (
+        "import numpy, torch\nfrom rosinality_port import generator\n"
+        "z, content = torch.from_numpy(numpy.load('z.npy')), torch.load('net.pt')\n"
+        "numpy.save('img.npy', generator(content['g_ema'], z, content['latent_avg'], 0.7).numpy())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([python, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_close(np.load(tmp_path / "img.npy"), numbers["img_trunc07"], NETWORK_F32, "img_trunc07")
