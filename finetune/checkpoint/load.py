@@ -192,7 +192,7 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
     networks = {}
     for name in (*NETWORKS, "augment_pipe"):
         network = root.get(name, root.get(rosinality.NAMES.get(name, "")))
-        if network is None:
+        if network is None or (type(network) is dict and not network):
             continue
         network = _state_dict(name, network, root) or network
         if type(network) not in (PersistentObject, TFNetwork, Record, StateDict):
@@ -224,7 +224,7 @@ def _state_dict(name: str, value: Any, root: dict[Any, Any]) -> StateDict | None
 
 def _rebuild_all(
     networks: dict[str, Any], size: int, architecture: Mapping[str, Any] | None
-) -> tuple[dict[str, Rebuilt], dict[str, PickleRefused | CheckpointMismatch]]:
+) -> tuple[dict[str, Rebuilt], dict[str, CheckpointError]]:
     """Return the rebuilt networks by name, and the refusals of others.
 
     Refused alone are networks of foreign classes, and a discriminator whose tensors do not fit, if there is a
@@ -232,7 +232,7 @@ def _rebuild_all(
     """
     allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
-    refused: dict[str, PickleRefused | CheckpointMismatch] = {}
+    refused: dict[str, CheckpointError] = {}
     of_tensors = functools.partial(rebuild_state, given=architecture)
     builders = {PersistentObject: rebuild, TFNetwork: rebuild_tf, StateDict: of_tensors}
     base_shape = None
@@ -244,12 +244,10 @@ def _rebuild_all(
             build: Any = builders[type(network)]
             rebuilt[name] = build(name, network, allowance, base_shape)
             base_shape = base_shape or getattr(rebuilt[name].module, "base_shape", None)
-        except PickleRefused as error:
-            if error.blocked is None:  # damaged
-                raise
-            refused[name] = error
-        except CheckpointMismatch as error:
-            if name not in ("D", "augment_pipe"):
+        except CheckpointError as error:
+            is_damaged = isinstance(error, PickleRefused) and error.blocked is None
+            is_foreign = isinstance(error, PickleRefused) or name in ("D", "augment_pipe")
+            if is_damaged or not is_foreign:
                 raise
             refused[name] = error
     needed = networks.keys() & {"G", "G_ema"} or {"D"}
@@ -258,16 +256,20 @@ def _rebuild_all(
     return {name: rebuilt[name] for name in networks if name in rebuilt}, refused
 
 
-def _why_foreign(error: PickleRefused | CheckpointMismatch) -> str:
+def _why_foreign(error: CheckpointError) -> str:
     """Return the foreign class of a refused network, or the first tensor that does not fit."""
-    return error.differences[0] if isinstance(error, CheckpointMismatch) else str(error.blocked)
+    if isinstance(error, CheckpointMismatch):
+        return error.differences[0]
+    return str(error.blocked) if isinstance(error, PickleRefused) else error.what
 
 
-def _refusal_note(name: str, error: PickleRefused | CheckpointMismatch) -> str:
+def _refusal_note(name: str, error: CheckpointError) -> str:
+    if isinstance(error, PickleRefused):
+        return f"{name}: foreign class {error.blocked}, not opened (at byte {error.offset})"
     if isinstance(error, CheckpointMismatch):
         count = len(error.differences)
         return f"{name}: not opened, {count} tensors or settings do not fit, such as: {_why_foreign(error)}"
-    return f"{name}: foreign class {_why_foreign(error)}, not opened (at byte {error.offset})"
+    return f"{name}: not opened, {error.what}"
 
 
 def _foreign(name: str, record: Record) -> PickleRefused:

@@ -304,3 +304,12 @@ def test_damaged_files_load_or_are_refused(port, tmp_path, options):
             finetune.load(tmp_path / "net.pt")
         except CheckpointError:
             pass
+
+
+@pytest.mark.parametrize("D", [{}, {"features.0.weight": torch.zeros(3)}], ids=["empty", "foreign"])
+def test_state_dict_with_another_discriminator(port, tmp_path, D):
+    content = {name: port[0][name] for name in ("g_ema", "latent_avg")}
+    checkpoint = finetune.load(saved({**content, "d": D}, tmp_path / "net.pt"))
+    assert checkpoint.missing == ["G", "D"] and checkpoint.G_ema is not None
+    note = "D: not opened, D is a state dict of an unknown network (features.0.weight"
+    assert sum(line.startswith(note) for line in checkpoint.notes) == len(D)
