@@ -74,7 +74,7 @@ def as_values(
 
 def as_text(found: Scan, training: dict[str, Any]) -> str:
     """Return all findings as text: a summary, then problems by kind, then notes."""
-    passed_over = f", {found.num_ignored} other files passed over" if found.num_ignored else ""
+    passed_over = f", {found.num_ignored} other files skipped" if found.num_ignored else ""
     lines = [f"{printable(str(found.path))}: {found.num_images} images{passed_over}"]
     if found.num_known:
         lines.append(f"{'unchanged':<12}{found.num_known}, not decoded again; --fresh decodes all")
@@ -89,15 +89,15 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
     if found.remarks:
         lines += ["", "Accepted by training, with remarks:", *listed(found.remarks, shown=None)]
     if not found.problems:
-        lines += ["", "Nothing here that training would refuse."]
+        lines += ["", "Training accepts this data set."]
     return "\n".join(lines)
 
 
 def _training(found: Scan, training: dict[str, Any]) -> str:
     if not training:
         if len(found.sizes) == 1 and (size := next(iter(found.sizes)))[0] == size[1]:
-            return f"as they are, with a checkpoint of {size[0]} pixels; with any other, --fit decides how"
-        return "give --resolution or --network to see what it would do with these sizes"
+            return f"as they are, with a checkpoint of {size[0]} pixels; with others, as --fit says"
+        return "use --resolution or --network to see how these sizes are handled"
     others = training["other_sizes"]
     parts = [f"at {training['width']}×{training['height']}: {training['as_they_are']} as they are"]
     if others:

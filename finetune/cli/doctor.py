@@ -207,7 +207,7 @@ def as_text(facts: dict[str, Any]) -> str:
     ):
         lines.append((title, tool(facts[name])))
     lines.append(("ninja", facts["ninja"] or "not found: files are compiled one at a time"))
-    for name, title in (("torch", "torch is made for"), ("nvrtc", "NVRTC compiles for")):
+    for name, title in (("torch", "torch built for"), ("nvrtc", "NVRTC compiles for")):
         lines.append((title, " ".join(facts["architectures"][name]) or "no GPU"))
     for name, kept in facts["caches"].items():
         size = f"{kept['files']} files, {kept['bytes'] / 2**20:.1f} MiB"
@@ -216,7 +216,7 @@ def as_text(facts: dict[str, Any]) -> str:
             remedy = "FINETUNE_CACHE=/another/folder moves it"
             lines.append(("", f"cannot be written: builds are not kept; {remedy}"))
     if facts["asked_for"]["impl"] != "auto":
-        lines.append(("asked for", facts["asked_for"]["impl"]))
+        lines.append(("requested", facts["asked_for"]["impl"]))
     for op in facts["ops"]:
         lines.append((f"{op['op']} on {op['device']}", f"{op['runs']}: {op['why']}"))
     lines += [("done", sentence) for sentence in facts["done"]]

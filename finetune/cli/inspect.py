@@ -98,7 +98,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("missing", ", ".join(facts["missing"]) or "nothing"),
         ("size", f"{source['size']:,} bytes"),
         ("sha256", source["sha256"]),
-        ("licence", source["licence"] or "not known"),
+        ("license", source["licence"] or "not known"),
     ]
     if source["nimg"] is not None:
         lines.append(("trained for", f"{source['nimg'] / 1000:,.1f} kimg"))

@@ -45,7 +45,7 @@ def test_check_clean_set(folder):
         "RGB: 6",
         "2 (0: 3, 1: 3)",
         "at 16×16: 6 as they are; 0 MiB decoded, read into memory once",
-        "Nothing here that training would refuse.",
+        "Training accepts this data set.",
     ):
         assert words in result.stdout
     assert result.stderr == ""

@@ -64,7 +64,7 @@ def test_inspect_text(inspect, golden_dir):
     assert lines["latents"] == "z 32, w 32, 8 ws"
     assert lines["parameters"] == "G 67,779, D 72,561, G_ema 67,779"
     assert lines["precision"] == "float32 weights; all layers run in float32; no clamping"
-    assert lines["missing"] == "nothing" and lines["licence"] == "not known"
+    assert lines["missing"] == "nothing" and lines["license"] == "not known"
 
 
 def test_inspect_lineage(inspect, golden_dir, tmp_path):
@@ -81,7 +81,7 @@ def test_inspect_lineage(inspect, golden_dir, tmp_path):
         "trained for   12.5 kimg",
         "started from  run-1.pkl (sha256 abab",
         "before that   ffhq.pkl (sha256 abab",
-        "licence       non-commercial",
+        "license       non-commercial",
         "missing       G, D",
         "note          unknown entries ignored: odd",
         "the 4 highest resolutions run in float16 on CUDA; clamped at 256",
