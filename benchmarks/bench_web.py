@@ -2,9 +2,9 @@
 
     python benchmarks/bench_web.py --out benchmarks/results/web_<machine>_<yyyymm>.md
 
-The page is that of the bundled checkpoint. Its status line states the time of an image: mapping, synthesis
-and drawing, here for one seed after the other. A morph is measured between the checkpoint and itself with
-other weights, at the position 0.5. The first image of a page is not counted.
+The status line of a page states the time of an image: mapping, synthesis and drawing, here for one seed after
+the other. A morph is measured between a network and itself with other weights, at the position 0.5. The first
+image of a page is not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import copy
 import dataclasses
 import os
-import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", type=Path, default=DEMO, help="checkpoint [default: the bundled one]")
+    parser.add_argument("--network", type=Path, nargs="+", default=[DEMO], help="[default: the bundled one]")
     parser.add_argument("--backend", choices=["wasm", "webgpu"], default="wasm")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -48,7 +48,19 @@ def main() -> None:
     if reason := missing():
         parser.error(reason)
 
-    checkpoint = finetune.load(arguments.network)
+    rows = [row for network in arguments.network for row in measure(network, arguments)]
+    header = ["network", "page", "median (ms)", "10 % (ms)", "90 % (ms)", "images/s", "difference to torch"]
+    tables = [table(header, rows), f"Load average at the end: {os.getloadavg()[0]:.1f}."]
+    print("\n\n".join(tables))
+    if arguments.out:
+        command = " ".join(["python", "benchmarks/bench_web.py", *sys.argv[1:]])
+        facts = {"machine": machine(torch.device("cpu"))}
+        write_report(arguments.out, "The page of a generator", command, tables, facts)
+
+
+def measure(network: Path, arguments: argparse.Namespace) -> list[list[str]]:
+    """Return the rows of one network: its page, and that of a morph."""
+    checkpoint = finetune.load(network)
     other = copy.deepcopy(checkpoint.best)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -59,16 +71,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             page = write_page(Path(folder), checkpoint, original=original)
             times = sorted(milliseconds(Path(folder), arguments.backend, arguments.images))
-        low, median, high = (f"{times[round(part * (len(times) - 1))]:.0f}" for part in (0.1, 0.5, 0.9))
-        rate = f"{1000 / statistics.median(times):.0f}"
-        rows.append([name, median, low, high, rate, f"{page.max_difference:.1e}"])
-    header = ["page", "median (ms)", "10 % (ms)", "90 % (ms)", "images/s", "largest difference to torch"]
-    tables = [table(header, rows), f"Load average at the end: {os.getloadavg()[0]:.1f}."]
-    print("\n\n".join(tables))
-    if arguments.out:
-        title = f"The page of a generator: {arguments.network.name}, {checkpoint.best.img_resolution} px"
-        command = f"python benchmarks/bench_web.py --backend {arguments.backend} --images {arguments.images}"
-        write_report(arguments.out, title, command, tables, {"machine": machine(torch.device("cpu"))})
+        low, median, high = (times[round(part * (len(times) - 1))] for part in (0.1, 0.5, 0.9))
+        numbers = [f"{value:.0f}" for value in (median, low, high, 1000 / median)]
+        rows.append([network.name, name, *numbers, f"{page.max_difference:.1e}"])
+    return rows
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch_utils.ops import impl
 
 OPSET = 18
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+MIN_TORCH = "2.8"  # the exporter of torch 2.6 makes the batch size a constant, or fails
 PARTS = ("mapping", "synthesis")
 NOISE = ".noise_const"
 
@@ -118,7 +119,11 @@ def add_metadata(model: Any, metadata: Mapping[str, str]) -> None:
 
 
 def require_packages() -> None:
-    """Raise ConfigError unless the packages of the extra `onnx` are installed."""
+    """Raise ConfigError unless torch can export, and the packages of the extra `onnx` are installed."""
+    if torch.__version__ < MIN_TORCH:  # compared as versions
+        raise ConfigError(
+            f"torch {torch.__version__}: too old for ONNX, which needs {MIN_TORCH}. Install a newer torch."
+        )
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -191,7 +196,7 @@ class _Mapping(torch.nn.Module):
     def forward(self, z: torch.Tensor, *c_and_psi: torch.Tensor) -> torch.Tensor:
         *c, psi = c_and_psi
         ws = self.network(z, c[0] if c else z[:, :0])
-        return self.network.w_avg.lerp(ws, psi)
+        return self.network.w_avg * (1 - psi) + ws * psi
 
 
 class _Synthesis(torch.nn.Module):

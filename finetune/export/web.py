@@ -108,7 +108,7 @@ def _largest_difference(contents: dict[str, bytes], G: Network, alpha: float | N
     """Return how far the models are from `G`; ExportError above the tolerance of ONNX files."""
     mapping, synthesis = (onnx.session_of(contents[f"{part}.onnx"]) for part in onnx.PARTS)
     blend = {} if alpha is None else {"alpha": np.array(alpha, np.float32)}
-    worst = 0.0
+    differences = []
     for seed in range(NUM_IMAGES):
         psi = 1 - 0.3 * (seed % 2)
         z = z_from_seeds([seed], G.z_dim)
@@ -119,9 +119,10 @@ def _largest_difference(contents: dict[str, bytes], G: Network, alpha: float | N
             inputs["c"] = c.numpy()
         img = synthesis.run(["img"], {"ws": mapping.run(["ws"], inputs)[0], **blend})[0]
         expected = G(z, c, truncation_psi=psi, noise_mode="const")
-        worst = max(worst, float(np.abs(img - expected.numpy()).max()))
+        differences.append(np.abs(img - expected.numpy()).max())
     tolerance = FORMATS["onnx"].tolerance
-    if not worst <= tolerance:
+    worst = float(np.max(differences))
+    if not worst <= tolerance:  # also if it is not a number
         raise ExportError(
             f"The models of the page differ from the network by {worst:.3g} (tolerance {tolerance:g}).",
             hint="No file was written. Internal error: please report it.",
@@ -135,13 +136,13 @@ def _describe(checkpoint: Checkpoint, original: Checkpoint | None, G: Network) -
     origin = checkpoint.provenance
     with torch.no_grad():
         _, *shape = G.synthesis(torch.zeros([1, G.num_ws, G.w_dim])).shape
-    about = [f"{checkpoint.family}, {shape[2]}×{shape[1]}"]
+    about = f"{checkpoint.family}, {shape[2]}×{shape[1]}, license: {origin.licence or 'not known'}"
     if original is not None:
-        about.append(f"original: {original.provenance.source}")
-    about.append(f"license: {origin.licence or 'not known'}")
+        first = original.provenance
+        about += f"; original: {first.source}, license: {first.licence or 'not known'}"
     return {
         "name": origin.source,
-        "about": ", ".join(about),
+        "about": about,
         "z_dim": G.z_dim,
         "c_dim": G.c_dim,
         "w_dim": G.w_dim,

@@ -25,6 +25,7 @@ pytest.importorskip("onnxscript", reason="needs the extra onnx")
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
+pytestmark = pytest.mark.skipif(torch.__version__ < to.MIN_TORCH, reason=f"needs torch {to.MIN_TORCH}")
 ROOT = Path(__file__).parents[2]
 SIZES = dict(z_dim=8, c_dim=2, w_dim=8, img_resolution=4, img_channels=3)
 METADATA = {"license": "CC0-1.0", "network": "G_ema"}
@@ -155,6 +156,12 @@ def test_onnx_without_packages(golden_dir, tmp_path, monkeypatch):
     assert "ONNX needs onnx, onnxscript, onnxruntime" in result.output
     assert "pip install 'stylegan-finetune[onnx]'" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_refuses_old_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cu124"))
+    with pytest.raises(ConfigError, match=r"torch 2.6.0\+cu124: too old for ONNX"):
+        to.require_packages()
 
 
 @pytest.mark.slow

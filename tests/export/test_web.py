@@ -22,6 +22,7 @@ from finetune.cli import cli
 from finetune.directions import principal_directions
 from finetune.errors import ConfigError
 from finetune.export import web_runtime
+from finetune.export.onnx import MIN_TORCH
 from finetune.export.web import write_page
 from finetune.sampling import to_uint8, z_from_seeds
 
@@ -180,6 +181,8 @@ def difference(a, b):
 
 @pytest.fixture(scope="module")
 def runtime():
+    if torch.__version__ < MIN_TORCH:
+        pytest.skip(f"needs torch {MIN_TORCH}")
     try:
         return next(iter(web_runtime.runtime_files().values())).parent
     except ConfigError as error:

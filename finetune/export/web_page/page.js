@@ -25,7 +25,7 @@ async function load() {
       ort = await import(`./runtime/ort.${name}.min.mjs`);
       ort.env.wasm.wasmPaths = new URL('runtime/', location.href).href;
       ort.env.wasm.proxy = name === 'wasm'; // in a worker, so that the controls stay responsive
-      const open = (file) => ort.InferenceSession.create(file, { executionProviders: [name] });
+      const open = (file) => ort.InferenceSession.create(file, { executionProviders: [name], logSeverityLevel: 3 });
       mapping = await open('mapping.onnx');
       synthesis = await open('synthesis.onnx');
       backend = name === 'webgpu' ? 'WebGPU' : 'WebAssembly';
