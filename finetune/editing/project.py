@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ RAMP_UP, RAMP_DOWN, NOISE_UNTIL = 0.05, 0.25, 0.75  # as parts of the steps
 LR_TUNING = 3e-4
 PIXEL_WEIGHT = 1.0  # of the mean squared error beside the perceptual distance
 LARGEST_SIDE = 256  # larger images are compared at this size
+EXACT: dict[str, Any] = {"noise_mode": "const", "force_fp32": True}  # gradients may underflow in float16
 
 Progress = Callable[[], None]
 
@@ -84,7 +86,7 @@ class Projector:
             optimizer.param_groups[0]["lr"] = lr * schedule(time)
             noise = torch.randn(start.shape, generator=generator).to(self.device)
             strength = NOISE * self.std * max(0.0, 1 - time / NOISE_UNTIL) ** 2 if exploring else 0.0
-            img = self.G.synthesis((w + strength * noise).expand(1, self.G.num_ws, -1), noise_mode="const")
+            img = self.G.synthesis((w + strength * noise).expand(1, self.G.num_ws, -1), **EXACT)
             loss = self.loss(img, target)
             optimizer.zero_grad()
             loss.backward()
@@ -118,7 +120,7 @@ class Projector:
         optimizer = torch.optim.Adam(G.synthesis.parameters(), lr=LR_TUNING, betas=(0.9, 0.999))
         pairs = itertools.cycle(zip(targets, pivots))
         for target, ws in itertools.islice(pairs, steps * len(targets)):
-            loss = self.loss(G.synthesis(ws.unsqueeze(0), noise_mode="const"), target)
+            loss = self.loss(G.synthesis(ws.unsqueeze(0), **EXACT), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -128,7 +130,7 @@ class Projector:
     @torch.no_grad()
     def result(self, G: Network, ws: torch.Tensor, target: torch.Tensor) -> Projection:
         """Return the image of `ws` made by `G`, and its distances to the target."""
-        img = G.synthesis(ws.unsqueeze(0), noise_mode="const")
+        img = G.synthesis(ws.unsqueeze(0), **EXACT)
         distance = float(self.distance(*map(reduce, (img, target))))
         rmse = float((img - target).square().mean().sqrt()) * 127.5
         return Projection(ws.cpu(), synthesize(G, ws), distance, rmse)

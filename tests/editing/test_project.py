@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -151,3 +152,17 @@ def test_directions_command(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), edited)
     result = CliRunner().invoke(cli, ["directions", *words, "--num", "99"])
     assert result.exit_code == 2 and "99 directions of w cannot be computed" in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t"])
+def test_project_on_a_gpu_finds_what_the_cpu_finds(family):
+    G = tiny(family)
+    target, _ = sample(G, 3)
+    found = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        projector = Projector(copy.deepcopy(G).to(device), build_distance("l2", 3, device))
+        ws = projector.project(target.to(device), 25)
+        found.append(projector.result(projector.G, ws, target.to(device)))
+    assert found[1].rmse < 2 * found[0].rmse + 1
+    assert np.abs(found[0].image.astype(int) - found[1].image).mean() < 10

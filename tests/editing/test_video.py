@@ -201,3 +201,14 @@ def test_video_errors_leave_nothing(run, golden_dir, tmp_path):
 )
 def test_grid_without_empty_places(count, grid):
     assert full_grid(count) == grid
+
+
+@pytest.mark.gpu
+def test_frames_on_a_gpu_are_those_of_the_cpu(G, B):
+    found = []
+    for device in ("cpu", "cuda"):
+        first, second = (copy.deepcopy(network).to(device) for network in (G, B))
+        _, walk_of = walk_frames(table_of(first, [1, 2], psis=[0.5, 1]), 2, loop=True)
+        _, morph_of = morph_frames(table_of(first, [1, 2]), second, 2, loop=True)
+        found.append(np.stack(frames_of(walk_of, (2, 1)) + frames_of(morph_of, (2, 1))).astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 4
