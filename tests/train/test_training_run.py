@@ -397,7 +397,8 @@ def test_prepare_checks_outdir(images, tmp_path, monkeypatch):
 def test_prepare_checks_free_space(images, tmp_path, monkeypatch):
     config = options(images, tmp_path)
     state = prepare(config).state
-    tensors = [t for net in (state.G, state.D, state.G_ema) for t in net.state_dict().values()]
+    networks = (state.G, state.D, state.G_ema, *state.power_averages.values())
+    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     needed = 2 * sum(tensor.nbytes for tensor in tensors)  # at 16 and 32 images
     for free, fits in ((needed, True), (needed - 1, False)):
         usage = SimpleNamespace(free=free)
