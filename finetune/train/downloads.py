@@ -33,12 +33,13 @@ def missing_checkpoint(resume: str) -> str | None:
         except CheckpointError:
             return f"checkpoint {address}"
         return None
-    if url := as_url(resume):
+    url = as_url(resume)
+    entry = catalog.find_url(url) if url else catalog.find(resume)
+    if url and entry is None:
         is_here = store.is_kept(store.place_of_url(url))
         return None if is_here else f"checkpoint {url}, {_size(None, [url])}"
-    if not resume or Path(resume).expanduser().exists():
+    if not url and (not resume or Path(resume).expanduser().exists()):
         return None
-    entry = catalog.find(resume)
     if entry is None or store.is_kept(store.place_of(entry)):
         return None
     return f"checkpoint {entry.id}, {_size(entry.size, entry.urls)}"
@@ -65,7 +66,8 @@ def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
     Raises ConfigError and DataError.
     """
     asked.validate()
-    entry = None if as_url(str(asked.resume)) else catalog.find(str(asked.resume))
+    url = as_url(str(asked.resume))
+    entry = catalog.find_url(url) if url else catalog.find(str(asked.resume))
     resolution = asked.resolution or (entry.resolution if entry else None)
     found = scan(str(asked.data), resolution=resolution, fit=asked.with_defaults().fit)
     found.raise_for_problems()

@@ -134,7 +134,7 @@ MISTAKES = {
     "fixed option": (
         "train --resume run --kimg 1 --batch 8", "cannot change this (4 in the run)", "Start a new run"),
     "run in use": ("train --resume used --kimg 1", "by process 7 on other", "Stop that process first"),
-    "not a run": ("report images", "no run folder", "Name a folder that `finetune train` wrote"),
+    "not a run": ("report images", "not a run folder", "Name a folder that `finetune train` wrote"),
     # Images from networks.
     "class without classes": (
         "generate --network net.pkl --seeds 0 --outdir out --class 1", "no classes", "Omit"),

@@ -45,12 +45,18 @@ def images(tmp_path_factory):
     return folder
 
 
-def train(network, images, *arguments, offline=False):
+def train(network, images, *arguments, offline=False, dry_run=True):
     size = 64 if KINDS.get(network, "").endswith("64-cond") else 32
     options = ["train", "--resume", network, "--data", images / f"{size}.zip", "--sd-backbone", "l2"]
     if offline:
         options = ["--offline", *options]
-    return CliRunner().invoke(cli, [str(word) for word in (*options, "--device", "cpu", *arguments, "-n")])
+    options += ["--device", "cpu", *arguments, *(["--dry-run"] if dry_run else [])]
+    return CliRunner().invoke(cli, [str(word) for word in options])
+
+
+def fetch(network):
+    result = CliRunner().invoke(cli, ["checkpoints", "fetch", network])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture
@@ -76,13 +82,9 @@ def table(output):
 @pytest.mark.parametrize(
     "server, name", [(name, name) for name in KINDS], indirect=["server"], ids=list(KINDS)
 )
-def test_train_recipe_of_public_checkpoint(server, name, images, tmp_path):
+def test_train_recipe_of_public_checkpoint(server, name, images):
     entry = catalog.get(name)
-    result = train(name, images, "--outdir", tmp_path / "runs")
-    assert result.exit_code == 0, result.output
-    assert f"Fetching {entry.id}" in result.stderr
-    assert f"License: {entry.licence or 'not stated'}" in result.stderr
-    assert not (tmp_path / "runs").exists()
+    fetch(name)
     published = identify.published(entry)
     for recipe, which in (("few-shot", "finetune"), ("improve", "trained")):
         result = train(name, images, "--recipe", recipe, offline=True)
@@ -105,9 +107,10 @@ def test_train_recipe_of_public_checkpoint(server, name, images, tmp_path):
 
 def test_train_catalog_url_is_its_entry(server, images):
     entry = catalog.get("ffhq-256-stylegan2")
+    fetch(entry.urls[0])
     result = train(entry.urls[0], images)
     assert result.exit_code == 0, result.output
-    assert f"Fetching {entry.id}" in result.stderr and f"published settings of {entry.id}" in result.stdout
+    assert f"published settings of {entry.id}" in result.stdout
 
 
 def test_train_suggests_close_names(server, images):
@@ -117,6 +120,6 @@ def test_train_suggests_close_names(server, images):
 
 
 def test_train_offline_sends_no_request(server, images):
-    result = train("ffhq-256-stylegan2", images, offline=True)
+    result = train("ffhq-256-stylegan2", images, offline=True, dry_run=False)
     assert result.exit_code == 2 and server.requests == []
     assert "is not on this machine" in result.stderr and "add-file" in result.stderr
