@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_runs import after_each_step, options, quiet
@@ -15,14 +16,20 @@ from finetune.errors import ConfigError, TrainingError
 from finetune.train import checkpointing, prepare, run, run_lock
 from finetune.train.train import start
 
+# Without the package finetune.train, which imports torch.
 HOLD = """
-import sys, time
+import importlib.util, sys, time
 from pathlib import Path
-from finetune.train.run_lock import own
-with own(Path(sys.argv[1])):
+spec = importlib.util.spec_from_file_location("run_lock", sys.argv[2])
+run_lock = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run_lock)
+with run_lock.own(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -41,7 +48,8 @@ def write_lock(run_dir, age_sec=0.0, **owner):
 
 def test_run_lock_of_another_process(unfinished):
     asked, run_dir = unfinished
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE) as other:
+    words = [sys.executable, "-c", HOLD, str(run_dir), run_lock.__file__]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as other:
         try:
             assert other.stdout.readline() == b"held\n"
             said = f"trained by process {other.pid} on {socket.gethostname()}"
