@@ -51,14 +51,14 @@ def push_command(
     click.echo(f"License: {check_license(checkpoint)}")
     if not accept_license:
         raise ConfigError("Nothing was uploaded. If this license allows it, use --accept-license.")
-    metrics = metrics_of(Path(network), checkpoint.provenance.nimg)
+    metrics = metrics_of(path.parent, checkpoint.provenance.nimg)
     with progress_bar("comparing images", 1) as progress:
         url = push(checkpoint, repo, public=public, which=which, metrics=metrics, progress=progress)
     click.echo(f"Published {path.name} ({'public' if public else 'private'}): {url}")
 
 
 def metrics_of(run_dir: Path, nimg: int | None) -> dict[str, Any] | None:
-    """Return what a run measured when it had seen `nimg` images, None if it did not or is no run."""
+    """Return what a run measured after `nimg` images, None if it measured nothing or is no run."""
     from finetune.report.read import read_lines
 
     lines = [line for line in read_lines(run_dir / "log.jsonl") if line.get("nimg") == nimg]

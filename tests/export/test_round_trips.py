@@ -40,9 +40,14 @@ def files(golden_checkpoint, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def loaded(files):
+    return {name: finetune.load(files / f"net{FORMATS[name].suffix}") for name in LOADABLE}
+
+
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(LOADABLE, LOADABLE)))
-def test_round_trip_keeps_every_tensor(files, golden_checkpoint, tmp_path, first, second):
-    source = finetune.load(files / f"net{FORMATS[first].suffix}")
+def test_round_trip_keeps_every_tensor(loaded, golden_checkpoint, tmp_path, first, second):
+    source = loaded[first]
     path = tmp_path / f"again{FORMATS[second].suffix}"
     write(path, source, second)
     again = finetune.load(path)
@@ -50,7 +55,7 @@ def test_round_trip_keeps_every_tensor(files, golden_checkpoint, tmp_path, first
     assert again.provenance.parent["source"] == f"{NAME}.pkl"
 
 
-@pytest.mark.parametrize("name", ["stylegan2-64-cond", "stylegan2-ada-32x16", "stylegan3-r-32"])
+@pytest.mark.parametrize("name", ["stylegan2-ada-32x16", "stylegan3-r-32"])
 def test_round_trip_of_other_networks(golden_checkpoint, tmp_path, name):
     source = golden_checkpoint(name)
     write(tmp_path / "a.safetensors", source, "safetensors")
