@@ -96,4 +96,6 @@ def print_reasons(console: Console, title: str, reasons: list[Reason]) -> None:
     for reason in reasons:
         value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
         table.add_row("--" + reason.name.replace("_", "-"), value, reason.why)
+    if not console.is_terminal:  # a file or a pipe: wide enough for the names of result files
+        console.width = max(console.width, 120)
     console.print(table)
