@@ -9,7 +9,7 @@ let ort, model, mapping, synthesis, backend;
 
 // ---- Networks
 
-// WebGPU where there is a GPU, else WebAssembly; page.html?backend=wasm chooses.
+// WebGPU where there is a GPU, else WebAssembly; ?backend=wasm in the address chooses.
 async function backends() {
   const chosen = new URLSearchParams(location.search).get('backend');
   if (chosen) return [chosen];
