@@ -49,11 +49,7 @@ MAX_SHEET_PIXELS = 1 << 27  # of a sheet that nobody asked for: 400 MB in memory
     "--mix-layers", metavar="N-M", help="Rows of ws that --mix replaces.  [default: the first half]"
 )
 @outdir_option()
-@click.option(
-    "--grid",
-    type=GridSize(),
-    help="Also write grid.png, columns x rows, like 8x4.",
-)
+@click.option("--grid", type=GridSize(), help="Also write grid.png, columns x rows, like 8x4.")
 @click.option(
     "--save-w",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -92,8 +88,6 @@ def command(
     total = len(table) * len(table.columns)
     if grid is not None and total > grid[0] * grid[1]:
         raise ConfigError(f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {total} images.")
-    if save_w is not None and save_w.suffix != ".npz":
-        raise ConfigError(f"--save-w {save_w} does not end in .npz. Use a name that does.")
     print_options_without_effect(table, noise_mode)
     start_without_build(checkpoint, total)
     pixels = math.prod(image_size(G)) * total

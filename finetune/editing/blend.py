@@ -99,9 +99,9 @@ def by_resolution(alpha: Alpha, network: Network) -> float | Callable[[str], flo
         return float(alpha)
     numbers = sorted((key, value) for key, value in alpha.items() if isinstance(key, int))
     if not numbers or numbers[0][0] < 4 or numbers[-1][0] > network.img_resolution:
+        given = ", ".join(str(key) for key, _ in numbers) or "none"
         raise ConfigError(
-            f"resolutions {', '.join(str(key) for key, _ in numbers) or 'are missing'}: give some from 4 to "
-            f"{network.img_resolution}, like 4=0,16=1."
+            f"--alpha: resolutions {given}; this network has 4 to {network.img_resolution}. Write 4=0,16=1."
         )
 
     def of_tensor(name: str) -> float:
