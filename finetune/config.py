@@ -437,7 +437,7 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
             problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch. Use ema.")
         why = "only for --resume, not for --scratch."
         problems += each(RESUME_ONLY, why, zero=False)
-        if asked.recipe not in (None, "auto"):
+        if asked.scratch and asked.recipe not in (None, "auto"):  # a resumed run notes it
             problems.append(f"--recipe {asked.recipe}: has no effect with --scratch, which has its own.")
     if run.metrics == "none":
         problems += each(("metrics_num",), "has no effect with --metrics none.")
