@@ -35,9 +35,7 @@ class Described:
         return default if value is MISSING else plain(value, self.offset)
 
     def arguments(self, path: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
-        """What the constructor of the module at `path` was given; `names` are those of its positional
-        arguments.
-        """
+        """Return the constructor arguments of the module at `path`; `names`: those of positional ones."""
         args, kwargs = self.get(path, "_init_args", ()), self.get(path, "_init_kwargs", {})
         if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict) or len(args) > len(names):
             damaged(f"the constructor arguments of {path or self.class_name} are unknown", self.offset)
