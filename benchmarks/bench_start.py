@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import _checkout  # noqa: F401
@@ -27,17 +26,21 @@ from PIL import Image
 DEMO = ROOT / "finetune" / "demo" / "faces-3d-64.pkl"
 
 
+# A subprocess inherits the peak memory of its parent, so a small one starts it.
+MEASURE = """
+import resource, subprocess, sys, time
+started = time.perf_counter()
+subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, time.perf_counter() - started, used.ru_maxrss / 1024)
+"""
+
+
 def cost(words: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
     """Return CPU seconds, wall seconds and peak MiB of a subprocess and its workers."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with exit code {process.returncode}")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024
+    command = [sys.executable, "-c", MEASURE, *words]
+    cpu, wall, mib = map(float, subprocess.check_output(command, env=environment, text=True).split())
+    return cpu, wall, mib
 
 
 def make_set(folder: Path, num_images: int) -> None:

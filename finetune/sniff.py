@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import mmap
 import re
 import zipfile
 from pathlib import Path
@@ -42,20 +42,18 @@ OTHER_FORMATS = (
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def is_torch_save(data: bytes) -> bool:
+def is_torch_save(data: mmap.mmap) -> bool:
     """Return whether a file is one of torch.save: a zip archive with NAME/data.pkl, or the legacy format."""
-    names = _names_in_zip(data) if data.startswith(ZIP) else []
-    return data.startswith(TORCH_SAVE) or any(name.endswith("/data.pkl") for name in names or ())
+    names = _names_in_zip(data) if _starts_with(data, ZIP) else []
+    return _starts_with(data, TORCH_SAVE) or any(name.endswith("/data.pkl") for name in names or ())
 
 
-def refuse_other_formats(path: Path, data: bytes) -> None:
+def refuse_other_formats(path: Path, data: mmap.mmap) -> None:
     """Raise CheckpointError if the content of the file at `path` is neither a pickle nor of torch.save."""
-    if not data:
-        raise CheckpointError(f"{path} is empty", hint="Download or copy it again.")
     found = None
-    if data.startswith(ZIP):
+    if _starts_with(data, ZIP):
         found = _describe_zip(_names_in_zip(data))
-    elif not data.startswith(TORCH_SAVE):
+    elif not _starts_with(data, TORCH_SAVE):
         matches = (
             (what, hint) for head, what, hint in OTHER_FORMATS if re.match(head, data[:512], re.DOTALL)
         )
@@ -67,10 +65,14 @@ def refuse_other_formats(path: Path, data: bytes) -> None:
         raise CheckpointError(f"{path} is not a checkpoint: it is {text}", hint=TEXT_HINT)
 
 
-def _names_in_zip(data: bytes) -> list[str] | None:
+def _starts_with(data: mmap.mmap, head: bytes) -> bool:
+    return data[: len(head)] == head
+
+
+def _names_in_zip(data: mmap.mmap) -> list[str] | None:
     """Return the names of the members of a zip archive, None if it is damaged."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(data) as archive:  # type: ignore[call-overload]  # can seek and read
             return archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
         return None
@@ -91,7 +93,7 @@ def _describe_zip(names: list[str] | None) -> tuple[str, str] | None:
     return "a zip archive", UNPACK
 
 
-def named_as_text(data: bytes, error: PickleRefused) -> PickleRefused:
+def named_as_text(data: mmap.mmap, error: PickleRefused) -> PickleRefused:
     """Return the error for content that is not a pickle: another one for text, whose letters were taken
     for opcodes.
     """

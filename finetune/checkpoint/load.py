@@ -14,7 +14,7 @@ import torch
 from finetune.checkpoint import rosinality
 from finetune.checkpoint.describe import find_foreign, plain
 from finetune.checkpoint.provenance import Provenance
-from finetune.checkpoint.rebuild import Allowance, Rebuilt, rebuild, rebuild_tf
+from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill, rebuild, rebuild_tf
 from finetune.checkpoint.state_dict import (
     StateDict,
     check_given,
@@ -122,6 +122,8 @@ def load(
     notes += [_refusal_note(name, error) for name, error in refused.items()]
     notes += _entry_notes({key: value for key, value in extras.items() if key not in networks})
     options = plain(extras.get("training_set_kwargs"), 0)
+    # Last: the values of the file cannot be read any more afterwards.
+    fill(rebuilt.values(), file.give_back)
     modules = {name: item.module.to(device) for name, item in rebuilt.items()}
     return Checkpoint(
         G=modules.get("G"),

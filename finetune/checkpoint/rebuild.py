@@ -1,7 +1,7 @@
 """Rebuild a described network: every tensor of the file is assigned to exactly one place, or it is refused.
 
-The module is first built on the device 'meta', which costs no memory; only where all names, shapes and dtypes
-agree are its tensors allocated and filled from the file.
+The module is first built on the device 'meta', which costs no memory. Once names, shapes and dtypes of all
+networks of a file agree, `fill` allocates their tensors and copies the values.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from finetune.models import stylegan2
 
 MAX_GROWTH = 4  # times the size of the file, for all its networks together; one file may say a network twice
 SLACK = 64 << 20  # bytes, for what is not in the file
+MEAN_SAMPLES = 10_000  # of w, if a file has no mean
+MEAN_CHUNK = 100  # bounds the memory that a file of wide layers can take
 
 # Attributes that decide what a module computes: where file and module both have one, they must agree.
 DECISIVE = frozenset(
@@ -71,18 +74,24 @@ class Allowance:
 
 @dataclass(slots=True)
 class Rebuilt:
-    """A rebuilt module, and notes on what it ignores of the file, one sentence each."""
+    """A module, the tensors that `fill` gives it, and notes on what is ignored, one sentence each.
+
+    lacks_w_avg: the mean w is not in the file and is estimated.
+    """
 
     module: Any  # torch.nn.Module
     notes: list[str]
     generation: Generation
+    tensors: Mapping[str, Tensor]
+    lacks_w_avg: bool = False
 
 
 def rebuild(
     name: str, network: PersistentObject, allowance: Allowance, base_shape: list[int] | None = None
 ) -> Rebuilt:
-    """Build the network that the entry `name` of a checkpoint describes; float32 on the CPU, eval, no
-    gradients. `base_shape`: that of the generator in the file, if there is one.
+    """Build the network that the entry `name` of a checkpoint describes, not filled yet.
+
+    base_shape: that of the generator in the file, if there is one.
 
     Raises PickleRefused if it is not a known network, CheckpointMismatch with all differences if its
     tensors are not exactly those of the network.
@@ -93,8 +102,8 @@ def rebuild(
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
         differences = _differing_attributes(net, module)
-    notes = fill_checked(name, net, module, differences, allowance)
-    return Rebuilt(module, notes + _notes(name, net, module), _generation(net))
+    notes = check_tensors(name, net, module, differences, allowance)
+    return Rebuilt(module, notes + _notes(name, net, module), _generation(net), net.tensors)
 
 
 def rebuild_tf(
@@ -106,16 +115,17 @@ def rebuild_tf(
     module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
     options = kwargs if class_name == "Generator" else kwargs["block_kwargs"]
     add_filters(net, tensors_of(module), options["resample_filter"])
-    notes = fill_checked(name, net, module, compare(net.tensors, module), allowance)
-    return Rebuilt(module, notes, "tf")
+    notes = check_tensors(name, net, module, compare(net.tensors, module), allowance)
+    return Rebuilt(module, notes, "tf", net.tensors)
 
 
-def fill_checked(
+def check_tensors(
     name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
 ) -> list[str]:
-    """Fill the module unless there are `differences`; return notes on converted types.
+    """Take the memory of the module from the allowance; return notes on converted types.
 
-    Raises CheckpointMismatch with the differences, PickleRefused for a rectangle of another kind.
+    Raises CheckpointMismatch with the `differences` if there are any, PickleRefused for a rectangle of
+    another kind or if the allowance does not suffice.
     """
     if differences and (why := _unknown_rectangle(net, module)):
         raise PickleRefused(
@@ -130,7 +140,13 @@ def fill_checked(
             differences,
             hint="The file was changed after it was written, or comes from a code base with other networks.",
         )
-    fill(module, net.tensors, allowance, net.offset)
+    allowance.left -= sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(module).values())
+    if allowance.left < 0:
+        raise PickleRefused(
+            f"the networks of the pickle would take several times its size on disk (object at byte "
+            f"{net.offset})",
+            offset=net.offset,
+        )
     counts = Counter(tensor.dtype for tensor in net.tensors.values() if tensor.dtype in CONVERTED)
     return [f"{name}: {count} tensors {CONVERTED[dtype]}" for dtype, count in sorted(counts.items())]
 
@@ -245,20 +261,43 @@ def _peak(values: np.ndarray) -> float:
     return float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
 
 
-def fill(module: torch.nn.Module, found: dict[str, Tensor], allowance: Allowance, offset: int) -> None:
-    """Give the meta tensors of `module` memory, and the values of the file."""
-    targets = tensors_of(module)
-    allowance.left -= sum(tensor.numel() * tensor.element_size() for tensor in targets.values())
-    if allowance.left < 0:
-        raise PickleRefused(
-            f"the networks of the pickle would take several times its size on disk (object at byte {offset})",
-            offset=offset,
-        )
-    filled = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in targets.items()}
-    for name, tensor in filled.items():
-        np.copyto(tensor.numpy(), _values(found[name]), casting="same_kind")
-    module.load_state_dict(filled, assign=True)
-    module.eval().requires_grad_(False)
+def fill(
+    networks: Iterable[Rebuilt], give_back: Callable[[int], None] = lambda address: None
+) -> None:
+    """Give the tensors of all networks memory and the values of the file; eval mode, no gradients.
+
+    The values are copied in the order of their addresses. `give_back(address)` is called when everything
+    below an address has been copied, and may free it.
+    """
+    networks, copies = list(networks), []
+    for network in networks:
+        module, found, targets = network.module, network.tensors, tensors_of(network.module)
+        filled = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in targets.items()}
+        copies += [(_first_address(found[name].array), filled[name], found[name]) for name in filled]
+        module.load_state_dict(filled, assign=True)
+        module.eval().requires_grad_(False)
+    for address, tensor, source in sorted(copies, key=lambda copy: copy[0]):
+        give_back(address)
+        np.copyto(tensor.numpy(), _values(source), casting="same_kind")
+    for network in networks:
+        if network.lacks_w_avg:
+            _estimate_w_avg(network.module)
+
+
+@torch.no_grad()
+def _estimate_w_avg(G: Any) -> None:
+    """Set the mean w of a generator from MEAN_SAMPLES latents of a fixed seed, few at a time."""
+    generator = torch.Generator().manual_seed(0)
+    c = torch.zeros([MEAN_CHUNK, G.c_dim])
+    for _ in range(MEAN_SAMPLES // MEAN_CHUNK):
+        z = torch.randn([MEAN_CHUNK, G.z_dim], generator=generator)
+        G.mapping.w_avg.add_(G.mapping(z, c)[:, 0].sum(dim=0) / MEAN_SAMPLES)
+
+
+def _first_address(array: np.ndarray) -> int:
+    """Return the lowest address that the array reads."""
+    backward = sum((extent - 1) * step for extent, step in zip(array.shape, array.strides) if step < 0)
+    return array.ctypes.data + (backward if array.size else 0)
 
 
 def _values(tensor: Tensor) -> np.ndarray:

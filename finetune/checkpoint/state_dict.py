@@ -17,7 +17,14 @@ import torch
 from finetune.checkpoint import arguments
 from finetune.checkpoint.describe import MAX_DEPTH, MAX_ENTRIES, Described
 from finetune.checkpoint.provenance import Generation
-from finetune.checkpoint.rebuild import Allowance, Rebuilt, build_on_meta, compare, fill_checked
+from finetune.checkpoint.rebuild import (
+    MEAN_SAMPLES,
+    Allowance,
+    Rebuilt,
+    build_on_meta,
+    check_tensors,
+    compare,
+)
 from finetune.checkpoint.unpickle.stubs import Tensor, expect
 from finetune.checkpoint.unpickle.values import Record
 from finetune.errors import CheckpointError
@@ -30,8 +37,6 @@ ASSUMED = {"conv_clamp": 256, "num_fp16_res": 4}  # as both trees train
 BANDS = ("num_critical", "first_cutoff", "first_stopband", "last_stopband_rel", "margin_size", "filter_size")
 FILTERS = (".up_filter", ".down_filter")
 SAME_FILTER = 1e-6
-MEAN_SAMPLES = 10_000  # of w, if a file has no mean
-MEAN_CHUNK = 100  # bounds the memory that a file of wide layers can take
 MAX_NAME = 200  # letters of the name of a tensor
 HOW = "with `finetune convert --arch NAME=VALUE`, or finetune.load(path, architecture={...})"
 
@@ -130,9 +135,8 @@ def rebuild_state(
     else:
         module, notes = _rebuild_inferred(name, state, allowance, base_shape, given or {})
     if state.lacks_w_avg:
-        _estimate_w_avg(module)
         notes.append(f"{name}: no mean w in the file; estimated from {MEAN_SAMPLES:,} z")
-    return Rebuilt(module, notes, state.generation)
+    return Rebuilt(module, notes, state.generation, tensors, state.lacks_w_avg)
 
 
 def _rebuild_inferred(
@@ -165,7 +169,8 @@ def rebuild_described(
 ) -> tuple[torch.nn.Module, list[str]]:
     """Build a network from constructor arguments and tensors, under the same checks as one from a pickle.
 
-    check_bands: compare the filters of a StyleGAN3 generator, too. Returns the module, and notes.
+    check_bands: compare the filters of a StyleGAN3 generator, too. Returns the module, not filled yet, and
+    notes.
     """
     net = Described(class_name="Discriminator" if is_discriminator(tensors) else "Generator", offset=0)
     net.tensors.update(tensors)
@@ -187,17 +192,7 @@ def rebuild_described(
     differences = compare(net.tensors, module)
     if check_bands and net.has("synthesis.input"):
         _check_bands(name, net, module, differences)
-    return module, fill_checked(name, net, module, differences, allowance)
-
-
-@torch.no_grad()
-def _estimate_w_avg(G: Any) -> None:
-    """Set the mean w of a generator from MEAN_SAMPLES latents of a fixed seed, few at a time."""
-    generator = torch.Generator().manual_seed(0)
-    c = torch.zeros([MEAN_CHUNK, G.c_dim])
-    for _ in range(MEAN_SAMPLES // MEAN_CHUNK):
-        z = torch.randn([MEAN_CHUNK, G.z_dim], generator=generator)
-        G.mapping.w_avg.add_(G.mapping(z, c)[:, 0].sum(dim=0) / MEAN_SAMPLES)
+    return module, check_tensors(name, net, module, differences, allowance)
 
 
 def _check_bands(name: str, net: Described, module: Any, differences: list[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import torch
 
-from finetune.checkpoint.rebuild import Allowance
+from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill
 from finetune.checkpoint.state_dict import rebuild_described
 from finetune.checkpoint.unpickle.stubs import Tensor, printable
 from finetune.errors import CheckpointError, PickleRefused
@@ -124,8 +124,10 @@ def _rebuild(
         if key.startswith(prefix)
     }
     try:
-        return rebuild_described(name, tensors, given, allowance)[0]
+        module, notes = rebuild_described(name, tensors, given, allowance)
     except PickleRefused as error:
         raise CheckpointError(
             f"{path}: {name} cannot be built as the header describes ({error.what})"
         ) from None
+    fill([Rebuilt(module, notes, "finetune", tensors)])
+    return module

@@ -13,7 +13,7 @@ import torch
 
 from finetune.checkpoint import rosinality as layout
 from finetune.checkpoint.load import NETWORKS, Checkpoint
-from finetune.checkpoint.rebuild import Allowance, tensors_of
+from finetune.checkpoint.rebuild import Allowance, fill, tensors_of
 from finetune.checkpoint.state_dict import rebuild_state
 from finetune.checkpoint.unpickle.stubs import Tensor
 from finetune.errors import ExportError
@@ -101,8 +101,9 @@ def reopen(path: Path, device: torch.device) -> dict[str, Network]:
             tensors = {key: _stub(tensor) for key, tensor in content[theirs].items()}
             mean = content.get(layout.G_LATENT_AVG if name == "G" else "", content.get(layout.LATENT_AVG))
             state = layout.read_state(tensors, None if mean is None else _stub(mean), stated=None)
-            found[name] = rebuild_state(name, state, allowance).module.to(device)
-    return found
+            found[name] = rebuild_state(name, state, allowance)
+    fill(found.values())
+    return {name: network.module.to(device) for name, network in found.items()}
 
 
 def _stub(tensor: torch.Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import pickle
 
 import numpy as np
@@ -16,10 +17,12 @@ from conftest import GOLDEN_NETWORKS
 from tolerances import NETWORK_F32, assert_close
 
 import finetune
+from finetune.checkpoint import load
 from finetune.checkpoint.arguments import MAPPING, SYNTHESIS2, SYNTHESIS3
 from finetune.checkpoint.describe import MAX_MODULES, describe
 from finetune.checkpoint.provenance import Provenance
-from finetune.checkpoint.rebuild import Allowance, fill, rebuild, tensors_of
+from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill, rebuild, tensors_of
+from finetune.checkpoint.unpickle import files
 from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.checkpoint.unpickle.stubs import PersistentObject, Tensor
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
@@ -425,7 +428,55 @@ class TestNonsense:
         size = 4 * sum(tensor.numel() for tensor in tensors_of(module).values())
         assert allowance.left == 10**6 - size
         with pytest.raises(PickleRefused, match="several times its size"):
-            fill(module, describe(network).tensors, Allowance(size - 1), 0)
+            rebuild("G_ema", network, Allowance(size - 1))
+
+
+class TestMemoryOfFile:
+    """The memory of the file is returned to the system while its values are copied."""
+
+    @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+    def test_load_gives_back_memory(self, golden_dir, monkeypatch, name):
+        path, seen = golden_dir / f"{name}.pkl", []
+        before = {entry: tensors_of(getattr(finetune.load(path), entry)) for entry in ("G", "D", "G_ema")}
+        read = load.read_pickle
+        monkeypatch.setattr(load, "read_pickle", lambda path: seen.append(read(path)) or seen[-1])
+        monkeypatch.setattr(files, "CHUNK", mmap.PAGESIZE)
+        after = finetune.load(path)
+        (file,) = seen
+        assert file.given_back > 0.8 * file.size and not any(file.memory[: file.given_back])
+        for entry, tensors in before.items():
+            found = tensors_of(getattr(after, entry))
+            assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+    def test_fill_copies_overlapping_views_before_their_memory_is_freed(self):
+        memory = np.arange(64, dtype=np.float32)
+        views = [memory[40:56][::-1], memory[0:64:4], memory[41:57], memory[:16]]
+        wanted = [torch.from_numpy(view.copy()) for view in views]
+
+        def free(address):
+            memory[: (address - memory.ctypes.data) // 4] = -1
+
+        networks = [torch.nn.Linear(4, 4, bias=False, device="meta") for _ in views]
+        tensors = [{"weight": Tensor(view.reshape(4, 4), "float32", 0)} for view in views[1:]]
+        backward = Tensor(np.lib.stride_tricks.as_strided(views[0], (4, 4), (-16, -4)), "float32", 0)
+        parts = zip(networks, [{"weight": backward}, *tensors], strict=True)
+        fill([Rebuilt(network, [], "ada", part) for network, part in parts], free)
+        for network, values in zip(networks, wanted, strict=True):
+            assert torch.equal(network.weight.flatten(), values)
+
+    def test_read_pickle_reports_a_file_that_shrinks(self, golden_dir, tmp_path, monkeypatch):
+        path = tmp_path / "a.pkl"
+        path.write_bytes((golden_dir / "stylegan2-ada-32.pkl").read_bytes())
+        size = path.stat().st_size
+        monkeypatch.setattr(files, "CHUNK", size // 2)
+        real = files._read
+
+        def read(path, each_part):
+            return real(path, lambda part: path.write_bytes(bytes(part)))
+
+        monkeypatch.setattr(files, "_read", read)
+        with pytest.raises(CheckpointError, match=rf"was cut to {size // 2:,} bytes while it was read"):
+            read_pickle(path)
 
 
 class TestProvenance:

@@ -9,6 +9,7 @@ machine (`storage`). `PickleRefused` has the refused global and its position.
 from __future__ import annotations
 
 import math
+import mmap
 import re
 from typing import Any, NoReturn
 
@@ -49,10 +50,10 @@ DILL = ("_dill", "dill")
 ONLY_NAMED = {"numpy.ndarray", *TENSOR_TYPES, *STORAGES}
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes | mmap.mmap) -> Any:
     """Return the stubs that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
     budget = Budget(steps=MAX_OPCODES, copied=len(data) * 2 + (1 << 20))
-    machine = Machine(memoryview(data), CheckpointWorld(budget), budget)
+    machine = Machine(memoryview(data).toreadonly(), CheckpointWorld(budget), budget)
     root = machine.run()
     if machine.position != len(data):
         left = len(data) - machine.position

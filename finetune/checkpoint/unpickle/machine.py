@@ -58,18 +58,18 @@ class Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.protocol = 0
+        data, budget, size = self.data, self.budget, len(self.data)
         while True:
-            self.opcode_at = self.position
-            self.budget.step(1, self.at)
-            code = self.take(1)[0]
-            name = OPCODES.get(code)
-            if name is None:
-                raise self.refuse(f"it holds byte 0x{code:02x}, not an opcode")
-            if name == "STOP":
-                return self._result()
-            if name not in HANDLERS:
-                raise self.refuse(f"it holds opcode {name}, which no checkpoint needs")
-            HANDLERS[name](self)
+            self.opcode_at = position = self.position
+            budget.steps -= 1
+            if budget.steps < 0 or position >= size:
+                budget.step(0, self.at)
+                self.take(1)  # which raises
+            self.position = position + 1
+            handler = BY_CODE[data[position]]
+            if handler is None:
+                return self._end(data[position])
+            handler(self)
 
     @property
     def at(self) -> int:
@@ -80,26 +80,36 @@ class Machine:
         what = f"the pickle is damaged or not a checkpoint: {why} (at byte {self.at})"
         return PickleRefused(what, offset=self.at, hint=DAMAGED)
 
-    def _result(self) -> Any:
+    def _end(self, code: int) -> Any:
+        """Return the value of the pickle if `code` is STOP; refuse any other opcode without a handler."""
+        name = OPCODES.get(code)
+        if name is None:
+            raise self.refuse(f"it holds byte 0x{code:02x}, not an opcode")
+        if name != "STOP":
+            raise self.refuse(f"it holds opcode {name}, which no checkpoint needs")
         if self.marks or len(self.stack) != 1:
             raise self.refuse("it ends with unfinished values")
         return self.stack.pop()
 
     # Reading.
 
-    def take(self, count: int) -> memoryview:
-        end = self.position + count
-        if end > len(self.data):
-            left = len(self.data) - self.position
+    def advance(self, count: int) -> int:
+        """Move `position` over `count` bytes and return where it was."""
+        start = self.position
+        if start + count > len(self.data):
+            left = len(self.data) - start
             raise self.refuse(
                 f"{count:,} more bytes are announced and {left:,} are there; the file may be cut off"
             )
-        view = self.data[self.position : end]
-        self.position = end
-        return view
+        self.position = start + count
+        return start
+
+    def take(self, count: int) -> memoryview:
+        start = self.advance(count)
+        return self.data[start : self.position]
 
     def unpack(self, layout: struct.Struct) -> Any:
-        return layout.unpack(self.take(layout.size))[0]
+        return layout.unpack_from(self.data, self.advance(layout.size))[0]
 
     def line(self, limit: int) -> bytes:
         """Return the text up to the next line feed, without it."""
@@ -389,3 +399,4 @@ HANDLERS: dict[str, Callable[[Machine], Any]] = {
     "BUILD": _build,
     "BINPERSID": lambda m: m.push(m.world.persistent(m.pop(), m.at)),
 }
+BY_CODE = [HANDLERS.get(OPCODES.get(code, "")) for code in range(256)]

@@ -8,7 +8,7 @@ pickles, of which the fourth is the content, and then a count and the bytes of e
 
 from __future__ import annotations
 
-import io
+import mmap
 import re
 import zipfile
 from collections.abc import Mapping
@@ -81,16 +81,16 @@ def is_module_source(key: Any) -> bool:
     return type(key) is tuple and len(key) == 4 and key[0] == "module" and type(key[1]) in (Global, Record)
 
 
-def loads_torch_save(data: bytes) -> Any:
+def loads_torch_save(data: mmap.mmap) -> Any:
     """Return the stubs that a file of `torch.save` describes, views of `data`. Raises PickleRefused."""
-    return _loads_zip(data) if data.startswith(ZIP) else _loads_legacy(memoryview(data))
+    return _loads_zip(data) if data[: len(ZIP)] == ZIP else _loads_legacy(memoryview(data).toreadonly())
 
 
-def _budget(data: bytes | memoryview) -> Budget:
+def _budget(data: mmap.mmap | memoryview) -> Budget:
     return Budget(steps=MAX_OPCODES, copied=len(data) * 2 + (1 << 20))
 
 
-def _loads_zip(data: bytes) -> Any:
+def _loads_zip(data: mmap.mmap) -> Any:
     members = _members(data)
     content = next((name for name in members if CONTENT.fullmatch(name)), None)
     if content is None:
@@ -110,12 +110,12 @@ def _loads_zip(data: bytes) -> Any:
     return root
 
 
-def _members(data: bytes) -> dict[str, tuple[int, memoryview]]:
+def _members(data: mmap.mmap) -> dict[str, tuple[int, memoryview]]:
     """Return the members of a zip file by name: position in the file, and a view of their bytes."""
-    view = memoryview(data)
+    view = memoryview(data).toreadonly()
     found = {}
     try:
-        infos = zipfile.ZipFile(io.BytesIO(data)).infolist()
+        infos = zipfile.ZipFile(data).infolist()  # type: ignore[call-overload]  # can seek and read
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
         damaged("a zip archive that is damaged or cut off", 0)
     expect(len(infos) <= MAX_MEMBERS, f"a zip archive of {len(infos):,} members", 0)
