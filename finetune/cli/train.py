@@ -171,6 +171,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
             raise
         raise click.exceptions.Exit(130) from None  # rank 0 reports it
     shutdown()
+    if result.nimg < round(1000 * result.config.kimg):
+        return  # stopped by SIGTERM, which has been printed
     from finetune.report import end_message
 
     found = result.recommended

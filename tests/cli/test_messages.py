@@ -1,8 +1,10 @@
 """The likeliest mistakes: each message says what happened, the value seen, and what to do."""
 
 import json
+import os
 import pickle
 import shutil
+import signal
 import zipfile
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from tiny_runs import options, quiet
+from tiny_runs import after_each_step, options, quiet
 
 from finetune.cli import cli
 from finetune.export.stylegan_pickle import save_stylegan_pickle
@@ -213,6 +215,26 @@ def test_message_of_a_diverged_run_names_remedies(invoke, monkeypatch):
         "The last saved state is intact",
     ):
         assert words in result.output, words
+
+
+def test_message_of_a_stopped_run_is_how_to_resume(invoke, monkeypatch):
+    after_each_step(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM))
+    result = invoke(f"{QUICK} --outdir stopped --kimg 4")
+    assert result.exit_code == 0
+    last = result.output.splitlines()[-1]
+    assert last.startswith("Stopped by SIGTERM after 0.004 kimg. To resume: finetune train --resume stopped")
+
+
+def test_message_at_the_end_recommends_a_snapshot_and_what_next(invoke):
+    result = invoke(f"{QUICK} --outdir ended")
+    assert result.exit_code == 0
+    run_dir = "ended/00000-images-stylegan2-16"
+    done, recommended, _, generate, export, further = result.output.splitlines()[-6:]
+    assert done.startswith("Done: 0.008 kimg in 0:0") and done.endswith(f"{run_dir}/report.html")
+    assert recommended.startswith("Recommended: network-snapshot-000000.008.pkl, the last one")
+    assert generate.startswith(f"  finetune generate --network {run_dir}/network-snapshot-000000.008.pkl ")
+    assert export.endswith(" --out fine-tuned-00000.pkl")
+    assert further == f"  finetune train --resume {run_dir} --kimg 0.016"
 
 
 def test_message_of_a_full_disk_names_the_sizes(invoke, monkeypatch):
