@@ -194,7 +194,8 @@ class TrainOptions(_Fields):
         RECIPE, "Training length in thousands of images.", shown="200 to 5000 by data set size", above=0)
     batch: int | None = _option(RECIPE, "Total batch size.", shown="by resolution", above=0)
     batch_gpu: int | None = _option(
-        RECIPE, "Per-device micro-batch size (gradient accumulation).", shown="by memory", above=0)
+        RECIPE, "Per-device micro-batch size (gradient accumulation).", shown="the largest that fits",
+        above=0)
     gamma: float | None = _option(
         RECIPE, "R1 regularization weight.", shown="by recipe, resolution and batch size", at_least=0)
     glr: float | None = _option(RECIPE, "Learning rate of the generator.", shown="by recipe", above=0)

@@ -168,9 +168,8 @@ def _per_rank(run: Any) -> int:
 
 def _micro_batch(run: Any) -> int:
     """Return a divisor of the batch per rank that fits into memory and into the groups of D."""
-    own, limit = _per_rank(run), _gpu_batch(run) if _on_gpu(run) else 32
-    sizes = range(1, min(own, limit) + 1)
-    return max(size for size in sizes if own % size == 0 and can_group(size, run.group_size))
+    limit = _gpu_batch(run) if _on_gpu(run) else 32
+    return max(size for size in micro_batch_sizes(_per_rank(run), run.group_size) if size <= limit)
 
 
 def _why_micro_batch(run: Any) -> str:
@@ -349,6 +348,11 @@ def fair(batch: int, facts: Any) -> int:
 def can_group(count: int, group_size: int) -> bool:
     """Return whether D can take `count` images at once: one group, or whole groups of `group_size`."""
     return count <= group_size or count % group_size == 0
+
+
+def micro_batch_sizes(batch: int, group_size: int) -> list[int]:
+    """Return the micro-batches, ascending, that the batch of a rank and the groups of D can be split into."""
+    return [size for size in range(1, batch + 1) if batch % size == 0 and can_group(size, group_size)]
 
 
 def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Reason]]:

@@ -1,16 +1,117 @@
-"""Explain out-of-memory errors on a GPU: the measured memory, and the option to change."""
+"""Find the largest micro-batch that fits into the memory of a GPU; explain out-of-memory errors."""
 
 from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
 from finetune.config import TrainConfig
+from finetune.distributed import SINGLE
 from finetune.errors import TrainingError
-from finetune.recipes import RunFacts, can_group
+from finetune.models import image_size
+from finetune.recipes import RunFacts, micro_batch_sizes
+from finetune.train import steps
+from finetune.train.ada import AdaController
+from finetune.train.graphs import Graphs
+from finetune.train.state import Plan, TrainState
+from finetune.train.stats import Stats
 
 # Family -> resolution, micro-batch, peak GiB of a step. The peak includes the search of cuDNN for algorithms.
 MEASURED = {"stylegan2": (256, 32, 17.57), "stylegan3-t": (256, 32, 27.27), "stylegan3-r": (256, 32, 28.11)}
 SOURCE = "docs/performance.md"
+# Part of the memory that a trial leaves free: for CUDA graphs, diagnostics, metrics and previews.
+RESERVE = 0.1
+
+
+def can_run_out(device: torch.device) -> bool:
+    """Return whether the micro-batch is found by trial on `device`."""
+    return device.type == "cuda"
+
+
+def largest_micro_batch(sizes: list[int], state: TrainState, plan: Plan) -> int:
+    """Return the largest of `sizes` (ascending) with which a step fits into memory on every rank.
+
+    The smallest is not tried. Nothing of the state changes, random numbers included.
+    """
+    for size in reversed(sizes[1:]):
+        failed = int(not _fits(size, state, plan))
+        if not plan.group.all_reduce_max(failed, f"the trial of --batch-gpu {size}"):
+            return size
+    return sizes[0]
+
+
+def _fits(size: int, state: TrainState, plan: Plan) -> bool:
+    """Return whether every phase of a step with one micro-batch of `size` fits into memory."""
+    on_cuda = plan.device.type == "cuda"
+    buffers = [*steps.moving_buffers(state.G)]
+    buffers += state.augment_pipe.buffers() if state.augment_pipe is not None else ()
+    before, labels = [buffer.clone() for buffer in buffers], state.label_generator.get_state()
+    with torch.random.fork_rng([plan.device] if on_cuda else []), _limited_memory(state, plan.device):
+        try:
+            _run_phases(size, state, plan)
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+    # After the block: until then, the error keeps the tensors of the trial alive.
+    steps.copy_all(buffers, before)
+    state.label_generator.set_state(labels)
+    for network in (state.G, state.D):
+        network.requires_grad_(False)
+        network.zero_grad(set_to_none=True)
+    if on_cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return fits
+
+
+def _run_phases(size: int, state: TrainState, plan: Plan) -> None:
+    """Run every phase once, augmented and with distillation, as the first step does; no optimizer step."""
+    no_step = cast(Any, SimpleNamespace(step=lambda: None))
+    state = replace(
+        state,
+        opt_G=no_step,
+        opt_D=no_step,
+        ada=AdaController(1.0, target=None, swing_kimg=1.0),
+        path_mean=state.path_mean.clone(),
+        sd_norms=state.sd_norms.clone(),
+    )
+    # Graphs capture at the second call of a part, so these capture nothing.
+    graphs = Graphs(plan.device, enabled=plan.graphs.enabled)
+    plan = replace(plan, batch=size, batch_gpu=size, group=SINGLE, graphs=graphs)
+    stats = Stats(plan.device)
+    shape = [size, state.G.img_channels, *image_size(state.G)]
+    reals = [(torch.randn(shape, device=plan.device), plan.labels(size))]
+    with graphs.stream():
+        steps.generator_step(state, plan, stats)
+        if plan.path_interval:
+            steps.path_length_step(state, plan, stats)
+        steps.discriminator_step(state, plan, reals, stats)
+        if plan.gamma > 0:
+            steps.r1_step(state, plan, reals, stats)
+
+
+@contextlib.contextmanager
+def _limited_memory(state: TrainState, device: torch.device) -> Iterator[None]:
+    """Limit torch to the memory that is free, less RESERVE and what Adam will take."""
+    if device.type != "cuda":
+        yield
+        return
+    index = device.index or 0
+    free, total = torch.cuda.mem_get_info(index)
+    parameters = [*state.G.parameters(), *state.D.parameters()]
+    adam = sum(2 * each.numel() * each.element_size() for each in parameters)
+    limit = (free + torch.cuda.memory_reserved(index)) * (1 - RESERVE) - adam
+    torch.cuda.set_per_process_memory_fraction(min(max(limit / total, 0.01), 1.0), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def out_of_memory(
@@ -45,6 +146,5 @@ def smaller_micro_batch(config: TrainConfig, facts: RunFacts) -> int | None:
     if facts.gpu_memory_gib:
         per_image = peak / largest * facts.num_pixels / resolution**2
         fitting = max(1, min(fitting, int(facts.gpu_memory_gib / per_image)))
-    own = config.batch // facts.num_processes
-    sizes = [n for n in range(1, fitting + 1) if own % n == 0 and can_group(n, facts.group_size)]
-    return max(sizes, default=None) if config.batch_gpu > 1 else None
+    sizes = micro_batch_sizes(config.batch // facts.num_processes, facts.group_size)
+    return max(size for size in sizes if size <= fitting) if config.batch_gpu > 1 else None

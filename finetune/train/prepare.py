@@ -19,7 +19,7 @@ from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig, TrainOptions
 from finetune.data import ImageSet, Scan, scan
-from finetune.device import resolve_device
+from finetune.device import resolve_device, training_math
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.metrics import features
@@ -27,7 +27,7 @@ from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
 from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot, published_for
-from finetune.train import run_lock, validation
+from finetune.train import memory, run_lock, validation
 from finetune.train.build import build_plan, build_state
 from finetune.train.checkpointing import SavedState, find_state, merge_options
 from finetune.train.label_checks import compare_labels, suggest_label_options
@@ -124,6 +124,14 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
         return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     plan = build_plan(config, facts, distance, labels, device, group)
+    if origin.options.batch_gpu is None and memory.can_run_out(device) and not dry_run:
+        tell("Trying micro-batches …")
+        with training_math(config.precision):
+            sizes = recipes.micro_batch_sizes(config.batch // group.world_size, facts.group_size)
+            size = memory.largest_micro_batch(sizes, state, plan)
+        config, plan = replace(config, batch_gpu=size), replace(plan, batch_gpu=size)
+        tried = Reason("batch_gpu", size, "the largest micro-batch that fits into memory, by trial")
+        reasons = [tried if reason.name == "batch_gpu" else reason for reason in reasons]
     written = [state.G, state.D, state.G_ema, *state.power_averages.values()]
     check_place(origin.place, config, written, origin.nimg)
     networks = state.networks().values()
