@@ -56,7 +56,7 @@ class AlphaType(click.ParamType):
     required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="File to write, .pkl or another ending of `finetune export`.",
+    help="File to write, with a suffix of `finetune export`: .pkl and others.",
 )
 @click.option("--force", is_flag=True, help="Blend unrelated checkpoints, and replace FILE if it exists.")
 @offline_option()

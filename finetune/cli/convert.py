@@ -10,7 +10,7 @@ import click
 
 from finetune.cli.export import write, write_options
 from finetune.cli.options import NETWORK, network_file
-from finetune.export.formats import FORMATS, format_of
+from finetune.export.formats import FORMATS
 
 
 class ArgumentType(click.ParamType):
@@ -37,7 +37,7 @@ class ArgumentType(click.ParamType):
     "--format",
     "file_format",
     type=click.Choice(list(FORMATS)),
-    help="Format of OUT.  [default: that of its ending: "
+    help="Format of OUT.  [default: that of its suffix: "
     + ", ".join(f"{row.suffix} {row.name}" for row in FORMATS.values())
     + "]",
 )
@@ -46,7 +46,8 @@ class ArgumentType(click.ParamType):
     type=ArgumentType(),
     multiple=True,
     metavar="NAME=VALUE",
-    help="Constructor argument of the networks of a state dict, if not given by its tensors. Repeatable.",
+    help="Constructor argument of the networks of a state dict, if its tensors do not determine it; may be "
+    "repeated.",
 )
 @write_options
 def command(
@@ -57,5 +58,4 @@ def command(
     IN is anything that can be opened: official pickles, state dicts and modules written by torch.save, files
     of the StyleGAN2 port by rosinality, and safetensors of this package.
     """
-    row = format_of(out, file_format, option="--format")
-    write(network_file(source), out, row, architecture=dict(arch), **options)
+    write(network_file(source), out, file_format, architecture=dict(arch), **options)

@@ -10,7 +10,7 @@ import click
 
 from finetune.cli.options import NETWORK, license_option, network_file, network_option, offline_option
 from finetune.errors import ConfigError
-from finetune.export.formats import FORMATS, WHICH, Format, format_of
+from finetune.export.formats import FORMATS, WHICH, format_of
 from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def write_options(command):
             click.option(
                 "--which",
                 type=click.Choice(WHICH),
-                help="Networks to write.  [default: all that the format supports]",
+                help="Networks to write.  [default: all; "
+                + ", ".join(row.name for row in FORMATS.values() if row.which != "all")
+                + ", web: G_ema]",
             ),
             click.option("--slim", is_flag=True, help="Same as --which G_ema, which is enough to generate."),
             click.option("--half", is_flag=True, help="Weights in float16; the difference is measured."),
@@ -45,10 +47,9 @@ def write_options(command):
     "--format",
     "file_format",
     type=click.Choice([*FORMATS, WEB]),
-    default="stylegan-pkl",
-    show_default=True,
-    help="; ".join(f"{row.name} opens in {row.opens_in}" for row in FORMATS.values())
-    + "; web is a folder with a page that generates images in a browser.",
+    help="; ".join(f"{row.name} ({row.suffix}) opens in {row.opens_in}" for row in FORMATS.values())
+    + "; web is a folder with a page that generates images in a browser.  "
+    "[default: that of the suffix of FILE]",
 )
 @click.option(
     "--out",
@@ -70,7 +71,12 @@ def write_options(command):
 )
 @write_options
 def command(
-    network: str, file_format: str, out: Path, original: str | None, runtime: Path | None, **options: Any
+    network: str,
+    file_format: str | None,
+    out: Path,
+    original: str | None,
+    runtime: Path | None,
+    **options: Any,
 ) -> None:
     """Write a checkpoint as FILE, read FILE again, and compare every tensor and a set of images.
 
@@ -82,13 +88,13 @@ def command(
         return
     if original or runtime:
         raise ConfigError("--original, --runtime: have no effect without --format web. Omit them, or use it.")
-    write(source, out, format_of(out, file_format, option="--format"), **options)
+    write(source, out, file_format, **options)
 
 
 def write(
     source: Path,
     out: Path,
-    file_format: Format,
+    format_name: str | None,
     *,
     architecture: dict[str, Any] | None = None,
     which: str | None,
@@ -97,12 +103,16 @@ def write(
     force: bool,
     license: str | None,
 ) -> None:
-    """Write the checkpoint `source` as `out` and print what was compared, and its provenance."""
+    """Write the checkpoint `source` as `out` and print what was compared, and its provenance.
+
+    format_name: one of FORMATS, by default that of the suffix of `out`.
+    """
     from finetune.export.save import save
     from finetune.resolve import load
 
     if out.is_dir():
         raise ConfigError(f"{out}: this is a folder. Pass the name of a file.")
+    file_format = format_of(out, format_name, option="--format")
     if out.exists():
         if out.samefile(source):
             raise ConfigError(f"{out}: this is the checkpoint itself. Choose another name.")

@@ -141,7 +141,7 @@ def check_kind(path: Path, fps: int) -> None:
 
 
 def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: int) -> None:
-    """Write images as mp4 (H.264), GIF (256 colors, 1/100 s) or WebP by the ending, or as PNGs in a folder.
+    """Write images as mp4 (H.264), GIF (256 colors, 1/100 s) or WebP by the suffix, or as PNGs in a folder.
 
     `count` is the number of images. Transparency is laid on white except in WebP and PNG. WriteError if the
     file cannot be written; a file that was at `path` before is then untouched.

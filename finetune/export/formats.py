@@ -73,24 +73,24 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(path: str | os.PathLike, name: str | None = None, *, option: str = "format") -> Format:
-    """Return the format called `name`, by default that of the ending of `path`.
+    """Return the format called `name`, by default that of the suffix of `path`.
 
-    Raises ConfigError if there is none, or if the ending is that of another format; `option` is the word for
+    Raises ConfigError if there is none, or if the suffix is that of another format; `option` is the word for
     the format in its message.
     """
-    ending = PurePath(path).suffix.lower()
-    by_ending = next((row for row in FORMATS.values() if row.suffix == ending), None)
+    suffix = PurePath(path).suffix.lower()
+    by_suffix = next((row for row in FORMATS.values() if row.suffix == suffix), None)
     if name is None:
-        if by_ending is None:
-            endings = ", ".join(f"{row.suffix} ({row.name})" for row in FORMATS.values())
-            raise ConfigError(f"{path}: unknown suffix {ending!r}. Use one of {endings}.")
-        return by_ending
+        if by_suffix is None:
+            known = ", ".join(f"{row.suffix} ({row.name})" for row in FORMATS.values())
+            raise ConfigError(f"{path}: unknown suffix {suffix!r}. Use one of {known}, or give {option}.")
+        return by_suffix
     if name not in FORMATS:
         raise ConfigError(f"{option} {name!r} is unknown. Choose from {', '.join(FORMATS)}.")
-    if by_ending not in (None, FORMATS[name]):
-        assert by_ending is not None
+    if by_suffix not in (None, FORMATS[name]):
+        assert by_suffix is not None
         raise ConfigError(
-            f"{path}: {ending} is the suffix of {by_ending.name}, but {option} is {name}. Use {option} "
-            f"{by_ending.name}, or a name that ends in {FORMATS[name].suffix}."
+            f"{path}: {suffix} is the suffix of {by_suffix.name}, but {option} is {name}. Use {option} "
+            f"{by_suffix.name}, or a name that ends in {FORMATS[name].suffix}."
         )
     return FORMATS[name]

@@ -31,7 +31,7 @@ def save(
 ) -> Verification:
     """Write `checkpoint` as `path`, read the file again and compare every tensor and a set of images.
 
-    format: a name of `finetune.export.formats.FORMATS`, by default that of the ending of `path`.
+    format: a name of `finetune.export.formats.FORMATS`, by default that of the suffix of `path`.
     which: one of WHICH, by default what the format is for. half: store the weights in float16.
     Raises ConfigError for arguments that do not fit, WriteError if the file cannot be written, ExportError if
     the format cannot hold the checkpoint or the file differs; a file that was at `path` is then untouched.
