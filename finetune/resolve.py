@@ -58,14 +58,14 @@ def load(
     path = resolve_network(network)
     checkpoint = load_file(path, device=device, architecture=architecture)
     origin = checkpoint.provenance
-    if origin.generation == "finetune":
-        return checkpoint
-    license = find_license(
-        sha256=origin.sha256,
-        file_name=origin.source,
-        size=origin.size,
-        resolution=checkpoint.network.img_resolution,
-    )
+    license = origin.licence
+    if origin.generation != "finetune":
+        license = find_license(
+            sha256=origin.sha256,
+            file_name=origin.source,
+            size=origin.size,
+            resolution=checkpoint.network.img_resolution,
+        )
     if license is None and (address := huggingface.address_of(path)):
         license = huggingface.license_of(address)
     return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))

@@ -117,7 +117,7 @@ def test_push_refusals(server, run_dir):
     assert "license: other" in card and "license_name: House rules" in card
 
 
-def test_foreign_repository_has_the_license_of_its_card(server, golden_dir, tmp_path):
+def test_foreign_repository_has_the_license_of_its_card(server, golden_dir, run_dir, tmp_path):
     card = "---\nlicense: cc-by-nc-4.0\n---\n# cats\n"
     content = (golden_dir / "rosinality-32.pt").read_bytes()
     server.repos["you/cats"] = {"private": False, "files": {"README.md": card.encode(), "a/cats.pt": content}}
@@ -125,6 +125,9 @@ def test_foreign_repository_has_the_license_of_its_card(server, golden_dir, tmp_
     assert "Fetching hf://you/cats/a/cats.pt" in output
     assert output.count("cc-by-nc-4.0 (stated by hf://you/cats)") == 2
     assert finetune.load(tmp_path / "cats.pkl").provenance.licence == "cc-by-nc-4.0 (stated by hf://you/cats)"
+    ours = (run_dir / "network-snapshot-000002.pkl").read_bytes()  # states no license
+    server.repos["you/ours"] = {"private": False, "files": {"README.md": card.encode(), "x.pkl": ours}}
+    assert finetune.load("hf://you/ours").provenance.licence == "cc-by-nc-4.0 (stated by hf://you/ours)"
 
 
 def test_load_refusals(server):
