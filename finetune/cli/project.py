@@ -98,9 +98,11 @@ def command(
     from finetune.sampling import device_of
 
     names = [path.stem for path in images]
-    for name in names:
+    for path, name in zip(images, names):
         if names.count(name) > 1 or name in ("projections", "tuned"):
-            raise ConfigError(f"two outputs would be named {name}. Rename an image.")
+            raise ConfigError(f"{path}: two outputs would be named {name}. Rename an image.")
+        if (out := outdir / f"{name}.png").exists() and any(out.samefile(image) for image in images):
+            raise ConfigError(f"--outdir {outdir}: {out.name} would replace an image. Use another folder.")
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint, network)
     targets = [read_target(path, G) for path in images]

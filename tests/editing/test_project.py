@@ -121,6 +121,11 @@ def test_project_errors(run, tmp_path):
     ):
         result, outdir = run(*(str(tmp_path / image) for image in images), code=2)
         assert message in result.output and not outdir.exists()
+    image = tmp_path / "b" / "x.png"
+    before = image.read_bytes()
+    result, _ = run(str(image), "--outdir", str(image.parent), code=2)
+    assert "x.png would replace an image. Use another folder" in result.output
+    assert image.read_bytes() == before and len(list(image.parent.iterdir())) == 1
 
 
 @pytest.mark.slow
