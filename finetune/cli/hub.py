@@ -50,7 +50,9 @@ def push_command(
     checkpoint = with_license(load(path), license)
     click.echo(f"License: {check_license(checkpoint)}")
     if not accept_license:
-        raise ConfigError("Nothing was uploaded. If this license allows it, use --accept-license.")
+        raise ConfigError(
+            "The license is not confirmed, so nothing was uploaded. If it allows that, use --accept-license."
+        )
     metrics = metrics_of(path.parent, checkpoint.provenance.nimg)
     with progress_bar("comparing images", 1) as progress:
         url = push(checkpoint, repo, public=public, which=which, metrics=metrics, progress=progress)

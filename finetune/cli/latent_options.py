@@ -160,7 +160,7 @@ def latent_table(
     from finetune.editing.latents import Edit, LatentTable, columns, load_ws, parse_layers
 
     if bool(seeds) == bool(w_files):
-        raise ConfigError("Use either --seeds or --w.")
+        raise ConfigError("--seeds, --w: exactly one is needed. Use either --seeds or --w.")
     if w_files and (classes or label) and not mix_seeds:
         raise ConfigError("--class and --label have no effect on --w: the label is part of w. Omit them.")
     if directions is not None and not edits:

@@ -35,8 +35,8 @@ class Interpolation:
         """
         for name, tensor in tensors_of(self.network).items():
             a, b = self.a[name].to(tensor.device), self.b[name].to(tensor.device)
-            share = alpha(name) if callable(alpha) else alpha
-            tensor.copy_(a.lerp(b, share) if a.is_floating_point() else (b if share >= 0.5 else a))
+            weight = alpha(name) if callable(alpha) else alpha
+            tensor.copy_(a.lerp(b, weight) if a.is_floating_point() else (b if weight >= 0.5 else a))
         return self.network
 
 

@@ -23,7 +23,6 @@ from finetune.metrics.perceptual import Distance
 from finetune.models import Network
 from finetune.sampling import device_of, synthesize
 
-SPACES = ("w", "w+")
 LR_W, LR_W_PLUS = 0.1, 0.05  # W+ starts from the result in W
 NOISE = 0.05  # standard deviation of the noise added to w at the start, relative to that of w
 RAMP_UP, RAMP_DOWN, NOISE_UNTIL = 0.05, 0.25, 0.75  # as parts of the steps
