@@ -54,12 +54,12 @@ from make_sets import photos, write_zip
 from measuring import ROOT, machine, short_name, table, write_report
 from rich.console import Console
 
-from finetune.config import TrainOptions
 from finetune.data import ImageSet
 from finetune.device import resolve_device
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation
 from finetune.models import image_size
+from finetune.options import TrainOptions
 from finetune.resolve import load, resolve_network
 from finetune.train import RunResult, posthoc_ema, prepare, run
 

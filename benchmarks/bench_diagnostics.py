@@ -22,8 +22,8 @@ import torch
 from bench_step import build, parser_of_steps
 from measuring import machine, table, write_report
 
-from finetune.config import FAMILIES
 from finetune.device import resolve_device
+from finetune.options import FAMILIES
 from finetune.recipes import tick_kimg
 from finetune.train import steps
 from finetune.train.diagnostics import Diagnostics

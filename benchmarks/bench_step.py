@@ -38,9 +38,10 @@ import torch
 from measuring import report, table
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.config import FAMILIES, GRAPHS, PRECISIONS, TrainConfig, TrainOptions
+from finetune.config import TrainConfig
 from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
+from finetune.options import FAMILIES, GRAPHS, PRECISIONS, TrainOptions
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.graphs import Graphs
 from finetune.train.prepare import Prepared, prepare

@@ -44,14 +44,14 @@ from finetune.version import __version__  # noqa: E402
 if TYPE_CHECKING:
     from finetune.api import evaluate, fine_tune, generate
     from finetune.checkpoint.load import Checkpoint
-    from finetune.config import TrainOptions
     from finetune.export.save import save
+    from finetune.options import TrainOptions
     from finetune.resolve import load
 
 # Imported when they are first used.
 _MODULES = {
     "Checkpoint": "finetune.checkpoint.load",
-    "TrainOptions": "finetune.config",
+    "TrainOptions": "finetune.options",
     "evaluate": "finetune.api",
     "fine_tune": "finetune.api",
     "generate": "finetune.api",

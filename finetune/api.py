@@ -14,12 +14,12 @@ from rich.console import Console
 
 from finetune import sampling
 from finetune.checkpoint.load import Checkpoint
-from finetune.config import TrainOptions
 from finetune.device import float32_math, resolve_device
 from finetune.errors import CheckpointError
 from finetune.metrics.clouds import Distance
 from finetune.metrics.evaluate import OFFLINE, Evaluation, real_images
 from finetune.models import Network
+from finetune.options import TrainOptions
 from finetune.progress import progress_bar
 from finetune.resolve import load
 from finetune.train import RunResult, run

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from finetune.config import OPTIONS, DistillWeight, TrainConfig, TrainOptions
+from finetune.config import TrainConfig
+from finetune.options import OPTIONS, DistillWeight, TrainOptions
 
 # Sources of the numbers.
 WARMUP = "benchmarks/results/ab_warmup_epyc-2core_202611.md"

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finetune.config import MAX_SEED
 from finetune.errors import CheckpointError, ConfigError
 from finetune.models import Network
+from finetune.options import MAX_SEED
 
 NOISE_MODES = ("const", "random", "none")
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}

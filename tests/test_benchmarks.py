@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.config import TrainOptions
 from finetune.metrics import evaluate
+from finetune.options import TrainOptions
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"

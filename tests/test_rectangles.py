@@ -24,7 +24,6 @@ from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.cli import cli
-from finetune.config import TrainOptions
 from finetune.data import ImageSet
 from finetune.errors import CheckpointError, ConfigError, ExportError
 from finetune.export.save import save
@@ -32,6 +31,7 @@ from finetune.metrics.evaluate import Evaluation
 from finetune.metrics.perceptual import FeatureDistance
 from finetune.models import image_size, stylegan2
 from finetune.models.augment import AugmentPipe
+from finetune.options import TrainOptions
 from finetune.train import prepare, run
 from finetune.train.distill import area_resize
 from finetune.train.paired_augment import augment_pair, draw_transforms

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from finetune.config import TrainOptions
+from finetune.options import TrainOptions
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.progress import Display
 from finetune.train.signals import StopSignal

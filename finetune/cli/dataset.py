@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from finetune.cli.options import NETWORK, ImageSize, network_file, offline_option
-from finetune.config import FITS, LABELS
 from finetune.errors import ConfigError, DataError
+from finetune.options import FITS, LABELS
 from finetune.progress import progress_bar
 
 workers_option = click.option(

@@ -19,8 +19,8 @@ from finetune.cli.options import (
     ops_option,
     start_ranks,
 )
-from finetune.config import FITS, LABELS
 from finetune.errors import CheckpointError, ConfigError
+from finetune.options import FITS, LABELS
 from finetune.progress import progress_bar
 
 DEFAULT = "fd-effnet,random-fid"

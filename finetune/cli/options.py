@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from finetune.config import MAX_SEED
+from finetune.options import MAX_SEED
 
 # As torch_utils.ops.impl has them, which imports torch.
 OPS_VARIABLE = "FINETUNE_OPS"

@@ -19,8 +19,8 @@ from finetune.cli.options import (
     ops_option,
     outdir_option,
 )
-from finetune.config import BACKBONES
 from finetune.errors import ConfigError, DataError
+from finetune.options import BACKBONES
 from finetune.progress import progress_bar
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from finetune.cli.options import network_file, start_ranks
-from finetune.config import DATA, DISTILLATION, MACHINE, OPTIONS, RECIPE, RECORDS, SHAPE, TrainOptions, flag
+from finetune.options import DATA, DISTILLATION, MACHINE, OPTIONS, RECIPE, RECORDS, SHAPE, TrainOptions, flag
 
 GROUPS = (DATA, SHAPE, RECIPE, DISTILLATION, MACHINE, RECORDS)
 

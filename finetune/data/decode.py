@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from finetune.config import FITS
 from finetune.data.problems import CUT_SHORT, NO_RULE, TOO_LARGE, UNREADABLE, WRONG_SIZE, Unusable
+from finetune.options import FITS
 
 # Nothing else is tried: for some formats (EPS) Pillow starts other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "AVIF", "JPEG2000")

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.config import CHANNELS, FITS
 from finetune.data.decode import decode, height_and_width
 from finetune.data.labels import read_labels
 from finetune.data.problems import Unusable, describe, hint, printable
 from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
+from finetune.options import CHANNELS, FITS
 
 MAX_NAME = 64  # bytes; run folders are named after the set
 CACHE_BYTES = 256 << 20  # decoded; sets that take no more are read into memory once

@@ -47,7 +47,7 @@ def read_labels(
     """Return the labels of `names`, in that order; if one is wrong, None and every problem.
 
     `num_classes` is what the network expects; None takes it from the labels (largest class + 1, the length of
-    the vectors, or the number of folders). `origin`: one of `finetune.config.LABELS`. Raises DataError if
+    the vectors, or the number of folders). `origin`: one of `finetune.options.LABELS`. Raises DataError if
     there is no usable `dataset.json` at all, or no folders.
     """
     if origin == "folders":

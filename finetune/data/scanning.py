@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.config import FITS
 from finetune.data.decode import height_and_width
 from finetune.data.image_set import choose
 from finetune.data.labels import Labels, advise_folders, has_labels, labels_without_image, read_labels
@@ -40,6 +39,7 @@ from finetune.data.problems import (
 from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.workers import available_cores
 from finetune.errors import DataError
+from finetune.options import FITS
 
 HOW_FITTED = {
     "crop": "center-cropped and resized to",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.config import TrainConfig, TrainOptions
+from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.demo import KIMG
 from finetune.device import float32_math, resolve_device
@@ -19,6 +19,7 @@ from finetune.export.save import save
 from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
 from finetune.models import Network, image_size
+from finetune.options import TrainOptions
 from finetune.resolve import load
 from finetune.sampling import generate, save_grid
 from finetune.train import run

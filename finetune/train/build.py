@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config import AUGPIPE_PARTS, AUGPIPES, TrainConfig
+from finetune.config import TrainConfig
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics.perceptual import Distance
 from finetune.models import Network
+from finetune.options import AUGPIPE_PARTS, AUGPIPES
 from finetune.recipes import RunFacts
 from finetune.train.ada import AdaController
 from finetune.train.distill import Distillation

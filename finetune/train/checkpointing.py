@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from finetune.config import TrainConfig, TrainOptions, flag
+from finetune.config import TrainConfig
 from finetune.data import InfiniteLoader
 from finetune.errors import CheckpointError, ConfigError, ExportError, FinetuneError, TrainingError
+from finetune.options import TrainOptions, flag
 from finetune.train import run_lock
 from finetune.train.allocator import freed_at_once
 from finetune.train.divergence import Alarm, Diverged

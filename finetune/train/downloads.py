@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from finetune import recipes
-from finetune.config import TrainConfig, TrainOptions
+from finetune.config import TrainConfig
 from finetune.data import scan
 from finetune.device import resolve_device
 from finetune.errors import CheckpointError
@@ -18,6 +18,7 @@ from finetune.hub.download import stated_size
 from finetune.metrics import inception
 from finetune.metrics.evaluate import METRICS, PPL_BACKBONES
 from finetune.metrics.perceptual import WEIGHTS, WEIGHTS_MB, weights_path
+from finetune.options import TrainOptions
 from finetune.recipes import RunFacts
 from finetune.resolve import as_url
 from finetune.train.prepare import gpu_memory_gib

@@ -17,7 +17,7 @@ from finetune import recipes
 from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
-from finetune.config import TrainConfig, TrainOptions
+from finetune.config import TrainConfig
 from finetune.data import ImageSet, Scan, scan
 from finetune.device import resolve_device, training_math
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
@@ -25,6 +25,7 @@ from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.metrics import features
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
+from finetune.options import TrainOptions
 from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot, published_for
 from finetune.train import memory, run_lock, validation

@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from rich.console import Console
 
-from finetune.config import TrainConfig, TrainOptions
+from finetune.config import TrainConfig
 from finetune.data import build_loader
 from finetune.device import training_math
+from finetune.options import TrainOptions
 from finetune.resolve import newest_snapshot
 from finetune.train import run_lock, steps
 from finetune.train.allocator import keep_freed_memory

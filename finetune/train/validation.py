@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from finetune.config import TrainConfig, TrainOptions
+from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation, check_names, ensure_metric_weights
+from finetune.options import TrainOptions
 from finetune.train.state import TrainState
 from finetune.train.stats import Stats
 from torch_utils.files import WriteError

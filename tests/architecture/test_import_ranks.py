@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 RANKS = {
     "dnnlib": 0,
     "finetune.errors": 0,
+    "finetune.options": 0,
     "finetune.config": 0,
     "finetune.version": 0,
     "torch_utils": 1,
@@ -43,7 +44,7 @@ FORBIDDEN = {("finetune.checkpoint", "finetune.hub")}
 DOORS = {
     "finetune": {
         f"finetune.{part}"
-        for part in ("errors", "version", "config", "checkpoint", "resolve", "export", "api")
+        for part in ("errors", "version", "options", "checkpoint", "resolve", "export", "api")
     },
     "finetune.__main__": {"finetune.cli"},
 }

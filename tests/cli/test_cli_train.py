@@ -11,7 +11,8 @@ from PIL import Image
 
 from finetune.cli import cli
 from finetune.cli.train import GROUPS, command
-from finetune.config import OPTIONS, TrainConfig, TrainOptions, flag
+from finetune.config import TrainConfig
+from finetune.options import OPTIONS, TrainOptions, flag
 
 
 @pytest.fixture(scope="module")

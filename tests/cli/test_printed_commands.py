@@ -11,8 +11,8 @@ from PIL import Image
 from tiny_runs import after_each_step, options
 
 from finetune.cli import cli
-from finetune.config import OPTIONS, flag
 from finetune.errors import ConfigError
+from finetune.options import OPTIONS, flag
 from finetune.train.prepare import load_for_training
 
 

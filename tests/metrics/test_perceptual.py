@@ -9,9 +9,9 @@ import scipy.ndimage
 import torch
 from tolerances import assert_close
 
-from finetune.config import BACKBONES
 from finetune.errors import ConfigError, FinetuneError, WeightsMissing
 from finetune.metrics import perceptual
+from finetune.options import BACKBONES
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_runs import after_each_step, options, quiet
 
 from finetune.cli import cli
-from finetune.config import OPTIONS, TrainOptions
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from finetune.options import OPTIONS, TrainOptions
 from finetune.train import checkpointing, prepare, run
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.prepare import show

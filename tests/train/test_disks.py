@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from tiny_runs import after_each_step, options, quiet
 
-from finetune.config import TrainOptions
 from finetune.errors import TrainingError
+from finetune.options import TrainOptions
 from finetune.train import checkpointing, run
 
 pytestmark = pytest.mark.slow

@@ -16,9 +16,9 @@ import torch
 from tiny_runs import options, quiet
 from tolerances import PROCESSES
 
-from finetune.config import TrainOptions, flag
 from finetune.distributed import SINGLE, ProcessGroup, init, timeout_min
 from finetune.errors import ConfigError
+from finetune.options import TrainOptions, flag
 from finetune.recipes import RunFacts, resolve
 from finetune.train import checkpointing, prepare, run
 from finetune.train.progress import Display

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from finetune import recipes
-from finetune.config import OPTIONS, RECIPES, TrainOptions
+from finetune.options import OPTIONS, RECIPES, TrainOptions
 
 BASE = recipes.RunFacts("stylegan2", 256, 3, 0, 5000, "cpu", 2, from_scratch=False, num_freezable=19)
 FFHQ = recipes.Published("stylegan3-t-ffhq-1024x1024", trained=(32.8, 32), finetune=(6.6, 32))

@@ -9,8 +9,8 @@ from tiny_runs import options, quiet
 
 import finetune
 from finetune.cli import cli
-from finetune.config import TrainOptions
 from finetune.errors import ConfigError
+from finetune.options import TrainOptions
 from finetune.train import prepare, run
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_runs import options, quiet, read
 
-from finetune.config import TrainOptions
+from finetune.options import TrainOptions
 from finetune.train import page, run
 
 

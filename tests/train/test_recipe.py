@@ -8,8 +8,8 @@ from tiny_runs import train_alone
 from tolerances import GRADIENT_F32, assert_close
 
 import finetune
-from finetune.config import TrainOptions
 from finetune.metrics.perceptual import mean_squared
+from finetune.options import TrainOptions
 from finetune.recipes import RunFacts, resolve
 from finetune.train import steps
 from finetune.train.build import build_plan, build_state

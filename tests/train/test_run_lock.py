@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import after_each_step, options, quiet
 
-from finetune.config import TrainOptions
 from finetune.errors import ConfigError, TrainingError
+from finetune.options import TrainOptions
 from finetune.train import checkpointing, prepare, run, run_lock
 from finetune.train.train import start
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from finetune import recipes
-from finetune.config import OPTIONS, DistillWeight, TrainConfig, TrainOptions, flag
+from finetune.config import TrainConfig
 from finetune.errors import ConfigError
+from finetune.options import OPTIONS, DistillWeight, TrainOptions, flag
 
 FACTS = recipes.RunFacts("stylegan2", 256, 3, 0, 1500, "cpu", 2, from_scratch=False)
 

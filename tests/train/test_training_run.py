@@ -15,9 +15,10 @@ from rich.console import Console
 from tiny_runs import after_each_line, after_each_step, moved, options, quiet, read, train_steps, weights
 
 import finetune
-from finetune.config import PRECISIONS, DistillWeight, TrainConfig
+from finetune.config import TrainConfig
 from finetune.errors import ConfigError, DataError, TrainingError, WeightsMissing
 from finetune.metrics.perceptual import mean_squared
+from finetune.options import PRECISIONS, DistillWeight
 from finetune.sampling import to_uint8, z_from_seeds
 from finetune.train import prepare, run, steps
 from finetune.train.build import build_plan
