@@ -282,12 +282,6 @@ def networks_of(space: str) -> list[str]:
     return [f"random-{seed}" for seed in SEEDS] if space == "random" else [space]
 
 
-def names_in(measured: dict[str, Any]) -> list[str]:
-    """Return the metrics in the entry `metrics` of a line of the log, without what belongs to them."""
-    others, endings = ("kimg", "num", "sec"), ("_spread", "_error")
-    return [name for name in measured if name not in others and not name.endswith(endings)]
-
-
 def real_images(
     G: Network,
     data: str | Path,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.metrics.evaluate import HIGHER_IS_BETTER, names_in
+from finetune.metrics.evaluate import HIGHER_IS_BETTER
+from finetune.report.status import is_metric
 from finetune.train.divergence import Alarm
 from finetune.train.run_dir import BEST
 from finetune.train.state import RunCounters
@@ -18,7 +19,7 @@ PATIENCE = 3  # measurements in a row that are clearly worse than the best
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The snapshot of a run to use, the images seen at it, and why, as one sentence."""
+    """The snapshot of a run to use, the images seen at it, and why (printed after its name)."""
 
     path: Path
     nimg: int
@@ -27,7 +28,7 @@ class Recommendation:
 
 def measurement(metrics: dict[str, Any], nimg: int) -> dict[str, Any]:
     """Return the first metric of a measurement with its standard error, as `RunCounters` keeps it."""
-    name = names_in(metrics)[0]
+    name = next(filter(is_metric, metrics))
     return {"metric": name, "value": metrics[name], "error": metrics.get(f"{name}_error", 0.0), "nimg": nimg}
 
 
@@ -68,15 +69,16 @@ def recommend(counters: RunCounters, last: Path, nimg: int) -> Recommendation:
     """
     best, final = counters.best, counters.last
     if not best:
-        return Recommendation(last, nimg, "the last one; no metric was measured (--metrics)")
+        return Recommendation(last, nimg, "the last snapshot: no metric was measured (--metrics)")
     if final.get("nimg") != nimg:
-        return Recommendation(last, nimg, "the last one; its metric could not be measured")
+        return Recommendation(last, nimg, "the last snapshot: its metric could not be measured")
     if best["nimg"] == nimg:
-        return Recommendation(last, nimg, f"the best one, {_shown(best)}")
+        return Recommendation(last, nimg, f"the best snapshot: {_shown(best)}")
     if is_clearly_worse(final, best) and (path := last.with_name(BEST)).is_file():
-        why = f"{_shown(best)}; clearly worse at the end, {_shown(final)}"
+        why = f"the best snapshot: {_shown(best)}. The last one is clearly worse: {_shown(final)}"
         return Recommendation(path, best["nimg"], why)
-    return Recommendation(last, nimg, f"{_shown(final)}; not clearly worse than the best, {_shown(best)}")
+    why = f"the last snapshot: {_shown(final)}. It is not clearly worse than the best: {_shown(best)}"
+    return Recommendation(last, nimg, why)
 
 
 def _shown(found: dict[str, Any]) -> str:

@@ -239,7 +239,7 @@ def test_message_at_the_end_recommends_a_snapshot_and_what_next(invoke):
     run_dir = "ended/00000-images-stylegan2-16"
     done, recommended, _, generate, export, further = result.output.splitlines()[-6:]
     assert done.startswith("Done: 0.008 kimg in 0:0") and done.endswith(f"{run_dir}/report.html")
-    assert recommended.startswith("Recommended: network-snapshot-000000.008.pkl, the last one")
+    assert recommended.startswith("Recommended: network-snapshot-000000.008.pkl, the last snapshot")
     assert generate.startswith(f"  finetune generate --network {run_dir}/network-snapshot-000000.008.pkl ")
     assert export.endswith(" --out fine-tuned-00000.pkl")
     assert further == f"  finetune train --resume {run_dir} --kimg 0.016"

@@ -51,9 +51,9 @@ def test_passing_the_best_is_reported_once():
     "values, name, nimg, why",
     [
         ((), "last.pkl", 2000, "no metric was measured"),
-        ((2.0, 1.0), "last.pkl", 2000, "the best one, random-fid 1 ± 0.1 at 2 kimg"),
+        ((2.0, 1.0), "last.pkl", 2000, "the best snapshot: random-fid 1 ± 0.1 at 2 kimg"),
         ((1.0, 1.1), "last.pkl", 2000, "not clearly worse than the best"),
-        ((1.0, 1.5), "network-best.pkl", 1000, "clearly worse at the end, random-fid 1.5 ± 0.1 at 2 kimg"),
+        ((1.0, 1.5), "network-best.pkl", 1000, "The last one is clearly worse: random-fid 1.5 ± 0.1"),
         ((1.0,), "last.pkl", 2000, "could not be measured"),
     ],
 )
