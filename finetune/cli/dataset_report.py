@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.data.image_set import CACHE_BYTES
 from finetune.data.problems import KINDS, REFUSED, REMARKS, Problem, listed, printable
-from finetune.data.scanning import Scan
+from finetune.data.scanning import Scan, tally
 
 SHOWN_CLASSES = 20
 KIND_IDS = REFUSED | REMARKS
@@ -79,8 +79,8 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
     if found.num_known:
         lines.append(f"{'unchanged':<12}{found.num_known}, not decoded again; --fresh decodes all")
     sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
-    lines += [f"{'sizes':<12}{_tally(sizes)}"] if sizes else []
-    lines += [f"{'stored as':<12}{_tally(found.modes)}"] if sizes else []
+    lines += [f"{'sizes':<12}{tally(sizes)}"] if sizes else []
+    lines += [f"{'stored as':<12}{tally(found.modes)}"] if sizes else []
     lines += [f"{'classes':<12}{_classes(found)}"] if found.num_classes else []
     lines.append(f"{'training':<12}{_training(found, training)}")
     lines += [f"{'note':<12}{note}" for note in found.notes]
@@ -118,11 +118,6 @@ def _classes(found: Scan) -> str:
         return f"{len(counts)} ({', '.join(f'{index}: {count}' for index, count in enumerate(counts))})"
     few, many = min(counts), max(counts)
     return f"{len(counts)}, from {few} images (class {counts.index(few)}) to {many} ({counts.index(many)})"
-
-
-def _tally(counts: dict[str, int], shown: int = 12) -> str:
-    parts = [f"{name}: {count}" for name, count in list(counts.items())[:shown]]
-    return ", ".join(parts) + (f", and {len(counts) - shown} more" if len(counts) > shown else "")
 
 
 def _counts(problems: list[Problem]) -> dict[str, int]:

@@ -96,10 +96,32 @@ class Scan:
             )
         return notes
 
+    def overview(self) -> dict[str, str]:
+        """Describe the images in words, by subject, for the page of a run."""
+        sizes = {f"{width}×{height}": count for (width, height), count in self.sizes.items()}
+        overview = {
+            "data set": self.path.name,
+            "images": str(self.num_images),
+            "sizes": tally(sizes),
+            "stored as": tally(self.modes),
+        }
+        if self.class_counts:
+            counts = {f"class {index}": count for index, count in enumerate(self.class_counts)}
+            overview["classes"] = f"{len(counts)}: {tally(counts)}"
+        if self.num_ignored:
+            overview["other files"] = f"{self.num_ignored}, not used"
+        return overview
+
     def raise_for_problems(self) -> None:
         """Raise one DataError that lists every image that cannot be used, with a hint."""
         if self.problems:
             raise DataError(describe(self.path, self.num_images, self.problems), hint=hint(self.problems))
+
+
+def tally(counts: dict[str, int], shown: int = 12) -> str:
+    """Return counts as text, `RGB: 200, L: 13`; those after the first `shown` are only counted."""
+    parts = [f"{name}: {count}" for name, count in list(counts.items())[:shown]]
+    return ", ".join(parts) + (f", and {len(counts) - shown} more" if len(counts) > shown else "")
 
 
 def scan(

@@ -18,7 +18,7 @@ from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig
-from finetune.data import ImageSet, Scan, scan
+from finetune.data import ImageSet, scan
 from finetune.device import resolve_device, training_math
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
@@ -227,8 +227,7 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     checkpoint = load(path)
     if checkpoint.best is None:
         raise ConfigError(
-            f"--resume {path}: the file has no generator, only D. "
-            "Use a file with G or G_ema."
+            f"--resume {path}: the file has no generator, only D. Use a file with G or G_ema."
         )
     if new_d:
         return checkpoint
@@ -266,13 +265,7 @@ def read_data(
     group_size = RunFacts.group_size
     family, resolution, channels = options.scratch or "", options.resolution or 0, options.channels or 3
     size, base_shape = (resolution, resolution), (4, 4)
-    data, labels_from, mirror, seed = (
-        str(options.data),
-        str(options.labels),
-        bool(options.mirror),
-        options.seed or 0,
-    )
-    cond = True if labels_from == "folders" else options.cond
+    cond = True if options.labels == "folders" else options.cond
     use_labels, num_classes = bool(cond), None
     if checkpoint is not None:
         G: Any = checkpoint.best
@@ -291,37 +284,31 @@ def read_data(
             )
     notes: list[str] = []
     overview: dict[str, str] = {}
+    asked: dict[str, Any] = dict(
+        resolution=size,
+        fit=options.fit,
+        use_labels=use_labels,
+        labels_from=str(options.labels),
+        num_classes=num_classes,
+    )
     if group.is_first:
         with suggest_label_options(num_classes):
             found = scan(
-                data,
-                resolution=size,
-                fit=options.fit,
-                use_labels=use_labels,
-                labels_from=labels_from,
-                num_classes=num_classes,
+                str(options.data),
+                **asked,
                 workers=options.workers,
                 progress=lambda done, total: tell(f"Reading images: {done} of {total}"),
             )
             found.raise_for_problems()
-        notes, overview = [*found.notes, *found.against(channels)], describe_data(found)
+        notes, overview = [*found.notes, *found.against(channels)], found.overview()
         if checkpoint is not None and cond is None and not use_labels and found.has_labels:
             notes.append(
                 "The labels of the images are not used, since the checkpoint has no classes. --cond adds "
                 "classes to it."
             )
     group.barrier("the scan of the data")
-    image_set = ImageSet(
-        data,
-        resolution=size,
-        channels=channels,
-        fit=options.fit,
-        use_labels=use_labels,
-        labels_from=labels_from,
-        num_classes=num_classes,
-        mirror=mirror,
-        seed=seed,
-    )
+    mirror, seed = bool(options.mirror), options.seed or 0
+    image_set = ImageSet(str(options.data), **asked, channels=channels, mirror=mirror, seed=seed)
     if checkpoint is not None:
         notes += compare_labels(checkpoint, image_set, options.classes)
     c_dim = image_set.num_classes if use_labels else 0
@@ -340,28 +327,6 @@ def read_data(
         has_effnet=importlib.util.find_spec(features.WEIGHTS_PACKAGE) is not None,
     )
     return image_set, facts, notes, overview
-
-
-def describe_data(found: Scan) -> dict[str, str]:
-    """Return what a scan found, for the page of the run."""
-    sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
-    overview = {
-        "data set": found.path.name,
-        "images": str(found.num_images),
-        "sizes": _tally(sizes),
-        "stored as": _tally(found.modes),
-    }
-    if found.class_counts:
-        counts = {f"class {index}": count for index, count in enumerate(found.class_counts)}
-        overview["classes"] = f"{len(counts)}: {_tally(counts)}"
-    if found.num_ignored:
-        overview["other files"] = f"{found.num_ignored}, not used"
-    return overview
-
-
-def _tally(counts: dict[str, int], shown: int = 12) -> str:
-    parts = [f"{name}: {count}" for name, count in list(counts.items())[:shown]]
-    return ", ".join(parts) + (f", and {len(counts) - shown} more" if len(counts) > shown else "")
 
 
 def group_size_of(D: Any) -> int:
