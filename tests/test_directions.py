@@ -57,5 +57,5 @@ def test_directions_errors():
         principal_directions(FakeG(), 5)
     with pytest.raises(ConfigError, match="0 directions"):
         principal_directions(FakeG(), 0)
-    with pytest.raises(ConfigError, match="--class 3 is not a class"):
+    with pytest.raises(ConfigError, match="--class 3: must be 0 to 2"):
         principal_directions(FakeG(c_dim=3), 1, class_index=3)

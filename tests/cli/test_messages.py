@@ -146,7 +146,8 @@ MISTAKES = {
     "own file": (
         "export --network net.pkl --out net.pkl", "net.pkl: this is the checkpoint itself", "another name"),
     "wrong ending": (
-        "export --network net.pkl --out x.safetensors", "--format is stylegan-pkl", "--format safetensors"),
+        "export --network net.pkl --out x.safetensors --format stylegan-pkl",
+        "--format is stylegan-pkl", "--format safetensors"),
 }  # fmt: skip
 
 
