@@ -1,9 +1,10 @@
 """The jobs of ab_distillation.py: which checkpoint continues on which images, with which arms, for how long.
 
 Images are photographs of clothing in 15 classes (a zip, given as --photos; none are in this repository), made
-into sets by make_sets.py. Checkpoints are trained on them without hats (`BASES`) and kept in
-benchmarks/checkpoints with their logs. Metrics are measured on the last snapshot, by networks that no loss
-uses (random ones) and by two that are losses of some arms; `ab_report.is_related` marks those.
+into sets by make_sets.py. `ab_distillation.py --make-base` trains the checkpoints on them without hats
+(`BASES`) and writes them into benchmarks/checkpoints with their logs. Metrics are measured on the last
+snapshot, by networks that no loss uses (random ones) and by two that are losses of some arms;
+`ab_report.is_related` marks those.
 """
 
 from __future__ import annotations

@@ -256,7 +256,8 @@ class TrainOptions:
         RECORDS, "Metrics to compute at each snapshot, named as in `finetune evaluate`, or none. The first "
         "decides which snapshot is best.", shown="random-fid; few-shot: and memorization", metavar="LIST")
     metrics_num: int | None = _option(
-        RECORDS, "Generated images for the metrics.", shown="1000 on a CPU, 5000 on a GPU", at_least=2)
+        RECORDS, "Generated images for the metrics.",
+        shown="1000 on a CPU, fewer below 5 kimg; 5000 on a GPU", at_least=2)
     # fmt: on
 
     def __post_init__(self) -> None:

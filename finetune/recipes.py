@@ -208,6 +208,11 @@ def tick_kimg(kimg: float) -> float:
     return 4.0 if kimg >= 100 else kimg / 20
 
 
+def _metrics_num(run: Any) -> int:
+    """Return 1000, or 200 for each kimg of a shorter run: in all, no more images than it trains on."""
+    return round(min(1000, max(200, 200 * run.kimg)))
+
+
 def _why_metrics_num(run: Any) -> str:
     return "" if run.metrics == "none" else "few generated images: compare only equal numbers"
 
@@ -312,7 +317,7 @@ RULES = (
          when=lambda run: run.has_effnet),
     Rule("metrics", ANY, "random-fid", "keeps the best snapshot; independent of the loss, needs no download"),
     Rule("metrics_num", ANY, 5000, _why_metrics_num, when=_on_gpu),
-    Rule("metrics_num", ANY, 1000, _why_metrics_num),
+    Rule("metrics_num", ANY, _metrics_num, _why_metrics_num),
     Rule("workers", ANY, lambda run: min(4, run.cpu_count), "decode in parallel with the GPU", when=_on_gpu),
     Rule("workers", ANY, 0, "the CPU is busy training"),
 )

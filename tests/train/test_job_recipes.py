@@ -45,6 +45,11 @@ def test_recipe_few_shot_measures_memorization():
     assert settle()[0].metrics == "random-fid" and settle(metrics="none")[0].metrics == "none"
 
 
+def test_recipe_short_runs_measure_fewer_images():
+    assert [settle(kimg=kimg)[0].metrics_num for kimg in (0.1, 3.0, 200.0)] == [200, 600, 1000]
+    assert settle(dataclasses.replace(BASE, device_type="cuda"), kimg=1.0)[0].metrics_num == 5000
+
+
 def test_recipe_published_gamma_scaled_to_batch():
     facts = dataclasses.replace(BASE, family="stylegan3-t", resolution=1024, published=FFHQ)
     for recipe, gamma in (("improve", 32.8), ("adapt", 6.6), ("few-shot", 6.6)):
