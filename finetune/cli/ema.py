@@ -79,7 +79,7 @@ def command(
     difference = posthoc_ema.relative_difference(network, G_ema)
     click.echo(f"Check: the half-life as trained is reconstructed with a difference of {difference:.1e}.")
     best = rows[best_of(rows, name)]
-    if best[0] == "as trained":
+    if best[1] == config.ema_kimg:
         click.echo(f"No half-life is better than that of the run ({config.ema_kimg:g} kimg): use {snapshot}")
         return
     network, _ = posthoc_ema.reconstruct(config, saved, best[1], G_ema)
