@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
@@ -204,13 +204,6 @@ def add_file(path: Path, entry: Entry, *, license: str | None = None) -> Path:
             shutil.copyfileobj(source, stream)
     _record(dest, entry, None, license)
     return dest
-
-
-def state_license(path: Path, license: str) -> None:
-    """Record the license of a file of the folder that is not in the catalog."""
-    record = record_of(path)
-    if record is not None:
-        _write_record(path, replace(record, licence=license))
 
 
 @dataclass(frozen=True)
