@@ -86,8 +86,9 @@ def command(
     if file_format == WEB:
         write_web(source, out, original, runtime, **options)
         return
-    if original or runtime:
-        raise ConfigError("--original, --runtime: have no effect without --format web. Omit them, or use it.")
+    for name, value in (("--original", original), ("--runtime", runtime)):
+        if value:
+            raise ConfigError(f"{name} {value}: has no effect without --format web. Omit it, or add that.")
     write(source, out, file_format, **options)
 
 
@@ -200,7 +201,8 @@ def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
     return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
 
 
-def _named(step: dict[str, Any]) -> str:
+def step_text(step: dict[str, Any]) -> str:
+    """Return the name and hash of one step of a provenance."""
     return f"{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'})"
 
 
@@ -211,9 +213,9 @@ def provenance_lines(provenance: dict[str, Any]) -> list[str]:
     word = "Source: "
     while step:
         seen = f", trained for {step['nimg'] / 1000:g} kimg" if step["nimg"] is not None else ""
-        lines.append(f"{word}{_named(step)}{seen}")
+        lines.append(f"{word}{step_text(step)}{seen}")
         if other := step.get("blended_with"):
-            lines.append(f"  blended with: {_named(other)}")
+            lines.append(f"  blended with: {step_text(other)}")
         step, word = step["parent"], "  from: "
     lines.append(f"License: {provenance['licence'] or 'not known; see the origin of the source'}")
     return lines

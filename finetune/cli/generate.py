@@ -87,7 +87,10 @@ def command(
     table = latent_table(checkpoint, **latents)  # raises before the folder is created
     total = len(table) * len(table.columns)
     if grid is not None and total > grid[0] * grid[1]:
-        raise ConfigError(f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {total} images.")
+        raise ConfigError(
+            f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {total} images. "
+            "Use a larger grid."
+        )
     print_options_without_effect(table, noise_mode)
     start_without_build(checkpoint, total)
     pixels = math.prod(image_size(G)) * total

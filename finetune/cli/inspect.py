@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.cli.export import step_text
 from finetune.cli.options import NETWORK, network_file, offline_option
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def as_text(facts: dict[str, Any]) -> str:
     if source["nimg"] is not None:
         lines.append(("trained for", f"{source['nimg'] / 1000:,.1f} kimg"))
     if source.get("blended_with"):
-        lines.append(("blended with", _named(source["blended_with"])))
+        lines.append(("blended with", step_text(source["blended_with"])))
     for generation, parent in enumerate(_ancestors(source)):
-        lines.append(("started from" if generation == 0 else "before that", _named(parent)))
+        lines.append(("started from" if generation == 0 else "before that", step_text(parent)))
         if parent.get("blended_with"):
-            lines.append(("blended with", _named(parent["blended_with"])))
+            lines.append(("blended with", step_text(parent["blended_with"])))
     lines += [("note", note) for note in facts["notes"]]
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
 
@@ -135,10 +136,6 @@ def _precision(precision: dict[str, Any]) -> str:
     return f"{precision['weights']} weights; {layers}; " + (
         "no clamping" if clamp is None else f"clamped at {clamp:g}"
     )
-
-
-def _named(step: dict[str, Any]) -> str:
-    return f"{step['source'] or 'unnamed'} (sha256 {step['sha256'] or 'not known'})"
 
 
 def _ancestors(provenance: dict[str, Any]) -> list[dict[str, Any]]:

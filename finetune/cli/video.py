@@ -93,7 +93,8 @@ def command(
         grid = grid or full_grid(len(table))
         if len(table) > grid[0] * grid[1]:
             raise ConfigError(
-                f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {len(table)} seeds."
+                f"--grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]} places, for {len(table)} seeds. "
+                "Use a larger grid, or fewer seeds."
             )
     with float32_math():
         columns, rows = grid or (1, 1)

@@ -115,7 +115,7 @@ def test_project_errors(run, tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / name / "x.png")
     for images, message in (
-        (["a.png"], "a.png"),
+        (["a.png"], "a.png: cannot be read (is no image of a kind that can be read). Use another image."),
         (["a/x.png", "b/x.png"], "two outputs would be named x. Rename an image"),
         (["absent.png"], "does not exist"),
     ):
