@@ -37,6 +37,7 @@ OTHER_FORMATS = (
     (rb"II\*\x00|MM\x00\*", "a TIFF image", FOR_IMAGES),
     (rb"%PDF", "a PDF document", "Download or copy the checkpoint again."),
     (rb"\x89HDF", "an HDF5 file", "Give the pickle (.pkl) of the same network."),
+    (rb"\x08[\x03-\x1f]\x12", "an ONNX model", "Give the checkpoint that it was exported from."),
     (rb"\x93NUMPY", "a numpy array (.npy)", "Give the pickle (.pkl) of the network."),
 )
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")

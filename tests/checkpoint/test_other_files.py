@@ -44,6 +44,7 @@ FILES = {
     "TorchScript": (zipped("net/constants.pkl"), "a TorchScript program", "checkpoint"),
     "zip cut off": (zipped("a.txt", bytes(500))[:300], "a zip archive that is damaged", "again"),
     "tar": (tarred(), "a tar archive", "Unpack"),
+    "ONNX": (b"\x08\x0a\x12\x07pytorch", "an ONNX model", "exported from"),
     "JPEG": (image("JPEG"), "a JPEG image", "--data"),
     "PNG": (image("PNG"), "a PNG image", "--data"),
     "GIF": (image("GIF"), "a GIF image", "--data"),
