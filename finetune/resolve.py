@@ -50,7 +50,7 @@ def load(
 
     Nothing in the file is executed. The license is that which the file states or, for a public checkpoint,
     that of the catalog or of its model card. architecture: constructor arguments of state dicts, for those
-    that no tensor tells. Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
+    that no tensor determines. Raises what `resolve_network` and `finetune.checkpoint.load.load` raise.
     """
     from finetune.checkpoint.load import load as load_file
     from finetune.hub.identify import find_license

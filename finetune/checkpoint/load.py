@@ -102,9 +102,9 @@ def load(
     one of theirs. Nothing in the file is executed, and the network is not accessed. The license is that of
     the file; `finetune.resolve.load` looks it up as well.
 
-    architecture: constructor arguments of state dicts, for those that no tensor tells. Raises CheckpointError
-    if the file is not a checkpoint, PickleRefused if it is damaged or hostile, CheckpointMismatch with all
-    differences if its tensors are not those of its networks.
+    architecture: constructor arguments of state dicts, for those that no tensor determines. Raises
+    CheckpointError if the file is not a checkpoint, PickleRefused if it is damaged or hostile,
+    CheckpointMismatch with all differences if its tensors are not those of its networks.
     """
     path = Path(path)
     if is_tensor_file(path):

@@ -25,7 +25,7 @@ from finetune.checkpoint.unpickle.stubs import NOT_OPENED, PersistentObject, Ten
 from finetune.errors import CheckpointMismatch, PickleRefused
 from finetune.models import stylegan2
 
-MAX_GROWTH = 4  # times the size of the file, for all its networks together; one file may say a network twice
+MAX_GROWTH = 4  # times the size of the file, for all its networks together; one file may hold a network twice
 SLACK = 64 << 20  # bytes, for what is not in the file
 MEAN_SAMPLES = 10_000  # of w, if a file has no mean
 MEAN_CHUNK = 100  # bounds the memory that a file of wide layers can take

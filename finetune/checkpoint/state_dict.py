@@ -33,7 +33,7 @@ from finetune.models import stylegan2
 Tensors = Mapping[str, Tensor]
 BILINEAR = (1, 3, 3, 1)
 ASSUMED = {"conv_clamp": 256, "num_fp16_res": 4}  # as both trees train
-# Arguments that a StyleGAN3 generator's filters and sizes depend on, and that no shape tells.
+# Arguments that a StyleGAN3 generator's filters and sizes depend on, and that no shape determines.
 BANDS = ("num_critical", "first_cutoff", "first_stopband", "last_stopband_rel", "margin_size", "filter_size")
 FILTERS = (".up_filter", ".down_filter")
 SAME_FILTER = 1e-6
@@ -45,7 +45,7 @@ HOW = "with `finetune convert --arch NAME=VALUE`, or finetune.load(path, archite
 class StateDict:
     """The tensors of a network by our names, and what is known about its construction.
 
-    stated: its constructor arguments, if the file has them. assumed: arguments that no tensor tells.
+    stated: its constructor arguments, if the file has them. assumed: arguments that no tensor determines.
     lacks_w_avg: the mean w is to be estimated.
     """
 
@@ -120,8 +120,8 @@ def rebuild_state(
     """Build the network `name` of a file from its tensors.
 
     base_shape: that of the generator in the file, if there is one. given: constructor arguments of the
-    caller, for those that no tensor tells. Raises CheckpointError if more are needed, CheckpointMismatch if
-    the tensors are not exactly those of the network.
+    caller, for those that no tensor determines. Raises CheckpointError if more are needed, CheckpointMismatch
+    if the tensors are not exactly those of the network.
     """
     tensors = state.tensors
     if not is_known(tensors):

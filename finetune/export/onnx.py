@@ -61,7 +61,7 @@ def write(
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what an ONNX file says about its origin: strings, as the format demands."""
+    """Return the metadata of an ONNX file, origin and license: strings, as the format requires."""
     return {
         "version": __version__,
         "family": checkpoint.family,

@@ -94,7 +94,7 @@ def save_stylegan_pickle(
     added), which other readers ignore. The networks given are not changed: copies are saved on the CPU, in
     evaluation mode, without gradients. `check` is called with the finished temporary file before it takes its
     name. Raises WriteError if the file cannot be written, ExportError if a network holds what no reader
-    knows; a file that was at `path` before is then untouched.
+    supports; a file that was at `path` before is then untouched.
     """
     networks = {"G": G, "D": D, "G_ema": G_ema}
     present = {name: network for name, network in networks.items() if network is not None}

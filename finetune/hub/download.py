@@ -298,7 +298,7 @@ def _check_response(url: str, response: Any, expected: Expected) -> None:
 
 def _resume_offset(url: str, response: Any, part: Part, have: int) -> tuple[int, int | None]:
     """Return where the bytes of a response belong, and the size of the whole file (None: not stated)."""
-    if response.status_code == 200:  # the whole file: nothing was asked for, or the server knows no ranges
+    if response.status_code == 200:  # the whole file: nothing was asked for, or the server supports no ranges
         length = response.headers.get("Content-Length", "")
         # With a content encoding the length is that of the encoded bytes, and states nothing about ours.
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"

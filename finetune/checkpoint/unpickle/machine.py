@@ -277,7 +277,7 @@ def _index(m: Machine) -> int:
 def _proto(m: Machine) -> None:
     m.protocol = m.unpack(U8)
     if m.protocol > MAX_PROTOCOL:
-        raise m.refuse(f"it says pickle protocol {m.protocol}; {MAX_PROTOCOL} is the newest there is")
+        raise m.refuse(f"it has pickle protocol {m.protocol}; {MAX_PROTOCOL} is the newest there is")
 
 
 def _frame(m: Machine) -> None:
