@@ -106,5 +106,6 @@ def _generator(network: str | Path | Checkpoint, device: str) -> Network:
     if not isinstance(network, Checkpoint):
         checkpoint = load(network, device=resolve_device(device))
     if checkpoint.best is None:
-        raise CheckpointError(f"{checkpoint.provenance.source}: has no generator, only D.")
+        name = checkpoint.provenance.source
+        raise CheckpointError(f"{name}: has no generator, only D. Use a file with G or G_ema.")
     return checkpoint.best

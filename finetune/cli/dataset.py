@@ -129,7 +129,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
 
     G: Any = load(network_file(network)).best
     if G is None:
-        raise ConfigError(f"--network {network}: has no generator, only D.")
+        raise ConfigError(f"--network {network}: has no generator, only D. Use a file with G or G_ema.")
     return image_size(G), G.img_channels, G.c_dim
 
 

@@ -156,7 +156,7 @@ def measure(
     checkpoint = load(file, device=target)
     G: Any = checkpoint.best
     if G is None:
-        raise CheckpointError(f"{file}: has no generator, only D.")
+        raise CheckpointError(f"{file}: has no generator, only D. Use a file with G or G_ema.")
     image_set = real_images(G, data, fit=fit, labels_from=labels_from, cond=cond, mirror=mirror)
     bar = progress_bar if group.is_first else no_bar
     with float32_math(), bar("looking at the images", len(image_set)) as progress:

@@ -121,7 +121,7 @@ def latent_options(function):
 def generator_of(checkpoint: Checkpoint, network: str) -> Network:
     """Return the generator to make images with, and print if it is not an average."""
     if checkpoint.best is None:
-        raise CheckpointError(f"{network}: has no generator, only D.")
+        raise CheckpointError(f"{network}: has no generator, only D. Use a file with G or G_ema.")
     if checkpoint.G_ema is None:
         click.echo("The checkpoint has no G_ema; the images come from G.", err=True)
     return checkpoint.best

@@ -79,7 +79,7 @@ def follow_lines(record: RunRecord) -> RunRecord:
 
 
 def line_of(record: RunRecord, line: dict[str, Any]) -> str:
-    """Return a line of the log as training prints it."""
+    """Return a line of the log as text, shorter than training prints it."""
     from finetune.report.status import duration, losses, rate
 
     return (

@@ -67,4 +67,5 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float
 
 def too_few() -> ConfigError:
     """Return the error for fewer images than neighbors."""
-    return ConfigError(f"precision and recall need more than {NEIGHBORS} real and generated images.")
+    what = f"precision and recall need more than {NEIGHBORS} real and generated images."
+    return ConfigError(f"{what} Use a larger --num or data set.")

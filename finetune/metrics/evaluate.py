@@ -336,19 +336,6 @@ def ensure_metric_weights(
             ensure_weights(PPL_BACKBONES[name], tell, wanted_by=name)
 
 
-def distances(
-    G_ema: torch.nn.Module,
-    image_set: ImageSet,
-    num: int,
-    seed: int = 0,
-    which: Sequence[str] = OFFLINE,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Distance]:
-    """Run `Evaluation` for a single generator."""
-    return Evaluation(image_set, which, device=device).distances(G_ema, num, seed, progress=progress)
-
-
 def _real(
     image_set: ImageSet, batch: int, workers: int, group: ProcessGroup = SINGLE
 ) -> Iterator[torch.Tensor]:

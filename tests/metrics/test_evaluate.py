@@ -14,7 +14,7 @@ from finetune.data import ImageSet
 from finetune.distributed import ProcessGroup
 from finetune.errors import ConfigError, FinetuneError, WeightsMissing
 from finetune.metrics import evaluate
-from finetune.metrics.evaluate import Distance, Evaluation, distances
+from finetune.metrics.evaluate import Distance, Evaluation
 from finetune.metrics.random_fid import random_fid
 
 
@@ -66,7 +66,7 @@ def test_distances_closer_generator_scores_lower(colors):
 
 def test_distances_random_fid_agrees(colors, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 7)
-    found = distances(Painter(), colors, 12, seed=5, which=["random-fid"])
+    found = Evaluation(colors, ["random-fid"]).distances(Painter(), 12, seed=5)
     z = torch.randn([12, 3], generator=torch.Generator().manual_seed(5))
     fake = Painter()(z, z[:, :0], noise_mode="const").mul(127.5).add(127.5).round() / 127.5 - 1
     real = torch.stack([torch.from_numpy(colors[i][0]) for i in range(20)]) / 127.5 - 1
@@ -258,7 +258,7 @@ class TestSeveralProcesses:
             assert str(error) == "a batch of images failed on rank 1: out of memory"
         few = run(2, lambda group: Evaluation(colors, ["prc-effnet"], group=group).distances(Painter(), 2))
         assert {str(error) for error in few} == {
-            "precision and recall need more than 3 real and generated images."
+            "precision and recall need more than 3 real and generated images. Use a larger --num or data set."
         }
 
 
@@ -292,7 +292,7 @@ class TestWhatNetworksThereAre:
                 return self.synthesis(self.mapping(z, c), noise_mode)
 
         images = ImageSet(tmp_path, resolution=16, channels=channels, use_labels=num_classes > 0)
-        found = distances(G(), images, 8, which=["fd-effnet", "prc-effnet", "ppl-effnet"])
+        found = Evaluation(images, ["fd-effnet", "prc-effnet", "ppl-effnet"]).distances(G(), 8)
         assert found.keys() == {"fd-effnet", "precision-effnet", "recall-effnet", "ppl-effnet"}
         assert found["fd-effnet"].value > 0 and found["ppl-effnet"].value > 0
         labels, ends = G.seen[0], G.seen[1:]
