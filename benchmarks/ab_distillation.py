@@ -167,7 +167,7 @@ def check_same(folder: Path, then: dict[str, Any], config: TrainOptions) -> None
 
 def key_of(config: TrainOptions, job: Job) -> str:
     """Return what identifies a run: its options, and what is measured at its end."""
-    return hashlib.sha256(f"{config.to_json()}{job.judges}{job.num}".encode()).hexdigest()[:10]
+    return hashlib.sha256(f"{config.given()}{job.judges}{job.num}".encode()).hexdigest()[:10]
 
 
 def run_one(task: Task, seed: int, arm: Arm, threads: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -186,9 +187,13 @@ class TestAB:
     def test_benchmarks_records_of_other_defaults_are_not_used(self, modules, monkeypatch):
         ab = modules["ab_distillation"]
         now = TrainOptions(data="d", resume="r", sd_weight=0.1, sd_interval=2)
-        monkeypatch.setattr(ab, "prepare", lambda config: types.SimpleNamespace(config=config))
-        then = now.to_dict() | {"sd_interval": 4, "outdir": "elsewhere"}
-        ab.check_same(Path("x"), now.to_dict() | {"outdir": "elsewhere"}, now)
+
+        def resolved(options):
+            return options.given() | {"sd_weight": options.sd_weight.to_json()}
+
+        monkeypatch.setattr(ab, "prepare", lambda asked: Mock(**{"config.to_dict": lambda: resolved(asked)}))
+        then = resolved(now) | {"sd_interval": 4, "outdir": "elsewhere"}
+        ab.check_same(Path("x"), resolved(now) | {"outdir": "elsewhere"}, now)
         with pytest.raises(SystemExit, match=r"other defaults \(sd_interval 4 → 2\)"):
             ab.check_same(Path("x"), then, now)
         plain = dataclasses.replace(now, sd_weight=0)
