@@ -12,8 +12,10 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from PIL import Image
 
+import finetune
 from finetune.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -98,3 +100,50 @@ def test_documented_commands_run(tmp_path, page):
         assert done.returncode == 0, f"finetune {shlex.join(words)}\n{done.stdout}{done.stderr}"
         num_run, num_trainings = num_run + 1, num_trainings + (words[0] == "train")
     assert num_run > 5
+
+
+# Options that make a command on stand-ins possible: their size, and the metrics that need no download.
+OFFLINE = ["--sd-backbone", "efficientnet-lite0"]
+FITTING = {"dataset check": ["--network", "ffhq.pkl"], "dataset prepare": ["--resolution", "64"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["formats.md", "onnx.md", "data.md", "metrics.md", "training.md"])
+def test_documented_commands_run_on_stand_ins(tmp_path, page):
+    """With small files in place of those that a reader has: checkpoints, images, a run."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FINETUNE_OFFLINE": "1"}
+
+    def run(*words: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "finetune", *words],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"finetune {shlex.join(words)}\n{done.stdout}{done.stderr}"
+
+    demo = ROOT / "finetune/demo"
+    (tmp_path / "finetune").mkdir()
+    shutil.copytree(demo, tmp_path / "finetune/demo", ignore=shutil.ignore_patterns("*.py"))
+    for name in ("ffhq.pkl", "better.pkl"):
+        shutil.copy(demo / "faces-3d-64.pkl", tmp_path / name)
+    shutil.copy(demo / "faces-flat.zip", tmp_path / "images.zip")
+    shutil.unpack_archive(tmp_path / "images.zip", tmp_path / "images")
+    run("convert", "ffhq.pkl", "editor.pt")
+    weights = finetune.load(ROOT / "tests/golden/stylegan3-t-32.pkl").G_ema.state_dict()
+    torch.save(weights, tmp_path / "weights.pth")  # which does not state how its network is built
+    if page in ("formats.md", "training.md"):
+        run(*shorter(["train", "--resume", "ffhq.pkl", "--data", "images", "--batch", "8", *OFFLINE], 0))
+        (made,) = (tmp_path / "runs").iterdir()
+        for name in ("00000-cats-stylegan2-256", "00000-images-stylegan2-256"):
+            if made.name != name:
+                shutil.copytree(made, tmp_path / "runs" / name)
+    if page == "data.md":
+        (tmp_path / "images.zip").unlink()  # which it makes
+    num_run = 0
+    for words in commands(ROOT / "docs" / page):
+        name = " ".join(words[:2]) if words[0] == "dataset" else words[0]
+        if "DATA" in words or "fid" in words[-1].split(","):  # a form, and a metric that downloads weights
+            continue
+        more = OFFLINE if words[0] == "train" and "--data" in words else FITTING.get(name, [])
+        run(*shorter(words, 1), *more)
+        num_run += 1
+    assert num_run

@@ -207,7 +207,7 @@ def _check_bands(name: str, net: Described, module: Any, differences: list[str])
         raise CheckpointError(
             f"{name} is a StyleGAN3 generator whose layers are not those of "
             f"{', '.join(f'{key}={value}' for key, value in used.items()) or 'the published configurations'}",
-            hint=f"Its tensors do not determine {', '.join(BANDS)}. Pass those of its training with {HOW}.",
+            hint=f"Its tensors do not determine {', '.join(BANDS)}. Pass those of its training {HOW}.",
         )
 
 
