@@ -157,17 +157,19 @@ def main() -> None:
     try:
         cli(prog_name="finetune")
     finally:
-        end_rank()
+        end_process()
 
 
-def end_rank() -> None:
-    """End this process at once if a launcher started it as a rank whose command succeeded.
+def end_process() -> None:
+    """End this process at once if it is a rank whose command succeeded, or the launcher of ranks.
 
     Now and then torch.distributed with gloo aborts while the interpreter is torn down ("terminate called
-    without an active exception"), after everything is saved, and the launcher takes that for a failure.
+    without an active exception"), after everything is saved, which looks like a failure.
     """
     done = sys.exc_info()[1]
-    if is_one_of_several() and isinstance(done, SystemExit) and done.code in (None, 0):
+    code = (done.code or 0) if isinstance(done, SystemExit) else None
+    is_launcher = "torch.distributed.launcher.api" in sys.modules
+    if (is_launcher and isinstance(code, int)) or (code == 0 and is_one_of_several()):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
