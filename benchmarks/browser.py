@@ -23,7 +23,7 @@ SET_CONTROLS = """
 
 
 def missing() -> str | None:
-    """Return what is not installed that `chromium` needs, None if nothing is."""
+    """Return the missing program or package that `chromium` needs, None if there is none."""
     for name in ("chromium", "chromedriver"):
         if shutil.which(name) is None:
             return f"needs {name} (Debian: apt-get install chromium chromium-driver)"

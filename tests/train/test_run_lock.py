@@ -1,4 +1,4 @@
-"""Only one process trains in a run folder; a second one is told which process has it."""
+"""Only one process trains in a run folder; a second one gets a message that names its owner."""
 
 import json
 import os
