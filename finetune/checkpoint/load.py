@@ -35,7 +35,7 @@ from finetune.checkpoint.unpickle.stubs import (
     damaged,
     printable,
 )
-from finetune.checkpoint.unpickle.values import Record
+from finetune.checkpoint.unpickle.values import Record, kind
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune", *rosinality.ENTRIES)
@@ -117,7 +117,7 @@ def load(
             check_given(architecture, [item for item in networks.values() if type(item) is StateDict])
         rebuilt, refused = _rebuild_all(networks, file.size, architecture)
         provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
-    foreign = {name: _why_foreign(error) for name, error in refused.items()}
+    foreign = {name: _why_foreign(name, error) for name, error in refused.items()}
     notes = [note for item in rebuilt.values() for note in item.notes]
     notes += [_refusal_note(name, error) for name, error in refused.items()]
     notes += _entry_notes({key: value for key, value in extras.items() if key not in networks})
@@ -196,10 +196,7 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
         network = root.get(name, root.get(rosinality.NAMES.get(name, "")))
         if network is None or (type(network) is dict and not network):
             continue
-        network = _state_dict(name, network, root) or network
-        if type(network) not in (PersistentObject, TFNetwork, Record, StateDict):
-            damaged(f"its entry {name} is no network", 0)
-        networks[name] = network
+        networks[name] = _state_dict(name, network, root) or network
     if not networks.keys() & set(NETWORKS):
         found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "nothing"
         damaged(f"it holds none of G, D and G_ema, but {found}", 0)
@@ -229,8 +226,8 @@ def _rebuild_all(
 ) -> tuple[dict[str, Rebuilt], dict[str, CheckpointError]]:
     """Return the rebuilt networks by name, and the refusals of others.
 
-    Refused alone are networks of foreign classes, and a discriminator whose tensors do not fit, if there is a
-    generator. Raises PickleRefused if none of the generators in the file can be rebuilt.
+    Refused alone, if there is a generator, are networks of foreign classes, entries that are no networks, and
+    a discriminator whose tensors do not fit. Raises PickleRefused if no generator of the file can be rebuilt.
     """
     allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
@@ -239,6 +236,9 @@ def _rebuild_all(
     builders = {PersistentObject: rebuild, TFNetwork: rebuild_tf, StateDict: of_tensors}
     base_shape = None
     for name, network in sorted(networks.items(), key=lambda item: item[0] == "D"):  # as a generator has it
+        if type(network) not in (*builders, Record):
+            refused[name] = _no_network(name, network)
+            continue
         try:
             record = network if type(network) is Record else find_foreign(network)
             if record is not None:
@@ -258,20 +258,31 @@ def _rebuild_all(
     return {name: rebuilt[name] for name in networks if name in rebuilt}, refused
 
 
-def _why_foreign(error: CheckpointError) -> str:
-    """Return the foreign class of a refused network, or the first tensor that does not fit."""
+def _why_foreign(name: str, error: CheckpointError) -> str:
+    """Return the foreign class of a refused network, the first tensor that does not fit, or what it is."""
     if isinstance(error, CheckpointMismatch):
         return error.differences[0]
-    return str(error.blocked) if isinstance(error, PickleRefused) else error.what
+    return str(error.blocked) if isinstance(error, PickleRefused) else error.what.removeprefix(f"{name} is ")
 
 
 def _refusal_note(name: str, error: CheckpointError) -> str:
     if isinstance(error, PickleRefused):
         return f"{name}: foreign class {error.blocked}, not opened (at byte {error.offset})"
+    why = _why_foreign(name, error)
     if isinstance(error, CheckpointMismatch):
-        count = len(error.differences)
-        return f"{name}: not opened, {count} tensors or settings do not fit, such as: {_why_foreign(error)}"
-    return f"{name}: not opened, {error.what}"
+        why = f"{len(error.differences)} tensors or settings do not fit, such as: {why}"
+    return f"{name}: not opened, {why}"
+
+
+def _no_network(name: str, value: Any) -> CheckpointError:
+    """Return the error for an entry that is neither a network nor the tensors of one."""
+    record = find_foreign(value)
+    if record is not None:
+        return _foreign(name, record)
+    found = kind(value)
+    if type(value) is dict:
+        found = f"a dict of {', '.join(printable(str(key)) for key in list(value)[:5])}"
+    return CheckpointError(f"{name} is {found}, not a network", hint=f"{NOT_OPENED} {SAVE_AGAIN}")
 
 
 def _foreign(name: str, record: Record) -> PickleRefused:

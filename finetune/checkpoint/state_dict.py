@@ -63,7 +63,7 @@ def tensors_of_state(value: Any) -> dict[str, Tensor] | None:
     """
     if type(value) is Record and type(value.state) is dict and "_modules" in value.state:
         return _tensors_of_module(value)
-    if type(value) is not dict or not value or any(type(item) is not Tensor for item in value.values()):
+    if type(value) is not dict or {(type(key), type(item)) for key, item in value.items()} != {(str, Tensor)}:
         return None
     for key in value:
         _check_name(key, 0)

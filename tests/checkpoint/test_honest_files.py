@@ -215,6 +215,38 @@ def test_load_generator_of_another_shape_is_refused(ada, opened):
         opened(ada)
 
 
+NO_NETWORKS = {
+    "a dict of model, step": {"model": {"weight": torch.zeros(3)}, "step": 5},
+    "a dict of 0": {0: torch.zeros(3)},
+    "a list": [torch.zeros(3)],
+    "a Tensor": torch.zeros(3),
+    "a str": "d.pkl",
+}
+
+
+@pytest.mark.parametrize("said", NO_NETWORKS)
+def test_load_entry_that_is_no_network_keeps_others(said, ada, opened, tmp_path):
+    from finetune.train.prepare import load_for_training
+
+    ada["G"] = ada["D"] = NO_NETWORKS[said]
+    seen = opened(ada)
+    assert seen.missing == ["G", "D"] and seen.foreign == {
+        name: f"{said}, not a network" for name in ("G", "D")
+    }
+    assert f"D: not opened, {said}, not a network" in seen.notes
+    with pytest.raises(ConfigError, match=f"its D is foreign \\({said}") as refusal:
+        load_for_training(str(tmp_path / "network.pkl"))
+    assert "--new-d" in str(refusal.value)
+    del ada["G_ema"]
+    with pytest.raises(CheckpointError, match=f"G is {said}, not a network"):
+        opened(ada)
+
+
+def test_load_entry_with_foreign_class_inside(ada, opened, vision_head):
+    ada["D"] = {"model": [vision_head]}
+    assert opened(ada).foreign == {"D": "vision_module.VisionHead"}
+
+
 def test_load_foreign_generator_keeps_other(ada, opened, vision_head):
     ada["G"] = vision_head
     seen = opened(ada)
