@@ -2,21 +2,29 @@
 
 Every input is opened with `finetune.load` in a separate process: Python's audit events are watched, so that
 nothing in it can execute, import, start or connect unseen; memory is limited to 1 GiB above what the process
-needed for the real files; the parent kills it after ten seconds on one input, and starts another behind it.
-An input is made from the seed and its number: `python tests/stress/fuzzing.py 4711` opens one alone and
+needed for the real files; it ends after ten seconds of processor time on one input, and another starts behind
+it. An input is made from the seed and its number: `python tests/stress/fuzzing.py 4711` opens one alone and
 prints everything about it.
+
+    python tests/stress/fuzzing.py --inputs 126000 --coverage-inputs 100000 --out FILE.md
+
+opens many and writes the table. Counts are kept in FILE.partial: the same command continues an ended run.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
 import random
 import resource
+import shlex
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -28,10 +36,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a program
 
 from stress import pickle_mutations as mutations
-from stress.pickle_watch import BAD, GOOD, open_one, prepare, sources_of
+from stress.pickle_watch import BAD, GOOD, HANG_SEC, open_one, prepare, sources_of
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG_SEC = 10
+WAIT_SEC = 600  # on one input, of any time
+CHUNK, COVERAGE_CHUNK = 2_000, 10_000  # inputs between two notes of the counts
 
 
 def make(number: int, seed: int, sources: dict[str, list[mutations.Source]]) -> tuple[str, bytes]:
@@ -43,7 +52,7 @@ def make(number: int, seed: int, sources: dict[str, list[mutations.Source]]) -> 
     chance = rng.random()
     if chance < 0.08:  # which take three times as long as their first networks
         return mutations.mutated(sources["whole"], rng)
-    which = "cut" if chance < 0.8 else "tiny" if chance < 0.92 else "hostile"
+    which = "cut" if chance < 0.65 else "tiny" if chance < 0.92 else "hostile"
     return mutations.mutated(sources[which], rng)
 
 
@@ -58,12 +67,15 @@ def work(connection: Any, numbers: range, seed: int, names: list[str] | None) ->
         for number in numbers:
             name, data = make(number, seed, sources)
             connection.send(("begin", number))
-            started = time.monotonic()
+            started = time.process_time()
             outcome, said = open_one(path, data, canary)
-            sec = time.monotonic() - started
+            sec = time.process_time() - started
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
             connection.send(("end", number, outcome, name, said if outcome in BAD else "", sec, grown))
     connection.send(("done",))
+
+
+SOURCES = ("stylegan", "rosinality", "tiny")
 
 
 class Counts:
@@ -75,11 +87,19 @@ class Counts:
         self.bad: list[tuple[int, str, str, str]] = []
         self.slowest, self.grown_kib = (0.0, -1, ""), 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.outcomes, self.ways = collections.Counter(state["outcomes"]), collections.Counter(state["ways"])
+        self.bad = [tuple(item) for item in state["bad"]]  # type: ignore[misc]
+        self.slowest, self.grown_kib = tuple(state["slowest"]), state["grown_kib"]
+
     def add(self, number: int, outcome: str, name: str, said: str, sec: float, grown: int) -> None:
         self.outcomes[outcome] += 1
         source = name.partition(": ")[0]
         self.ways[
-            source if source.startswith(("stylegan", "tiny")) else "made by hand, and changed as well"
+            source if source.startswith(SOURCES) else "made by hand, and changed as well"
         ] += 1
         self.slowest = max(self.slowest, (sec, number, name))
         self.grown_kib = max(self.grown_kib, grown)
@@ -88,12 +108,20 @@ class Counts:
             print(f"input {number}, {name}: {outcome}\n{said}", flush=True)
 
 
-def run(inputs: int, seed: int, processes: int, names: list[str] | None = None) -> Counts:
-    """All inputs in workers; one that hangs or dies is counted, and followed by another.
+def run(
+    inputs: int,
+    seed: int,
+    processes: int,
+    names: list[str] | None = None,
+    *,
+    first: int = 0,
+    counts: Counts | None = None,
+) -> Counts:
+    """All inputs from `first` in workers; one that hangs or dies is counted, and followed by another.
 
     names: of golden files, all by default.
     """
-    counts = Counts()
+    counts = Counts() if counts is None else counts
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, dict[str, Any]] = {}
 
@@ -110,13 +138,15 @@ def run(inputs: int, seed: int, processes: int, names: list[str] | None = None) 
         worker = workers.pop(connection)
         worker["process"].kill()
         worker["process"].join()
+        if worker["process"].exitcode == -signal.SIGPROF:
+            outcome = "hang"
         if worker["at"] is None:
             raise RuntimeError(f"a worker does not start (exit code {worker['process'].exitcode})")
         counts.add(worker["at"], outcome, "?", f"exit code {worker['process'].exitcode}", HANG_SEC, 0)
         start(range(worker["at"] + processes, worker["numbers"].stop, processes))
 
-    for first in range(processes):
-        start(range(first, inputs, processes))
+    for number in range(first, first + processes):
+        start(range(number, inputs, processes))
     shown = time.monotonic()
     while workers:
         for connection in multiprocessing.connection.wait(list(workers), timeout=0.5):
@@ -134,7 +164,7 @@ def run(inputs: int, seed: int, processes: int, names: list[str] | None = None) 
             elif message[0] == "done":
                 workers.pop(connection)["process"].join()
         for connection, worker in list(workers.items()):
-            if worker["at"] is not None and time.monotonic() - worker["since"] > HANG_SEC:
+            if worker["at"] is not None and time.monotonic() - worker["since"] > WAIT_SEC:
                 lost(connection, "hang")
         if time.monotonic() - shown > 30:
             shown = time.monotonic()
@@ -145,28 +175,37 @@ def run(inputs: int, seed: int, processes: int, names: list[str] | None = None) 
 # Led by coverage.
 
 SLOTS = (*GOOD, *BAD)
+KEPT = "inputs kept for what they reached"
 
 
-def coverage(inputs: int, seed: int) -> dict[str, int]:
-    """Let atheris search for inputs that reach new code of `finetune.checkpoint`, in a separate process."""
+def coverage(inputs: int, seed: int, kept: Path | None = None) -> dict[str, int]:
+    """Let atheris search for inputs that reach new code of `finetune.checkpoint`, in a separate process.
+
+    kept: folder of inputs that earlier calls found; it is filled.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        corpus, counts = Path(folder) / "corpus", Path(folder) / "counts"
-        corpus.mkdir()
+        corpus, counts = kept or Path(folder) / "corpus", Path(folder) / "counts"
+        corpus.mkdir(parents=True, exist_ok=True)
         sources = sources_of(["stylegan2-tf-32"])
         for index, each in enumerate([*sources["hostile"], *sources["tiny"]]):
-            (corpus / str(index)).write_bytes(each.data)
+            (corpus / str(index)).write_bytes(each.file(each.data))
         counts.write_bytes(bytes(8 * len(SLOTS)))
-        words = [sys.executable, __file__, "--guided", str(counts), "--seed", str(seed), str(corpus)]
-        words += [f"-runs={inputs}", f"-seed={seed + 1}", f"-timeout={HANG_SEC}", "-max_len=60000"]
+        words = [sys.executable, __file__, "--guided", str(counts), str(seed), str(corpus)]
+        words += [f"-runs={inputs}", f"-seed={seed + 1}", f"-timeout={WAIT_SEC}", "-max_len=60000"]
         words += [f"-artifact_prefix={folder}/", "-verbosity=0", "-rss_limit_mb=0"]
         code = subprocess.run(words, cwd=ROOT).returncode
         found = dict(zip(SLOTS, struct.unpack(f"<{len(SLOTS)}q", counts.read_bytes())))
         artifacts = [path for path in Path(folder).iterdir() if path.name.startswith(("crash-", "timeout-"))]
+        if code == -signal.SIGPROF:
+            artifacts = list(Path(folder).glob("*/input.pkl"))
         for path in artifacts:
             print(f"{path.name}: {path.read_bytes()[:2000]!r}")
+        if code and not any(found.values()):
+            raise RuntimeError(f"atheris does not start (exit code {code})")
         if code or artifacts:
-            found["hang" if any(path.name.startswith("timeout") for path in artifacts) else "crash"] += 1
-        found["inputs kept for what they reached"] = len(list(corpus.iterdir()))
+            is_hang = code == -signal.SIGPROF or any(path.name.startswith("timeout") for path in artifacts)
+            found["hang" if is_hang else "crash"] += 1
+        found[KEPT] = len(list(corpus.iterdir()))
     return found
 
 
@@ -202,16 +241,88 @@ def guided(counts: Path, seed: int, arguments: list[str]) -> None:
     atheris.Fuzz()
 
 
+# Measured.
+
+
+def measure(options: argparse.Namespace) -> bool:
+    """Open many inputs and write the table; return whether all outcomes are good."""
+    folder = options.out.with_suffix(".partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = folder / "counts.json"
+    counts, guided_counts, sec = Counts(), collections.Counter[str](), 0.0
+    if notes.is_file():
+        state = json.loads(notes.read_text())
+        counts.load_state_dict(state["counts"])
+        guided_counts, sec = collections.Counter(state["guided"]), state["sec"]
+    started = time.monotonic() - sec
+
+    def note() -> None:
+        state = {"counts": counts.state_dict(), "guided": guided_counts, "sec": time.monotonic() - started}
+        notes.with_suffix(".new").write_text(json.dumps(state))
+        notes.with_suffix(".new").replace(notes)
+
+    while (first := counts.outcomes.total()) < options.inputs:
+        stop = min(first + CHUNK, options.inputs)
+        run(stop, options.seed, options.processes, first=first, counts=counts)
+        note()
+    while (first := sum(guided_counts[name] for name in SLOTS)) < options.coverage_inputs:
+        if any(guided_counts[name] for name in BAD):  # atheris ends at the first
+            break
+        found = coverage(min(COVERAGE_CHUNK, options.coverage_inputs - first), first, folder / "corpus")
+        kept = found.pop(KEPT)
+        guided_counts.update(found)
+        guided_counts[KEPT] = kept
+        note()
+    options.out.write_text(as_page(options, counts, guided_counts, time.monotonic() - started))
+    shutil.rmtree(folder)
+    return not any(counts.outcomes[name] + guided_counts[name] for name in BAD)
+
+
+def as_page(
+    options: argparse.Namespace, counts: Counts, guided_counts: collections.Counter[str], sec: float
+) -> str:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import torch
+    from measuring import machine, table
+
+    facts = machine(torch.device("cpu"))
+    versions = f"Python {facts['python']}, torch {facts['torch']}, finetune {facts['finetune']}"
+    columns = [counts.outcomes, guided_counts]
+    rows = [[name, *(f"{column[name]:,}" for column in columns)] for name in SLOTS]
+    rows += [["inputs in all", *(f"{sum(column[name] for name in SLOTS):,}" for column in columns)]]
+    slowest, number, name = counts.slowest
+    figures = [
+        ["most memory above that of the real files", f"{counts.grown_kib / 1024:.0f} MiB"],
+        ["slowest input, processor time", f"{slowest:.2f} s (number {number}, {name})"],
+        ["inputs that atheris kept", guided_counts[KEPT]],
+    ]
+    parts = [
+        "# Fuzzing the pickle reader",
+        f"`python {shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`",
+        f"{facts['device']} ({facts['instructions']}); {versions}; seed {options.seed}; {facts['date']}. "
+        f"It took {sec:,.0f} s.",
+        table(["outcome", "mutated and made by hand", "led by coverage"], rows),
+        table(["", ""], figures),
+        table(["made from", "inputs"], [[name, f"{num:,}"] for name, num in counts.ways.most_common()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Open one input, and print its outcome.")
-    parser.add_argument("number", type=int, nargs="?")
+    if sys.argv[1:2] == ["--guided"]:  # started by `coverage`
+        return guided(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    parser = argparse.ArgumentParser(description="Open one input and print its outcome, or many.")
+    parser.add_argument("number", type=int, nargs="?", help="of the one input")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guided", type=Path, help=argparse.SUPPRESS)
-    options, rest = parser.parse_known_args()
-    if options.guided:
-        return guided(options.guided, options.seed, rest)
+    parser.add_argument("--inputs", type=int, default=0, help="made by hand and mutated, for --out")
+    parser.add_argument("--coverage-inputs", type=int, default=0, help="led by coverage (needs atheris)")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="table of the outcomes of many (.md)")
+    options = parser.parse_args()
+    if options.out:
+        sys.exit(0 if measure(options) else 1)
     if options.number is None:
-        parser.error("which input? Give its number.")
+        parser.error("Give the number of an input, or --out.")
     sources = sources_of()
     name, data = make(options.number, options.seed, sources)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,9 @@ import io
 import pickletools
 import random
 import struct
+import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 STORAGE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save begins
@@ -29,17 +30,36 @@ MOST = 400  # bytes of one opcode that are worth changing: the rest is the conte
 
 @dataclass(frozen=True)
 class Source:
-    """A pickle and its opcodes as (first byte, byte behind it, name); `outer`: those outside storages."""
+    """A pickle and its opcodes as (first byte, byte behind it, name); `outer`: those outside storages.
+
+    archive: a file of torch.save whose data.pkl it is.
+    """
 
     name: str
     data: bytes
     outer: list[tuple[int, int, str]]
     inner: list[tuple[int, int, str]]
+    archive: bytes = b""
+
+    def file(self, data: bytes) -> bytes:
+        """Return a file with `data` in the place of the pickle."""
+        if not self.archive:
+            return data
+        stream = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(self.archive)) as old, zipfile.ZipFile(stream, "w") as new:
+            for info in old.infolist():
+                is_pickle = info.filename.endswith("/data.pkl")
+                new.writestr(info, data if is_pickle else old.read(info))
+        return stream.getvalue()
 
 
 def source(name: str, data: bytes) -> Source:
-    """Parse a pickle as far as it can be; in a zip archive of torch.save, that of its first member."""
-    outer, _ = _opcodes(data, data.index(b"\x80\x02") if data.startswith(b"PK") else 0)
+    """Parse a pickle as far as it can be; of a file of torch.save its first member, or five pickles."""
+    outer: list[tuple[int, int, str]] = []
+    position = data.index(b"\x80\x02") if data.startswith(b"PK") else 0
+    for _ in range(5 if data.startswith(STORAGE) else 1):
+        found, position = _opcodes(data, position)
+        outer += found
     inner: list[tuple[int, int, str]] = []
     for start, stop, kind in outer:
         if kind in ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8") and STORAGE in data[start : start + 40]:
@@ -66,6 +86,13 @@ def _opcodes(data: bytes, start: int) -> tuple[list[tuple[int, int, str]], int]:
     if last is not None:
         found.append((last[0], stream.tell(), last[1]))
     return found, stream.tell()
+
+
+def in_archive(name: str, archive: bytes) -> Source:
+    """The pickle in a zip file of torch.save, to be changed by itself."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as members:
+        path = next(path for path in members.namelist() if path.endswith("/data.pkl"))
+        return replace(source(f"{name}, its data.pkl", members.read(path)), archive=archive)
 
 
 def first_network(name: str, data: bytes) -> Source | None:
@@ -96,7 +123,10 @@ def golden(folder: Path, names: Sequence[str] | None = None) -> dict[str, list[S
     paths = sorted([*folder.glob("*.pkl"), *folder.glob("*.pt")])
     paths = [path for path in paths if names is None or path.stem in names]
     contents = {path.stem: path.read_bytes() for path in paths}
-    cut = [first_network(name, data) for name, data in contents.items()]
+    cut = [
+        in_archive(name, data) if data.startswith(b"PK") else first_network(name, data)
+        for name, data in contents.items()
+    ]
     return {
         "whole": [source(name, data) for name, data in contents.items()],
         "cut": [each for each in cut if each is not None],
@@ -183,6 +213,24 @@ UNKNOWN = (  # made a record of, and never called
     *("collections.deque", "pathlib.PosixPath", "torch._tensor._rebuild_from_type_v2"),
     "numpy.random._pickle.__randomstate_ctor",
 )
+DTYPE = call("numpy.dtype", text("f4"), b"\x89", b"\x88")
+RECORDS = {  # entries of honest files: records made in each way, and calls that give plain values
+    "REDUCE and BUILD": call(UNKNOWN[0], text("x")) + b"}(" + text("weight") + integer(1) + b"ub",
+    "NEWOBJ": named(UNKNOWN[1]) + b")\x81",
+    "NEWOBJ_EX": named(UNKNOWN[1]) + b")}(" + text("lr") + integer(1) + b"u\x92",
+    "INST": b"(" + text("x") + b"ivision_module\nHead\n",
+    "OBJ": b"(" + named(UNKNOWN[0]) + text("x") + b"o",
+    "items": call(UNKNOWN[6]) + b"(" + integer(1) + b"e",
+    "reconstructor": call("copyreg._reconstructor", named(UNKNOWN[1]), named("builtins.object"), b"N"),
+    "type of dill": call("dill._dill._load_type", text("object")),
+    "array of protocol 5": call(
+        "numpy.core.numeric._frombuffer", b"C\x04abcd", DTYPE, b"(" + integer(1) + b"t", text("C")
+    ),
+    "default": call("collections.defaultdict", named("builtins.list")),
+    "size": call("torch.Size", b"(" + integer(2) + integer(3) + b"t"),
+    "device": call("torch.device", text("cuda"), integer(0)),
+    "path": call("pathlib.PosixPath", text("/"), text("data")),
+}
 HUGE = (1 << 31, (1 << 40) + 1, (1 << 62), -1)
 
 HOSTILE: dict[str, bytes] = {
@@ -349,14 +397,15 @@ def mutated(sources: Sequence[Source], rng: random.Random) -> tuple[str, bytes]:
         way = rng.random()
         if way < 0.04:
             end = rng.choice(chosen.outer)[0] if rng.random() < 0.7 else rng.randrange(len(chosen.data))
-            return f"{chosen.name}: cut off", chosen.data[:end]
+            return f"{chosen.name}: cut off", chosen.file(chosen.data[:end])
         if way < 0.1:
             other = rng.choice(sources)
             first, second = rng.choice(chosen.outer)[0], rng.choice(other.outer)[0]
-            return f"{chosen.name}: joined to {other.name}", chosen.data[:first] + other.data[second:]
+            joined = chosen.file(chosen.data[:first] + other.data[second:])
+            return f"{chosen.name}: joined to {other.name}", joined
         names, data = _changed(chosen, rng)
         if data != chosen.data:
-            return f"{chosen.name}: {names}", data
+            return f"{chosen.name}: {names}", chosen.file(data)
 
 
 def _changed(chosen: Source, rng: random.Random) -> tuple[str, bytes]:

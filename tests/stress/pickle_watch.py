@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import pickle
 import resource
+import signal
 import sys
 import tempfile
 import traceback
@@ -18,6 +20,7 @@ from stress import pickle_mutations as mutations
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MEMORY = 1 << 30  # bytes above what real files need
+HANG_SEC = 10  # of processor time, so that other programs on the machine do not matter
 GOOD = (
     *("loaded", "refused, damaged", "refused, asks for a name", "refused, tensors do not fit"),
     "refused, no pickle",
@@ -77,11 +80,15 @@ class Canary:
 
 
 def open_one(path: Path, data: bytes, canary: Canary) -> tuple[str, str]:
-    """What becomes of one input: an outcome of GOOD or BAD, and what was said."""
+    """What becomes of one input: an outcome of GOOD or BAD, and what was said.
+
+    SIGPROF ends the process if it takes HANG_SEC.
+    """
     import finetune
     from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 
     path.write_bytes(data)
+    signal.setitimer(signal.ITIMER_PROF, HANG_SEC)
     try:
         with canary.watching():
             finetune.load(path)
@@ -102,6 +109,8 @@ def open_one(path: Path, data: bytes, canary: Canary) -> tuple[str, str]:
     except BaseException as error:
         out_of_memory = isinstance(error, RuntimeError) and "memory" in str(error)
         return "memory" if out_of_memory else "uncaught", traceback.format_exc()
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def sources_of(names: list[str] | None = None) -> dict[str, list[mutations.Source]]:
@@ -110,27 +119,48 @@ def sources_of(names: list[str] | None = None) -> dict[str, list[mutations.Sourc
     hostile = [mutations.source(name, data) for name, data in short.items()]
     return {
         **mutations.golden(GOLDEN, names),
-        "tiny": [mutations.source("tiny", tiny())],
+        "tiny": tiny(),
         "hostile": [each for each in hostile if each.outer],
     }
 
 
-def tiny() -> bytes:
-    """A StyleGAN2 of 8 pixels and 2 channels, as `finetune export` writes it."""
+def tiny() -> list[mutations.Source]:
+    """A StyleGAN2 of 8 pixels and 2 channels: as exported, with records, rectangular, and of torch.save."""
     import torch
 
+    torch.manual_seed(0)
+    square, G, D = exported({})
+    made = {"tiny": square, "tiny rectangle": exported({"base_shape": (4, 2)})[0]}
+    entries = b"".join(mutations.text(key) + value for key, value in mutations.RECORDS.items())
+    assert square.endswith(b"u.")
+    made["tiny with records"] = square[:-2] + entries + b"u."
+    stream = io.BytesIO()
+    networks = {"G_ema": G.state_dict(), "D": D.state_dict(), "device": torch.device("cpu")}
+    torch.save(networks, stream, _use_new_zipfile_serialization=False)
+    made["tiny of torch.save, legacy"] = stream.getvalue()
+    archive = io.BytesIO()
+    torch.save(networks, archive)
+    return [
+        *(mutations.source(name, data) for name, data in made.items()),
+        mutations.in_archive("tiny of torch.save", archive.getvalue()),
+    ]
+
+
+def exported(shape: dict[str, Any]) -> tuple[bytes, Any, Any]:
+    """The smallest networks, as `finetune export` writes them without the text of their classes."""
     from finetune.export.stylegan_pickle import save_stylegan_pickle
     from finetune.models import stylegan2
 
-    torch.manual_seed(0)
     size = {"img_resolution": 8, "img_channels": 1, "c_dim": 2}
     G = stylegan2.Generator(
-        z_dim=2, w_dim=2, **size, mapping_kwargs={"num_layers": 1}, synthesis_kwargs=dict(channel_max=2)
+        **{"z_dim": 2, "w_dim": 2, **size, **shape},
+        mapping_kwargs={"num_layers": 1},
+        synthesis_kwargs={"channel_max": 2},
     )
-    D = stylegan2.Discriminator(**size, channel_max=2, mapping_kwargs={"num_layers": 1})
+    D = stylegan2.Discriminator(**size, channel_max=2, mapping_kwargs={"num_layers": 1}, **shape)
     with tempfile.TemporaryDirectory() as folder:
         save_stylegan_pickle(Path(folder) / "tiny.pkl", G=None, D=D, G_ema=G)
-        return mutations.without_sources((Path(folder) / "tiny.pkl").read_bytes())
+        return mutations.without_sources((Path(folder) / "tiny.pkl").read_bytes()), G, D
 
 
 def prepare(sources: dict[str, list[mutations.Source]]) -> Canary:
@@ -147,7 +177,7 @@ def prepare(sources: dict[str, list[mutations.Source]]) -> Canary:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "real.pkl"
         for each in (*sources["whole"], *sources["cut"], *sources["tiny"]):
-            path.write_bytes(each.data)
+            path.write_bytes(each.file(each.data))
             finetune.load(path)
         with contextlib.suppress(finetune.errors.FinetuneError):  # type: ignore[attr-defined]
             path.write_bytes(b"<html>")
