@@ -15,7 +15,6 @@ from rich.console import Console
 from finetune import sampling
 from finetune.checkpoint.load import Checkpoint
 from finetune.device import float32_math, resolve_device
-from finetune.errors import CheckpointError
 from finetune.metrics.clouds import Distance
 from finetune.metrics.evaluate import OFFLINE, Evaluation, real_images
 from finetune.models import Network
@@ -105,7 +104,4 @@ def _generator(network: str | Path | Checkpoint, device: str) -> Network:
     checkpoint: Any = network
     if not isinstance(network, Checkpoint):
         checkpoint = load(network, device=resolve_device(device))
-    if checkpoint.best is None:
-        name = checkpoint.provenance.source
-        raise CheckpointError(f"{name}: has no generator, only D. Use a file with G or G_ema.")
-    return checkpoint.best
+    return checkpoint.generator

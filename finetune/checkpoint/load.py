@@ -67,6 +67,15 @@ class Checkpoint:
         return self.G_ema if self.G_ema is not None else self.G
 
     @property
+    def generator(self) -> Network:
+        """`best`; raises CheckpointError if the file has only a discriminator."""
+        if self.best is None:
+            raise CheckpointError(
+                f"{self.provenance.source}: has no generator, only D. Use a file with G or G_ema."
+            )
+        return self.best
+
+    @property
     def network(self) -> Network:
         """`best`, or D if the file has no generator."""
         return self.best if self.best is not None else self.D

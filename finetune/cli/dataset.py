@@ -127,9 +127,7 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
     from finetune.models import image_size
     from finetune.resolve import load
 
-    G: Any = load(network_file(network)).best
-    if G is None:
-        raise ConfigError(f"--network {network}: has no generator, only D. Use a file with G or G_ema.")
+    G = load(network_file(network)).generator
     return image_size(G), G.img_channels, G.c_dim
 
 

@@ -55,7 +55,7 @@ def command(network: str, outdir: Path, num: int, seed: int, class_index: int | 
     from finetune.sampling import label_from_class, save_grid, synthesize
 
     checkpoint = load(network_file(network), device=resolve_device(device))
-    G = generator_of(checkpoint, network)
+    G = generator_of(checkpoint)
     label = label_from_class(G, 0 if class_index is None and G.c_dim else class_index)
     start_without_build(checkpoint, num * len(AMOUNTS))
     with float32_math(), progress_bar("images", num * len(AMOUNTS)) as progress:

@@ -19,7 +19,7 @@ from finetune.cli.options import (
     ops_option,
     start_ranks,
 )
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import ConfigError
 from finetune.options import FITS, LABELS
 from finetune.progress import progress_bar
 
@@ -154,9 +154,7 @@ def measure(
     started = time.perf_counter()
     group, target = init(resolve_device(device))
     checkpoint = load(file, device=target)
-    G: Any = checkpoint.best
-    if G is None:
-        raise CheckpointError(f"{file}: has no generator, only D. Use a file with G or G_ema.")
+    G = checkpoint.generator
     image_set = real_images(G, data, fit=fit, labels_from=labels_from, cond=cond, mirror=mirror)
     bar = progress_bar if group.is_first else no_bar
     with float32_math(), bar("looking at the images", len(image_set)) as progress:

@@ -83,7 +83,7 @@ def command(
     from finetune.sampling import save_grid, synthesize, to_image
 
     checkpoint = load(network_file(network), device=resolve_device(device))
-    G = generator_of(checkpoint, network)
+    G = generator_of(checkpoint)
     table = latent_table(checkpoint, **latents)  # raises before the folder is created
     total = len(table) * len(table.columns)
     if grid is not None and total > grid[0] * grid[1]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from finetune.cli.options import NumberRange, Vector, seeds_option
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -118,13 +118,12 @@ def latent_options(function):
     return function
 
 
-def generator_of(checkpoint: Checkpoint, network: str) -> Network:
+def generator_of(checkpoint: Checkpoint) -> Network:
     """Return the generator to make images with, and print if it is not an average."""
-    if checkpoint.best is None:
-        raise CheckpointError(f"{network}: has no generator, only D. Use a file with G or G_ema.")
+    G = checkpoint.generator
     if checkpoint.G_ema is None:
         click.echo("The checkpoint has no G_ema; the images come from G.", err=True)
-    return checkpoint.best
+    return G
 
 
 def start_without_build(checkpoint: Checkpoint, num_images: int) -> None:

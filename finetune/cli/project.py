@@ -104,7 +104,7 @@ def command(
         if (out := outdir / f"{name}.png").exists() and any(out.samefile(image) for image in images):
             raise ConfigError(f"--outdir {outdir}: {out.name} would replace an image. Use another folder.")
     checkpoint = load(network_file(network), device=resolve_device(device))
-    G = generator_of(checkpoint, network)
+    G = generator_of(checkpoint)
     targets = [read_target(path, G) for path in images]
     ensure_weights(backbone, lambda text: click.echo(text, err=True), option="--backbone")
     total = len(images) * (steps * (2 if space == "w+" else 1) + tune)

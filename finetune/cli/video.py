@@ -85,7 +85,7 @@ def command(
     check_kind(out, fps)
     target = resolve_device(device)
     checkpoint = load(network_file(network), device=target)
-    generator_of(checkpoint, network)
+    generator_of(checkpoint)
     table = latent_table(checkpoint, **latents)
     print_options_without_effect(table, noise_mode)
     is_walk = to is None and len(table.columns) == 1
@@ -101,7 +101,7 @@ def command(
         if to is None:
             count, frames = walk_frames(table, steps, loop=loop, cells=columns * rows)
         else:
-            B = generator_of(load(network_file(to), device=target), to)
+            B = generator_of(load(network_file(to), device=target))
             count, frames = morph_frames(table, B, steps, loop=loop)
         start_without_build(checkpoint, count * columns * rows)
         noise_seeds = table.noise_seeds()[: 1 if is_walk else None]

@@ -98,8 +98,7 @@ def run_demo(
     config, metrics = available(config, say)
 
     source = load(checkpoint, device=resolve_device(device))
-    G = source.best
-    assert G is not None, f"{checkpoint} has no generator"
+    G = source.generator
     say(f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Images: {images.name}.")
     image_set = ImageSet(images, resolution=image_size(G), channels=G.img_channels)
     say(f"Measuring its distance to the {len(image_set)} images …")
@@ -112,9 +111,8 @@ def run_demo(
 
     say("\nMeasuring again, and exporting …")
     result = load(trained.snapshot, device=resolve_device(device))
-    assert result.best is not None
-    after = evaluation.distances(result.best, num_images, seed)
-    save_images(result.best, outdir / "after.png")
+    after = evaluation.distances(result.generator, num_images, seed)
+    save_images(result.generator, outdir / "after.png")
     exported = outdir / "fine-tuned.pkl"
     verification = save(result, exported)
 

@@ -37,9 +37,7 @@ def relation(A: Checkpoint, B: Checkpoint) -> Relation:
 
     Raises ConfigError if their generators are not of one architecture.
     """
-    if A.best is None or B.best is None:
-        raise ConfigError("A blend needs two generators, but one of the files has only D.")
-    if problem := difference(A.best, B.best):
+    if problem := difference(A.generator, B.generator):
         raise ConfigError(problem, hint="Only checkpoints of one architecture can be blended.")
     known = {step["sha256"] for step in _family(B.provenance.to_dict()) if step["sha256"]}
     shared = (step["source"] for step in _family(A.provenance.to_dict()) if step["sha256"] in known)

@@ -50,7 +50,7 @@ def write(
         raise ExportError(
             f"An ONNX file has one generator, not {', '.join(held)}.", hint="Use --which G_ema or --which G."
         )
-    model = join(*(to_onnx(checkpoint.best, part) for part in PARTS))
+    model = join(*(to_onnx(checkpoint.generator, part) for part in PARTS))
     add_metadata(model, metadata_of(checkpoint))
     content = model.SerializeToString()
     with atomic_write(path) as stream:

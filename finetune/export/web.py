@@ -86,16 +86,13 @@ def write_page(
 
 
 def _generator(checkpoint: Checkpoint) -> Network:
-    if checkpoint.best is None:
+    G = checkpoint.generator
+    if G.img_channels not in CHANNELS:
         raise ConfigError(
-            f"{checkpoint.provenance.source}: no generator. A page needs one: use another checkpoint."
-        )
-    if checkpoint.best.img_channels not in CHANNELS:
-        raise ConfigError(
-            f"{checkpoint.provenance.source}: {checkpoint.best.img_channels} image channels. "
+            f"{checkpoint.provenance.source}: {G.img_channels} image channels. "
             "A page can show gray, RGB and RGBA images (1, 3 or 4 channels)."
         )
-    return onnx.plain_copy(checkpoint.best)
+    return onnx.plain_copy(G)
 
 
 def _pairs(G: Network, original: Network | None) -> list[tuple[Network, float | None]]:

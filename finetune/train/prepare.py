@@ -225,21 +225,17 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
             hint=f"To start from the weights of its newest snapshot: --resume {shlex.quote(str(snapshot))}",
         )
     checkpoint = load(path)
-    if checkpoint.best is None:
-        raise ConfigError(
-            f"--resume {path}: the file has no generator, only D. Use a file with G or G_ema."
-        )
+    G, D = checkpoint.generator, checkpoint.D
     if new_d:
         return checkpoint
-    if checkpoint.D is None:
+    if D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
         raise ConfigError(
-            f"--resume {path}: training needs a discriminator; the file has {have or 'no generator'}, but "
+            f"--resume {path}: training needs a discriminator; the file has {have}, but "
             f"{_without_d(checkpoint)}.",
             hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema), or --new-d to "
             "start with a new discriminator, which is first trained alone.",
         )
-    G, D = checkpoint.best, checkpoint.D
     shapes = [
         {"size": "×".join(map(str, image_size(net)[::-1])), "channels": net.img_channels, "c_dim": net.c_dim}
         for net in (G, D)
