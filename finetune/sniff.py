@@ -22,11 +22,12 @@ TEXT_HINT = "A failed download leaves such a file behind, and git without git-lf
 ZIP = b"PK\x03\x04"
 TORCH_SAVE = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"  # its magic number, before torch 1.6
 SAFETENSORS = rb".{8}\{\s*\""  # the length of a JSON header, then that header
-FOR_IMAGES = "Images are given with --data; give a checkpoint (.pkl) here."
-UNPACK = "Unpack it and give the checkpoint (.pkl) inside."
+SUFFIXES = ".pkl, .pt or .safetensors"
+FOR_IMAGES = f"Images are given with --data; give a checkpoint ({SUFFIXES}) here."
+UNPACK = f"Unpack it and give the checkpoint ({SUFFIXES}) inside."
+SAME_NETWORK = f"Give a checkpoint of the same network ({SUFFIXES})."
 # first bytes -> (what it is, what to do)
 OTHER_FORMATS = (
-    (SAFETENSORS, "a safetensors file", "Give the pickle (.pkl) that it was made from."),
     (rb"\x1f\x8b|BZh[1-9]|\xfd7zXZ\x00|\x28\xb5\x2f\xfd", "compressed (gzip, bzip2, xz or zstd)", UNPACK),
     (rb".{257}ustar", "a tar archive", UNPACK),
     (rb"7z\xbc\xaf\x27\x1c|Rar!", "a 7z or rar archive", UNPACK),
@@ -36,9 +37,9 @@ OTHER_FORMATS = (
     (rb"RIFF.{4}WEBP", "a WebP image", FOR_IMAGES),
     (rb"II\*\x00|MM\x00\*", "a TIFF image", FOR_IMAGES),
     (rb"%PDF", "a PDF document", "Download or copy the checkpoint again."),
-    (rb"\x89HDF", "an HDF5 file", "Give the pickle (.pkl) of the same network."),
+    (rb"\x89HDF", "an HDF5 file", SAME_NETWORK),
     (rb"\x08[\x03-\x1f]\x12", "an ONNX model", "Give the checkpoint that it was exported from."),
-    (rb"\x93NUMPY", "a numpy array (.npy)", "Give the pickle (.pkl) of the network."),
+    (rb"\x93NUMPY", "a numpy array (.npy)", SAME_NETWORK),
 )
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -87,8 +88,8 @@ def _describe_zip(names: list[str] | None) -> tuple[str, str] | None:
         return "a TorchScript program", "Give the checkpoint that it was made from."
     if any(name.endswith("/data.pkl") for name in names):
         return None
-    if any(name.lower().endswith(".pkl") for name in names):
-        return "a zip archive with a pickle in it", UNPACK
+    if any(name.lower().endswith((".pkl", ".pt", ".pth", ".safetensors")) for name in names):
+        return "a zip archive with a checkpoint in it", UNPACK
     if any(name.lower().endswith(IMAGES) for name in names):
         return "a zip archive of images", FOR_IMAGES
     return "a zip archive", UNPACK

@@ -58,7 +58,7 @@ def read_tensor_file(path: Path) -> TensorFile:
             f"{path}: not a safetensors file of this tool (format {metadata.get('format')!r:.80}, "
             f"expected {FORMAT!r})",
             hint="Only files of `finetune export --format safetensors` describe their networks. "
-            "Pass the pickle (.pkl) that it was made from.",
+            "Pass the checkpoint that it was made from (.pkl or .pt).",
         )
     networks = _read_json(path, metadata, "networks")
     stray = sorted(name for name in found if name.split(".", 1)[0] not in networks)

@@ -39,7 +39,8 @@ OTHER_TENSORS = struct.pack("<Q", 60) + HEADER + bytes(4)
 # name -> (content, what it is, what to do)
 FILES = {
     "zip of images": (zipped("00000/img0.PNG"), "a zip archive of images", "--data"),
-    "zip of a checkpoint": (zipped("a/ffhq.pkl"), "a zip archive with a pickle in it", "Unpack"),
+    "zip of a checkpoint": (zipped("a/ffhq.pkl"), "a zip archive with a checkpoint in it", "Unpack"),
+    "zip of a .pt": (zipped("a/net.pt"), "a zip archive with a checkpoint in it", "Unpack"),
     "zip of texts": (zipped("a.txt"), "a zip archive", "Unpack"),
     "TorchScript": (zipped("net/constants.pkl"), "a TorchScript program", "checkpoint"),
     "zip cut off": (zipped("a.txt", bytes(500))[:300], "a zip archive that is damaged", "again"),
@@ -55,8 +56,9 @@ FILES = {
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(20), "compressed", "Unpack"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(20), "a 7z or rar archive", "Unpack"),
     "PDF": (b"%PDF-1.7\n\xff" + bytes(20), "a PDF document", "again"),
-    "numpy": (b"\x93NUMPY" + bytes(20), "a numpy array", "pickle"),
-    "safetensors": (OTHER_TENSORS, "not a safetensors file of this tool", "finetune export"),
+    "numpy": (b"\x93NUMPY" + bytes(20), "a numpy array", ".safetensors"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file", ".safetensors"),
+    "safetensors": (OTHER_TENSORS, "not a safetensors file of this tool", "made from (.pkl or .pt)"),
 }
 
 
