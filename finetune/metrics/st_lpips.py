@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.metrics.features import read_packaged, resize, to_rgb
+from finetune.models.augment import reflect_pad
 
 PACKAGE, EXTRA = "stlpips_pytorch", "st-lpips"
 FILES = {
@@ -47,7 +48,7 @@ class Blur(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernel = self.kernel.expand(x.shape[1], 1, 3, 3)
-        return F.conv2d(F.pad(x, [2, 2, 2, 2], mode="reflect"), kernel, stride=2, groups=x.shape[1])
+        return F.conv2d(reflect_pad(x, 2, 2, 2, 2), kernel, stride=2, groups=x.shape[1])
 
 
 class StLpips(nn.Module):

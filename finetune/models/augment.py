@@ -165,16 +165,27 @@ class _ColorMap:
         self.offset = matrix @ self.offset
 
 
-def _reflect_pad(x, left, right, top, bottom):
-    """Pad an image by reflection, in several steps if one reflection is not wide enough."""
+def reflect_pad(x, left, right, top, bottom):
+    """Pad an image by reflection, in several steps if one reflection is not wide enough.
+
+    By flips, whose gradient adds in a fixed order; that of `F.pad` on CUDA does not.
+    """
     while left or right or top or bottom:
         most_x, most_y = x.shape[3] - 1, x.shape[2] - 1
         if min(most_x, most_y) < 1:
             return F.pad(x, [left, right, top, bottom], mode="replicate")
         step = [min(left, most_x), min(right, most_x), min(top, most_y), min(bottom, most_y)]
-        x = F.pad(x, step, mode="reflect")
+        x = _reflect_axis(_reflect_axis(x, 3, step[0], step[1]), 2, step[2], step[3])
         left, right, top, bottom = left - step[0], right - step[1], top - step[2], bottom - step[3]
     return x
+
+
+def _reflect_axis(x, dim, before, after):
+    """Pad one axis by reflection, by less than its size."""
+    if not before and not after:
+        return x
+    first, last = x.narrow(dim, 1, before), x.narrow(dim, x.shape[dim] - 1 - after, after)
+    return torch.cat([first.flip(dim), x, last.flip(dim)], dim=dim)
 
 
 def _multiply_rows_and_columns(images, resize, x_argument, y_argument):
@@ -194,7 +205,7 @@ def _convolve_each(x, taps):
     N, C, H, W = x.shape
     reach = taps.shape[1] // 2
     taps = taps.to(x.dtype).repeat_interleave(C, dim=0)
-    x = _reflect_pad(x, reach, reach, reach, reach).reshape(1, N * C, H + 2 * reach, W + 2 * reach)
+    x = reflect_pad(x, reach, reach, reach, reach).reshape(1, N * C, H + 2 * reach, W + 2 * reach)
     x = conv2d_gradfix.conv2d(x, taps[:, None, None, :], groups=N * C)
     x = conv2d_gradfix.conv2d(x, taps[:, None, :, None], groups=N * C)
     return x.reshape(N, C, H, W)
@@ -361,9 +372,7 @@ class AugmentPipe(torch.nn.Module):
                 return upfirdn2d.upsample2d(rows, self.Hz_geom[None, :], up=[2, 1])
 
             return _multiply_rows_and_columns(images, double, [left, right], [top, bottom])
-        return upfirdn2d.upsample2d(
-            F.pad(images, [left, right, top, bottom], mode="reflect"), self.Hz_geom, up=2
-        )
+        return upfirdn2d.upsample2d(reflect_pad(images, left, right, top, bottom), self.Hz_geom, up=2)
 
     def _shrink(self, images, margin):
         """Halve the resolution; `margin` samples on every side are there for the filter only."""

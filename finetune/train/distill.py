@@ -106,8 +106,7 @@ class Distillation:
 
 
 def area_resize(img: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Average `[N, C, H, W]` down to `resolution` pixels on the longer side; smaller images stay the same."""
-    longer = max(img.shape[2:])
-    if longer <= resolution:
-        return img
-    return F.interpolate(img, size=[side * resolution // longer for side in img.shape[2:]], mode="area")
+    """Average `[N, C, H, W]` by the whole factor after which the longer side is at most `resolution`."""
+    factor = -(-max(img.shape[2:]) // resolution)
+    # Its gradient adds in a fixed order, which that of `F.interpolate` does not on CUDA.
+    return img if factor == 1 else F.avg_pool2d(img, factor, ceil_mode=True)

@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from torch_utils.ops.grid_sample_gradfix import grid_sample
+
 MAX_DEGREES = 5.0
 MAX_SHIFT = 0.01  # of the size
 PROBABILITY = 0.5  # of each change, for each image
@@ -21,11 +23,18 @@ def augment_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
     Source: the public code of the authors of 2605.08577 draws so by default.
     """
     theta = draw_transforms(len(a), a.device, aspect=a.shape[2] / a.shape[3])
-    grid = F.affine_grid(theta, list(a.shape), align_corners=False)
-    first, second = (
-        F.grid_sample(img, grid, padding_mode="reflection", align_corners=False) for img in (a, b)
-    )
-    return first, second
+    grid = reflect(F.affine_grid(theta, list(a.shape), align_corners=False), a.shape[2], a.shape[3])
+    return grid_sample(a, grid), grid_sample(b, grid)
+
+
+def reflect(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Move positions (x, y) from -1 to 1 into an image, by reflection at its edges.
+
+    At most to the centers of the outermost pixels, beyond which sampling would fade to zero.
+    """
+    x, y = (1 - (torch.remainder(grid + 1, 4) - 2).abs()).unbind(dim=3)
+    most_x, most_y = 1 - 1 / width, 1 - 1 / height
+    return torch.stack([x.clamp(-most_x, most_x), y.clamp(-most_y, most_y)], dim=3)
 
 
 def draw_transforms(count: int, device: torch.device, aspect: float = 1.0) -> torch.Tensor:

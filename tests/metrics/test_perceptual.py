@@ -7,6 +7,7 @@ import warnings
 import pytest
 import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from tolerances import assert_close
 
 from finetune.errors import ConfigError, FinetuneError, WeightsMissing
@@ -129,6 +130,12 @@ def test_distance_alpha_by_absolute_difference():
     distance = perceptual.FeatureDistance(lambda img: [img * 0])
     a, b = images(channels=4), images(channels=4)
     assert_close(distance(a, b), (a[:, 3] - b[:, 3]).abs().mean([1, 2]), 1e-6)
+
+
+def test_small_images_are_enlarged_as_torch_does():
+    img = images(resolution=16)[:, :, :, :12]
+    expected = F.interpolate(img[:, :3], size=[42, 32], mode="bilinear")
+    assert_close(perceptual._as_rgb(img), expected, 1e-6)
 
 
 def test_distance_repeats_gray(distances):

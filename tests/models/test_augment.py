@@ -14,7 +14,7 @@ import torch
 from tolerances import GRADIENT_F32, NETWORK_F32, OPS_F64, SAME_F32, SAME_F64, assert_close
 
 from finetune.models import augment
-from finetune.models.augment import AugmentPipe
+from finetune.models.augment import AugmentPipe, reflect_pad
 from torch_utils.ops import upfirdn2d
 
 CASES = [
@@ -208,6 +208,15 @@ def test_augment_both_ways_to_resample_agree():
     assert_close(module._enlarge(images, 3, 8, 5, 2), large, SAME_F64)
     small = upfirdn2d.downsample2d(large, module.Hz_geom, down=2, padding=-5, flip_filter=True)
     assert_close(module._shrink(large, 5), small, SAME_F64)
+
+
+@pytest.mark.parametrize("pad", [(3, 8, 5, 2), (0, 4, 0, 0), (11, 11, 8, 8)])
+def test_reflect_pad_equals_torch(pad):
+    images = torch.randn(2, 3, 9, 12, dtype=torch.float64, requires_grad=True)
+    ours, theirs = reflect_pad(images, *pad), torch.nn.functional.pad(images, pad, mode="reflect")
+    assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad(each.square().sum(), images)[0] for each in (ours, theirs)]
+    assert_close(*gradients, SAME_F64)
 
 
 @pytest.mark.gpu

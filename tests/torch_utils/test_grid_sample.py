@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import OPS_F64, assert_close
 
+from torch_utils.ops import grid_sample_gradfix
 from torch_utils.ops.grid_sample_gradfix import grid_sample
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -23,9 +24,16 @@ def inputs(size=(2, 3, 5, 6), out=(4, 7), device="cpu"):
     return x, grid
 
 
+@pytest.fixture(params=["torch's order", "fixed order"])
+def order(request, monkeypatch):
+    """Both ways to compute the gradient of the image."""
+    if request.param == "fixed order":
+        monkeypatch.setattr(grid_sample_gradfix, "_in_fixed_order", lambda device: True)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grid_gradient", [False, True])
-def test_grid_sample_equals_torch(device, grid_gradient):
+def test_grid_sample_equals_torch(device, grid_gradient, order):
     x, grid = inputs(device=device)
     grid.requires_grad_(grid_gradient)
     wanted = [x, grid] if grid_gradient else [x]
@@ -38,7 +46,7 @@ def test_grid_sample_equals_torch(device, grid_gradient):
         assert_close(ours, theirs, OPS_F64)
 
 
-def test_grid_sample_image_gradients_of_every_order():
+def test_grid_sample_image_gradients_of_every_order(order):
     x, grid = inputs((1, 2, 3, 4), (3, 2))
     assert torch.autograd.gradcheck(lambda x: grid_sample(x, grid), x)
     assert torch.autograd.gradgradcheck(lambda x: grid_sample(x, grid), x)

@@ -10,7 +10,8 @@ from tolerances import assert_close
 from finetune.metrics.perceptual import mean_squared
 from finetune.train.distill import Distillation, area_resize
 from finetune.train.latents import Latents, NoiseReplay, draw_latents, map_latents
-from finetune.train.paired_augment import augment_pair, draw_transforms
+from finetune.train.paired_augment import augment_pair, draw_transforms, reflect
+from torch_utils.ops.grid_sample_gradfix import grid_sample
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -155,10 +156,19 @@ def test_distillation_interval_scales_gradient():
     assert sum(weights) / 12 == pytest.approx(0.2)
 
 
-def test_area_resize_never_enlarges():
-    img = torch.randn(2, 3, 8, 8)
-    assert_close(area_resize(img, 4), F.avg_pool2d(img, 2), 1e-6)
-    assert area_resize(img, 16) is img
+def test_area_resize_averages_by_whole_factors():
+    img = torch.randn(2, 3, 8, 4)
+    assert_close(area_resize(img, 4), F.interpolate(img, size=[4, 2], mode="area"), 1e-6)
+    assert area_resize(img, 16) is area_resize(img, 8) is img
+    odd = area_resize(img[:, :, :7], 3)  # the last row is left alone
+    assert odd.shape == (2, 3, 3, 2)
+    assert_close(odd[:, :, 2, 0], img[:, :, 6, :3].mean(dim=2), 1e-6)
+
+
+def test_paired_augmentation_reflects_as_torch():
+    img, grid = torch.randn(2, 3, 9, 14), torch.rand(2, 6, 5, 2) * 6 - 3
+    expected = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
+    assert_close(grid_sample(img, reflect(grid, 9, 14)), expected, 1e-5)
 
 
 def test_map_latents_mixes_from_cut():

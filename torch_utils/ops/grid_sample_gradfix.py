@@ -2,7 +2,8 @@
 
 torch's own backward pass is not differentiable. Sampling is linear in the image, so for a fixed grid the op
 and its adjoint differentiate into each other, any number of times. Where the grid itself needs gradients the
-op is written out as gathers, which torch differentiates.
+op is written out as gathers, which torch differentiates. So is the adjoint on CUDA under
+`torch.use_deterministic_algorithms`, since torch's kernel adds in the order in which threads finish.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     dtype = input.dtype
     needs_grid = torch.is_grad_enabled() and grid.requires_grad
     # Positions need more digits than half precision has. torch's kernels for CUDA compute them in float32.
-    if dtype in (torch.float16, torch.bfloat16) and (needs_grid or input.device.type == "cpu"):
+    by_torch = input.device.type == "cuda" and not needs_grid and not _in_fixed_order(input.device)
+    if dtype in (torch.float16, torch.bfloat16) and not by_torch:
         input, grid = input.float(), grid.float()
     return (_gathered(input, grid) if needs_grid else _Sample.call(input, grid)).to(dtype)
 
@@ -59,9 +61,10 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, grid, size):
         ctx.save_for_backward(grid)
+        sample = _gathered if _in_fixed_order(dy.device) else _sample
         with torch.enable_grad():
             image = dy.new_zeros(size).requires_grad_()
-            (dx,) = torch.autograd.grad(_sample(image, grid), image, dy)
+            (dx,) = torch.autograd.grad(sample(image, grid), image, dy)
         return dx
 
     @staticmethod
@@ -74,20 +77,29 @@ def _sample(image, grid):
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+def _in_fixed_order(device):
+    """Return whether gradients have to be added in a fixed order, which torch's kernel for CUDA does not."""
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
 def _gathered(image, grid):
-    """Compute the same values by four gathers, differentiable in image and grid."""
+    """Compute the same values by four gathers, differentiable in image and grid.
+
+    torch sorts the indices to compute the gradient of such a gather on CUDA, and adds in their order.
+    """
     batch, channels, height, width = image.shape
     x = ((grid[..., 0] + 1) * width - 1) / 2
     y = ((grid[..., 1] + 1) * height - 1) / 2
     x0, y0 = x.detach().floor(), y.detach().floor()
-    flat = image.reshape(batch, channels, height * width)
+    pixels = image.permute(0, 2, 3, 1).reshape(-1, channels)
+    first = torch.arange(batch, device=image.device).reshape(-1, 1, 1) * (height * width)
     total = None
     for row, weight_y in ((y0, y0 + 1 - y), (y0 + 1, y - y0)):
         for column, weight_x in ((x0, x0 + 1 - x), (x0 + 1, x - x0)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            index = index.reshape(batch, 1, -1).expand(-1, channels, -1)
-            weight = weight_y * weight_x * inside
-            term = flat.gather(2, index).reshape(batch, channels, *grid.shape[1:3]) * weight[:, None]
+            # Positions outside, of weight 0, are spread over the image: terms of one pixel are added in turn.
+            index = first + row.remainder(height).long() * width + column.remainder(width).long()
+            weight = (weight_y * weight_x * inside).to(image.dtype)
+            term = pixels[index] * weight.unsqueeze(3)
             total = term if total is None else total + term
-    return total
+    return total.permute(0, 3, 1, 2)
