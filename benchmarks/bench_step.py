@@ -75,6 +75,7 @@ def build(family: str, options: argparse.Namespace) -> Prepared:
         "sd_backbone": "l2" if random_vgg else options.sd_backbone,
         "sd_interval": 4 if random_vgg else None,
         "precision": options.precision,
+        "deterministic": options.deterministic,
         "device": options.device,
         "seed": options.seed,
         "workers": 0,
@@ -184,7 +185,9 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
 
     cycles = Cycles(options, device)
     nimg = CYCLE * options.batch
-    math = training_math(options.precision, benchmark=options.cudnn_benchmark)
+    math = training_math(
+        options.precision, deterministic=options.deterministic, benchmark=options.cudnn_benchmark
+    )
     with math, running(arm, prepared) as run:
         plan = dataclasses.replace(run.plan, total_nimg=cycles.total * nimg)
         plan = dataclasses.replace(plan, tick_nimg=nimg, snap_nimg=nimg * (cycles.total + 1))
@@ -311,6 +314,7 @@ def parser_of_steps() -> argparse.ArgumentParser:
     parser.add_argument("--sd-backbone", default="efficientnet-lite0", help=f"also {RANDOM_VGG}")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--graphs", default="auto", choices=GRAPHS, help="CUDA graphs of the phases")
+    parser.add_argument("--deterministic", action="store_true", help="as `finetune train --deterministic`")
     tries = argparse.BooleanOptionalAction
     parser.add_argument("--cudnn-benchmark", action=tries, default=True, help="let cuDNN try its algorithms")
     parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")

@@ -65,6 +65,7 @@ class TrainConfig:
     device: str
     precision: str
     graphs: str
+    deterministic: bool
     workers: int
     seed: int
 
@@ -88,7 +89,10 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Read what `to_json` wrote. Raises ConfigError that lists unknown, missing and ill-typed entries."""
+        """Read what `to_json` wrote. Raises ConfigError that lists unknown, missing and ill-typed entries.
+
+        Options with a constant default may be missing: they are newer than the run.
+        """
         try:
             entries = json.loads(text)
         except json.JSONDecodeError as error:
@@ -96,6 +100,8 @@ class TrainConfig:
         if not isinstance(entries, dict):
             raise ConfigError(f"the configuration must be a JSON object, not {type(entries).__name__}.")
         hints = typing.get_type_hints(cls)
+        constant = {name: each.default for name, each in OPTIONS.items() if each.default is not None}
+        entries = constant | entries
         problems = [f"{key}: no such option." for key in entries if key not in hints]
         problems += [f"{key}: missing." for key in hints if key not in entries]
         for key, value in entries.items():

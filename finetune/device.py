@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from finetune.errors import ConfigError
 from torch_utils.ops import conv2d_gradfix
+
+# cuBLAS computes the same product in the same order each time with these, which it reads when it starts.
+WORKSPACE_VARIABLE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -28,9 +33,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise ConfigError(
-                f"--device {name}: torch sees {count} CUDA devices. Use --device auto."
-            )
+            raise ConfigError(f"--device {name}: torch sees {count} CUDA devices. Use --device auto.")
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("--device mps: torch sees no Apple GPU. Use --device auto.")
@@ -67,10 +70,39 @@ def float32_math(*, tf32: bool = False, split: bool = False, benchmark: bool | N
         matmul.allow_fp16_reduced_precision_reduction = sums_in_half
 
 
-def training_math(precision: str, *, benchmark: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Compute float32 as set by `--precision`, with cuDNN tuned for the fixed shapes of a run."""
+@contextlib.contextmanager
+def training_math(precision: str, *, deterministic: bool = False, benchmark: bool = True) -> Iterator[None]:
+    """Compute float32 as set by `--precision`, with cuDNN tuned for the fixed shapes of a run.
+
+    `deterministic` uses algorithms that give the same bits each time; cuDNN then chooses by rules, not by
+    measured times. Call `fix_workspace` before.
+    """
     split = precision in ("auto", "fp16")
-    return float32_math(tf32=precision == "tf32", split=split, benchmark=benchmark)
+    benchmark = benchmark and not deterministic
+    with float32_math(tf32=precision == "tf32", split=split, benchmark=benchmark):
+        with deterministic_algorithms() if deterministic else contextlib.nullcontext():
+            yield
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let torch use deterministic algorithms only, and raise RuntimeError for an operation that has none."""
+    before = torch.get_deterministic_debug_mode()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # cuDNN follows
+    settings.fill_uninitialized_memory = False  # costs time, and nothing reads that memory
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        settings.fill_uninitialized_memory = fills
+
+
+def fix_workspace() -> None:
+    """Set the variable that deterministic matrix products need; without effect after the first product."""
+    if os.environ.get(WORKSPACE_VARIABLE) not in WORKSPACES:
+        os.environ[WORKSPACE_VARIABLE] = WORKSPACES[0]
 
 
 @contextlib.contextmanager

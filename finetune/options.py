@@ -234,6 +234,9 @@ class TrainOptions:
         "layers even if the checkpoint has none.", default="auto", choices=PRECISIONS)
     graphs: str | None = _option(MACHINE, "CUDA graphs for the parts of a step, on a GPU.", default="auto",
         choices=GRAPHS)
+    deterministic: bool | None = _option(
+        MACHINE, "Repeat and resume a run on one GPU bit for bit, more slowly. On a CPU, runs always do.",
+        default=False)
     workers: int | None = _option(
         MACHINE, "Processes that decode images; 0: the main process.", shown="0 on a CPU, up to 4 on a GPU",
         at_least=0)

@@ -40,8 +40,8 @@ MAX_ROLLBACKS = 3  # in one run
 # On resume, options may change that change neither a network nor a batch; the others make another run.
 CHANGEABLE = (
     "data", "kimg", "gamma", "glr", "dlr", "lr_warmup_kimg", "ema_kimg", "target", "sd_weight", "sd_interval",
-    "sd_augment", "batch_gpu", "device", "graphs", "workers", "tick", "snap", "keep", "save_every_min",
-    "on_divergence", "metrics", "metrics_num",
+    "sd_augment", "batch_gpu", "device", "graphs", "deterministic", "workers", "tick", "snap",
+    "keep", "save_every_min", "on_divergence", "metrics", "metrics_num",
 )  # fmt: skip
 FIXED = (
     "mirror", "fit", "cond", "labels", "scratch", "resolution", "channels", "classes", "new_d",
@@ -127,9 +127,7 @@ class Checkpointer:
         try:
             self.batches.load_state_dict(content["sampler"])
         except ValueError as error:
-            raise ConfigError(
-                f"--data {self.config.data}: not the images of the run ({error})."
-            ) from None
+            raise ConfigError(f"--data {self.config.data}: not the images of the run ({error}).") from None
         self.unreadable_elsewhere = 0
         if not self.plan.group.is_first:
             self.batches.unreadable = 0  # rank 0 has what all ranks had counted

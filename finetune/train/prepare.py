@@ -19,7 +19,7 @@ from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig
 from finetune.data import ImageSet, scan
-from finetune.device import resolve_device, training_math
+from finetune.device import fix_workspace, resolve_device, training_math
 from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.metrics import features
@@ -89,6 +89,8 @@ def prepare(options: TrainOptions, console: Console | None = None, *, dry_run: b
 def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) -> Prepared:
     origin = find_origin(asked, tell)
     shape, checkpoint = origin.shape, origin.checkpoint
+    if shape.deterministic:
+        fix_workspace()
     group, device = init(resolve_device(shape.device or "auto"))
     if shape.batch and shape.batch % group.world_size:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
@@ -127,7 +129,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
     plan = build_plan(config, facts, distance, labels, device, group)
     if origin.options.batch_gpu is None and memory.can_run_out(device) and not dry_run:
         tell("Trying micro-batches …")
-        with training_math(config.precision):
+        with training_math(config.precision, deterministic=config.deterministic):
             sizes = recipes.micro_batch_sizes(config.batch // group.world_size, facts.group_size)
             size = memory.largest_micro_batch(sizes, state, plan)
         config, plan = replace(config, batch_gpu=size), replace(plan, batch_gpu=size)
@@ -176,6 +178,8 @@ def check_options(asked: TrainOptions, run: TrainOptions) -> None:
         raise ConfigError(
             f"--precision {run.precision}: needs CUDA (the device is {device}). Use --precision auto."
         )
+    if run.deterministic and device.type == "mps":
+        raise ConfigError("--deterministic: needs CUDA or a CPU (the device is mps). Use --device cpu.")
     validation.names_of(run)
 
 

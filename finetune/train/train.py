@@ -92,7 +92,7 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     group = prepared.plan.group
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
-    math = training_math(prepared.config.precision)
+    math = training_math(prepared.config.precision, deterministic=prepared.config.deterministic)
     show = Display(console, prepared.plan.total_nimg, prepared.plan.snap_nimg)
     with math, show as display, run_folder(prepared) as path:
         run = open_run(prepared, display, path)

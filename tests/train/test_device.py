@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import after_each_step, options, quiet
 
-from finetune.device import float32_math
+from finetune.device import float32_math, training_math
 from finetune.train import run
 
 
@@ -47,3 +47,14 @@ def test_train_computes_in_float32(images, tmp_path, monkeypatch):
     run(options(images, tmp_path), console=quiet())
     assert seen and all(each[:2] == (False, False) for each in seen)
     assert switches() == before
+
+
+def test_deterministic_math_is_restored():
+    before = torch.are_deterministic_algorithms_enabled(), switches()
+    with pytest.raises(KeyError), training_math("auto", deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled() and not switches()[2]
+        raise KeyError
+    assert (torch.are_deterministic_algorithms_enabled(), switches()) == before
+    with training_math("auto"):
+        assert not torch.are_deterministic_algorithms_enabled() and switches()[2]

@@ -55,6 +55,13 @@ def test_config_from_json_lists_bad_entries():
         TrainConfig.from_json("{")
 
 
+def test_config_of_a_run_older_than_an_option():
+    config, _ = recipes.resolve(TrainOptions(data="x", resume="a.pkl"), FACTS)
+    entries = json.loads(config.to_json())
+    del entries["deterministic"]
+    assert TrainConfig.from_json(json.dumps(entries)) == config
+
+
 def test_config_lists_all_problems():
     found = problems(kimg=-1, p=2.0, target=float("nan"), sd_backbone="vgg", batch=10, batch_gpu=4)
     text = "\n".join(found)
