@@ -22,6 +22,7 @@ BACKBONES = (
 )  # fmt: skip
 PRECISIONS = ("auto", "fp32", "tf32", "fp16")
 GRAPHS = ("auto", "off")
+AUTO = "auto"  # of --batch-gpu, as a word; 0 as a number
 FITS = ("crop", "pad", "stretch")
 LABELS = ("file", "folders")
 RECIPES = ("auto", "improve", "adapt", "few-shot", "custom")
@@ -85,6 +86,14 @@ class DistillWeight:
     def to_json(self) -> float | str:
         """Return a number, or `auto:RATIO`."""
         return str(self) if self.is_ratio else self.value
+
+
+def parse_micro_batch(given: int | str) -> int:
+    """Read a number or `auto`, which is 0. Raises ConfigError for anything else."""
+    try:
+        return 0 if given == AUTO else int(str(given))
+    except ValueError:
+        raise ConfigError(f"--batch-gpu {given}: must be a whole number above 0, or auto.") from None
 
 
 @dataclass(frozen=True)
@@ -178,8 +187,8 @@ class TrainOptions:
         RECIPE, "Training length in thousands of images.", shown="200 to 5000 by data set size", above=0)
     batch: int | None = _option(RECIPE, "Total batch size.", shown="by resolution", above=0)
     batch_gpu: int | None = _option(
-        RECIPE, "Per-device micro-batch size (gradient accumulation).", shown="the largest that fits",
-        above=0)
+        RECIPE, "Per-device micro-batch size (gradient accumulation); auto: the largest that fits, found by "
+        "a trial on a GPU.", shown="auto", metavar="INTEGER|auto", at_least=0)
     gamma: float | None = _option(
         RECIPE, "R1 regularization weight.", shown="by recipe, resolution and batch size", at_least=0)
     glr: float | None = _option(RECIPE, "Learning rate of the generator.", shown="by recipe", above=0)
@@ -266,6 +275,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.sd_weight is not None:
             object.__setattr__(self, "sd_weight", DistillWeight.parse(self.sd_weight))
+        if self.batch_gpu is not None:
+            object.__setattr__(self, "batch_gpu", parse_micro_batch(self.batch_gpu))
 
     def given(self) -> dict[str, Any]:
         """Return the options that were asked for."""

@@ -367,14 +367,12 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
     reasons = [Reason("recipe", job, why)] if why else []
     given = asked.given() | {"recipe": job, "resolution": facts.resolution, "channels": facts.channels}
     name_published = facts.published.name if facts.published else ""
-    run = SimpleNamespace(
-        **vars(facts), num_pixels=facts.num_pixels, job=job, name_published=name_published
-    )
+    run = SimpleNamespace(**vars(facts), num_pixels=facts.num_pixels, job=job, name_published=name_published)
     for name, value in (vars(asked.with_defaults()) | given).items():
         setattr(run, name, value)
     for name in dict.fromkeys(rule.option for rule in RULES):
         value, why = getattr(asked, name), USER
-        if value is None:
+        if value is None or (name == "batch_gpu" and not value):
             value, why = derive(name, run)
         setattr(run, name, value)
         if name == "graphs" and why == USER and not _on_gpu(run):

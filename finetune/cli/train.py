@@ -45,7 +45,9 @@ def train_options(command: Callable) -> Callable:
     hints = typing.get_type_hints(TrainOptions)
     for name, option in reversed(OPTIONS.items()):
         kind = typing.get_args(hints[name])[0]
-        spelling, settings = flag(name), {"type": kind if kind in (int, float) else str}
+        # `batch_gpu` is a number or a word, which TrainOptions reads.
+        number = kind in (int, float) and name != "batch_gpu"
+        spelling, settings = flag(name), {"type": kind if number else str}
         default = option.shown or option.default
         if kind is bool:
             settings = {"is_flag": True}

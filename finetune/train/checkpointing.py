@@ -21,7 +21,7 @@ import torch
 from finetune.config import TrainConfig
 from finetune.data import InfiniteLoader
 from finetune.errors import CheckpointError, ConfigError, ExportError, FinetuneError, TrainingError
-from finetune.options import TrainOptions, flag
+from finetune.options import AUTO, TrainOptions, flag
 from finetune.train import run_lock
 from finetune.train.allocator import freed_at_once
 from finetune.train.divergence import Alarm, Diverged
@@ -261,7 +261,8 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
     kimg = changes.get("kimg", before.kimg)
     if saved.nimg >= round(kimg * 1000):
         raise RunFinished(saved, before, kimg)
-    changed = [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in changes.items()]
+    shown = changes | ({"batch_gpu": AUTO} if changes.get("batch_gpu") == 0 else {})
+    changed = [f"{flag(name)}: {getattr(before, name)} -> {value}" for name, value in shown.items()]
     lines = [f"Changed: {'; '.join(changed)}" if changed else "All options as before."]
     ignored = {name: value for name, value in new.items() if name in ("outdir", "recipe")}
     lines += [f"{flag(name)} {value} has no effect on a resumed run." for name, value in ignored.items()]

@@ -127,7 +127,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
         return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     plan = build_plan(config, facts, distance, labels, device, group)
-    if origin.options.batch_gpu is None and memory.can_run_out(device) and not dry_run:
+    if not origin.options.batch_gpu and memory.can_run_out(device) and not dry_run:
         tell("Trying micro-batches …")
         with training_math(config.precision, deterministic=config.deterministic):
             sizes = recipes.micro_batch_sizes(config.batch // group.world_size, facts.group_size)

@@ -1,5 +1,6 @@
 """A run that is stopped goes on as if nothing had happened: bit for bit; and what it says where it cannot."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -101,11 +102,12 @@ def test_resume_with_own_teacher_and_changed_rates(images, tmp_path, monkeypatch
     content = state_of(run_dir)
     assert "teacher" in content["networks"]
     console = Console(file=io.StringIO(), width=200)
-    prepared = prepare(TrainOptions(resume=str(run_dir), glr=0.001, kimg=0.04, outdir="a b", recipe="custom"))
+    asked = TrainOptions(resume=str(run_dir), glr=0.001, kimg=0.04, batch_gpu="auto", outdir="a b")
+    prepared = prepare(dataclasses.replace(asked, recipe="custom"))
     show(prepared, console)
     said = console.file.getvalue()
     assert "Resuming after 0.008 kimg" in said
-    assert "Changed: --kimg: 0.032 -> 0.04; --glr: 0.002 -> 0.001" in said
+    assert "Changed: --kimg: 0.032 -> 0.04; --batch-gpu: 4 -> auto; --glr: 0.002 -> 0.001" in said
     assert "--outdir a b has no effect on a resumed run" in said and "--recipe custom has no effect" in said
     assert prepared.state.teacher is not prepared.state.G_ema
     assert prepared.state.opt_G.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)

@@ -66,8 +66,8 @@ def test_trial_trains_like_the_same_micro_batch_given(images, tmp_path, limit, m
     limit(2)
     given = prepare(options(images, tmp_path, batch_gpu=2))
     monkeypatch.setattr(memory, "can_run_out", lambda device: True)
-    found = prepare(options(images, tmp_path))
-    assert found.config == given.config
+    found = prepare(options(images, tmp_path, batch_gpu="auto"))
+    assert found.config == given.config == prepare(options(images, tmp_path)).config
     assert any(each.name == "batch_gpu" and each.why.endswith("by trial") for each in found.reasons)
     one, two = (train_steps(each, 2).networks() for each in (given, found))
     for name, network in one.items():

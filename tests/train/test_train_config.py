@@ -55,6 +55,18 @@ def test_config_from_json_lists_bad_entries():
         TrainConfig.from_json("{")
 
 
+def test_config_micro_batch_is_a_number_or_auto():
+    assert [TrainOptions(batch_gpu=given).batch_gpu for given in (8, "8", "auto", None)] == [8, 8, 0, None]
+    for wrong in ("largest", "", 2.5):
+        with pytest.raises(ConfigError, match=f"--batch-gpu {wrong}: must be a whole number above 0"):
+            TrainOptions(batch_gpu=wrong)
+    by_default, given = (
+        recipes.resolve(TrainOptions(data="x", resume="a.pkl", **asked), FACTS)
+        for asked in ({}, {"batch_gpu": "auto"})
+    )
+    assert given == by_default
+
+
 def test_config_of_a_run_older_than_an_option():
     config, _ = recipes.resolve(TrainOptions(data="x", resume="a.pkl"), FACTS)
     entries = json.loads(config.to_json())
