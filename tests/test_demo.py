@@ -46,33 +46,41 @@ def finished(tmp_path_factory, images, golden_dir):
     return outdir, result, console.file.getvalue()
 
 
-def test_demo_writes_grids_run_and_export(finished):
+def test_demo_writes_comparison_runs_and_export(finished):
     outdir, result, _ = finished
-    sheets = [np.asarray(Image.open(outdir / name)) for name in ("before.png", "after.png")]
-    assert [sheet.shape for sheet in sheets] == [(4 * 32, 8 * 32, 3)] * 2
-    assert not np.array_equal(*sheets)
-    assert result.snapshot.is_relative_to(outdir / "runs")
+    assert result.comparison == outdir / "comparison.png"
+    page = np.asarray(Image.open(result.comparison))
+    width, height = 4 * 32, 8 * 32
+    assert page.shape[1:] == (3 * width + 2 * 16, 3)
+    start, plain, distilled = (page[-height:, x : x + width] for x in (0, width + 16, 2 * (width + 16)))
+    assert not np.array_equal(start, plain)
+    assert not np.array_equal(plain, distilled)
+    assert page[:-height].min() < 100 < page[:-height].mean()  # dark text on white
+    runs = sorted((outdir / "runs").iterdir())
+    assert [TrainConfig.read(run / "config.json").sd_weight.value for run in runs] == [0, 1]
+    assert result.snapshot.parent == runs[1]
     exported = load(result.exported)
     assert exported.missing == []
     assert exported.provenance.nimg == 32
 
 
-def test_demo_measures_before_and_after(finished):
+def test_demo_measures_all_networks(finished):
     _, result, _ = finished
-    assert set(result.before) == set(result.after) == {"random-fid", "fd-effnet"}
-    assert all(result.before[name] != result.after[name] for name in result.before)
-    assert result.before["random-fid"].spread > 0
+    assert list(result.distances) == ["start", "plain", "self-distillation"]
+    for name in ("random-fid", "fd-effnet"):
+        assert len({found[name].value for found in result.distances.values()}) == 3
+    assert result.distances["start"]["random-fid"].spread > 0
 
 
 def test_demo_report(finished):
     _, result, text = finished
     options = "weight auto:1, backbone efficientnet-lite0"
-    assert f"Fine-tuned for 0.032 kimg with self-distillation: {options}" in text
+    assert f"Fine-tuned for 0.032 kimg without and with self-distillation ({options}" in text
     assert ("every distance decreased." in text) == result.improved
-    for name in ("before.png", "after.png", "fine-tuned.pkl", "ATTRIBUTION.md"):
+    for name in ("comparison.png", "fine-tuned.pkl", "ATTRIBUTION.md"):
         assert name in text
-    for distance in (*result.before.values(), *result.after.values()):
-        assert demo.shown(distance) in text
+    for found in result.distances.values():
+        assert all(demo.shown(distance) in text for distance in found.values())
     assert f"{result.seconds:.0f} seconds in all" in text
 
 
@@ -87,15 +95,16 @@ def test_demo_report(finished):
 def test_demo_fails_unless_every_distance_drops(
     monkeypatch, tmp_path, finished, effnet_after, improved, says
 ):
-    outdir, result, _ = finished
-    before = {"random-fid": Distance(2.0, 0.1), "fd-effnet": Distance(2.0)}
-    after = {"random-fid": Distance(1.0, 0.1), "fd-effnet": Distance(effnet_after)}
-    changed = dataclasses.replace(result, before=before, after=after)
+    _, result, _ = finished
+    start = {"random-fid": Distance(2.0, 0.1), "fd-effnet": Distance(2.0)}
+    end = {"random-fid": Distance(1.0, 0.1), "fd-effnet": Distance(effnet_after)}
+    distances = {demo.START: start, demo.PLAIN: start, demo.DISTILLED: end}
+    changed = dataclasses.replace(result, distances=distances)
     assert changed.improved is improved
 
     lines = []
     config = TrainConfig.read(result.snapshot.parent / "config.json")
-    demo.report(changed, config, outdir, 8, lines.append)
+    demo.report(changed, config, 8, lines.append)
     assert says in "\n".join(lines)
 
     monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: changed)
@@ -134,7 +143,8 @@ def test_demo_command_options(monkeypatch, tmp_path, finished):
 
     def run_demo(outdir, **options):
         seen.update(options, outdir=outdir)
-        return dataclasses.replace(finished[1], after=finished[1].before, before=finished[1].before)
+        start = finished[1].distances[demo.START]
+        return dataclasses.replace(finished[1], distances=dict.fromkeys(finished[1].distances, start))
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     args = ["demo", "--outdir", str(tmp_path), "--kimg", "0.5", "--seed", "3", "--device", "cuda:1"]
