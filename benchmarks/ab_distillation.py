@@ -65,7 +65,7 @@ from finetune.train import RunResult, posthoc_ema, prepare, run
 
 DEMO = ROOT / "finetune" / "demo"
 CHECKPOINTS, RESULTS = ROOT / "benchmarks" / "checkpoints", ROOT / "benchmarks" / "results"
-CURVE = "random-fid"  # measured during a run
+CURVE, CURVE_NUM = "random-fid", 500  # measured during a run, and so many generated images
 OFFLINE = "fd-effnet,random-fid,kid-effnet,prc-effnet"
 # What the bundled checkpoint was trained with, and what its demo uses for other images.
 OF_THE_DEMO: dict[str, dict[str, Any]] = {
@@ -125,7 +125,7 @@ def config_of(task: Task, seed: int, arm: Arm) -> TrainOptions:
         "tick": job.kimg / task.measurements / 4,
         "snap": 4,  # the curve is measured at snapshots
         "metrics": CURVE,
-        "metrics_num": min(1000, job.num),
+        "metrics_num": min(CURVE_NUM, job.num),
         "save_every_min": 5,
         "device": task.device,
         "seed": seed,
@@ -227,7 +227,7 @@ def half_lives_of(task: Task, result: RunResult) -> dict[str, float]:
     saved, found = posthoc_ema.saved_averages(result.snapshot), {}
     for kimg in posthoc_ema.grid(result.config, saved):
         network, _ = posthoc_ema.reconstruct(result.config, saved, kimg, G_ema)
-        found[f"{kimg:g}"] = measure(task, network, CURVE, min(1000, task.job.num))[CURVE]
+        found[f"{kimg:g}"] = measure(task, network, CURVE, min(CURVE_NUM, task.job.num))[CURVE]
     return found
 
 
@@ -263,7 +263,7 @@ def make_base(options: argparse.Namespace, name: str) -> None:
         "resolution": resolution,
         "sd_weight": 0,
         "aug": "ada",
-        "snap": 5,
+        "snap": 10,
         "keep": 2,
         "metrics": "random-fid,fd-effnet",
         "metrics_num": 1000,

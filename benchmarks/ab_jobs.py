@@ -2,8 +2,9 @@
 
 Images are photographs of clothing in 15 classes (a zip, given as --photos; none are in this repository), made
 into sets by make_sets.py. `ab_distillation.py --make-base` trains the checkpoints on them without hats
-(`BASES`) and writes them into benchmarks/checkpoints with their logs. Metrics are measured on the last
-snapshot, by networks that no loss uses (random ones) and by two that are losses of some arms;
+(`BASES`) and writes them into benchmarks/checkpoints with their logs. Lengths and numbers of images are such
+that a job takes one to two hours on two CPU cores (`--parallel 2 --threads 1`). Metrics are measured on the
+last snapshot, by networks that no loss uses (random ones) and by two that are losses of some arms;
 `ab_report.is_related` marks those.
 """
 
@@ -22,7 +23,7 @@ NETWORK: dict[str, Any] = dict(cbase=1024, cmax=96, z_dim=64, map_depth=4)
 JUDGES = "random-fid,fd-effnet,kid-effnet,prc-effnet,fd-stlpips,kid-stlpips,prc-stlpips"
 
 BASES: dict[str, dict[str, Any]] = {
-    "clothing-64-stylegan2": dict(scratch="stylegan2", kimg=300.0, **NETWORK),
+    "clothing-64-stylegan2": dict(scratch="stylegan2", kimg=100.0, **NETWORK),
     "clothing-32-stylegan3-t": dict(scratch="stylegan3-t", kimg=200.0, **NETWORK | dict(cbase=512, cmax=32)),
     "clothing-64-stylegan3-t": dict(scratch="stylegan3-t", kimg=200.0, **NETWORK | dict(cmax=32)),
     "clothing-128-stylegan2": dict(scratch="stylegan2", kimg=2000.0, cbase=4096, cmax=128, z_dim=128),
@@ -51,7 +52,7 @@ class Job:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     kimg: float = 15.0
     seeds: tuple[int, ...] = FIVE
-    num: int = 4000
+    num: int = 2000
     judges: str = JUDGES
     half_lives: bool = False
     needs: str = "cpu"
@@ -71,13 +72,13 @@ JOBS = {
                 for ratio in (0.1, 0.3, 1)
             ),
         ),
-        kimg=6.0,
+        kimg=4.0,
         seeds=TWO,
     ),
     "interval": Job(
         "How often?",
         (PLAIN, *(f"every-{k}:sd_weight=auto:1,sd_interval={k}" for k in (1, 2, 4, 8))),
-        kimg=6.0,
+        kimg=4.0,
         seeds=TWO,
     ),
     "augmentation": Job(
@@ -90,7 +91,7 @@ JOBS = {
             "augmented-every-step:sd_weight=auto:1,sd_interval=1,sd_augment=true",
             "augmented-fixed:sd_weight=0.3,sd_interval=4,sd_augment=true",
         ),
-        kimg=6.0,
+        kimg=4.0,
     ),
     "authors": Job(
         "The authors' settings, with distances that a CPU can compute.",
@@ -100,13 +101,13 @@ JOBS = {
             *(f"st-lpips-{w}:sd_preset=authors,sd_backbone=st-lpips-alex,sd_weight={w}" for w in (1, 10)),
             *(f"ms-ssim-{w}:sd_preset=authors,sd_backbone=ms-ssim,sd_weight={w}" for w in (1, 10)),
         ),
-        kimg=6.0,
+        kimg=4.0,
         seeds=TWO,
     ),
     "teacher": Job(
         "Which half-life of the teacher?",
         (PLAIN, OURS, *(f"teacher-{h}:sd_weight=auto:1,sd_teacher_kimg={h}" for h in (0.5, 1, 5))),
-        kimg=6.0,
+        kimg=4.0,
         seeds=TWO,
     ),
     "adapt": Job(
@@ -114,6 +115,7 @@ JOBS = {
         (PLAIN, OURS),
         data="dresses-64",
         recipe="adapt",
+        kimg=10.0,
         settings=dict(gamma=0.2, ema_kimg=1.0, freezed=0),
         half_lives=True,
     ),
@@ -123,7 +125,7 @@ JOBS = {
         data="hats-64",
         recipe="few-shot",
         settings=dict(ema_kimg=1.0),
-        kimg=8.0,
+        kimg=6.0,
         judges=f"{JUDGES},memorization",
         half_lives=True,
     ),
