@@ -278,7 +278,7 @@ def fill(
         module.eval().requires_grad_(False)
     for address, tensor, source in sorted(copies, key=lambda copy: copy[0]):
         give_back(address)
-        np.copyto(tensor.numpy(), _values(source), casting="same_kind")
+        np.copyto(tensor.numpy(), values_of(source), casting="same_kind")
     for network in networks:
         if network.lacks_w_avg:
             _estimate_w_avg(network.module)
@@ -300,7 +300,7 @@ def _first_address(array: np.ndarray) -> int:
     return array.ctypes.data + (backward if array.size else 0)
 
 
-def _values(tensor: Tensor) -> np.ndarray:
+def values_of(tensor: Tensor) -> np.ndarray:
     """Return the values of a tensor for numpy, in float32 at most."""
     if tensor.dtype == "bfloat16":  # the upper half of a float32
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.checkpoint.rebuild import values_of
 from finetune.checkpoint.state_dict import BILINEAR, StateDict, Tensors
 from finetune.checkpoint.unpickle.stubs import Tensor
 from torch_utils.ops import upfirdn2d
@@ -130,13 +131,20 @@ def read_state(theirs: Tensors, mean: Tensor | None, stated: Mapping[str, Any] |
         if name == "":
             found[ours] = Tensor(upfirdn2d.setup_filter(BILINEAR).numpy(), "float32", 0)
         elif name in theirs:
-            found[ours] = Tensor(theirs[name].array / gain, theirs[name].dtype, theirs[name].offset)
+            found[ours] = _divided(theirs[name], gain)
     if is_generator:
         modulation = theirs.get("conv1.conv.modulation.weight")
         width = modulation.array.shape[-1] if modulation is not None and modulation.array.ndim else 0
         found["mapping.w_avg"] = mean or Tensor(np.zeros(width, np.float32), "float32", 0)
     # What is left has no place, and the comparison with the network reports it.
     return StateDict({**found, **left}, stated, ASSUMED, "rosinality", is_generator and mean is None)
+
+
+def _divided(tensor: Tensor, gain: np.float32) -> Tensor:
+    """Divide a filter by its gain; the comparison with the network reports one that is not of floats."""
+    if tensor.array.dtype.kind != "f" and tensor.dtype != "bfloat16":
+        return tensor
+    return Tensor(values_of(tensor) / gain, "float32", tensor.offset)
 
 
 def _count(tensors: Tensors, pattern: str) -> int:

@@ -117,6 +117,43 @@ def test_state_dict_without_published_bands_needs_them(tmp_path):
     assert torch.equal(again.G_ema(z, torch.zeros([2, 0])), G(z, torch.zeros([2, 0])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["stylegan2-ada-32", "stylegan3-t-32", "stylegan3-r-32"])
+def test_state_dict_of_another_precision(name, dtype, golden_dir, tmp_path):
+    source = finetune.load(golden_dir / f"{name}.pkl")
+    rounded = {
+        key: {path: tensor.to(dtype) for path, tensor in getattr(source, key).state_dict().items()}
+        for key in ("G_ema", "D")
+    }
+    again = finetune.load(saved(rounded, tmp_path / "net.pt"))
+    for key, tensors in rounded.items():
+        assert all(torch.equal(v, tensors[k].float()) for k, v in getattr(again, key).state_dict().items())
+    assert again.G_ema.init_kwargs.get("resample_filter", [1, 3, 3, 1]) == [1, 3, 3, 1]
+    assert again.D.init_kwargs["block_kwargs"]["resample_filter"] == [1, 3, 3, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rosinality_of_another_precision(port, dtype, golden_dir, tmp_path):
+    content = {key: value.to(dtype) for key, value in port[0]["g_ema"].items()}
+    mean = port[0]["latent_avg"].to(dtype)
+    again = finetune.load(saved({"g_ema": content, "latent_avg": mean}, tmp_path / "net.pt"))
+    wanted = finetune.load(golden_dir / "rosinality-32.pt").G_ema.state_dict()
+    for key, tensor in again.G_ema.state_dict().items():
+        assert torch.equal(tensor, wanted[key].to(dtype).float()), key
+
+
+NAN = torch.full([4, 4], torch.nan)
+FILTERS = [torch.ones(4, 3), torch.eye(4), torch.zeros(4, 4), NAN, torch.ones(1, 4, 4)]
+
+
+@pytest.mark.parametrize("taps", FILTERS, ids=["wide", "not separable", "zero", "nan", "3 axes"])
+def test_state_dict_with_another_filter_is_refused(taps, golden_dir, tmp_path):
+    tensors = finetune.load(golden_dir / "stylegan2-ada-32.pkl").G_ema.state_dict()
+    tensors["synthesis.b4.resample_filter"] = taps
+    with pytest.raises(CheckpointError, match=r"synthesis\.b4\.resample_filter is no separable filter"):
+        finetune.load(saved(tensors, tmp_path / "net.pt"))
+
+
 def test_state_dict_architecture_that_cannot_be_given(golden_dir, tmp_path):
     pickle = golden_dir / "stylegan2-ada-32.pkl"
     with pytest.raises(CheckpointError, match=r"ada-32\.pkl: the file states how its networks are built"):
