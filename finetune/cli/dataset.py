@@ -119,7 +119,7 @@ def check_command(
     if found.problems:
         num_bad = len({problem.name for problem in found.problems})
         what = f"{path}: training would refuse this data set ({num_bad} problems)."
-        raise DataError(what, hint=hint(found.problems))
+        raise DataError(what, hint=hint(found.problems, path))
 
 
 def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
@@ -153,8 +153,8 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
 )
 @click.option(
     "--labels",
-    type=click.Choice(["folders", "none", "keep"]),
-    help="Classes from the folders, no labels, or those of dataset.json.  [default: keep, if there are any]",
+    type=click.Choice([*LABELS, "none"]),
+    help="Labels of dataset.json, one class for each folder, or none.  [default: file, if there are any]",
 )
 @click.option(
     "--bits",

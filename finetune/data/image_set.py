@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.decode import decode, height_and_width
 from finetune.data.labels import read_labels
-from finetune.data.problems import Unusable, describe, hint, printable
+from finetune.data.problems import Unusable, printable, refusal
 from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
@@ -66,7 +66,7 @@ class ImageSet(Dataset):
         if use_labels:
             self._labels, problems = read_labels(self.source, self.names, num_classes, labels_from)
             if problems:
-                raise DataError(describe(self.path, len(self.names), problems), hint=hint(problems))
+                raise refusal(self.path, len(self.names), problems)
         self._pixels: np.ndarray | None = None
 
     @property

@@ -94,7 +94,7 @@ def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
     if not folders:
         raise DataError(
             f"{source.path}: --labels folders: no image is in a subfolder.",
-            hint="Put the images of each class in a folder of their own, or use --labels none.",
+            hint="Put the images of each class in a folder of their own, or train without labels.",
         )
     return classes, folders
 

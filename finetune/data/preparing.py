@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from finetune.data.decode import fit_to_size, height_and_width, highest_deep_value, open_image, to_channels
 from finetune.data.labels import folder_classes, has_labels, read_labels
 from finetune.data.naming import NO_FOLDER, target_names
-from finetune.data.problems import BAD_LABEL, WRONG_SIZE, Problem, Unusable, describe, hint, low_range
+from finetune.data.problems import BAD_LABEL, WRONG_SIZE, Problem, Unusable, low_range, refusal
 from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.stored_zip import Entry, StoredZip, whole_entries
 from finetune.data.workers import available_cores, in_order
@@ -29,7 +29,6 @@ from torch_utils.files import lock, lock_path, replace
 
 FORMAT = 2  # of the journal
 PARALLEL_FROM = 64  # images; preparing one takes longer than looking at it
-LABELS = ("folders", "none", "keep")
 # Measured by benchmarks/bench_load.py: without compression, decoding is a copy.
 ENCODINGS: dict[str, dict[str, Any]] = {
     "tiff": {"format": "TIFF"},
@@ -89,11 +88,10 @@ def prepare(
 
     resolution: the side of squares, or (height, width); None means that of the first image. fit: None means
     `crop` if a resolution is given. bits: how many of 16 the values of 16-bit images take; a set that
-    never takes more than 12 is refused otherwise. labels: classes from `folders`, `none`, or `keep` those of
-    dataset.json (None: keep them if there are any). What is
-    done is kept beside `dest`, and a further call continues with it if neither settings nor images have
-    changed; the zip comes to the same bytes. Raises ConfigError and DataError; with `skip_bad` images that
-    cannot be used are left out.
+    never takes more than 12 is refused otherwise. labels: those of dataset.json (`file`), classes from
+    `folders`, or `none` (None: those of the file, if there are any). What is done is kept beside `dest`, and
+    a further call continues with it if neither settings nor images have changed; the zip comes to the same
+    bytes. Raises ConfigError and DataError; with `skip_bad` images that cannot be used are left out.
     """
     source, path = open_source(src), Path(dest)
     _check_destination(source, path, force)
@@ -117,11 +115,10 @@ def prepare(
                 progress(done, len(names))
         problems += draft.problems
         if bits == 16 and (too_dark := low_range(draft.peaks)):
-            raise DataError(describe(source.path, len(source.names), too_dark), hint=hint(too_dark))
+            raise refusal(source.path, len(source.names), too_dark)
         if problems and not (skip_bad and draft.zip.entries):
             ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
-            what = describe(source.path, len(source.names), problems)
-            raise DataError(what, hint=hint(problems) + ways_out)
+            raise refusal(source.path, len(source.names), problems, ways_out)
         written = [name for name in names if name not in draft.bad]
         table = None if values is None else [[targets[name], values[name]] for name in written]
         num_bytes = draft.publish({"labels": table} | ({"classes": classes} if classes else {}))
@@ -327,7 +324,7 @@ def _plan_labels(
     """Return the images to write, their labels, the names of classes, and the images without a label."""
     names: list[str] = list(source.names)
     if labels is None:
-        labels = "keep" if has_labels(source) else "none"
+        labels = "file" if has_labels(source) else "none"
     if labels == "none":
         return names, None, [], []
     if labels == "folders":
@@ -339,7 +336,7 @@ def _plan_labels(
         bad = {problem.name for problem in problems}
         names = [name for name in names if name not in bad]
         if not names:
-            raise DataError(describe(source.path, len(source.names), problems), hint=hint(problems))
+            raise refusal(source.path, len(source.names), problems)
         found, _ = read_labels(source, names)
     assert found is not None, "what is left has labels"
     return names, dict(zip(names, found.values.tolist(), strict=True)), [], problems

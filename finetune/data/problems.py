@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from finetune.errors import DataError
 
 MAX_LOW_BITS = 12  # of 16; values that never take more are those of a 10- or 12-bit device
 SHOWN_PER_KIND = 100  # names listed for one kind; a set of 70,000 wrong files should not fill the terminal
@@ -61,18 +64,22 @@ HINTS = {
     WRONG_SIZE: "Choose how images are resized: --fit crop (centered part), --fit pad (white margins) "
     "or --fit stretch.",
     BAD_LABEL: "Every image needs a label: in dataset.json, or from its folder with --labels folders.",
-    LOW_RANGE: "Such images would be nearly black. Rescale them, with N as listed above, and train on the "
-    "result: finetune dataset prepare DATA OUT.zip --bits N",
+    LOW_RANGE: "Such images would be nearly black. Rescale them, and train on the result: "
+    "finetune dataset prepare {path} OUT.zip {option}",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One image that cannot be used: its name inside the set, one of KINDS, and the value seen."""
+    """One image that cannot be used: its name inside the set, one of KINDS, and the value seen.
+
+    option: of `dataset prepare`, which makes it usable.
+    """
 
     name: str
     kind: str
     detail: str
+    option: str = ""
 
 
 class Unusable(Exception):  # a finding, not a failure
@@ -93,15 +100,15 @@ def low_range(peaks: dict[str, int]) -> list[Problem]:
     bits = max(8, highest.bit_length() + highest.bit_length() % 2)
     if highest == 0 or bits > MAX_LOW_BITS:
         return []
-    return [Problem(name, LOW_RANGE, f"no value above {(1 << bits) - 1} (N = {bits})") for name in peaks]
+    detail = f"no value above {(1 << bits) - 1} ({bits} bits)"
+    return [Problem(name, LOW_RANGE, detail, f"--bits {bits}") for name in peaks]
 
 
-def describe(path: Path, num_images: int, problems: Iterable[Problem]) -> str:
-    """Return all problems as text: a count for each kind, then the names; wrong sizes are counted by size."""
-    problems = list(problems)
+def refusal(path: Path, num_images: int, problems: Sequence[Problem], more: str = "") -> DataError:
+    """Return an error that lists all problems: a count for each kind, then names; wrong sizes by size."""
     num_bad = len({problem.name for problem in problems})
     first = f"{path}: {num_bad} of {num_images} images cannot be used."
-    return "\n".join([first, *listed(problems)])
+    return DataError("\n".join([first, *listed(problems)]), hint=hint(problems, path) + more)
 
 
 def listed(problems: Iterable[Problem], shown: int | None = SHOWN_PER_KIND) -> list[str]:
@@ -121,10 +128,14 @@ def listed(problems: Iterable[Problem], shown: int | None = SHOWN_PER_KIND) -> l
     return lines
 
 
-def hint(problems: Iterable[Problem]) -> str:
-    """Return what to do about these problems, one line for each kind that occurs."""
-    present = {problem.kind for problem in problems}
-    return "\n".join(text for kind, text in HINTS.items() if kind in present)
+def hint(problems: Iterable[Problem], path: Path) -> str:
+    """Return what to do about these problems of the set at `path`, one line for each kind that occurs."""
+    options = {problem.kind: problem.option for problem in problems}
+    return "\n".join(
+        text.format(path=shlex.quote(str(path)), option=options[kind])
+        for kind, text in HINTS.items()
+        if kind in options
+    )
 
 
 def printable(name: str) -> str:

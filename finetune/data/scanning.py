@@ -31,10 +31,9 @@ from finetune.data.problems import (
     WRONG_SIZE,
     Problem,
     Unusable,
-    describe,
-    hint,
     low_range,
     printable,
+    refusal,
 )
 from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.workers import available_cores
@@ -115,7 +114,7 @@ class Scan:
     def raise_for_problems(self) -> None:
         """Raise one DataError that lists every image that cannot be used, with a hint."""
         if self.problems:
-            raise DataError(describe(self.path, self.num_images, self.problems), hint=hint(self.problems))
+            raise refusal(self.path, self.num_images, self.problems)
 
 
 def tally(counts: dict[str, int], shown: int = 12) -> str:

@@ -172,7 +172,7 @@ def test_prepare_labels(mixed, tmp_path):
     prepare(mixed, tmp_path / "3.zip", resolution=8, fit="crop")
     assert labels_in(tmp_path / "3.zip") == {"labels": None}
     with pytest.raises(DataError, match=r"dataset\.json is missing"):
-        prepare(mixed, tmp_path / "4.zip", resolution=8, fit="crop", labels="keep")
+        prepare(mixed, tmp_path / "4.zip", resolution=8, fit="crop", labels="file")
     with pytest.raises(DataError, match="no image is in a subfolder"):
         prepare(mixed / "cat", tmp_path / "4.zip", resolution=8, fit="crop", labels="folders")
     vectors = {"labels": [["a.png", [0.5, 1.0]], ["b.jpg", [0.25, 0.0]]]}

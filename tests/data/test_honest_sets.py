@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import unicodedata
 import zlib
 from struct import pack
@@ -59,10 +60,11 @@ def test_scan_refuses_unused_upper_bits(write_set, encode, tmp_path, kind, highe
     assert kinds(found.problems) == {LOW_RANGE: [f"0.{suffix}", f"1.{suffix}", f"2.{suffix}"]}
     with pytest.raises(DataError) as caught:
         found.raise_for_problems()
-    assert f"(N = {bits})" in str(caught.value) and "--bits N" in str(caught.value)
+    assert f"({bits} bits)" in str(caught.value)
+    assert f"finetune dataset prepare {shlex.quote(str(path))} OUT.zip --bits {bits}" in str(caught.value)
 
     refused = run("dataset", "prepare", path, tmp_path / "out.zip", "--channels", "1")
-    assert refused.exit_code == 2 and f"(N = {bits})" in refused.stderr
+    assert refused.exit_code == 2 and f"({bits} bits)" in refused.stderr
     made = run("dataset", "prepare", path, tmp_path / "out.zip", "--channels", "1", "--bits", bits)
     assert made.exit_code == 0, made.output
     pixels = ImageSet(tmp_path / "out.zip", resolution=16, channels=1)[0][0][0]
@@ -121,7 +123,7 @@ def test_prepare_rescales_16_bit_color(write_set, tmp_path, kind, bits):
     values[0, 0] = (1 << bits) - 1
     path = write_set({f"a.{kind}": COLOR[kind](values)})
     assert kinds(scan(path).problems) == {LOW_RANGE: [f"a.{kind}"]}
-    assert f"(N = {bits})" in scan(path).problems[0].detail
+    assert f"({bits} bits)" in scan(path).problems[0].detail
     made = run("dataset", "prepare", path, tmp_path / "out.zip", "--bits", bits)
     assert made.exit_code == 0 and "no effect" not in made.output, made.output
     image = ImageSet(tmp_path / "out.zip", resolution=16, channels=3)[0][0]
