@@ -90,6 +90,8 @@ def _describe_zip(names: list[str] | None) -> tuple[str, str] | None:
         return None
     if any(name.lower().endswith((".pkl", ".pt", ".pth", ".safetensors")) for name in names):
         return "a zip archive with a checkpoint in it", UNPACK
+    if names and all(name.endswith(".npy") for name in names):
+        return "numpy arrays (.npz)", SAME_NETWORK
     if any(name.lower().endswith(IMAGES) for name in names):
         return "a zip archive of images", FOR_IMAGES
     return "a zip archive", UNPACK

@@ -32,13 +32,16 @@ from finetune.checkpoint.unpickle.stubs import (
     PersistentObject,
     Tensor,
     TFNetwork,
-    damaged,
     printable,
 )
 from finetune.checkpoint.unpickle.values import Record, kind
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune", *rosinality.ENTRIES)
+NAMED_ENTRIES = (
+    "Networks are the entries G, D and G_ema, as modules or state dicts. If the file has a network of StyleGAN2 "
+    "or StyleGAN3, save it again: torch.save({'G_ema': state_dict}, file)."
+)
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
 Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
@@ -194,12 +197,12 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
     if type(root) is TFNetwork:
         return {"D" if "components" in root.state and not root.state["components"] else "G_ema": root}, {}
     if type(root) is Record:
-        raise _foreign("it", root)
+        raise _foreign("the network", root)
     tf = (TFNetwork, Record, type(None))
     if type(root) in (tuple, list) and len(root) == 3 and all(type(item) in tf for item in root):
         return {name: item for name, item in zip(NETWORKS, root) if item is not None}, {}
     if type(root) is not dict:
-        damaged("it holds neither a dict of networks nor three networks", 0)
+        raise _without_networks(kind(root))
     networks = {}
     for name in (*NETWORKS, "augment_pipe"):
         network = root.get(name, root.get(rosinality.NAMES.get(name, "")))
@@ -207,9 +210,17 @@ def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
             continue
         networks[name] = _state_dict(name, network, root) or network
     if not networks.keys() & set(NETWORKS):
-        found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "nothing"
-        damaged(f"it holds none of G, D and G_ema, but {found}", 0)
+        found = ", ".join(printable(str(key)) for key in list(root)[:20]) or "no entries"
+        raise _without_networks(f"a dict of {found}")
     return networks, root
+
+
+def _without_networks(found: str) -> PickleRefused:
+    return PickleRefused(
+        f"the pickle holds none of G, D and G_ema, but {found}",
+        offset=0,
+        hint=NAMED_ENTRIES,
+    )
 
 
 def _state_dict(name: str, value: Any, root: dict[Any, Any]) -> StateDict | None:
@@ -291,7 +302,7 @@ def _no_network(name: str, value: Any) -> CheckpointError:
     found = kind(value)
     if type(value) is dict:
         found = f"a dict of {', '.join(printable(str(key)) for key in list(value)[:5])}"
-    return CheckpointError(f"{name} is {found}, not a network", hint=f"{NOT_OPENED} {SAVE_AGAIN}")
+    return CheckpointError(f"{name} is {found}, not a network", hint=NAMED_ENTRIES)
 
 
 def _foreign(name: str, record: Record) -> PickleRefused:

@@ -350,3 +350,18 @@ def test_state_dict_with_another_discriminator(port, tmp_path, D):
     assert checkpoint.missing == ["G", "D"] and checkpoint.G_ema is not None
     note = "D: not opened, a state dict of an unknown network (features.0.weight"
     assert sum(line.startswith(note) for line in checkpoint.notes) == len(D)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"state_dict": {"x": torch.zeros(2)}, "epoch": 3}, "a dict of state_dict, epoch"),
+        ([torch.zeros(2)], "a list"),
+        (torch.zeros(2), "a Tensor"),
+        ({}, "a dict of no entries"),
+    ],
+)
+def test_file_without_networks_names_next_step(content, found, tmp_path):
+    with pytest.raises(PickleRefused, match=f"holds none of G, D and G_ema, but {found}") as caught:
+        finetune.load(saved(content, tmp_path / "net.pt"))
+    assert "torch.save({'G_ema': state_dict}, file)" in caught.value.hint
