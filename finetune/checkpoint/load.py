@@ -39,8 +39,8 @@ from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 
 ENTRIES = (*NETWORKS, "augment_pipe", "training_set_kwargs", "finetune", *rosinality.ENTRIES)
 NAMED_ENTRIES = (
-    "Networks are the entries G, D and G_ema, as modules or state dicts. If the file has a network of StyleGAN2 "
-    "or StyleGAN3, save it again: torch.save({'G_ema': state_dict}, file)."
+    "Networks are the entries G, D and G_ema, as modules or state dicts. If the file has a StyleGAN2 or "
+    "StyleGAN3 network, save it again: torch.save({'G_ema': state_dict}, file)."
 )
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 
