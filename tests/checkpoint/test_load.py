@@ -434,7 +434,7 @@ class TestNonsense:
 class TestMemoryOfFile:
     """The memory of the file is returned to the system while its values are copied."""
 
-    @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+    @pytest.mark.parametrize("name", ["stylegan2-tf-32", "stylegan2-64-cond", "stylegan3-r-32"])
     def test_load_gives_back_memory(self, golden_dir, monkeypatch, name):
         path, seen = golden_dir / f"{name}.pkl", []
         before = {entry: tensors_of(getattr(finetune.load(path), entry)) for entry in ("G", "D", "G_ema")}

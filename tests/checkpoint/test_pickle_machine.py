@@ -32,7 +32,7 @@ values = st.recursive(
 
 
 @given(values, st.integers(0, 5))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_machine_plain_values_equal_python(value, protocol):
     assert loads(pickle.dumps(value, protocol)) == value
 

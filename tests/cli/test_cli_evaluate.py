@@ -45,12 +45,8 @@ def test_evaluate_json_and_text(images, golden_dir, tmp_path):
     metrics = facts["metrics"]
     assert list(metrics) == ["fd-effnet", "precision-effnet", "recall-effnet", "random-fid"]
     assert metrics["random-fid"]["spread"] > 0
-    again = call(images, golden_dir, *options, "--json", "--batch", 3)  # with what is kept of the images
-    assert json.loads(again.stdout)["metrics"]["fd-effnet"]["value"] == pytest.approx(
-        metrics["fd-effnet"]["value"], rel=1e-4
-    )
+    text = call(images, golden_dir, *options).stdout  # with what is kept of the images
     assert len(list((tmp_path / "cache" / "metrics").iterdir())) == 4
-    text = call(images, golden_dir, *options).stdout
     assert "8 generated against 6 real images" in text and "recall-effnet" in text
 
 

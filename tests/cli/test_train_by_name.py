@@ -20,13 +20,11 @@ KINDS = {
     "ffhq-1024-stylegan3-t": "stylegan3-t-32",
     "ffhqu-256-stylegan3-r": "stylegan3-r-32",
     "ffhq-256-stylegan2": "stylegan2-32",
-    "metfaces-1024-ada": "stylegan2-ada-32",
     "celebahq256": "stylegan2-ada-32",  # a short name; settings are published for fine-tuning it
     "stylegan2-ffhq-config-f": "stylegan2-tf-32",
     "tf-stylegan2-ffhq-config-e-Gorig-Dorig": "stylegan2-32-orig",
     "cifar10-32-stylegan2": "stylegan2-64-cond",
     "wikiart-c-1024": "stylegan2-64-cond",  # nothing published
-    "lucid-scifi-city-256-k8": "stylegan3-t-32",
 }
 
 

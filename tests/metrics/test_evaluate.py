@@ -102,14 +102,10 @@ class TestTheOtherMetrics:
 
     WHICH = ("fd-effnet", "kid-effnet", "prc-effnet", "random-fid")
 
-    def test_distances_of_set_to_itself(self, colors):
+    def test_distances_of_set_to_itself(self):
         features = torch.randn(40, 8)
         assert evaluate.precision_recall(features, features) == (1.0, 1.0)
         assert abs(evaluate.kid(features, features).value) < 0.5 * evaluate.kid(features, features + 1).value
-        side = Evaluation(colors, ["fd-effnet", "random-fid"])
-        again = Evaluation(colors, ["fd-effnet", "random-fid"], batch=4)
-        for name, features in again._real.items():
-            assert side._real[name].statistics.distance(features.statistics) < 1e-3
 
     def test_kid_agrees_with_its_definition(self):
         a, b = torch.randn(30, 5).double(), torch.randn(30, 5).double() * 1.5
@@ -145,7 +141,7 @@ class TestTheOtherMetrics:
 
     def test_evaluation_caches_real_statistics(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
-        first = Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18)
+        first = Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 6)
         files = sorted((tmp_path / "metrics").iterdir())
         assert len(files) == 4
 
@@ -154,9 +150,9 @@ class TestTheOtherMetrics:
 
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, "_real", unread)
-            assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18) == first
+            assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 6) == first
         files[0].write_bytes(files[0].read_bytes()[:50])
-        assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 18) == first
+        assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 6) == first
         other = ImageSet(colors.path, resolution=16, channels=3, mirror=True)
         Evaluation(other, ["random-fid"], cache=True)
         assert len(list((tmp_path / "metrics").iterdir())) == 7
@@ -227,9 +223,8 @@ class TestSeveralProcesses:
             seen.append(counted)
             return found
 
-        for world in (2, 3):
-            assert run(world, together) == [alone] * world
-        assert seen[0] == [(8, 18), (16, 18), (18, 18)] and seen[-1] == [(12, 18), (18, 18)]
+        assert run(3, together) == [alone] * 3  # the last batches are not whole, one is empty
+        assert seen[0] == [(12, 18), (18, 18)]
         assert len(list((tmp_path / "metrics").iterdir())) == 4
 
     def test_evaluation_only_rank_0_keeps_statistics(self, colors, run):
@@ -265,8 +260,7 @@ class TestSeveralProcesses:
 class TestWhatNetworksThereAre:
     """Gray, color, alpha; with labels and without."""
 
-    @pytest.mark.parametrize("channels", [1, 3, 4])
-    @pytest.mark.parametrize("num_classes", [0, 2])
+    @pytest.mark.parametrize("channels, num_classes", [(1, 2), (3, 0), (4, 2)])
     def test_evaluation_all_metrics(self, channels, num_classes, tmp_path):
         labels = [[f"{i}.png", i % 2] for i in range(8)]
         (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
