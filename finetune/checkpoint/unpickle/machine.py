@@ -298,14 +298,9 @@ def _stack_global(m: Machine) -> None:
     m.push(m.find(module, name))
 
 
-def _extension(m: Machine, layout: struct.Struct) -> None:
-    m.push(m.world.extension(m.unpack(layout), m.at))
-
-
 def _inst(m: Machine) -> None:
     _global(m)
-    function, args = m.pop(), m.pop_mark()
-    m.push(m.world.call(function, tuple(args), m.at))
+    m.push(m.world.call(m.pop(), tuple(m.pop_mark()), m.at))
 
 
 def _obj(m: Machine) -> None:
@@ -388,9 +383,9 @@ HANDLERS: dict[str, Callable[[Machine], Any]] = {
     # Names and calls are handled by the world.
     "GLOBAL": _global,
     "STACK_GLOBAL": _stack_global,
-    "EXT1": lambda m: _extension(m, U8),
-    "EXT2": lambda m: _extension(m, U16),
-    "EXT4": lambda m: _extension(m, I32),
+    "EXT1": lambda m: m.push(m.world.extension(m.unpack(U8), m.at)),
+    "EXT2": lambda m: m.push(m.world.extension(m.unpack(U16), m.at)),
+    "EXT4": lambda m: m.push(m.world.extension(m.unpack(I32), m.at)),
     "INST": _inst,
     "OBJ": _obj,
     "REDUCE": _call,
