@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -52,3 +53,9 @@ def images(tmp_path_factory):
 def parent(images, tmp_path_factory):
     """The result of a finished run of tiny_runs.options; tests only read it."""
     return run(options(images, tmp_path_factory.mktemp("parent")), console=quiet())
+
+
+@pytest.fixture
+def finished_dir(parent, tmp_path):
+    """A copy of the folder of `parent`, to be changed."""
+    return shutil.copytree(parent.run_dir, tmp_path / parent.run_dir.name)

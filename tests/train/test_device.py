@@ -44,7 +44,7 @@ def test_float32_math_restores_switches_after_error():
 def test_train_computes_in_float32(images, tmp_path, monkeypatch):
     before, seen = switches(), []
     after_each_step(monkeypatch, lambda state: seen.append(switches()))
-    run(options(images, tmp_path), console=quiet())
+    run(options(images, tmp_path, kimg=0.004), console=quiet())
     assert seen and all(each[:2] == (False, False) for each in seen)
     assert switches() == before
 

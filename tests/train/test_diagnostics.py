@@ -74,7 +74,8 @@ class TestGradients:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diagnostics_do_not_change_training(family, images, tmp_path, monkeypatch):
-    result = run(options(images, tmp_path, family), console=quiet())
+    short = dict(kimg=0.016, tick=0.008, snap=100)
+    result = run(options(images, tmp_path, family, **short), console=quiet())
     for index, line in enumerate(lines_of(result)):
         assert -1 <= line["sd_cosine"] <= 1 and line["sd_ratio"] > 0
         blocks = {"mapping", "b4", "b8", "b16"} if family == "stylegan2" else {"mapping", "input"}
@@ -85,7 +86,7 @@ def test_diagnostics_do_not_change_training(family, images, tmp_path, monkeypatc
             assert (f"update_cosine_{name}" in line) == (index > 0)
 
     monkeypatch.setattr(Stats, "due_diagnostics", lambda self, nimg: None)
-    again = run(options(images, tmp_path, family), console=quiet())
+    again = run(options(images, tmp_path, family, **short), console=quiet())
     assert "sd_cosine" not in lines_of(again)[0]
     other = weights(finetune.load(again.snapshot).G_ema)
     for name, tensor in weights(finetune.load(result.snapshot).G_ema).items():
@@ -95,19 +96,19 @@ def test_diagnostics_do_not_change_training(family, images, tmp_path, monkeypatc
 def test_tensorboard_gets_log_numbers(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run(options(images, tmp_path), console=quiet())
+    result = run(options(images, tmp_path, kimg=0.016, tick=0.008, snap=100), console=quiet())
     board = EventAccumulator(str(result.run_dir)).Reload()
     for line, event in zip(lines_of(result), board.Scalars("loss_G"), strict=True):
         assert event.step == line["nimg"] and event.value == pytest.approx(line["loss_G"], rel=1e-4)
     assert {"sec_per_phase/Gmain", "sd_cosine_of/mapping"} <= set(board.Tags()["scalars"])
-    assert [image.step for image in board.Images("samples")] == [0, 16, 32]
+    assert [image.step for image in board.Images("samples")] == [0, 8, 16]
     assert board.summary_metadata["_hparams_/session_start_info"]
 
 
 class TestWeightByRatio:
     def test_auto_weight_reaches_requested_ratio(self, images, tmp_path):
         prepared = prepare(options(images, tmp_path, sd_weight="auto:0.25", sd_interval=1, ema_kimg=0.1))
-        train_steps(prepared, 30)
+        train_steps(prepared, 10)
         norms, distillation = prepared.state.sd_norms, prepared.plan.distillation
         weight = float(distillation.auto_weight(norms))
         assert weight > 0
@@ -119,7 +120,7 @@ class TestWeightByRatio:
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.0]))) == 0
         assert float(distillation.auto_weight(torch.tensor([1.0, 0.5]))) == pytest.approx(0.2)
 
-    @pytest.mark.parametrize("scale, interval", [(1e-6, 1), (1.0, 4), (1e6, 1)])
+    @pytest.mark.parametrize("scale, interval", [(1e-6, 1), (1e6, 4)])
     def test_auto_weight_is_scale_free_and_bounded(self, scale, interval, images, tmp_path):
         """Backbones differ by orders of magnitude; averages lag where the distance suddenly grows."""
         settings = dict(sd_weight="auto:0.1", sd_interval=interval)
@@ -145,7 +146,7 @@ class TestWeightByRatio:
         assert pull(0.0) == 0  # equal networks
         first = pull(2e-3)  # the averages have seen the distance once and the other gradient twice
         assert first == pytest.approx(1.95 * wanted, rel=1e-3)
-        for _ in range(200):
+        for _ in range(150):
             usual = pull(2e-3)
         assert usual == pytest.approx(wanted, rel=1e-3)
         assert pull(1.0) == pytest.approx(4 * wanted, rel=0.01)
@@ -189,14 +190,13 @@ class TestMeasurements:
             assert torch.equal(tensor, other[name]), name
 
     def test_metrics_interval_and_end(self, images, tmp_path):
-        config = options(images, tmp_path, kimg=0.064, snap=3, **self.SETTINGS)
+        config = options(images, tmp_path, kimg=0.016, tick=0.004, snap=3, **self.SETTINGS)
         lines = lines_of(run(config, console=quiet()))
-        assert [line["nimg"] for line in lines if "metrics" in line] == [48, 64]
+        assert [line["nimg"] for line in lines if "metrics" in line] == [12, 16]
 
-    @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-    def test_metrics_failure_is_a_warning(self, error, images, tmp_path, monkeypatch):
+    def test_metrics_failure_is_a_warning(self, images, tmp_path, monkeypatch):
         def fail(*args, **kwargs):
-            raise error("out of memory")
+            raise RuntimeError("out of memory")
 
         monkeypatch.setattr(validation, "Evaluation", fail)
         console = Console(file=io.StringIO(), width=200)

@@ -33,10 +33,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def unfinished(images, tmp_path):
-    """A run folder with a state after 8 of 16 images."""
-    run_dir = run(options(images, tmp_path, kimg=0.008), console=quiet()).run_dir
-    return TrainOptions(resume=str(run_dir), kimg=0.016), run_dir
+def unfinished(finished_dir):
+    """A run folder with a state after 32 of 36 images."""
+    return TrainOptions(resume=str(finished_dir), kimg=0.036), finished_dir
 
 
 def write_lock(run_dir, age_sec=0.0, **owner):
@@ -60,19 +59,18 @@ def test_run_lock_of_another_process(unfinished):
         finally:
             other.kill()
     assert (run_dir / run_lock.NAME).exists()  # it was killed
-    assert run(asked, console=quiet()).nimg == 16
+    assert run(asked, console=quiet()).nimg == 36
     assert not (run_dir / run_lock.NAME).exists()
 
 
-@pytest.mark.parametrize("age_sec", [0, 290])
-def test_run_lock_of_another_host(unfinished, age_sec):
+def test_run_lock_of_another_host(unfinished):
     asked, run_dir = unfinished
-    path = write_lock(run_dir, age_sec, host="node7", pid=os.getpid(), started="2026-11-26T10:00:00+00:00")
+    path = write_lock(run_dir, 290, host="node7", pid=os.getpid(), started="2026-11-26T10:00:00+00:00")
     with pytest.raises(ConfigError, match=r"process \d+ on node7 \(since 2026-11-26T10:00:00") as refusal:
         prepare(asked)
     assert f"delete {path}" in str(refusal.value) and path.exists()
     os.utime(path, (time.time() - 310,) * 2)
-    assert run(asked, console=quiet()).nimg == 16 and not path.exists()
+    assert run(asked, console=quiet()).nimg == 36 and not path.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])

@@ -28,7 +28,6 @@ def resume(golden_dir, name, **changes):
         ("stylegan2-64-cond", {"cond": False}, 0, "classes 5 → 0"),
         ("stylegan2-64-cond", {"classes": "extend"}, 7, "classes 5 → 7"),
         ("stylegan2-64-cond", {"classes": "keep"}, 3, "classes 5 → 3"),
-        ("stylegan2-64-cond", {"classes": "fresh"}, 5, "fresh classes"),
         ("stylegan2-ada-32", {"channels": 4}, 0, "channels 3 → 4"),
         ("stylegan3-t-32", {"channels": 4, "new_d": True, "aug": "noaug"}, 0, "D, new discriminator"),
     ],
@@ -43,7 +42,7 @@ def test_train_after_surgery(name, changes, num_labels, words, golden_dir, image
     if changes.get("new_d"):
         prepared = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, d_warmup_nimg=0))
     before = {key: weights(getattr(prepared.state, key)) for key in ("G", "D", "G_ema")}
-    train_steps(prepared, 2)
+    train_steps(prepared, 1)
     for key, values in before.items():
         assert moved(values, getattr(prepared.state, key)), key
     G = prepared.state.G_ema
