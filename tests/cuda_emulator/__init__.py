@@ -27,9 +27,17 @@ PARAMS = {
 }
 
 
+FLAGS = ["-std=c++17", "-O1", "-w", "-fPIC", "-DSG_EMULATED"]
+FLAGS += os.environ.get("SG_EMULATOR_FLAGS", "").split()  # tests/stress/test_sanitizers.py
+
+
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory()
+    """Return a folder for the programs, with the emulator as a precompiled header."""
+    folder = tempfile.TemporaryDirectory()
+    header = shutil.copy(HERE / "emulator.h", folder.name)
+    subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return folder
 
 
 @functools.cache
@@ -43,9 +51,8 @@ def _compiled(plan: LaunchPlan) -> Any:
     source = folder / f"{name}.cpp"
     source.write_text(f'#include "{SOURCES / plan.source}"\nSG_EMULATE({plan.entry}, {struct})\n')
     macros = [f"-D{key}={value}" for key, value in plan.defines]
-    command = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DSG_EMULATED", *macros]
-    command += os.environ.get("SG_EMULATOR_FLAGS", "").split()  # tests/stress/test_sanitizers.py
-    command += ["-I", str(SOURCES), "-I", str(HERE), str(source), "-o", str(folder / f"{name}.so")]
+    command = [compiler, *FLAGS, "-shared", *macros, "-include", str(folder / "emulator.h")]
+    command += ["-I", str(SOURCES), "-I", str(folder), str(source), "-o", str(folder / f"{name}.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     library = ctypes.CDLL(str(folder / f"{name}.so"))

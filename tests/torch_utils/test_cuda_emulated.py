@@ -34,7 +34,7 @@ def on_cuda(emulated, monkeypatch):
 ALWAYS = {
     "upfirdn2d": "stylegan2_up wavelet_separable channels_last channels_last_blur",
     "filtered_lrelu": "stylegan3_t stylegan3_r several_tiles_or_strips",
-    "bias_act": "act_lrelu act_swish channels_last",
+    "bias_act": "act_swish channels_last",
 }
 IN_HALF = {
     "upfirdn2d": "stylegan2_down channels_last_blur",
@@ -78,7 +78,7 @@ def test_cuda_emulated_other_dtypes_error_at_most_twice_torch(case, dtype, on_cu
     assert all(a <= max(2 * p, rounding) for a, p in zip(actual, plain)), (actual, plain)
 
 
-RECORDING = [case for case in CASES if case.id in ("stylegan3_t", "stylegan3_r", "several_tiles_or_strips")]
+RECORDING = [case for case in CASES if case.id in ("stylegan3_r", "several_tiles_or_strips")]
 
 
 @pytest.mark.parametrize("case", RECORDING, ids=named)

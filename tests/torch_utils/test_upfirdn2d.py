@@ -50,7 +50,7 @@ def test_upfirdn2d_random_forms_equal_the_definition(chunk, device):
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), ([3, 1], [1, 2])])
 def test_upfirdn2d_gradients_of_every_order(taps, up, down):
     f = None if taps is None else torch.randn(taps, dtype=torch.float64)
-    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def op(x):
         return upfirdn2d(x, f, up, down, [2, 1, -1, 3], gain=1.5)
