@@ -10,7 +10,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,10 +30,12 @@ SLACK = 64 << 20  # bytes, for what is not in the file
 MEAN_SAMPLES = 10_000  # of w, if a file has no mean
 MEAN_CHUNK = 100  # bounds the memory that a file of wide layers can take
 
+MIN_GAIN, MAX_GAIN = 1e-6, 1e3  # of weights; 0.01 / √512 and 1 are those of published networks
+
 # Attributes that decide what a module computes: where file and module both have one, they must agree.
 DECISIVE = frozenset(
     """
-    activation architecture conv_clamp up down padding use_noise is_torgb weight_gain bias_gain act_gain
+    activation architecture conv_clamp up down padding use_noise is_torgb bias_gain act_gain
     group_size num_channels num_layers num_ws cmap_dim is_critically_sampled up_factor down_factor up_taps
     down_taps output_scale down_radial conv_kernel sampling_rate bandwidth in_sampling_rate
     out_sampling_rate in_cutoff out_cutoff in_half_width out_half_width in_size out_size margin_size size
@@ -45,7 +47,7 @@ IGNORED = frozenset(
     """
     training channels_last use_fp16 num_fp16_res layer_names block_resolutions fused_modconv_default
     img_resolution_log2 in_features out_features num_conv num_torgb w_dim z_dim c_dim is_last
-    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias square
+    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias square weight_gain
     """.split()
 )
 
@@ -76,7 +78,7 @@ class Allowance:
 class Rebuilt:
     """A module, the tensors that `fill` gives it, and notes on what is ignored, one sentence each.
 
-    lacks_w_avg: the mean w is not in the file and is estimated.
+    lacks_w_avg: the mean w is not in the file and is estimated. factors: of weights, see `weight_factors`.
     """
 
     module: Any  # torch.nn.Module
@@ -84,6 +86,7 @@ class Rebuilt:
     generation: Generation
     tensors: Mapping[str, Tensor]
     lacks_w_avg: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def rebuild(
@@ -102,8 +105,12 @@ def rebuild(
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
         differences = _differing_attributes(net, module)
-    notes = check_tensors(name, net, module, differences, allowance)
-    return Rebuilt(module, notes + _notes(name, net, module), _generation(net), net.tensors)
+    notes = check_tensors(name, net, module, differences, allowance) + _notes(name, net, module)
+    factors = weight_factors(net, module)
+    if factors:
+        which = ", ".join(sorted(factors)[:3]) + (", …" if len(factors) > 3 else "")
+        notes.append(f"{name}: weights multiplied by a weight_gain that is not that of their shape: {which}")
+    return Rebuilt(module, notes, _generation(net), net.tensors, factors=factors)
 
 
 def rebuild_tf(
@@ -280,6 +287,8 @@ def fill(
         give_back(address)
         np.copyto(tensor.numpy(), values_of(source), casting="same_kind")
     for network in networks:
+        for name, factor in network.factors.items():
+            network.module.get_parameter(name).mul_(factor)
         if network.lacks_w_avg:
             _estimate_w_avg(network.module)
 
@@ -313,6 +322,10 @@ def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:
         if not net.has(path):  # one without tensors, which would be missed otherwise
             lines.append(f"{path} ({type(ours).__name__}) is not in the file")
             continue
+        gain = net.get(path, "weight_gain")
+        if gain is not MISSING and not (type(gain) in (int, float) and MIN_GAIN < gain < MAX_GAIN):
+            shown = printable(repr(gain)[:80])
+            lines.append(f"{path}.weight_gain = {shown} in the file, and not a number that layers have")
         for name in sorted(DECISIVE & vars(ours).keys() & net.modules[path].keys()):
             seen, wanted = net.get(path, name), vars(ours)[name]
             if not _agree(seen, wanted):
@@ -321,6 +334,20 @@ def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:
                     f"{path + '.' if path else ''}{name} = {shown} in the file and {wanted} in the network"
                 )
     return lines
+
+
+def weight_factors(net: Described, module: torch.nn.Module) -> dict[str, float]:
+    """Return the factor of each weight whose `weight_gain` in the file is not that of its shape.
+
+    Networks whose layers were cut or widened keep the gain of the first shape; the product of gain and
+    weight is what they compute with.
+    """
+    found = {}
+    for path, ours in module.named_modules():
+        seen, wanted = net.get(path, "weight_gain"), getattr(ours, "weight_gain", None)
+        if wanted is not None and seen is not MISSING and not _agree(seen, wanted):
+            found[f"{path}.weight"] = seen / wanted
+    return found
 
 
 def _agree(seen: Any, wanted: Any) -> bool:

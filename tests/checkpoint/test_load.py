@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import mmap
 import pickle
 
@@ -231,7 +232,9 @@ class TestMismatch:
             ("synthesis.b8.conv0", "up", 1),
             ("synthesis.b16.torgb", "conv_clamp", None),
             ("synthesis.b16.conv1", "activation", "relu"),
-            ("mapping.fc1", "weight_gain", 0.5),
+            ("mapping.fc1", "weight_gain", math.inf),
+            ("mapping.fc1", "weight_gain", -0.5),
+            ("mapping.fc1", "weight_gain", "0.5"),
             ("mapping.fc1", "bias_gain", 1),
             ("synthesis.b32", "architecture", "resnet"),
         ],
@@ -244,7 +247,23 @@ class TestMismatch:
         with pytest.raises(CheckpointMismatch) as mismatch:
             reload({"G_ema": network})
         assert len(mismatch.value.differences) == 1
-        assert mismatch.value.differences[0].startswith(f"{path}.{name} = {value!r} in the file and ")
+        assert mismatch.value.differences[0].startswith(f"{path}.{name} = {value!r} in the file")
+        assert " and " in mismatch.value.differences[0]
+
+    @pytest.mark.parametrize("path", ["mapping.fc1", "synthesis.b8.torgb", "synthesis.b16.conv1.affine"])
+    def test_load_applies_other_weight_gain(self, opened, reload, path):
+        """A layer that was cut or widened keeps its gain; the file computes with gain × weight."""
+        G = reload({"G_ema": opened("stylegan2-ada-32")["G_ema"]}).G_ema
+        changed = opened("stylegan2-ada-32")["G_ema"]
+        module_at(changed, path)["weight_gain"] *= 0.5
+        checkpoint = reload({"G_ema": changed})
+        layer = G.get_submodule(path)
+        layer.weight_gain *= 0.5
+        z = torch.randn([4, G.z_dim], generator=torch.Generator().manual_seed(0))
+        images = [network(z, None, noise_mode="const") for network in (checkpoint.G_ema, G)]
+        torch.testing.assert_close(*images)
+        (note,) = (each for each in checkpoint.notes if "weight_gain" in each)
+        assert note.startswith("G_ema: weights multiplied") and f"{path}.weight" in note
 
 
 class TestPartialFiles:
