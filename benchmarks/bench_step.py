@@ -13,6 +13,12 @@ of the family run), `ref` (our plain torch), `auto` (native kernels where there 
 run in turn, `--rounds` times, each time from new random weights; medians of all cycles are reported.
 `--cbase` and `--cmax` are what `finetune train` takes: StyleGAN3-R's generator has twice as many channels.
 `--sd-backbone lpips-vgg-random` is LPIPS-VGG without its weights, for timing.
+
+    git worktree add ../before COMMIT
+    python benchmarks/bench_step.py --against ../before --families stylegan2 --rounds 5
+
+compares with another checkout, by its own bench_step.py: subprocesses of both run in turn, and medians of
+images a second are reported. `--cpu-time` counts processor seconds, on a machine that is not quiet.
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -247,6 +255,53 @@ def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], di
                 yield results
 
 
+# `time.perf_counter` is the clock of all versions of this program.
+CHILD = """
+import runpy, sys, time
+if sys.argv[1] == "cpu": time.perf_counter = time.process_time
+sys.path.insert(0, sys.argv[2] + "/benchmarks")
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> float:
+    """Run bench_step.py of a checkout in a subprocess and return images a second of its table."""
+    program = root / "benchmarks" / "bench_step.py"
+    words = ["--families", family, "--arms", "auto"]
+    for name in ("resolution", "cbase", "cmax", "batch", "threads", "device", "seed"):
+        words += [f"--{name}", str(getattr(options, name))]
+    if "--cycles" in program.read_text():
+        words += ["--warmup", str(options.warmup), "--cycles", str(options.cycles)]
+    else:  # until 55a9cab, every phase was timed by itself
+        words += ["--no-memory"]
+    clock = "cpu" if options.cpu_time else "wall"
+    command = [sys.executable, "-c", CHILD, clock, str(root), str(program), *words]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    lines = subprocess.check_output(command, cwd=root, env=environment, text=True).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    column = next(i for i, name in enumerate(rows[0]) if name in ("images/s", "images a second"))
+    return float(rows[2][column])
+
+
+def comparison(options: argparse.Namespace) -> str:
+    """Return images a second of this checkout and the other one, by family."""
+    roots = [_checkout.ROOT, options.against.resolve()]
+    rates: dict[str, list[list[float]]] = {family: [[], []] for family in options.families}
+    for _ in range(options.rounds):
+        for family, pair in rates.items():
+            for root, values in zip(roots, pair, strict=True):
+                values.append(images_per_sec(root, family, options))
+    rows = []
+    for family, pair in rates.items():
+        medians = [statistics.median(values) for values in pair]
+        each = ["; ".join(f"{value:.4g}" for value in values) for values in pair]
+        cells = [f"{median:.4g} ({text})" for median, text in zip(medians, each, strict=True)]
+        rows.append([family, *cells, f"{medians[0] / medians[1]:.2f}"])
+    unit = "images per processor second" if options.cpu_time else "images/s"
+    return table(["family", f"{unit} (each)", "the other checkout (each)", "ratio"], rows)
+
+
 def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """Return s/kimg of each family and arm, its phases, and the kernels of the profiled ones."""
     kimg = CYCLE * options.batch / 1000
@@ -320,6 +375,8 @@ def parser_of_steps() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
     parser.add_argument("--cycles", type=int, default=2, help="cycles of 16 steps in each round")
     parser.add_argument("--rounds", type=int, default=1, help="how often families and arms take turns")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout")
+    parser.add_argument("--cpu-time", action="store_true", help="with --against: count processor seconds")
     parser.add_argument("--profile", action="store_true", help="list the heaviest kernels of one more cycle")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -334,6 +391,12 @@ def main() -> None:
     device = torch.device(options.device)
     if options.profile and device.type != "cuda":
         sys.exit("--profile: kernels are those of a GPU; add --device cuda.")
+    if options.against:
+        text = report("Training step of two checkouts", device, options.seed, [comparison(options)])
+        if options.out:
+            options.out.write_text(text, encoding="utf-8")
+        print(text)
+        return
     text = ""
     for results in results_of(options):
         text = report("Training step", device, options.seed, tables(results, options))
