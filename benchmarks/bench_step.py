@@ -14,11 +14,9 @@ run in turn, `--rounds` times, each time from new random weights; medians of all
 `--cbase` and `--cmax` are what `finetune train` takes: StyleGAN3-R's generator has twice as many channels.
 `--sd-backbone lpips-vgg-random` is LPIPS-VGG without its weights, for timing.
 
-    git worktree add ../before COMMIT
-    python benchmarks/bench_step.py --against ../before --families stylegan2 --rounds 5
-
-compares with another checkout, by its own bench_step.py: subprocesses of both run in turn, and medians of
-images a second are reported. `--cpu-time` counts processor seconds, on a machine that is not quiet.
+`--against CHECKOUT` compares with another checkout (`git worktree add ../before COMMIT`), by its own
+bench_step.py: subprocesses of both run in turn, and medians of images a second are reported.
+`--cpu-time` counts processor seconds instead, on a machine that is not quiet.
 """
 
 from __future__ import annotations
@@ -271,15 +269,13 @@ def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> floa
     words = ["--families", family, "--arms", "auto"]
     for name in ("resolution", "cbase", "cmax", "batch", "threads", "device", "seed"):
         words += [f"--{name}", str(getattr(options, name))]
-    if "--cycles" in program.read_text():
-        words += ["--warmup", str(options.warmup), "--cycles", str(options.cycles)]
-    else:  # until 55a9cab, every phase was timed by itself
-        words += ["--no-memory"]
+    # Until 55a9cab, every phase was timed by itself.
+    cycles = ["--warmup", str(options.warmup), "--cycles", str(options.cycles)]
+    words += cycles if "--cycles" in program.read_text() else ["--no-memory"]
     clock = "cpu" if options.cpu_time else "wall"
     command = [sys.executable, "-c", CHILD, clock, str(root), str(program), *words]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    lines = subprocess.check_output(command, cwd=root, env=environment, text=True).splitlines()
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    text = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(root)}, text=True)
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line[:1] == "|"]
     column = next(i for i, name in enumerate(rows[0]) if name in ("images/s", "images a second"))
     return float(rows[2][column])
 
@@ -294,10 +290,9 @@ def comparison(options: argparse.Namespace) -> str:
                 values.append(images_per_sec(root, family, options))
     rows = []
     for family, pair in rates.items():
-        medians = [statistics.median(values) for values in pair]
+        ours, theirs = map(statistics.median, pair)
         each = ["; ".join(f"{value:.4g}" for value in values) for values in pair]
-        cells = [f"{median:.4g} ({text})" for median, text in zip(medians, each, strict=True)]
-        rows.append([family, *cells, f"{medians[0] / medians[1]:.2f}"])
+        rows.append([family, f"{ours:.4g} ({each[0]})", f"{theirs:.4g} ({each[1]})", f"{ours / theirs:.2f}"])
     unit = "images per processor second" if options.cpu_time else "images/s"
     return table(["family", f"{unit} (each)", "the other checkout (each)", "ratio"], rows)
 
@@ -391,15 +386,10 @@ def main() -> None:
     device = torch.device(options.device)
     if options.profile and device.type != "cuda":
         sys.exit("--profile: kernels are those of a GPU; add --device cuda.")
-    if options.against:
-        text = report("Training step of two checkouts", device, options.seed, [comparison(options)])
-        if options.out:
-            options.out.write_text(text, encoding="utf-8")
-        print(text)
-        return
     text = ""
-    for results in results_of(options):
-        text = report("Training step", device, options.seed, tables(results, options))
+    measured = [[comparison(options)]] if options.against else None
+    for found in measured or (tables(results, options) for results in results_of(options)):
+        text = report("Training step", device, options.seed, found)
         if options.out:  # after each, so that a run that is cut off leaves what it has
             options.out.write_text(text, encoding="utf-8")
     print(text)

@@ -319,6 +319,24 @@ class TestSteps:
             float(found[f"{name} (s/kimg)"]) > 0 for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
         )
 
+    def test_benchmarks_compare_checkouts(self, modules, monkeypatch, tmp_path):
+        """Two checkouts whose program prints a rate that each start multiplies."""
+        for name, rate in (("this", 30), ("other", 20)):
+            (folder := tmp_path / name / "benchmarks").mkdir(parents=True)
+            (folder / "bench_step.py").write_text(
+                "import sys, time, pathlib\n"
+                "assert time.perf_counter is time.process_time and '--no-memory' in sys.argv\n"
+                "count = pathlib.Path(__file__).with_name('count')\n"
+                "text = count.read_text() if count.exists() else ''\n"
+                "count.write_text(text + 'x')\n"
+                "print('| family | images a second |\\n| --- | --- |')\n"
+                f"print('| f |', {rate} * 2 ** len(text), '|')\n"
+            )
+        monkeypatch.setattr(modules["bench_step"]._checkout, "ROOT", tmp_path / "this")
+        words = ["--against", str(tmp_path / "other"), "--families", "stylegan2", "--rounds", "3"]
+        found = modules["bench_step"].comparison(self.options(modules, *words, "--cpu-time"))
+        assert found.splitlines()[2] == "| stylegan2 | 60 (30; 60; 120) | 40 (20; 40; 80) | 1.50 |"
+
     def test_benchmarks_kernels_and_busy_time(self, modules):
         events = [
             {"cat": "kernel", "name": "a", "ts": 10.0, "dur": 5.0},
