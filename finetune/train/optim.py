@@ -57,7 +57,7 @@ class LearningRate:
 
 
 def build_adam(network: torch.nn.Module, rate: LearningRate) -> torch.optim.Adam:
-    """Build Adam over all parameters of a network, in one kernel; on CUDA all its numbers are on the device."""
+    """Build Adam over all parameters of a network, as one kernel; on CUDA its numbers are on the device."""
     parameters = list(network.parameters())
     device = parameters[0].device
     options: dict[str, Any] = {"lr": rate.full(), "fused": device.type in ("cpu", "cuda")}
