@@ -58,8 +58,8 @@ class RunPage:
             return
         with self._warning():
             write_about(self.run_dir.path, prepared, self.run_dir.source)
-        if prepared.origin.saved is not None:
-            self.restart(prepared.state.nimg)
+        self.restart(prepared.state.nimg)
+        self.last_nimg = -1
         self.update(prepared.state)
 
     def restart(self, nimg: int) -> None:
@@ -153,10 +153,12 @@ def write_about(folder: Path, prepared: Prepared, source: dict[str, Any] | None)
     """Write `about.json`: data, device, origin, and the reason for each option; a resume adds a line."""
     path, origin = folder / "about.json", prepared.origin
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    about: dict[str, Any] = {}
-    if origin.saved is not None and path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8")) | {"recommended": None}
-    if not about:
+    about: dict[str, Any]
+    if path.is_file():
+        about = json.loads(path.read_text(encoding="utf-8"))
+        resumed = {"event": "resume", "time": now, "nimg": origin.nimg, "what": " ".join(origin.lines)}
+        about |= {"recommended": None, "resumed": [*about.get("resumed", []), resumed]}
+    else:
         values = prepared.config.to_dict()
         reasons = {each.name: {"value": values[each.name], "why": each.why} for each in prepared.reasons}
         about = {
@@ -168,9 +170,6 @@ def write_about(folder: Path, prepared: Prepared, source: dict[str, Any] | None)
             "notes": prepared.notes + [line for each in prepared.operations for line in each.lines()],
             "source": source,
         }
-    if origin.saved is not None:
-        resumed = {"event": "resume", "time": now, "nimg": origin.nimg, "what": " ".join(origin.lines)}
-        about["resumed"] = [*about.get("resumed", []), resumed]
     replace_about(path, about)
 
 

@@ -94,15 +94,14 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
         keep_freed_memory()
     math = training_math(prepared.config.precision, deterministic=prepared.config.deterministic)
     show = Display(console, prepared.plan.total_nimg, prepared.plan.snap_nimg)
-    with math, show as display, run_folder(prepared) as path:
-        run = open_run(prepared, display, path)
+    with math, show as display, open_run(prepared, display) as run:
         with run.stop, run.plan.graphs.stream():
             recommended = None
             try:
                 snapshot = train(run)
                 recommended = recommend(run.counters, snapshot, run.state.nimg)
             except torch.OutOfMemoryError as error:
-                name = shlex.quote(str(path))
+                name = shlex.quote(str(run.run_dir.path))
                 raise out_of_memory(error, prepared.config, prepared.facts, name) from None
             finally:
                 run.page.finish(run.state, recommended)
@@ -119,33 +118,30 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
 
 
 @contextlib.contextmanager
-def run_folder(prepared: Prepared) -> Iterator[Path]:
-    """Make the run folder, or take that of a resumed run; rank 0 holds its lock inside the block."""
-    saved = prepared.origin.saved
-    path = new_run_dir(prepared) if saved is None else prepared.origin.place
-    with run_lock.own(path) if prepared.plan.group.is_first else contextlib.nullcontext():
-        if saved is not None:
+def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
+    """Make the run folder, or open that of a resumed run and load its state; rank 0 owns it in the block."""
+    saved, state = prepared.origin.saved, prepared.state
+    own = run_lock.own if prepared.plan.group.is_first else contextlib.nullcontext
+    with contextlib.ExitStack() as stack:
+        if saved is None:
+            path = new_run_dir(prepared)
+            stack.enter_context(own(path))
+            run = build_run(prepared, display, path)
+            run.run_dir.write_fakes(state.G_ema, "-init")
+            run.checkpointer.save_state()  # a rollback needs one
+        else:
+            path = saved.path.parent
+            stack.enter_context(own(path))
             saved.check_unchanged()
-        yield path
-
-
-def open_run(prepared: Prepared, display: Display, path: Path) -> Run:
-    """Open the run folder; load the state of a resumed run."""
-    origin, state = prepared.origin, prepared.state
-    if origin.saved is None:
-        run = build_run(prepared, display, path)
-        run.run_dir.write_fakes(state.G_ema, "-init")
-        run.checkpointer.save_state()  # a rollback needs one
-    else:
-        run = build_run(prepared, display, path)
-        run.checkpointer.load_state_dict(origin.saved.content)
-        run.run_dir.drop_later_lines(state.nimg)
-    run.page.start(prepared)
-    display.start_at(state.nimg)
-    run.monitor.restart(state.nimg)
-    if run.plan.group.is_first:
-        run.stats.diagnostics = Diagnostics(state)
-    return run
+            run = build_run(prepared, display, path)
+            run.checkpointer.load_state_dict(saved.content)
+            run.run_dir.drop_later_lines(state.nimg)
+        run.page.start(prepared)
+        display.start_at(state.nimg)
+        run.monitor.restart(state.nimg)
+        if run.plan.group.is_first:
+            run.stats.diagnostics = Diagnostics(state)
+        yield run
 
 
 def new_run_dir(prepared: Prepared) -> Path:

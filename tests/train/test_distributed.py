@@ -139,8 +139,8 @@ def test_unreadable_counts_of_all_ranks_are_summed_once(images, tmp_path):
     for rank, expected in ((0, 5), (1, 0)):
         again = prepare(TrainOptions(resume=str(run_dir), kimg=0.04))
         plan = dataclasses.replace(again.plan, group=ReadOnly(rank, 2))
-        resumed = open_run(dataclasses.replace(again, plan=plan), Display(quiet(), 40), run_dir)
-        assert resumed.batches.unreadable == expected
+        with open_run(dataclasses.replace(again, plan=plan), Display(quiet(), 40)) as resumed:
+            assert resumed.batches.unreadable == expected
 
 
 @pytest.mark.slow
