@@ -57,12 +57,12 @@ class LearningRate:
 
 
 def build_adam(network: torch.nn.Module, rate: LearningRate) -> torch.optim.Adam:
-    """Build Adam over all parameters of a network, as one kernel; on CUDA its numbers are on the device."""
+    """Build Adam over all parameters of a network; on CUDA one kernel whose numbers are all on the device."""
     parameters = list(network.parameters())
-    device = parameters[0].device
-    options: dict[str, Any] = {"lr": rate.full(), "fused": device.type in ("cpu", "cuda")}
-    if device.type == "cuda":
-        options |= {"lr": torch.tensor(rate.full(), device=device), "capturable": True}
+    options: dict[str, Any] = {"lr": rate.full()}
+    if parameters[0].is_cuda:
+        lr = torch.tensor(rate.full(), device=parameters[0].device)
+        options = {"lr": lr, "fused": True, "capturable": True}
     return torch.optim.Adam(parameters, betas=rate.betas, eps=EPS, **options)
 
 
