@@ -46,9 +46,7 @@ def label_from_class(
     c_dim = int(G.c_dim)
     if c_dim == 0:
         if class_index is not None:
-            raise ConfigError(
-                f"--class {class_index}: this network has no classes. Omit the option."
-            )
+            raise ConfigError(f"--class {class_index}: this network has no classes. Omit the option.")
         return torch.zeros([n, 0], device=device)
     if class_index is None:
         raise ConfigError(f"--class: this network has {c_dim} classes. Choose one from 0 to {c_dim - 1}.")

@@ -173,9 +173,7 @@ def _unknown_rectangle(net: Described, module: torch.nn.Module) -> str | None:
     return None
 
 
-def _recognize(
-    name: str, net: Described, base_shape: list[int] | None
-) -> tuple[type, dict[str, Any]]:
+def _recognize(name: str, net: Described, base_shape: list[int] | None) -> tuple[type, dict[str, Any]]:
     """Return the class and constructor arguments, determined by the state and not by class names."""
     if net.has("synthesis.input") and net.has("mapping"):
         from finetune.models import stylegan3
@@ -268,9 +266,7 @@ def _peak(values: np.ndarray) -> float:
     return float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
 
 
-def fill(
-    networks: Iterable[Rebuilt], give_back: Callable[[int], None] = lambda address: None
-) -> None:
+def fill(networks: Iterable[Rebuilt], give_back: Callable[[int], None] = lambda address: None) -> None:
     """Give the tensors of all networks memory and the values of the file; eval mode, no gradients.
 
     The values are copied in the order of their addresses. `give_back(address)` is called when everything

@@ -48,9 +48,7 @@ def what_training_does(
     }
 
 
-def as_values(
-    found: Scan, use_labels: bool, training: dict[str, Any]
-) -> dict[str, Any]:
+def as_values(found: Scan, use_labels: bool, training: dict[str, Any]) -> dict[str, Any]:
     """Return all findings as plain values."""
     return {
         "path": str(found.path),

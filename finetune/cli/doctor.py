@@ -16,9 +16,7 @@ import click
 @click.command("doctor", short_help="Show versions, compilers and how the ops run on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option("--clean", is_flag=True, help="Empty the cache of built kernels first.")
-@click.option(
-    "--build", is_flag=True, help="Build the kernels for this CPU and the GPUs of this machine."
-)
+@click.option("--build", is_flag=True, help="Build the kernels for this CPU and the GPUs of this machine.")
 @click.option(
     "--arch",
     multiple=True,

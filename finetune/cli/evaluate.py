@@ -72,8 +72,7 @@ DEFAULT = "fd-effnet,random-fid"
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Ranks, one per GPU (or CPU processes, with --device cpu). More "
-    "machines: torchrun.",
+    help="Ranks, one per GPU (or CPU processes, with --device cpu). More machines: torchrun.",
 )
 @click.option(
     "--inception",

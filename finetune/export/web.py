@@ -58,9 +58,7 @@ def write_page(
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: this is a file. A page is a folder: choose another name.")
     if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise ConfigError(
-            f"{folder}: not empty. Choose another folder, or use --force to replace files."
-        )
+        raise ConfigError(f"{folder}: not empty. Choose another folder, or use --force to replace files.")
     G, first = _generator(checkpoint), None if original is None else _generator(original)
     onnx.require_packages()
     files = web_runtime.runtime_files(runtime)

@@ -88,9 +88,7 @@ def read_run(path: str | Path) -> RunRecord:
         hint = "Name a folder that `finetune train` wrote."
         if inner:
             hint = f"Run folders in it: {', '.join(map(str, inner[-3:]))}"
-        raise ConfigError(
-            f"{path}: not a run folder (no readable config.json).", hint=hint
-        ) from None
+        raise ConfigError(f"{path}: not a run folder (no readable config.json).", hint=hint) from None
     about: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))

@@ -30,9 +30,7 @@ def metrics(line: dict[str, Any]) -> str:
     """Return the metrics of a line of the log with their number of images: `fd-effnet@1000 432.1`."""
     found = line.get("metrics") or {}
     return " ".join(
-        f"{name}@{found.get('num')} {value:.4g}"
-        for name, value in found.items()
-        if is_metric(name)
+        f"{name}@{found.get('num')} {value:.4g}" for name, value in found.items() if is_metric(name)
     )
 
 

@@ -111,9 +111,7 @@ def reconstruct(
     return network, error
 
 
-def fit(
-    config: TrainConfig, saved: list[SavedAverages], half_life_kimg: float
-) -> tuple[torch.Tensor, float]:
+def fit(config: TrainConfig, saved: list[SavedAverages], half_life_kimg: float) -> tuple[torch.Tensor, float]:
     """Return weights of all averages (snapshot by snapshot) that give an EMA, and their error.
 
     Cumulative profiles are compared: their root mean square difference is the expected error of the

@@ -98,9 +98,7 @@ def test_state_dict_of_one_network(golden_dir, tmp_path, options):
     source = finetune.load(golden_dir / "stylegan2-ada-32.pkl")
     for name in ("G_ema", "D"):
         again = finetune.load(saved(getattr(source, name).state_dict(), tmp_path / "net.pt", options))
-        assert torch.equal(
-            next(getattr(again, name).parameters()), next(getattr(source, name).parameters())
-        )
+        assert torch.equal(next(getattr(again, name).parameters()), next(getattr(source, name).parameters()))
 
 
 def test_state_dict_without_published_bands_needs_them(tmp_path):

@@ -232,9 +232,7 @@ def test_loader_stops_if_too_many_images_are_lost(forty, two_cores):
         next(batches)
     assert batches.unreadable == 12
     lose(path, 4, "deleted")
-    with pytest.raises(
-        DataError, match=r"5 of 40 images of this epoch .* 10%.*No such file"
-    ) as caught:
+    with pytest.raises(DataError, match=r"5 of 40 images of this epoch .* 10%.*No such file") as caught:
         for _ in range(20):
             next(batches)
     assert "--resume" in caught.value.hint

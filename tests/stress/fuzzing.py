@@ -98,9 +98,7 @@ class Counts:
     def add(self, number: int, outcome: str, name: str, said: str, sec: float, grown: int) -> None:
         self.outcomes[outcome] += 1
         source = name.partition(": ")[0]
-        self.ways[
-            source if source.startswith(SOURCES) else "made by hand, and changed as well"
-        ] += 1
+        self.ways[source if source.startswith(SOURCES) else "made by hand, and changed as well"] += 1
         self.slowest = max(self.slowest, (sec, number, name))
         self.grown_kib = max(self.grown_kib, grown)
         if outcome in BAD:

@@ -85,8 +85,7 @@ def publish(key: str, name: str, data: bytes) -> Path:
     except OSError as error:
         private = _private_folder()
         log.warning(
-            "The cache %s cannot be written (%s): builds are not kept. "
-            "Set %s to another folder.",
+            "The cache %s cannot be written (%s): builds are not kept. Set %s to another folder.",
             *(ops_folder(), error.strerror or error, VARIABLE),
         )
         return _publish(private, key, name, data)
