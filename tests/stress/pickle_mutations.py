@@ -56,7 +56,7 @@ class Source:
 def source(name: str, data: bytes) -> Source:
     """Parse a pickle as far as it can be; of a file of torch.save its first member, or five pickles."""
     outer: list[tuple[int, int, str]] = []
-    position = data.index(b"\x80\x02") if data.startswith(b"PK") else 0
+    position = max(data.find(b"\x80\x02"), 0) if data.startswith(b"PK") else 0
     for _ in range(5 if data.startswith(STORAGE) else 1):
         found, position = _opcodes(data, position)
         outer += found
