@@ -52,6 +52,8 @@ REFUSED = {
     "torch.nn.ReflectionPad1d": ["reflection_pad1d_backward"],
     "torch.nn.ReflectionPad2d": ["reflection_pad2d_backward"],
     "torch.nn.ReflectionPad3d": ["reflection_pad3d_backward"],
+    "torch.nn.ReplicationPad1d": ["replication_pad1d_backward"],  # torch 2.6
+    "torch.nn.ReplicationPad3d": ["replication_pad3d_backward"],  # torch 2.6
     "torch.nn.NLLLoss": ["nll_loss_forward", "nll_loss2d_forward"],
     "torch.nn.CTCLoss": ["_ctc_loss_backward", "_cudnn_ctc_loss"],
     "torch.nn.EmbeddingBag": ["_embedding_bag_dense_backward", "_embedding_bag_backward"],
