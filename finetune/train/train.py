@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from finetune.config import TrainConfig
-from finetune.data import build_loader
+from finetune.data import InfiniteLoader, build_loader
 from finetune.device import training_math
 from finetune.options import TrainOptions
 from finetune.resolve import newest_snapshot
@@ -55,7 +55,7 @@ class Run:
     state: TrainState
     plan: Plan
     counters: RunCounters
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    batches: InfiniteLoader
     stats: Stats
     monitor: DivergenceMonitor
     validation: Validation
@@ -136,6 +136,7 @@ def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
             run = build_run(prepared, display, path)
             run.checkpointer.load_state_dict(saved.content)
             run.run_dir.drop_later_lines(state.nimg)
+        stack.callback(run.batches.close)  # else workers wait for 5 s each until the garbage is collected
         run.page.start(prepared)
         display.start_at(state.nimg)
         run.monitor.restart(state.nimg)

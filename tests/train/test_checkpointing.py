@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import zipfile
@@ -78,6 +79,7 @@ def test_resume_is_bit_exact(family, kimg, stops, images, tmp_path, monkeypatch)
     monkeypatch.setattr("finetune.data.image_set.ImageSet.preload", lambda self, *args, **kwargs: False)
     config = options(images, tmp_path, family, **ALL | {"kimg": kimg}, workers=2)
     whole = run(config, console=quiet()).run_dir
+    assert multiprocessing.active_children() == []  # left to the garbage collector, each would take 5 s
     assert state_of(whole)["ada"]["p"] > 0 and float(state_of(whole)["sd_norms"][1]) > 0
 
     # 20 images are 5 steps: inside the intervals of R1 (16), path length (4), ADA (4) and a tick (4).
