@@ -336,7 +336,7 @@ def compare(options: argparse.Namespace, task: Task) -> None:
     device = resolve_device(task.device)
     out = options.out
     if out is None and options.job:
-        out = RESULTS / f"ab_{task.name}_{short_name(device)}_{time.strftime('%Y%m')}.md"
+        out = RESULTS / f"ab_{task.name}-photos_{short_name(device)}_{time.strftime('%Y%m')}.md"
     if out is not None:
         image = out.with_suffix(".png")
         plot(image, records, names, seeds, CURVE)

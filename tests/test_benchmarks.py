@@ -247,7 +247,7 @@ class TestAB:
         assert len((tmp_path / "checkpoints" / "clothing-16-tiny.jsonl").read_text().splitlines()) > 1
         first = call("--job", "tiny")
         assert "tiny, ours, seed 3 …" in first and "| plain | " in first
-        (path,) = tmp_path.glob("ab_tiny_*.md")
+        (path,) = tmp_path.glob("ab_tiny-photos_*.md")
         report = path.read_text(encoding="utf-8")
         assert "Why?" in report and "| ours | " in report and "| seed 3 |" in report
         assert "random-fid by the half-life of G_ema" in report
