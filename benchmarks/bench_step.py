@@ -273,7 +273,7 @@ def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> floa
     cycles = ["--warmup", str(options.warmup), "--cycles", str(options.cycles)]
     words += cycles if "--cycles" in program.read_text() else ["--no-memory"]
     clock = "cpu" if options.cpu_time else "wall"
-    command = [sys.executable, "-c", CHILD, clock, str(root), str(program), *words]
+    command = [sys.executable, "-P", "-c", CHILD, clock, str(root), str(program), *words]
     text = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(root)}, text=True)
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line[:1] == "|"]
     column = next(i for i, name in enumerate(rows[0]) if name in ("images/s", "images a second"))
