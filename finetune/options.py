@@ -90,10 +90,16 @@ class DistillWeight:
 
 def parse_micro_batch(given: int | str) -> int:
     """Read a number or `auto`, which is 0. Raises ConfigError for anything else."""
+    wrong = ConfigError(f"--batch-gpu {given}: must be a whole number above 0, or auto.")
+    if given == AUTO:
+        return 0
     try:
-        return 0 if given == AUTO else int(str(given))
+        number = int(str(given))
     except ValueError:
-        raise ConfigError(f"--batch-gpu {given}: must be a whole number above 0, or auto.") from None
+        raise wrong from None
+    if isinstance(given, str) and number < 1:
+        raise wrong
+    return number
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ IGNORED = frozenset(
     """
     training channels_last use_fp16 num_fp16_res layer_names block_resolutions fused_modconv_default
     img_resolution_log2 in_features out_features num_conv num_torgb w_dim z_dim c_dim is_last
-    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias square weight_gain
+    tmp_sampling_rate w_avg_beta magnitude_ema_beta first_layer_idx num_critical embed bias square
     """.split()
 )
 

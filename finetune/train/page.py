@@ -59,7 +59,7 @@ class RunPage:
         with self._warning():
             write_about(self.run_dir.path, prepared, self.run_dir.source)
         self.restart(prepared.state.nimg)
-        self.last_nimg = -1
+        self.last_nimg = -1  # a preview is due
         self.update(prepared.state)
 
     def restart(self, nimg: int) -> None:

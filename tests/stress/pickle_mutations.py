@@ -42,7 +42,7 @@ class Source:
     archive: bytes = b""
 
     def file(self, data: bytes) -> bytes:
-        """Return a file with `data` in the place of the pickle."""
+        """Return a file with `data` instead of the pickle."""
         if not self.archive:
             return data
         stream = io.BytesIO()

@@ -57,7 +57,7 @@ def test_config_from_json_lists_bad_entries():
 
 def test_config_micro_batch_is_a_number_or_auto():
     assert [TrainOptions(batch_gpu=given).batch_gpu for given in (8, "8", "auto", None)] == [8, 8, 0, None]
-    for wrong in ("largest", "", 2.5):
+    for wrong in ("largest", "", 2.5, "0", "-1"):
         with pytest.raises(ConfigError, match=f"--batch-gpu {wrong}: must be a whole number above 0"):
             TrainOptions(batch_gpu=wrong)
     by_default, given = (
