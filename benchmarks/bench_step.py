@@ -5,6 +5,7 @@
 The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots.
 Cycles of 16 steps are timed, in which every lazy phase runs at its interval, after `--warmup` cycles that
 build kernels, allocate memory and are reported as "first". Phases are those of the loop's own clock.
+As in training, freed memory stays in the process on a CPU (finetune/train/allocator.py).
 `--profile` adds one more cycle under torch.profiler and its slowest CUDA kernels; "busy" is the fraction of a
 cycle in which a kernel runs: time covered by kernels, over the time of a cycle without the profiler.
 
@@ -48,6 +49,7 @@ from finetune.config import TrainConfig
 from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
 from finetune.options import FAMILIES, GRAPHS, PRECISIONS, TrainOptions
+from finetune.train import allocator
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.graphs import Graphs
 from finetune.train.prepare import Prepared, prepare
@@ -189,6 +191,8 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
         while True:
             yield img, labels
 
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
     cycles = Cycles(options, device)
     nimg = CYCLE * options.batch
     math = training_math(
@@ -274,7 +278,13 @@ def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> floa
     words += cycles if "--cycles" in program.read_text() else ["--no-memory"]
     clock = "cpu" if options.cpu_time else "wall"
     command = [sys.executable, "-P", "-c", CHILD, clock, str(root), str(program), *words]
-    text = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(root)}, text=True)
+    # Training keeps freed memory at 55a9cab as well, its bench_step.py does not.
+    malloc = {
+        "MALLOC_MMAP_THRESHOLD_": allocator.LARGEST_BLOCK,
+        "MALLOC_TRIM_THRESHOLD_": allocator.NEVER_TRIM,
+    }
+    env = os.environ | {"PYTHONPATH": str(root)} | {name: str(value) for name, value in malloc.items()}
+    text = subprocess.check_output(command, env=env, text=True)
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line[:1] == "|"]
     column = next(i for i, name in enumerate(rows[0]) if name in ("images/s", "images a second"))
     return float(rows[2][column])
