@@ -40,6 +40,7 @@ class Graphs:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], Any]] = {}
         self._gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._phases: dict[str, list[torch.nn.Parameter]] = {}  # what gets a gradient in each phase
+        self._settles = False  # a phase runs for the first time: its gradients may yet move in memory
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -57,7 +58,7 @@ class Graphs:
         if not self.enabled or key is None:
             return function(**inputs)
         if key not in self._graphs:
-            if key not in self._seen:
+            if key not in self._seen or self._settles:
                 self._seen.add(key)
                 return function(**inputs)
             if not self._capture(key, function, inputs):
@@ -91,6 +92,7 @@ class Graphs:
     def clear_gradients(self, phase: str, network: torch.nn.Module) -> None:
         """Drop the gradients of a network; those whose memory belongs to a graph become zeros instead."""
         kept = self._phases.get(phase, ()) if self.enabled else ()
+        self._settles = self.enabled and phase not in self._phases
         for parameter in network.parameters():
             parameter.grad = None
         for parameter in kept:
@@ -98,6 +100,7 @@ class Graphs:
 
     def keep_gradients(self, phase: str, network: torch.nn.Module) -> None:
         """Keep the memory of the gradients that the first run of a phase has left, for its graphs."""
+        self._settles = False
         if not self.enabled or phase in self._phases:
             return
         self._phases[phase] = []
