@@ -30,12 +30,13 @@ class Graphs:
     def __init__(self, device: torch.device = CPU, *, enabled: bool = False) -> None:
         self.enabled = enabled and device.type == "cuda"
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._stream = torch.cuda.Stream(device) if self.enabled else None
         self.clear()
 
     def clear(self) -> None:
         """Forget all graphs: the memory that they use is about to be replaced."""
+        # torch refuses a pool whose graphs are all gone.
+        self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], Any]] = {}
         self._gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -49,9 +50,11 @@ class Graphs:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # what repairs the state after an error reads what was launched before it
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def run(self, key: Hashable, function: Callable[..., Any], **inputs: torch.Tensor) -> Any:
         """Return `function(**inputs)`, a tensor or None; without a graph if `key` is None."""
@@ -80,6 +83,7 @@ class Graphs:
                 output = function(**static)
         except RuntimeError as error:
             self.enabled = False
+            self._graphs.clear()  # frees their memory
             # A capture that failed leaves the state of the generator captured: give it another one.
             fresh = torch.Generator(self._device)
             fresh.set_state(before)

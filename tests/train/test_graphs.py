@@ -59,6 +59,16 @@ def test_graphs_turn_off_where_a_function_waits_for_the_device(caplog):
     assert not graphs.enabled and "CUDA graphs are off" in caplog.text
 
 
+@pytest.mark.gpu
+def test_graphs_capture_again_after_a_rollback():
+    graphs, x = Graphs(CUDA, enabled=True), torch.ones(2, device=CUDA)
+    for _ in range(2):
+        with graphs.stream():
+            results = [graphs.run("double", lambda x: 2 * x, x=x).tolist() for _ in range(3)]
+        assert results == [[2, 2]] * 3 and graphs.enabled and len(graphs._graphs) == 1
+        graphs.clear()
+
+
 class Replay:
     """Does what a graph does, without one: runs its function on the inputs and gradients of the capture."""
 
