@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,8 +26,10 @@ from finetune.train.stats import Stats
 # Family -> resolution, micro-batch, peak GiB of a step. The peak includes the search of cuDNN for algorithms.
 MEASURED = {"stylegan2": (256, 32, 17.57), "stylegan3-t": (256, 32, 27.27), "stylegan3-r": (256, 32, 28.11)}
 SOURCE = "docs/performance.md"
-# Part of the memory that a trial leaves free: for CUDA graphs, diagnostics, metrics and previews.
+# Part of the memory that a trial leaves free: for libraries of CUDA, metrics and previews.
 RESERVE = 0.1
+
+log = logging.getLogger("finetune.train")
 
 
 def can_run_out(device: torch.device) -> bool:
@@ -52,11 +55,12 @@ def _fits(size: int, state: TrainState, plan: Plan) -> bool:
     buffers = [*steps.moving_buffers(state.G)]
     buffers += state.augment_pipe.buffers() if state.augment_pipe is not None else ()
     before, labels = [buffer.clone() for buffer in buffers], state.label_generator.get_state()
-    with torch.random.fork_rng([plan.device] if on_cuda else []), _limited_memory(state, plan.device):
+    with torch.random.fork_rng([plan.device] if on_cuda else []), _limited_memory(state, plan):
         try:
             _run_phases(size, state, plan)
             fits = True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # not only OutOfMemoryError: cuDNN "was unable to find an engine"
+            log.info("--batch-gpu %d does not fit: %s", size, str(error).split("\n")[0])
             fits = False
     # After the block: until then, the error keeps the tensors of the trial alive.
     steps.copy_all(buffers, before)
@@ -97,16 +101,22 @@ def _run_phases(size: int, state: TrainState, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _limited_memory(state: TrainState, device: torch.device) -> Iterator[None]:
-    """Limit torch to the memory that is free, less RESERVE and what Adam will take."""
-    if device.type != "cuda":
+def _limited_memory(state: TrainState, plan: Plan) -> Iterator[None]:
+    """Limit torch to the memory that is free, less RESERVE and what Adam will take.
+
+    To half of it with CUDA graphs: their pool takes what a phase needs, and phases that run without a graph,
+    as each does at first, take it once more.
+    """
+    if plan.device.type != "cuda":
         yield
         return
-    index = device.index or 0
+    index = plan.device.index or 0
     free, total = torch.cuda.mem_get_info(index)
     parameters = [*state.G.parameters(), *state.D.parameters()]
     adam = sum(2 * each.numel() * each.element_size() for each in parameters)
-    limit = (free + torch.cuda.memory_reserved(index)) * (1 - RESERVE) - adam
+    allocated = torch.cuda.memory_allocated(index)
+    spare = (free + torch.cuda.memory_reserved(index)) * (1 - RESERVE) - adam - allocated
+    limit = allocated + (spare / 2 if plan.graphs.enabled else spare)
     torch.cuda.set_per_process_memory_fraction(min(max(limit / total, 0.01), 1.0), index)
     try:
         yield
@@ -123,6 +133,11 @@ def out_of_memory(
     smaller = smaller_micro_batch(config, facts)
     if smaller:
         remedy = f"Resume with a smaller micro-batch: finetune train --resume {run_dir} --batch-gpu {smaller}"
+    elif config.graphs == "auto":
+        remedy = (
+            "The micro-batch cannot be smaller. Resume without CUDA graphs, which take as much memory again: "
+            f"finetune train --resume {run_dir} --graphs off"
+        )
     else:
         remedy = (
             "The micro-batch cannot be smaller. Use a GPU with more memory, or in a new run --sd-weight 0 or "

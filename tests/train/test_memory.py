@@ -62,6 +62,44 @@ def test_largest_micro_batch_fits_on_every_rank(images, tmp_path, limit):
     assert tried == [8, 4]
 
 
+def test_largest_micro_batch_is_one_that_cudnn_has_memory_for(images, tmp_path, monkeypatch):
+    """Without memory for a workspace, cuDNN's error is none of those of the allocator."""
+
+    def r1_step(state, plan, reals, stats):
+        if plan.batch_gpu > 2:
+            raise RuntimeError("FIND was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(steps, "r1_step", r1_step)
+    prepared = prepare(options(images, tmp_path, batch=8))
+    assert memory.largest_micro_batch([1, 2, 4, 8], prepared.state, prepared.plan) == 2
+
+
+@pytest.mark.parametrize("graphs, expected", [(True, 1000 + 3500), (False, 1000 + 7000)])
+def test_limit_of_trial_leaves_room_for_graphs(graphs, expected, monkeypatch):
+    """Of 11,000 bytes, of which networks take 1,000: a tenth is left free, and what Adam will take."""
+    limits = []
+    cuda = dict(mem_get_info=(9000, 20000), memory_allocated=1000, memory_reserved=2000)
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, _: limits.append(part))
+    layer = torch.nn.Linear(237, 1, bias=False)
+    state = SimpleNamespace(G=layer, D=torch.nn.Identity())
+    plan = SimpleNamespace(device=torch.device("cuda"), graphs=SimpleNamespace(enabled=graphs))
+    with memory._limited_memory(state, plan):
+        assert limits[0] * 20000 == pytest.approx(expected, abs=10)
+    assert limits[1:] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [(dict(batch_gpu=2), "--batch-gpu 1"), ({}, "--graphs off"), (dict(graphs="off"), "--sd-weight 0")],
+)
+def test_out_of_memory_names_the_option_to_change(images, tmp_path, changes, words):
+    prepared = prepare(options(images, tmp_path, **{"batch_gpu": 1, **changes}))
+    error = memory.out_of_memory(torch.OutOfMemoryError("none"), prepared.config, prepared.facts, "run")
+    assert words in error.hint
+
+
 def test_trial_trains_like_the_same_micro_batch_given(images, tmp_path, limit, monkeypatch):
     limit(2)
     given = prepare(options(images, tmp_path, batch_gpu=2))
