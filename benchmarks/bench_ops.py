@@ -115,13 +115,14 @@ GPU_CASES = (
 def tensors(case: Case, options: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
     """Return random pixels and taps of one case."""
     memory = torch.channels_last if options.channels_last else torch.contiguous_format
-    x = torch.randn(case.shape, generator=generator).to(options.device, options.dtype)
+    drawn = {"generator": generator, "device": options.device}
+    x = torch.randn(case.shape, **drawn).to(options.dtype)
     made: dict[str, Any] = {"x": x.contiguous(memory_format=memory)}
     if case.op != "upfirdn2d":
-        made["b"] = torch.randn(case.shape[1], generator=generator).to(options.device, options.dtype)
+        made["b"] = torch.randn(case.shape[1], **drawn).to(options.dtype)
     names = {"upfirdn2d": ("f",), "filtered_lrelu": ("fu", "fd"), "bias_act": ()}[case.op]
     for name, taps in zip(names, (case.fu, case.fd)):
-        f = None if taps is None else torch.rand(taps, generator=generator).to(options.device)
+        f = None if taps is None else torch.rand(taps, **drawn)
         made[name] = None if f is None else f / f.sum()
     return made
 
@@ -175,7 +176,8 @@ def filter_cost(taps, up, down, in_h, out_h, out_w, in_w) -> float:
 
 def run(case: Case, options: argparse.Namespace, limits: dict[str, float]) -> dict[str, Any]:
     """Measure one case."""
-    device, generator = torch.device(options.device), torch.Generator().manual_seed(options.seed)
+    device = torch.device(options.device)
+    generator = torch.Generator(device).manual_seed(options.seed)  # a CPU would draw for half a minute
     made = tensors(case, options, generator)
     native = "cuda" if device.type == "cuda" else "cpu"
     arms: dict[str, tuple[Callable, dict]] = {"naive": (NAIVE[case.op], {})}
