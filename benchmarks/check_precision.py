@@ -2,11 +2,11 @@
 
     python benchmarks/check_precision.py --out benchmarks/results/precision_<machine>_<yyyymm>.md
 
-Networks of random weights, with float16 where published checkpoints have it, or with TF32 or float32 split
-into TF32 products in place of float32, and the same networks with all layers in float32; with plain torch and
-with the native kernels. Errors are in units of the largest value; of gradients (of the logits of generated
-images, to every weight of G and D) the cosine. The exit code is 1 if a value is not finite or a limit is
-passed. On a CPU everything is float32, so this is meaningful on CUDA only.
+Networks of random weights, called as in training, with float16 where published checkpoints have it, or with
+TF32 or float32 split into TF32 products in place of float32, and the same networks with all layers in
+float32; with plain torch and with the native kernels. Errors are in units of the largest value; of gradients
+(of the logits of generated images, to every weight of G and D) the cosine. The exit code is 1 if a value is
+not finite or a limit is passed. On a CPU everything is float32, so this is meaningful on CUDA only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from measuring import report, table
 
 from finetune.device import float32_math
 from finetune.models import stylegan2, stylegan3
+from finetune.train.build import use_channels_last
 from torch_utils.ops import impl
 
 LARGEST_ERROR = 0.05  # eleven bits, and some twenty layers of them
@@ -39,13 +40,14 @@ def networks(family: str, options: argparse.Namespace) -> tuple[torch.nn.Module,
         more = R_OPTIONS if family == "stylegan3-r" else {}
         G = stylegan3.Generator(64, 0, 64, options.resolution, 3, num_fp16_res=4, **sizes, **more)
     D = stylegan2.Discriminator(0, options.resolution, 3, num_fp16_res=4, **sizes)
+    for network in (G, D):
+        use_channels_last(network)
     return G.to(options.device), D.to(options.device)
 
 
 def step(G, D, z: torch.Tensor, force_fp32: bool) -> dict[str, torch.Tensor]:
     """Return images, logits, and all gradients of the logits in one row."""
-    noise = {} if isinstance(G, stylegan3.Generator) else {"noise_mode": "const"}
-    img = G(z, None, force_fp32=force_fp32, **noise)
+    img = G(z, None, force_fp32=force_fp32, noise_mode="const", fused_modconv="pointwise")
     logits = D(img, None, force_fp32=force_fp32)
     weights = [p for net in (G, D) for p in net.parameters() if p.requires_grad]
     found = torch.autograd.grad(torch.nn.functional.softplus(-logits).sum(), weights, allow_unused=True)
