@@ -57,7 +57,9 @@ def test_demo_writes_comparison_runs_and_export(finished):
     assert not np.array_equal(plain, distilled)
     assert page[:-height].min() < 100 < page[:-height].mean()  # dark text on white
     runs = sorted((outdir / "runs").iterdir())
-    assert [TrainConfig.read(run / "config.json").sd_weight.value for run in runs] == [0, 1]
+    configs = [TrainConfig.read(run / "config.json") for run in runs]
+    assert [config.sd_weight.value for config in configs] == [0, 1]
+    assert {config.device for config in configs} == {"cpu"}  # --device of the demo, by default
     assert result.snapshot.parent == runs[1]
     exported = load(result.exported)
     assert exported.missing == []

@@ -101,7 +101,8 @@ def run_demo(
         if not path.is_file():
             raise FinetuneError(f"{path}: missing from the package.", hint="Install the package again.")
     outdir.mkdir(parents=True, exist_ok=True)
-    options, metrics = available(recipe(outdir, checkpoint, images, kimg, seed), say)
+    options = dataclasses.replace(recipe(outdir, checkpoint, images, kimg, seed), device=device)
+    options, metrics = available(options, say)
 
     source = load(checkpoint, device=resolve_device(device))
     G = source.generator
