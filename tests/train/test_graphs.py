@@ -8,8 +8,9 @@ import logging
 
 import pytest
 import torch
-from tiny_runs import options, quiet, train_steps
+from tiny_runs import options, quiet, train_steps, weights
 
+from finetune.resolve import load
 from finetune.train.graphs import Graphs
 from finetune.train.prepare import prepare
 from finetune.train.train import run
@@ -146,3 +147,16 @@ def test_graphs_give_losses_of_plain_steps(images, tmp_path, family, caplog):
         for name in ("loss_G", "loss_D", "score_real", "loss_sd"):
             if name in plain:
                 assert graphed[name] == pytest.approx(plain[name], rel=0.05, abs=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
+def test_graphs_change_no_bit_of_deterministic_runs(images, tmp_path, family):
+    """With several micro-batches; without geometric augmentation, which graphs pad by more."""
+    changes = dict(family=family, device="cuda", deterministic=True, batch_gpu=2, kimg=0.064)
+    changes |= dict(aug="fixed", p=0.5, augpipe="color", sd_weight="auto:1", sd_augment=True)
+    networks = []
+    for graphs in ("off", "auto"):
+        result = run(options(images, tmp_path, graphs=graphs, **changes), console=quiet())
+        networks.append(weights(load(result.snapshot).G_ema))
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
