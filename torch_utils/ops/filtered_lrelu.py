@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from torch_utils import misc
+
 from . import impl as _impl
 from .bias_act import bias_act, clamp_if_needed
 from .native import library as native
@@ -122,7 +124,8 @@ class _MaskedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (mask,) = ctx.saved_tensors
-        slopes = dy.new_tensor([0.0, ctx.slope, 1.0])
+        # Kept: a copy from the host would wait for the device, which a CUDA graph does not allow.
+        slopes = misc.constant((0.0, ctx.slope, 1.0), dtype=dy.dtype, device=dy.device)
         return dy * slopes[mask.int()], None, None
 
 
