@@ -4,7 +4,8 @@
 
 The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots.
 Cycles of 16 steps are timed, in which every lazy phase runs at its interval, after `--warmup` cycles that
-build kernels, allocate memory and are reported as "first". Phases are those of the loop's own clock.
+build kernels, allocate memory and are reported as "first". Phases are those of the loop's own clock. Peak
+memory is what torch has reserved on a GPU, the pool of CUDA graphs included.
 As in training, freed memory stays in the process on a CPU (finetune/train/allocator.py).
 `--profile` adds one more cycle under torch.profiler and its slowest CUDA kernels; "busy" is the fraction of a
 cycle in which a kernel runs: time covered by kernels, over the time of a cycle without the profiler.
@@ -55,7 +56,7 @@ from finetune.train.graphs import Graphs
 from finetune.train.prepare import Prepared, prepare
 from finetune.train.signals import StopSignal
 from finetune.train.state import RunCounters
-from finetune.train.stats import Stats
+from finetune.train.stats import Stats, peak_memory_gib
 from finetune.train.train import Run, train
 from torch_utils.ops import impl
 
@@ -137,7 +138,8 @@ class Cycles:
         self.count += 1
         if self.count == self.warmup and self.device.type == "cuda":
             # cuDNN tries algorithms in the first cycle, some with a workspace that is never used again.
-            self.first_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.first_gib = peak_memory_gib(self.device)
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         # Printed at once, in case the run is cut off before the table.
         parts = {name: round(value, 3) for name, value in numbers["sec_per_phase"].items()}
@@ -212,7 +214,7 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
         "cycles": cycles.seconds,
         "phases": {name: value / len(cycles.seconds) for name, value in cycles.phases.items()},
         "first_gib": cycles.first_gib if on_cuda else None,
-        "gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None,
+        "gib": peak_memory_gib(device) if on_cuda else None,
         "profiled": cycles.profiled,
         "kernels": kernels_of(cycles.profiler) if options.profile else None,
     }

@@ -71,6 +71,7 @@ def _fits(size: int, state: TrainState, plan: Plan) -> bool:
     if on_cuda:
         gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(plan.device)  # the log shows the peak of training
     return fits
 
 

@@ -198,9 +198,10 @@ class PhaseClock:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far: of the device on CUDA, else of this process (0 if unknown)."""
+    """Return the peak memory so far: what torch holds on CUDA, else of this process (0 if unknown)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        # Not what is allocated: the pool of CUDA graphs counts as free between captures.
+        return torch.cuda.max_memory_reserved(device) / 2**30
     if sys.platform == "win32":
         return 0.0
     import resource
