@@ -165,26 +165,15 @@ def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Prefix errors with the path of the file."""
+    """Name the file in errors."""
     try:
         yield
-    except PickleRefused as error:
-        what = (
-            error.what.replace("the pickle", str(path), 1)
-            if error.what.startswith("the pickle")
-            else error.what
-        )
-        if what == error.what:
-            what = f"{path}: {error.what}"
-        raise PickleRefused(what, offset=error.offset, blocked=error.blocked, hint=error.hint) from None
-    except CheckpointMismatch as error:
-        raise CheckpointMismatch(
-            f"{path}: {error.what.splitlines()[0]}", error.differences, hint=error.hint
-        ) from None
     except CheckpointError as error:
-        if str(path) in error.what:
-            raise
-        raise CheckpointError(f"{path}: {error.what}", hint=error.hint) from None
+        if error.what.startswith("the pickle"):
+            error.what = error.what.replace("the pickle", str(path), 1)
+        elif not error.what.startswith(str(path)):
+            error.what = f"{path}: {error.what}"
+        raise
 
 
 def _entries(file: PickleFile) -> tuple[dict[str, Any], dict[Any, Any]]:
