@@ -70,7 +70,7 @@ def networks(base_shape=(4, 4), **changes):
 
 def as_checkpoint(G, D):
     provenance = Provenance(source="made.pkl", sha256="", size=0, generation="ada")
-    return Checkpoint(G=G, D=D, G_ema=G, augment_pipe=None, training_set_kwargs={}, provenance=provenance)
+    return Checkpoint(G=G, D=D, G_ema=G, provenance=provenance)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
 Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """The networks of a file, in eval mode without gradients; None for those the file does not have.
 
@@ -55,11 +55,11 @@ class Checkpoint:
     that does not fit. `notes`: one sentence for each other finding in the file.
     """
 
-    G: Network | None
-    D: Network | None
-    G_ema: Network | None
-    augment_pipe: Network | None
-    training_set_kwargs: dict[str, Any]
+    G: Network | None = None
+    D: Network | None = None
+    G_ema: Network | None = None
+    augment_pipe: Network | None = None
+    training_set_kwargs: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance
     notes: tuple[str, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict)
@@ -136,12 +136,8 @@ def load(
     options = plain(extras.get("training_set_kwargs"), 0)
     # Last: the values of the file cannot be read any more afterwards.
     fill(rebuilt.values(), file.give_back)
-    modules = {name: item.module.to(device) for name, item in rebuilt.items()}
     return Checkpoint(
-        G=modules.get("G"),
-        D=modules.get("D"),
-        G_ema=modules.get("G_ema"),
-        augment_pipe=modules.get("augment_pipe"),
+        **{name: item.module.to(device) for name, item in rebuilt.items()},
         training_set_kwargs=options if type(options) is dict else {},
         provenance=provenance,
         notes=tuple(notes),
@@ -150,17 +146,9 @@ def load(
 
 
 def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
-    file = read_tensor_file(path)
-    identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
-    modules = {name: module.to(device) for name, module in file.modules.items()}
-    return Checkpoint(
-        G=modules.get("G"),
-        D=modules.get("D"),
-        G_ema=modules.get("G_ema"),
-        augment_pipe=None,
-        training_set_kwargs=file.training_set_kwargs,
-        provenance=Provenance.from_entry(file.entry, **identity),
-    )
+    modules, training_set_kwargs, provenance = read_tensor_file(path)
+    modules = {name: module.to(device) for name, module in modules.items()}
+    return Checkpoint(**modules, training_set_kwargs=training_set_kwargs, provenance=provenance)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import safetensors
 import torch
 
+from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill
 from finetune.checkpoint.state_dict import rebuild_described
 from finetune.checkpoint.unpickle.stubs import Tensor, printable
@@ -26,17 +26,6 @@ NETWORKS = ("G", "D", "G_ema")
 DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # of safetensors, known to numpy
 
 
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """The content of a file: networks in eval mode without gradients, and the JSON of its header."""
-
-    modules: dict[str, Any]
-    training_set_kwargs: dict[str, Any]
-    entry: dict[str, Any]  # "finetune", as in our pickles
-    sha256: str
-    size: int
-
-
 def is_tensor_file(path: Path) -> bool:
     """Return whether the file begins like a safetensors file; False if it cannot be read."""
     try:
@@ -46,9 +35,10 @@ def is_tensor_file(path: Path) -> bool:
         return False
 
 
-def read_tensor_file(path: Path) -> TensorFile:
+def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Provenance]:
     """Rebuild the networks of a safetensors file, with the same checks as for a pickle.
 
+    Returns the networks by name, in eval mode without gradients, the options of the data set, and the origin.
     Raises CheckpointError if the file is damaged or not of this tool, CheckpointMismatch if its tensors are
     not exactly those of the networks that its header describes.
     """
@@ -72,13 +62,9 @@ def read_tensor_file(path: Path) -> TensorFile:
     modules = {name: _rebuild(path, name, networks[name], found, allowance) for name in networks}
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return TensorFile(
-        modules=modules,
-        training_set_kwargs=_read_json(path, metadata, "training_set_kwargs"),
-        entry=_read_json(path, metadata, "finetune"),
-        sha256=digest,
-        size=size,
-    )
+    entry = _read_json(path, metadata, "finetune")  # as in our pickles
+    provenance = Provenance.from_entry(entry, source=path.name, sha256=digest, size=size)
+    return modules, _read_json(path, metadata, "training_set_kwargs"), provenance
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

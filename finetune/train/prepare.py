@@ -208,7 +208,7 @@ def checkpoint_of(saved: SavedState) -> Checkpoint:
     if len(networks) != 3:
         raise CheckpointError(f"{saved.path} lacks G, D or G_ema")
     provenance = Provenance(source=saved.path.name, sha256="", size=0, generation="finetune")
-    return Checkpoint(**networks, augment_pipe=None, training_set_kwargs={}, provenance=provenance)
+    return Checkpoint(**networks, provenance=provenance)
 
 
 def _without_d(checkpoint: Checkpoint) -> str:

@@ -31,7 +31,7 @@ def small():
         z_dim=8, c_dim=0, w_dim=8, img_resolution=16, img_channels=3, channel_base=128, channel_max=8
     )
     origin = Provenance("finetune", "a.pkl", "a" * 64, 1, licence="MIT")
-    return Checkpoint(None, None, G.eval().requires_grad_(False), None, {}, origin)
+    return Checkpoint(G_ema=G.eval().requires_grad_(False), provenance=origin)
 
 
 def descendant(A, seed=1, amount=0.1):
