@@ -92,7 +92,7 @@ def generator_arguments(net: Described) -> dict[str, Any]:
     given = net.arguments("", GENERATOR)
     mapping = _given_dict(net, given.pop("mapping_kwargs", None))
     options = {**_given_dict(net, given.pop("synthesis_kwargs", None)), **given}
-    base = {name: net.get("", name, given.get(name, MISSING)) for name in GENERATOR[:5]}
+    base = _attributes(net, "", GENERATOR[:5], given)
     is_stylegan3 = net.has("synthesis.input")
     if is_stylegan3:
         _check_square(net, given)
@@ -158,31 +158,28 @@ def discriminator_arguments(net: Described, of_generator: Sequence[int] | None =
     nested = {
         key: _given_dict(net, given.pop(f"{key}_kwargs", None)) for key in ("block", "mapping", "epilogue")
     }
-    base = {name: net.get("", name, given.get(name, MISSING)) for name in DISCRIMINATOR[:3]}
+    base = _attributes(net, "", DISCRIMINATOR[:3], given)
     size = base["img_resolution"] if type(base["img_resolution"]) is int else 0
     first = f"b{size}" if size > 4 else "b4"
-    given["architecture"] = net.get(first, "architecture", given.get("architecture", MISSING))
-    given["conv_clamp"] = net.get("b4.conv", "conv_clamp", given.get("conv_clamp", MISSING))
-    given["num_fp16_res"] = _num_fp16_res(net, "", given.get("num_fp16_res", MISSING))
+    given |= _attributes(net, first, ["architecture"], given) | _attributes(
+        net, "b4.conv", ["conv_clamp"], given
+    )
+    given["num_fp16_res"] = _num_fp16_res(net, "", given)
     if given.get("cmap_dim") is None:
         given.pop("cmap_dim", None)  # decided by the constructor, and seen in the shape of b4.out
     block, epilogue = nested["block"], nested["epilogue"]
-    block["activation"] = net.get(f"{first}.conv0", "activation", block.get("activation", MISSING))
-    block["freeze_layers"] = MISSING
-    epilogue["activation"] = net.get("b4.conv", "activation", epilogue.get("activation", MISSING))
-    if net.has("b4.mbstd"):
-        group = epilogue.get("mbstd_group_size", MISSING)
-        epilogue["mbstd_group_size"] = net.get("b4.mbstd", "group_size", group)
-        channels = epilogue.get("mbstd_num_channels", MISSING)
-        epilogue["mbstd_num_channels"] = net.get("b4.mbstd", "num_channels", channels)
+    block |= _attributes(net, f"{first}.conv0", ["activation"], block) | {"freeze_layers": MISSING}
+    epilogue |= _attributes(net, "b4.conv", ["activation"], epilogue)
+    for name in ("group_size", "num_channels"):
+        default = epilogue.get(f"mbstd_{name}", MISSING)
+        epilogue[f"mbstd_{name}"] = net.get("b4.mbstd", name, default)
     top = ("architecture", "channel_base", "channel_max", "num_fp16_res", "conv_clamp", "cmap_dim")
     return {
         **check_arguments(net, base, DISCRIMINATOR[:3], required=True),
         **check_arguments(net, given, top),
         "block_kwargs": check_arguments(net, block, BLOCK),
-        "mapping_kwargs": check_arguments(
-            net, _mapping(net, nested["mapping"]), MAPPING[:-1]
-        ),  # it has no w_avg
+        # D has no w_avg.
+        "mapping_kwargs": check_arguments(net, _mapping(net, nested["mapping"]), MAPPING[:-1]),
         "epilogue_kwargs": check_arguments(net, epilogue, EPILOGUE),
         **base_shape(net, of_generator),
     }
@@ -213,6 +210,11 @@ def unused_arguments(net: Described) -> list[str]:
     return sorted(printable(name) for name in names - known)
 
 
+def _attributes(net: Described, path: str, names: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes `names` of the module at `path`; what was given for those that it lacks."""
+    return {name: net.get(path, name, given.get(name, MISSING)) for name in names}
+
+
 def _given_dict(net: Described, value: Any) -> dict[str, Any]:
     if value is not None and type(value) is not dict:
         _refuse(net, "a dict of arguments", value)
@@ -221,35 +223,24 @@ def _given_dict(net: Described, value: Any) -> dict[str, Any]:
 
 def _mapping(net: Described, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the mapping network at `mapping`; D has one only with classes."""
-    found = {
-        **given,
-        **{name: value for name, value in net.arguments("mapping", MAPPING_CALL).items() if name in MAPPING},
-    }
-    for name in ("num_layers", "w_avg_beta"):
-        found[name] = net.get("mapping", name, found.get(name, MISSING))
-    found["activation"] = net.get("mapping.fc0", "activation", found.get("activation", MISSING))
+    found = given | net.arguments("mapping", MAPPING_CALL)
+    found |= _attributes(net, "mapping", ["num_layers", "w_avg_beta"], found)
+    found |= _attributes(net, "mapping.fc0", ["activation"], found)
     # The gain of a bias is the learning rate multiplier itself.
     found["lr_multiplier"] = net.get("mapping.fc0", "bias_gain", found.get("lr_multiplier", MISSING))
     return found
 
 
 def _synthesis2(net: Described, given: dict[str, Any]) -> dict[str, Any]:
-    first, conv = "synthesis.b4", "synthesis.b4.conv1"
-    found = dict(given)
-    for path, name in (
-        (first, "architecture"),
-        (first, "fused_modconv_default"),
-        (conv, "conv_clamp"),
-        (conv, "activation"),
-        (conv, "use_noise"),
-    ):
-        found[name] = net.get(path, name, found.get(name, MISSING))
-    found["num_fp16_res"] = _num_fp16_res(net, "synthesis", found.get("num_fp16_res", MISSING))
+    found = given | _attributes(net, "synthesis.b4", ["architecture", "fused_modconv_default"], given)
+    found |= _attributes(net, "synthesis.b4.conv1", ["conv_clamp", "activation", "use_noise"], given)
+    found["num_fp16_res"] = _num_fp16_res(net, "synthesis", given)
     return found
 
 
-def _num_fp16_res(net: Described, path: str, given: Any) -> Any:
-    """Return the number of float16 resolutions: that of the blocks in the file, or else `given`."""
+def _num_fp16_res(net: Described, path: str, given: dict[str, Any]) -> Any:
+    """Return the number of float16 resolutions: that of the blocks in the file, or else what was given."""
+    stated = given.get("num_fp16_res", MISSING)
     prefix = path + "." if path else ""
     blocks = {
         int(name[len(prefix) + 1 :]): net.get(name, "use_fp16")
@@ -258,28 +249,18 @@ def _num_fp16_res(net: Described, path: str, given: Any) -> Any:
     }
     flags = [blocks[resolution] for resolution in sorted(blocks, reverse=True) if resolution > 4]
     if not flags or MISSING in flags:
-        return given
+        return stated
     count = flags.index(False) if False in flags else len(flags)
-    if type(given) is int and min(given, len(flags)) == count:
-        return given
-    return count
+    is_same = type(stated) is int and min(stated, len(flags)) == count
+    return stated if is_same else count
 
 
 def _synthesis3(net: Described, given: dict[str, Any]) -> dict[str, Any]:
-    found = {
-        **given,
-        **{
-            name: value
-            for name, value in net.arguments("synthesis", SYNTHESIS_CALL).items()
-            if name in SYNTHESIS3
-        },
-    }
-    for name in ("num_layers", "num_critical", "margin_size", "output_scale", "num_fp16_res"):
-        found[name] = net.get("synthesis", name, found.get(name, MISSING))
+    found = given | net.arguments("synthesis", SYNTHESIS_CALL)
+    whole = ["num_layers", "num_critical", "margin_size", "output_scale", "num_fp16_res"]
     first = next((path for path in sorted(net.modules) if path.startswith("synthesis.L0_")), "")
-    for name in ("conv_kernel", "conv_clamp", "magnitude_ema_beta"):
-        found[name] = net.get(first, name, found.get(name, MISSING))
-    return found
+    layer = ["conv_kernel", "conv_clamp", "magnitude_ema_beta"]
+    return found | _attributes(net, "synthesis", whole, found) | _attributes(net, first, layer, found)
 
 
 def check_arguments(
