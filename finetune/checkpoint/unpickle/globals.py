@@ -33,7 +33,7 @@ from finetune.checkpoint.unpickle.stubs import (
     expect,
     printable,
 )
-from finetune.checkpoint.unpickle.values import MAX_OPCODES, Blob, Budget, Global, Record, is_key, kind
+from finetune.checkpoint.unpickle.values import Blob, Budget, Global, Record, is_key, kind
 from finetune.errors import PickleRefused
 
 META_VERSION = 6  # of `_reconstruct_persistent_obj`
@@ -52,7 +52,7 @@ ONLY_NAMED = {"numpy.ndarray", *TENSOR_TYPES, *STORAGES}
 
 def loads(data: bytes | mmap.mmap) -> Any:
     """Return the stubs that the pickle in `data` describes; they keep `data` alive. Raises PickleRefused."""
-    budget = Budget(steps=MAX_OPCODES, copied=len(data) * 2 + (1 << 20))
+    budget = Budget.for_file(len(data))
     machine = Machine(memoryview(data).toreadonly(), CheckpointWorld(budget), budget)
     root = machine.run()
     if machine.position != len(data):

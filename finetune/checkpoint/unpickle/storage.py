@@ -32,7 +32,7 @@ class StorageKey:
 
     storage: str
     name: str
-    count: Any
+    count: int
 
 
 class StorageWorld:
@@ -59,12 +59,23 @@ class StorageWorld:
 def storage_key(key: Any, offset: int) -> StorageKey:
     """Return a persistent id as torch makes it for a storage; any other is refused."""
     is_storage = type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
-    expect(is_storage and type(key[2]) is str, "a tensor storage of unknown kind", offset)
+    is_known = is_storage and type(key[2]) is str and key[1].name in STORAGES
+    expect(is_known, "a tensor storage of unknown kind", offset)
     expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
+    check_extents((key[4],), offset)
     return StorageKey(key[1].name, key[2], key[4])
 
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's file format before 1.6, which storages still use
+
+
+def check_header(machine: Machine, what: str, offset: int) -> None:
+    """Read the three pickles that `torch.save` writes first; `what` has them, for messages."""
+    magic, protocol, system = (machine.run() for _ in range(3))
+    expect(type(magic) is int and magic == MAGIC, f"{what} of unknown format", offset)
+    expect(type(protocol) is int and protocol == PROTOCOL, f"{what} of unknown protocol", offset)
+    is_little = type(system) is dict and system.get("little_endian") is True
+    expect(is_little, f"{what} that is not little-endian", offset)
 
 
 def read_storage(blob: Blob, budget: Budget) -> Storage:
@@ -73,17 +84,13 @@ def read_storage(blob: Blob, budget: Budget) -> Storage:
     machine = Machine(blob.view, StorageWorld(), budget, base=base)
     if bytes(blob.view[:4]) == b"PK\x03\x04":
         damaged("a tensor storage in zip form", base)
-    magic, protocol, system, key, keys = (machine.run() for _ in range(5))
-    expect(type(magic) is int and magic == MAGIC, "a tensor storage of unknown format", base)
-    expect(type(protocol) is int and protocol == PROTOCOL, "a tensor storage of unknown protocol", base)
-    is_little = type(system) is dict and system.get("little_endian") is True
-    expect(is_little, "a tensor storage that is not little-endian", base)
+    check_header(machine, "a tensor storage", base)
+    key, keys = machine.run(), machine.run()
     is_key = type(key) is StorageKey and type(keys) is list and len(keys) == 1 and type(keys[0]) is str
     expect(is_key and key.name == keys[0], "a tensor storage without its own key", base)
     dtype, code = STORAGES[key.storage]
     raw = blob.view[machine.position :]
     count, itemsize = key.count, np.dtype(code).itemsize
-    check_extents((count,), base)
     if len(raw) != 8 + count * itemsize or int.from_bytes(raw[:8], "little") != count:
         damaged(
             f"a tensor storage of {count:,} elements has {max(len(raw) - 8, 0):,} bytes",

@@ -18,9 +18,9 @@ import numpy as np
 
 from finetune.checkpoint.unpickle.globals import CheckpointWorld
 from finetune.checkpoint.unpickle.machine import Machine
-from finetune.checkpoint.unpickle.storage import MAGIC, PROTOCOL, STORAGES, StorageKey, storage_key
-from finetune.checkpoint.unpickle.stubs import Storage, block_acting, check_extents, damaged, expect
-from finetune.checkpoint.unpickle.values import MAX_OPCODES, Budget, Global, Record
+from finetune.checkpoint.unpickle.storage import STORAGES, StorageKey, check_header, storage_key
+from finetune.checkpoint.unpickle.stubs import Storage, block_acting, damaged, expect
+from finetune.checkpoint.unpickle.values import Budget, Global, Record
 from finetune.sniff import ZIP
 
 MAX_MEMBERS = 20_000  # of a zip file; a training file with both optimizers has about 1,500
@@ -31,21 +31,18 @@ CONTENT = re.compile(r"[^/]*/data\.pkl")
 class ArchiveWorld(CheckpointWorld):
     """The globals of StyleGAN checkpoints; `storages` are those of the file by key."""
 
-    def __init__(self, budget: Budget, storages: Mapping[str, memoryview], offset: int = 0) -> None:
+    def __init__(self, budget: Budget, storages: Mapping[str, memoryview]) -> None:
         super().__init__(budget)
         self.storages = storages
-        self.offset = offset
 
     def persistent(self, key: Any, offset: int) -> Any:
         if is_module_source(key):
             return key[1]
         key = storage_key(key, offset)
-        expect(key.storage in STORAGES, "a tensor storage of unknown kind", offset)
         raw = self.storages.get(key.name)
         if raw is None:
             damaged(f"tensor storage {key.name[:20]!r} is not in the file", offset)
         dtype, code = STORAGES[key.storage]
-        check_extents((key.count,), offset)
         if len(raw) != key.count * np.dtype(code).itemsize:
             damaged(f"a tensor storage of {key.count:,} elements has {len(raw):,} bytes", offset)
         return Storage(np.frombuffer(raw, code) if key.count else np.empty(0, code), dtype)
@@ -86,10 +83,6 @@ def loads_torch_save(data: mmap.mmap) -> Any:
     return _loads_zip(data) if data[: len(ZIP)] == ZIP else _loads_legacy(memoryview(data).toreadonly())
 
 
-def _budget(data: mmap.mmap | memoryview) -> Budget:
-    return Budget(steps=MAX_OPCODES, copied=len(data) * 2 + (1 << 20))
-
-
 def _loads_zip(data: mmap.mmap) -> Any:
     members = _members(data)
     content = next((name for name in members if CONTENT.fullmatch(name)), None)
@@ -103,7 +96,7 @@ def _loads_zip(data: mmap.mmap) -> Any:
         name.removeprefix(prefix): raw for name, (_, raw) in members.items() if name.startswith(prefix)
     }
     offset, raw = members[content]
-    budget = _budget(data)
+    budget = Budget.for_file(len(data))
     machine = Machine(raw, ArchiveWorld(budget, storages), budget, base=offset)
     root = machine.run()
     expect(machine.position == len(raw), "bytes behind the end of data.pkl", offset + machine.position)
@@ -136,13 +129,9 @@ def _members(data: mmap.mmap) -> dict[str, tuple[int, memoryview]]:
 
 def _loads_legacy(view: memoryview) -> Any:
     keys = KeysWorld()
-    budget = _budget(view)
+    budget = Budget.for_file(len(view))
     machine = Machine(view, keys, budget)
-    magic, protocol, system = (machine.run() for _ in range(3))
-    is_known = type(magic) is int and magic == MAGIC and type(protocol) is int and protocol == PROTOCOL
-    expect(is_known, "a file of torch.save of unknown format", 0)
-    is_little = type(system) is dict and system.get("little_endian") is True
-    expect(is_little, "a file of torch.save that is not little-endian", 0)
+    check_header(machine, "a file of torch.save", 0)
     start = machine.position
     machine.run()  # for the keys of its storages, whose bytes follow
     order = machine.run()
@@ -150,14 +139,13 @@ def _loads_legacy(view: memoryview) -> Any:
     expect(is_order and sorted(order) == sorted(keys.keys), "a file of torch.save without its keys", start)
     storages, position = {}, machine.position
     for name in order:
-        expect(keys.keys[name].storage in STORAGES, "a tensor storage of unknown kind", position)
         itemsize = np.dtype(STORAGES[keys.keys[name].storage][1]).itemsize
         end = position + 8 + int.from_bytes(view[position : position + 8], "little") * itemsize
         expect(end <= len(view), "a tensor storage reaches beyond the file; it may be cut off", position)
         storages[name] = view[position + 8 : end]
         position = end
     expect(position == len(view), "bytes behind the last tensor storage", position)
-    budget = _budget(view)
+    budget = Budget.for_file(len(view))
     machine = Machine(view, ArchiveWorld(budget, storages), budget)
     machine.position = start
     return machine.run()

@@ -67,6 +67,10 @@ class Budget:
     steps: int
     copied: int
 
+    @classmethod
+    def for_file(cls, size: int) -> Budget:
+        return cls(steps=MAX_OPCODES, copied=size * 2 + (1 << 20))
+
     def step(self, count: int, offset: int) -> None:
         self.steps -= count
         if self.steps < 0:
