@@ -104,7 +104,9 @@ class Stats:
         then and every `CHECK_EVERY` steps.
         """
         if at_tick:
-            self._all_reduce(step)
+            self.is_reduced = True
+            tensors = [each[name] for name in sorted(self.sums) for each in (self.sums, self.counts)]
+            self.group.all_reduce_sum(tensors, f"the log (step {step})")
         elif self.device.type != "cpu" and step % CHECK_EVERY:
             return []
         alarms = []
@@ -135,23 +137,14 @@ class Stats:
         self.restart(state.nimg)
         return numbers
 
-    def _all_reduce(self, step: int) -> None:
-        """Make sums and counts those of all ranks."""
-        self.is_reduced = True
-        if self.group.world_size == 1 or not self.sums:
-            return
-        tensors = [each[name] for name in sorted(self.sums) for each in (self.sums, self.counts)]
-        self.group.all_reduce_sum(tensors, f"the log (step {step})")
-
 
 class PhaseClock:
     """Seconds per phase: wall time on the CPU, events on CUDA (so that measuring makes nothing wait)."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
-        self.marks: list[tuple[str, object, object]] = []
+        self.marks: list[tuple[str, str, Any, Any]] = []  # phase, the one around it, start and end
         self.open: list[str] = []
-        self.inside: list[tuple[str, str]] = []
 
     @property
     def current(self) -> str:
@@ -173,23 +166,22 @@ class PhaseClock:
             yield
         finally:
             self.open.pop()
-            self.marks.append((name, start, self._now()))
-            self.inside.append((name, self.open[-1] if self.open else ""))
+            self.marks.append((name, self.current, start, self._now()))
 
     def read(self) -> dict[str, float]:
         """Return seconds per phase since the last call."""
         if self.on_cuda:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
-        for (name, start, end), (_, outer) in zip(self.marks, self.inside, strict=True):
-            spent = start.elapsed_time(end) / 1000 if self.on_cuda else end - start  # type: ignore
+        for name, outer, start, end in self.marks:
+            spent = start.elapsed_time(end) / 1000 if self.on_cuda else end - start
             seconds[name] = seconds.get(name, 0.0) + spent
             if outer:
                 seconds[outer] = seconds.get(outer, 0.0) - spent
-        self.marks, self.inside = [], []
+        self.marks = []
         return seconds
 
-    def _now(self) -> object:
+    def _now(self) -> Any:
         if not self.on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
