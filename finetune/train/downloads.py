@@ -21,7 +21,7 @@ from finetune.metrics.perceptual import WEIGHTS, WEIGHTS_MB, weights_path
 from finetune.options import TrainOptions
 from finetune.recipes import RunFacts
 from finetune.resolve import as_url
-from finetune.train.prepare import gpu_memory_gib
+from finetune.train.facts import gpu_memory_gib
 from finetune.train.progress import print_reasons
 from finetune.train.validation import names_of
 

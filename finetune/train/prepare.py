@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,20 +16,19 @@ from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import Operation, TargetShape, operate
 from finetune.config import TrainConfig
-from finetune.data import ImageSet, scan
+from finetune.data import ImageSet
 from finetune.device import fix_workspace, resolve_device, training_math
-from finetune.distributed import SINGLE, ProcessGroup, env_rank, init
+from finetune.distributed import env_rank, init
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
-from finetune.metrics import features
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
 from finetune.options import TrainOptions
 from finetune.recipes import Reason, RunFacts
-from finetune.resolve import load, newest_snapshot, published_for
+from finetune.resolve import load, newest_snapshot
 from finetune.train import memory, run_lock, validation
 from finetune.train.build import build_plan, build_state
 from finetune.train.checkpointing import SavedState, find_state, merge_options
-from finetune.train.label_checks import compare_labels, suggest_label_options
+from finetune.train.facts import read_data
 from finetune.train.progress import print_reasons
 from finetune.train.run_dir import check_place
 from finetune.train.state import Plan, TrainState, unpack_network
@@ -95,13 +92,9 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
     if shape.batch and shape.batch % group.world_size:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
     image_set, facts, notes, overview = read_data(shape, checkpoint, device, tell, group)
-    facts = replace(facts, from_scratch=bool(shape.scratch), num_processes=group.world_size)
     tell("Building the networks …")
     operations: list[Operation] = []
     if checkpoint is not None:
-        if facts.resolution == cast(Any, checkpoint.best).img_resolution:
-            # Published settings are those of a resolution.
-            facts = replace(facts, published=published_for(checkpoint.provenance))
         classes, new_d = shape.classes or None, bool(shape.new_d)
         wanted = TargetShape(facts.c_dim, classes, shape.channels, shape.resolution, new_d)
         checkpoint, operations = operate(checkpoint, wanted, shape.seed or 0)
@@ -254,96 +247,9 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     return checkpoint
 
 
-def read_data(
-    options: TrainOptions,
-    checkpoint: Checkpoint | None,
-    device: torch.device,
-    tell: Callable[[str], None],
-    group: ProcessGroup = SINGLE,
-) -> tuple[ImageSet, RunFacts, list[str], dict[str, str]]:
-    """Scan the data and compare it with the network; return image set, facts of the run, notes, overview."""
-    group_size = RunFacts.group_size
-    family, resolution, channels = options.scratch or "", options.resolution or 0, options.channels or 3
-    size, base_shape = (resolution, resolution), (4, 4)
-    cond = True if options.labels == "folders" else options.cond
-    use_labels, num_classes = bool(cond), None
-    if checkpoint is not None:
-        G: Any = checkpoint.best
-        if checkpoint.D is not None and not options.new_d:
-            group_size = group_size_of(checkpoint.D)
-        family = checkpoint.family
-        resolution, channels = options.resolution or G.img_resolution, options.channels or G.img_channels
-        size, base_shape = image_size(G, resolution), image_size(G, 4)
-        use_labels = G.c_dim > 0 if cond is None else cond
-        # With --classes or new labels, the data set determines the number of classes.
-        num_classes = G.c_dim if use_labels and not options.classes and G.c_dim else None
-        if options.classes and not use_labels:
-            raise ConfigError(
-                f"--classes {options.classes}: the checkpoint has no classes. Use --cond to add those of "
-                "the images."
-            )
-    notes: list[str] = []
-    overview: dict[str, str] = {}
-    asked: dict[str, Any] = dict(
-        resolution=size,
-        fit=options.fit,
-        use_labels=use_labels,
-        labels_from=str(options.labels),
-        num_classes=num_classes,
-    )
-    if group.is_first:
-        with suggest_label_options(num_classes):
-            found = scan(
-                str(options.data),
-                **asked,
-                workers=options.workers,
-                progress=lambda done, total: tell(f"Reading images: {done} of {total}"),
-            )
-            found.raise_for_problems()
-        notes, overview = [*found.notes, *found.against(channels)], found.overview()
-        if checkpoint is not None and cond is None and not use_labels and found.has_labels:
-            notes.append(
-                "The labels of the images are not used, since the checkpoint has no classes. --cond adds "
-                "classes to it."
-            )
-    group.barrier("the scan of the data")
-    mirror, seed = bool(options.mirror), options.seed or 0
-    image_set = ImageSet(str(options.data), **asked, channels=channels, mirror=mirror, seed=seed)
-    if checkpoint is not None:
-        notes += compare_labels(checkpoint, image_set, options.classes)
-    c_dim = image_set.num_classes if use_labels else 0
-    facts = RunFacts(
-        family=family,
-        resolution=resolution,
-        channels=channels,
-        c_dim=c_dim,
-        num_images=len(image_set) // (2 if mirror else 1),
-        device_type=device.type,
-        cpu_count=os.cpu_count() or 1,
-        from_scratch=checkpoint is None,
-        group_size=group_size,
-        gpu_memory_gib=gpu_memory_gib(device),
-        base_shape=base_shape,
-        has_effnet=importlib.util.find_spec(features.WEIGHTS_PACKAGE) is not None,
-    )
-    return image_set, facts, notes, overview
-
-
-def group_size_of(D: Any) -> int:
-    """Return how many images D compares in its last block, 1 if any number will do."""
-    return (D.b4.mbstd.group_size or 1) if D.b4.mbstd is not None else 1
-
-
 def num_freezable(D: Any) -> int:
     """Return how many layers of D FreezeD can freeze."""
     return sum(getattr(D, f"b{size}").num_layers for size in D.block_resolutions)
-
-
-def gpu_memory_gib(device: torch.device) -> float | None:
-    """Return the memory of a CUDA device in GiB, None for others."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def show(prepared: Prepared, console: Console) -> None:
