@@ -20,6 +20,7 @@ from finetune.data import ImageSet
 from finetune.device import fix_workspace, resolve_device, training_math
 from finetune.distributed import env_rank, init
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.metrics.evaluate import ensure_metric_weights
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
 from finetune.options import TrainOptions
@@ -50,8 +51,11 @@ class Origin:
     source: dict | None
     lines: tuple[str, ...]
     saved: SavedState | None = None
-    nimg: int = 0
-    prints_reasons: bool = True
+
+    @property
+    def nimg(self) -> int:
+        """Images seen by the run before."""
+        return self.saved.nimg if self.saved is not None else 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
     if not dry_run:  # after all other checks: these may be half a gigabyte to download
         tell(f"Checking the weights of {config.sd_backbone} …")
         ensure_weights(config.sd_backbone, tell)
-        validation.ensure_weights(config, tell)
+        ensure_metric_weights(validation.names_of(config), None, tell)
 
     torch.manual_seed(config.seed)
     state = build_state(config, facts, checkpoint, device)
@@ -143,13 +147,10 @@ def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
             run_lock.check_free(saved.path.parent)
         options, changed = merge_options(asked, saved)
         check_options(asked, options)
-        checkpoint = checkpoint_of(saved)
         lines = (*saved.skipped, f"Resuming after {saved.nimg / 1000:g} kimg, from {saved.path}.", *changed)
         shape = replace(options, classes=None, new_d=False)  # the networks have their shape already
         place, source = saved.path.parent, saved.content["source"]
-        return Origin(
-            options, checkpoint, shape, place, source, lines, saved, saved.nimg, prints_reasons=False
-        )
+        return Origin(options, checkpoint_of(saved), shape, place, source, lines, saved)
     check_options(asked, asked)
     shape = asked.with_defaults()
     place = Path(shape.outdir or "")
@@ -204,12 +205,6 @@ def checkpoint_of(saved: SavedState) -> Checkpoint:
     return Checkpoint(**networks, provenance=provenance)
 
 
-def _without_d(checkpoint: Checkpoint) -> str:
-    if "D" in checkpoint.foreign:
-        return f"its D is foreign ({checkpoint.foreign['D']})"
-    return "no discriminator D"
-
-
 def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
     """Load the checkpoint of `--resume`. Raises ConfigError for one that training cannot start from."""
     if Path(path).is_dir():
@@ -222,27 +217,26 @@ def load_for_training(path: str, *, new_d: bool = False) -> Checkpoint:
             hint=f"To start from the weights of its newest snapshot: --resume {shlex.quote(str(snapshot))}",
         )
     checkpoint = load(path)
-    G, D = checkpoint.generator, checkpoint.D
+    G, D, foreign = checkpoint.generator, checkpoint.D, checkpoint.foreign
     if new_d:
         return checkpoint
     if D is None:
         have = ", ".join(name for name in ("G", "G_ema") if getattr(checkpoint, name) is not None)
+        without = f"its D is foreign ({foreign['D']})" if "D" in foreign else "no discriminator D"
         raise ConfigError(
-            f"--resume {path}: training needs a discriminator; the file has {have}, but "
-            f"{_without_d(checkpoint)}.",
+            f"--resume {path}: training needs a discriminator; the file has {have}, but {without}.",
             hint="Use a full training snapshot (network-snapshot-*.pkl with G, D and G_ema), or --new-d to "
             "start with a new discriminator, which is first trained alone.",
         )
-    shapes = [
+    shape_G, shape_D = (
         {"size": "×".join(map(str, image_size(net)[::-1])), "channels": net.img_channels, "c_dim": net.c_dim}
         for net in (G, D)
-    ]
-    problems = [
-        f"--resume {path}: {name} is {ours} in G and {shapes[1][name]} in D: not a pair."
-        for name, ours in shapes[0].items()
-        if ours != shapes[1][name]
-    ]
-    if problems:
+    )
+    if problems := [
+        f"--resume {path}: {name} is {shape_G[name]} in G and {shape_D[name]} in D: not a pair."
+        for name in shape_G
+        if shape_G[name] != shape_D[name]
+    ]:
         raise ConfigError(problems)
     return checkpoint
 
@@ -270,5 +264,5 @@ def show(prepared: Prepared, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if prepared.origin.prints_reasons:
+    if prepared.origin.saved is None:
         print_reasons(console, "", prepared.reasons)

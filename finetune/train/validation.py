@@ -15,7 +15,7 @@ from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
-from finetune.metrics.evaluate import Evaluation, check_names, ensure_metric_weights
+from finetune.metrics.evaluate import Evaluation, check_names
 from finetune.options import TrainOptions
 from finetune.train.state import TrainState
 from finetune.train.stats import Stats
@@ -29,11 +29,6 @@ def names_of(options: TrainConfig | TrainOptions) -> tuple[str, ...]:
     if options.metrics in (None, "none"):
         return ()
     return check_names([name.strip() for name in str(options.metrics).split(",") if name.strip()])
-
-
-def ensure_weights(options: TrainConfig | TrainOptions, tell: Callable[[str], None]) -> None:
-    """Download what the metrics of a run need, before it starts. Raises WeightsMissing, ConfigError."""
-    ensure_metric_weights(names_of(options), None, tell)
 
 
 class Validation:

@@ -216,6 +216,6 @@ class TestMeasurements:
     def test_metrics_fetch_weights_before_start(self, images, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
         for metric in ("fd-effnet", "random-fid", "ppl-effnet"):
-            validation.ensure_weights(options(images, tmp_path, metrics=metric), print)
+            prepare(options(images, tmp_path, metrics=metric))
         with pytest.raises(WeightsMissing, match="pytorch-fid-inception is not on this machine"):
-            validation.ensure_weights(options(images, tmp_path, metrics="random-fid,kid"), print)
+            prepare(options(images, tmp_path, metrics="random-fid,kid"))
