@@ -26,7 +26,7 @@ from finetune.train import run_lock
 from finetune.train.allocator import freed_at_once
 from finetune.train.divergence import Alarm, Diverged
 from finetune.train.progress import Display
-from finetune.train.run_dir import RunDir, size_of
+from finetune.train.run_dir import RunDir, exact_kimg, size_of
 from finetune.train.state import Plan, RunCounters, TrainState
 from finetune.train.stats import Stats
 from finetune.version import __version__
@@ -171,7 +171,7 @@ class Checkpointer:
         self.last_save = time.monotonic()
         content = {**self.state_dict(), "config": self.config.to_json(), "source": self.run_dir.source}
         try:
-            write_state(path_for(self.run_dir.path, self.state.nimg), content)
+            write_state(self.run_dir.path / f"training-state-{exact_kimg(self.state.nimg)}.pt", content)
         except (ExportError, OSError) as error:
             self._report_failure(error, is_last)
 
@@ -267,11 +267,6 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
     ignored = {name: value for name, value in new.items() if name in ("outdir", "recipe")}
     lines += [f"{flag(name)} {value} has no effect on a resumed run." for name, value in ignored.items()]
     return before.as_options(**changes), lines
-
-
-def path_for(run_dir: Path, nimg: int) -> Path:
-    """Return the path of the state after `nimg` images."""
-    return run_dir / f"training-state-{nimg // 1000:06d}.{nimg % 1000:03d}.pt"
 
 
 @freed_at_once()

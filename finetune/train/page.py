@@ -20,13 +20,13 @@ from finetune.report import write_report
 from finetune.report.read import PREVIEWS
 from finetune.sampling import image_grid, run_network_chunked, to_uint8, z_from_seeds
 from finetune.train.allocator import freed_at_once
+from finetune.train.run_dir import RunDir, exact_kimg
 from finetune.train.state import TrainState
 from finetune.version import __version__
 from torch_utils.files import atomic_write
 
 if TYPE_CHECKING:
     from finetune.train.prepare import Prepared
-    from finetune.train.run_dir import RunDir
     from finetune.train.selection import Recommendation
 
 NUM_PREVIEWS = 50  # about, in a run
@@ -123,8 +123,7 @@ class RunPage:
             chunk=run_dir.chunk,
             noise_mode="const",
         )
-        kimg = f"{nimg // 1000:06d}.{nimg % 1000:03d}"
-        folder = run_dir.path / PREVIEWS
+        kimg, folder = exact_kimg(nimg), run_dir.path / PREVIEWS
         save_small(images[: len(z)], GRID[0], folder / f"samples-{kimg}.webp")
         save_small(images[len(z) :], STRIP, folder / f"strip-{kimg}.webp")
         run_dir.board.add_images(nimg, images[: len(z)])

@@ -93,6 +93,11 @@ def grid_size(size: tuple[int, int], num_images: int) -> tuple[int, int]:
     return columns, min(rows, max(1, num_images // columns))
 
 
+def exact_kimg(nimg: int) -> str:
+    """Return kimg with three decimals, as in the names of files: `000123.456`."""
+    return f"{nimg // 1000:06d}.{nimg % 1000:03d}"
+
+
 class RunDir:
     """Writes everything into the run folder. All sheets show the same latents."""
 
@@ -118,7 +123,7 @@ class RunDir:
         self.seconds_before = 0.0  # of the run before it was resumed
         self.written: dict[str, int] = {}  # snapshot -> images seen
         spacing = config.tick * config.snap
-        self.decimals = 0 if spacing >= 1 and float(config.kimg).is_integer() else 3
+        self.has_decimals = spacing < 1 or not float(config.kimg).is_integer()
         self.board = Board(path if self.is_writable else None, config.to_dict())
         if self.is_writable:
             (path / "config.json").write_text(config.to_json(), encoding="utf-8")
@@ -138,9 +143,7 @@ class RunDir:
 
     def stem(self, nimg: int) -> str:
         """Return kimg as in file names: `000123`, or `000001.500` in runs too short for whole numbers."""
-        if self.decimals:
-            return f"{nimg // 1000:06d}.{nimg % 1000:03d}"
-        return f"{nimg // 1000:06d}"
+        return exact_kimg(nimg) if self.has_decimals else f"{nimg // 1000:06d}"
 
     def write_reals(self) -> None:
         """Write `reals.png`: images as D sees them before augmentation. Sets the labels of all sheets."""
@@ -170,7 +173,7 @@ class RunDir:
         path = self.path / f"network-snapshot-{self.stem(state.nimg)}.pkl"
         if path.exists() and self.written.get(path.name) != state.nimg:
             # Stopped between two whole kimg: never write over an earlier snapshot.
-            path = path.with_name(f"network-snapshot-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.pkl")
+            path = path.with_name(f"network-snapshot-{exact_kimg(state.nimg)}.pkl")
         self._write(path, state)
         updates = num_updates(state.nimg, self.config.batch, self.config.d_warmup_kimg * 1000)
         if self.is_writable and updates:

@@ -17,6 +17,7 @@ from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation, check_names
 from finetune.options import TrainOptions
+from finetune.train.run_dir import exact_kimg
 from finetune.train.state import TrainState
 from finetune.train.stats import Stats
 from torch_utils.files import WriteError
@@ -77,7 +78,7 @@ class Validation:
                 )
             num = self.config.metrics_num
             found = self._evaluation.distances(state.G_ema, num, self.config.seed)
-            pairs = self.run_dir / f"memorization-{state.nimg // 1000:06d}.{state.nimg % 1000:03d}.png"
+            pairs = self.run_dir / f"memorization-{exact_kimg(state.nimg)}.png"
             with contextlib.suppress(WriteError):  # the numbers are worth more than the sheet
                 self._evaluation.write_pairs(state.G_ema, num, self.config.seed, pairs)
         except Exception as error:  # whatever it is, training continues
