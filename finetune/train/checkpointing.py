@@ -57,13 +57,13 @@ log = logging.getLogger("finetune.train")
 class SavedState:
     """A state file that was read: its path, its content, and what is wrong with newer ones.
 
-    seen: names of the state files in its folder at that time.
+    seen: the state files in its folder at that time.
     """
 
     path: Path
     content: dict[str, Any]
+    seen: list[Path]
     skipped: tuple[str, ...] = ()
-    seen: tuple[str, ...] = ()
 
     @property
     def nimg(self) -> int:
@@ -72,7 +72,7 @@ class SavedState:
 
     def check_unchanged(self) -> None:
         """Raise ConfigError if another process has continued the run since this state was read."""
-        if state_names(self.path.parent) != self.seen:
+        if states_of(self.path.parent) != self.seen:
             raise ConfigError(
                 f"--resume {self.path.parent}: another process continued this run while this one started. "
                 "Run the same command again."
@@ -294,11 +294,6 @@ def states_of(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: float(NAME.fullmatch(path.name)[1]), reverse=True)  # type: ignore[index]
 
 
-def state_names(run_dir: Path) -> tuple[str, ...]:
-    """Return the names of the state files of a run folder."""
-    return tuple(path.name for path in states_of(run_dir))
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """Return the content of a state file. Raises CheckpointError if it is damaged or of another format."""
     try:
@@ -330,15 +325,14 @@ def find_state(place: Path) -> SavedState | None:
     if place.is_file():
         if not NAME.fullmatch(place.name):
             return None
-        seen = state_names(place.parent)
-        return SavedState(place, read_state(place), seen=seen)
-    if not place.is_dir() or not (paths := states_of(place)):
+        seen = states_of(place.parent)
+        return SavedState(place, read_state(place), seen)
+    if not place.is_dir() or not (seen := states_of(place)):
         return None
-    seen = tuple(path.name for path in paths)
     skipped: list[str] = []
-    for path in paths:
+    for path in seen:
         try:
-            return SavedState(path, read_state(path), tuple(skipped), seen)
+            return SavedState(path, read_state(path), seen, tuple(skipped))
         except CheckpointError as error:
             skipped.append(f"{error.what}; skipped.")
     raise CheckpointError(

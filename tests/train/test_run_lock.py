@@ -97,11 +97,11 @@ def test_run_lock_heartbeat(tmp_path, monkeypatch):
 
 def test_run_lock_taken_over_stops_saving(unfinished, monkeypatch):
     asked, run_dir = unfinished
-    before = checkpointing.state_names(run_dir)
+    before = checkpointing.states_of(run_dir)
     after_each_step(monkeypatch, lambda state: write_lock(run_dir, host="node7", pid=1))
     with pytest.raises(TrainingError, match="process 1 on node7 has taken over"):
         run(asked, console=quiet())
-    assert checkpointing.state_names(run_dir) == before and (run_dir / run_lock.NAME).exists()
+    assert checkpointing.states_of(run_dir) == before and (run_dir / run_lock.NAME).exists()
 
 
 def test_resume_refuses_state_that_another_process_continued(unfinished):
