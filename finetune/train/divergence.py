@@ -49,9 +49,9 @@ class DivergenceMonitor:
     three half-lives.
     """
 
-    def __init__(self, ema_nimg: float = 0.0, nimg: int = 0) -> None:
+    def __init__(self, ema_nimg: float = 0.0) -> None:
         self.ema_nimg = ema_nimg
-        self.restart(nimg)
+        self.restart(0)
 
     def restart(self, nimg: int) -> None:
         """Forget all ticks: training continues at `nimg` images."""

@@ -278,9 +278,6 @@ class NullRunDir(RunDir):
     def drop_later_lines(self, nimg: int) -> None:
         pass
 
-    def log(self, state: TrainState, numbers: dict) -> None:
-        pass
-
     def _write(self, path: Path, state: TrainState) -> None:
         pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -212,7 +212,7 @@ def finish_step(state: TrainState, plan: Plan) -> None:
     if generator_trains:
         update_averages(state, plan)
     state.ada.update(state.step, plan.batch)
-    reseed([state.label_generator], plan.seed, state.step, BETWEEN)
+    reseed(state.label_generator, plan.seed, state.step, BETWEEN)
 
 
 def next_batch(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], plan: Plan) -> RealBatch:
@@ -258,7 +258,7 @@ def micro_batches(phase: str, state: TrainState, plan: Plan) -> Iterator[tuple[i
     """
     count = plan.batch // plan.group.world_size // plan.batch_gpu
     for index in range(plan.group.rank * count, (plan.group.rank + 1) * count):
-        reseed([state.label_generator], plan.seed, state.step, phase, index)
+        reseed(state.label_generator, plan.seed, state.step, phase, index)
         yield index, plan.batch_gpu
 
 
@@ -314,11 +314,10 @@ def update(name: str, phase: str, state: TrainState, plan: Plan, stats: Stats) -
     plan.graphs.run((phase, "update"), step)
 
 
-def reseed(generators: Iterable[torch.Generator], *key: int | str) -> None:
-    """Seed torch's global generators, and those given, from `key` alone."""
+def reseed(generator: torch.Generator, *key: int | str) -> None:
+    """Seed torch's global generators, and the one given, from `key` alone."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     # The generator of CPUs takes 32 bits of a seed.
     seed = int.from_bytes(digest[:4], "little")
     torch.manual_seed(seed)
-    for generator in generators:
-        generator.manual_seed(seed)
+    generator.manual_seed(seed)

@@ -28,7 +28,7 @@ class Board:
     full disk and keeps its file open. Here a full disk costs the numbers of a tick.
     """
 
-    def __init__(self, folder: Path | None, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path | None, options: dict[str, Any]) -> None:
         self._path: Path | None = None
         if folder is None:
             return
@@ -44,13 +44,10 @@ class Board:
         self._protos = summary
         self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._append(file_version="brain.Event:2")
-        if options:
-            names = [name.strip() for name in options["metrics"].split(",") if name.strip() != "none"]
-            shown = {
-                tag: 0.0 for tag in ("loss_G", "loss_D", "loss_sd", *(f"metrics/{name}" for name in names))
-            }
-            for proto in summary.hparams(options, shown):
-                self._append(summary=proto)
+        names = [name.strip() for name in options["metrics"].split(",") if name.strip() != "none"]
+        shown = dict.fromkeys(("loss_G", "loss_D", "loss_sd", *(f"metrics/{name}" for name in names)), 0.0)
+        for proto in summary.hparams(options, shown):
+            self._append(summary=proto)
 
     def add(self, nimg: int, numbers: dict[str, Any]) -> None:
         """Add the numbers of a tick, nested ones as `outer/inner`; the axis is images seen."""

@@ -93,8 +93,8 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
     math = training_math(prepared.config.precision, deterministic=prepared.config.deterministic)
-    show = Display(console, prepared.plan.total_nimg, prepared.plan.snap_nimg)
-    with math, show as display, open_run(prepared, display) as run:
+    display = Display(console, prepared.plan.total_nimg, prepared.plan.snap_nimg)
+    with math, display, open_run(prepared, display) as run:
         with run.stop, run.plan.graphs.stream():
             recommended = None
             try:

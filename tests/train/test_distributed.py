@@ -236,7 +236,7 @@ def test_reseed_depends_on_key_only():
     generator = torch.Generator()
 
     def drawn(*key):
-        reseed([generator], *key)
+        reseed(generator, *key)
         return torch.randn(3), torch.rand(2, generator=generator)
 
     first = drawn(0, 7, "Gmain", 1)
