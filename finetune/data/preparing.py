@@ -114,11 +114,7 @@ def prepare(
             if progress is not None:
                 progress(done, len(names))
         problems += draft.problems
-        if bits == 16 and (too_dark := low_range(draft.peaks)):
-            raise refusal(source.path, len(source.names), too_dark)
-        if problems and not (skip_bad and draft.zip.entries):
-            ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
-            raise refusal(source.path, len(source.names), problems, ways_out)
+        _raise_for_problems(source, draft, problems, skip_bad)
         written = [name for name in names if name not in draft.bad]
         table = None if values is None else [[targets[name], values[name]] for name in written]
         num_bytes = draft.publish({"labels": table} | ({"classes": classes} if classes else {}))
@@ -340,6 +336,15 @@ def _plan_labels(
         found, _ = read_labels(source, names)
     assert found is not None, "what is left has labels"
     return names, dict(zip(names, found.values.tolist(), strict=True)), [], problems
+
+
+def _raise_for_problems(source: Source, draft: Draft, problems: list[Problem], skip_bad: bool) -> None:
+    """Raise DataError if all images are nearly black, or if some cannot be used and are not left out."""
+    if draft.settings.bits == 16 and (too_dark := low_range(draft.peaks)):
+        raise refusal(source.path, len(source.names), too_dark)
+    if problems and not (skip_bad and draft.zip.entries):
+        ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
+        raise refusal(source.path, len(source.names), problems, ways_out)
 
 
 def _check_space(path: Path, num_images: int, settings: Settings) -> None:

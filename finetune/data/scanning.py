@@ -162,9 +162,7 @@ def scan(
         if progress is not None and (not is_known or done == len(names)):
             progress(done, len(names))
     findings.check_ranges()
-    class_counts: list[int] = []
-    if labels is not None and labels.values.ndim == 1:
-        class_counts = np.bincount(labels.values, minlength=labels.num_classes).tolist()
+    class_counts = _class_counts(labels)
     notes = [*findings.notes(listed=thorough), *_notes_on_classes(class_counts)]
     if thorough and not use_labels and not has_labels(source) and (advice := advise_folders(source)):
         notes.append(advice)
@@ -276,6 +274,13 @@ def _labels(
         where = "folders" if labels_from == "folders" else source.labels_name or LABELS_NAME
         what = error.what.removeprefix(f"{source.path}: ").removeprefix(where).lstrip(": ")
         return None, [Problem(where, BAD_LABEL, f"{what} {error.hint or ''}".rstrip())]
+
+
+def _class_counts(labels: Labels | None) -> list[int]:
+    """Return the number of images of each class; empty without labels, and for vectors."""
+    if labels is None or labels.values.ndim > 1:
+        return []
+    return np.bincount(labels.values, minlength=labels.num_classes).tolist()
 
 
 def _times(size: tuple[int, int]) -> str:
