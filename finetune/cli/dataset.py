@@ -64,9 +64,8 @@ def check_command(
     fit: str | None,
     cond: bool | None,
     labels_from: str,
-    workers: int | None,
-    fresh: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Decode every image and list, by kind, everything that training would refuse, and other findings:
     unusual modes, animations, duplicates, colliding names, labels without a file.
@@ -91,12 +90,11 @@ def check_command(
         raise ConfigError(f"--fit {fit}: the size is unknown. Set it with --resolution or --network.")
     if resolution is not None and fit is None:
         fit = "crop"
-    if labels_from == "folders" and cond is False:
-        raise ConfigError("--labels folders: has no effect with --no-cond. Omit one of the two.")
     if labels_from == "folders":
-        use_labels = True
-    else:
-        use_labels = has_labels(open_source(path)) if cond is None else cond
+        if cond is False:
+            raise ConfigError("--labels folders: has no effect with --no-cond. Omit one of the two.")
+        cond = True
+    use_labels = has_labels(open_source(path)) if cond is None else cond
     with progress_bar("reading images", 0) as progress:
         found = scan(
             path,
@@ -105,10 +103,9 @@ def check_command(
             use_labels=use_labels,
             labels_from=labels_from,
             num_classes=num_classes,
-            workers=workers,
             progress=progress,
             thorough=True,
-            fresh=fresh,
+            **options,
         )
     training = dataset_report.what_training_does(found, resolution, channels, fit)
     if as_json:

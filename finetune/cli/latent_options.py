@@ -55,65 +55,67 @@ class EditType(click.ParamType):
         return match[1], tuple(Vector().convert(match[2], param, ctx)), match[3]
 
 
+LATENT_OPTIONS = (
+    seeds_option(required=False, help="Seeds, like 0-15,42; a seed always gives the same image."),
+    click.option(
+        "--w",
+        "w_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Saved w (.npz of --save-w or `finetune project`) in place of seeds; may be repeated.",
+    ),
+    click.option(
+        "--trunc",
+        "psis",
+        type=Truncations(),
+        default="1",
+        show_default=True,
+        help="Truncation: 1 is full variety, 0 the average image.",
+    ),
+    click.option(
+        "--trunc-cutoff",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Truncate only the first N rows of ws (coarse features).  [default: all]",
+    ),
+    click.option(
+        "--class",
+        "classes",
+        type=NumberRange("class"),
+        help="Classes, like 2 or 0-4, for a checkpoint that has classes.",
+    ),
+    click.option(
+        "--label", type=Vector(), help="Label, like 1,180, for a checkpoint whose labels are vectors."
+    ),
+    click.option(
+        "--edit",
+        "edits",
+        multiple=True,
+        type=EditType(),
+        metavar="NAME=X[,X…][@ROWS]",
+        help="Move w by X standard deviations along a direction: pc1, pc2 … or those of --directions; "
+        "@0-3: only in these rows of ws. May be repeated.",
+    ),
+    click.option(
+        "--directions",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Directions for --edit, written by `finetune directions`.  [default: those of the network]",
+    ),
+    click.option(
+        "--noise-mode",
+        type=click.Choice(["const", "random", "none"]),
+        default="const",
+        show_default=True,
+        help="StyleGAN2's noise: the stored maps, maps drawn from the seed, or none.",
+    ),
+)
+
+
 def latent_options(function):
     """Add the options of this file; they reach the command as keywords that `latent_table` takes."""
-    options = [
-        seeds_option(required=False, help="Seeds, like 0-15,42; a seed always gives the same image."),
-        click.option(
-            "--w",
-            "w_files",
-            multiple=True,
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Saved w (.npz of --save-w or `finetune project`) in place of seeds; may be repeated.",
-        ),
-        click.option(
-            "--trunc",
-            "psis",
-            type=Truncations(),
-            default="1",
-            show_default=True,
-            help="Truncation: 1 is full variety, 0 the average image.",
-        ),
-        click.option(
-            "--trunc-cutoff",
-            type=click.IntRange(min=0),
-            metavar="N",
-            help="Truncate only the first N rows of ws (coarse features).  [default: all]",
-        ),
-        click.option(
-            "--class",
-            "classes",
-            type=NumberRange("class"),
-            help="Classes, like 2 or 0-4, for a checkpoint that has classes.",
-        ),
-        click.option(
-            "--label", type=Vector(), help="Label, like 1,180, for a checkpoint whose labels are vectors."
-        ),
-        click.option(
-            "--edit",
-            "edits",
-            multiple=True,
-            type=EditType(),
-            metavar="NAME=X[,X…][@ROWS]",
-            help="Move w by X standard deviations along a direction: pc1, pc2 … or those of --directions; "
-            "@0-3: only in these rows of ws. May be repeated.",
-        ),
-        click.option(
-            "--directions",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Directions for --edit, written by `finetune directions`.  [default: those of the network]",
-        ),
-        click.option(
-            "--noise-mode",
-            type=click.Choice(["const", "random", "none"]),
-            default="const",
-            show_default=True,
-            help="StyleGAN2's noise: the stored maps, maps drawn from the seed, or none.",
-        ),
-    ]
-    for option in reversed(options):
+    for option in reversed(LATENT_OPTIONS):
         function = option(function)
     return function
 
