@@ -12,7 +12,7 @@ from op_cases import CASES, run, send_sum, tensors
 
 from finetune.models import stylegan2
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
-from torch_utils.ops.native import library, specs
+from torch_utils.ops.native import dispatch, specs
 
 BY_ID = {(case.op, case.id): case for case in CASES}
 T = BY_ID["filtered_lrelu", "stylegan3_t"]
@@ -60,7 +60,7 @@ def test_native_opcheck(name):
 
 
 def test_native_opcheck_covers_every_operator():
-    prefix = f"{library.NAMESPACE}::"
+    prefix = f"{dispatch.NAMESPACE}::"
     defined = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if prefix in name}
     assert defined == set(OPERATORS)
 

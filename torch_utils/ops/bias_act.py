@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dnnlib import EasyDict
 
 from . import impl as _impl
+from .native import dispatch
 from .native import library as native
 from .native.specs import NO_CLAMP, BiasActSpec
 
@@ -52,10 +53,10 @@ def bias_act(
     if b is not None and b.dtype != x.dtype:
         b = b.to(x.dtype)
     if _impl.choose("bias_act", impl, x.device.type) != "ref" and gain > 0 and alpha >= 0:
-        if not native.is_exporting():
+        if not dispatch.is_exporting():
             limits = NO_CLAMP if clamp is None else float(clamp)
             spec = BiasActSpec(0 if b is None else dim % x.ndim, act, alpha, gain, limits)
-            y = native.attempt(native.bias_act, "bias_act", impl, x, b, spec)
+            y = dispatch.attempt(native.bias_act, "bias_act", impl, x, b, spec)
             if y is not None:
                 return y
     if b is not None:
@@ -92,7 +93,7 @@ def clamp_if_needed(x: torch.Tensor, clamp: float) -> torch.Tensor:
     skip it.
     """
     saves = x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.numel()
-    if saves and native.is_plain(x) and not native.is_exporting():
+    if saves and dispatch.is_plain(x) and not dispatch.is_exporting():
         values = x.detach()
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             values = values.permute(0, 2, 3, 1)  # in the order of memory

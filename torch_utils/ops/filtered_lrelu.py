@@ -16,6 +16,7 @@ from torch_utils import misc
 
 from . import impl as _impl
 from .bias_act import bias_act, clamp_if_needed
+from .native import dispatch
 from .native import library as native
 from .native.specs import NO_CLAMP, FilteredLreluSpec
 from .upfirdn2d import check_filter, check_image, filter_size, parse_padding, positive_int, upfirdn2d
@@ -48,8 +49,8 @@ def filtered_lrelu(
     padding = list(parse_padding(padding))
     _check(x, fu, fd, b, gain, slope, clamp)
     _check_size(x, fu, fd, up, padding)
-    if _impl.choose("filtered_lrelu", impl, x.device.type) != "ref" and not native.is_exporting():
-        y = native.attempt(
+    if _impl.choose("filtered_lrelu", impl, x.device.type) != "ref" and not dispatch.is_exporting():
+        y = dispatch.attempt(
             native.filtered_lrelu,
             *("filtered_lrelu", impl, x, fu, fd, None if b is None else b.to(x.dtype)),
             _spec(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter),

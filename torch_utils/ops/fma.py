@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import impl as _impl
+from .native import dispatch
 from .native import library as native
 from .native.params import DTYPES
 from .native.sums import MAX_CHANNELS
@@ -17,7 +18,7 @@ def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     [1 or N, 1, H, W] in one pass, likewise the gradients. Everything else is torch.addcmul.
     """
     if _has_kernels(a, b, c) and _impl.choose("fma", "auto", a.device.type) != "ref":
-        y = native.attempt(native.fma, "fma", "auto", a, b, c)
+        y = dispatch.attempt(native.fma, "fma", "auto", a, b, c)
         if y is not None:
             return y
     return torch.addcmul(c, a, b)
@@ -32,7 +33,7 @@ def _has_kernels(a, b, c) -> bool:
         and c.shape in ((), (height, width), (1, 1, height, width), (n, 1, height, width))
         and a.dtype == b.dtype == c.dtype
         and a.device == b.device == c.device
-        and not native.is_exporting()
+        and not dispatch.is_exporting()
     )
 
 

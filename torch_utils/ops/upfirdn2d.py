@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import impl as _impl
+from .native import dispatch
 from .native import library as native
 from .native.specs import Upfirdn2dSpec
 
@@ -91,10 +92,10 @@ def upfirdn2d(
                 f"upfirdn2d: {name} {size} with up {axis.up} and padding [{axis.pad0}, {axis.pad1}] becomes "
                 f"{size * axis.up + axis.pad0 + axis.pad1}, fewer than the {axis.taps} taps of the filter"
             )
-    if _impl.choose("upfirdn2d", impl, x.device.type) != "ref" and not native.is_exporting():
+    if _impl.choose("upfirdn2d", impl, x.device.type) != "ref" and not dispatch.is_exporting():
         out_h, out_w = axes[0].num_outputs(x.shape[2]), axes[1].num_outputs(x.shape[3])
         spec = Upfirdn2dSpec(ux, uy, dx, dy, px0, py0, out_h, out_w, bool(flip_filter), float(gain))
-        y = native.attempt(native.upfirdn2d, "upfirdn2d", impl, x, f, spec)
+        y = dispatch.attempt(native.upfirdn2d, "upfirdn2d", impl, x, f, spec)
         if y is not None:
             return y
     return _Upfirdn2d.call(x, f, axes, bool(flip_filter), float(gain))
