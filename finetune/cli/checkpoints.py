@@ -203,8 +203,7 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
         contribute.check_fits(file, entry, facts_of(file))
     click.echo(f"{entry.id}: {store.add_file(file, entry, license=license)}")
     if not license:
-        for line in store.license_lines(entry):
-            click.echo(line)
+        click.echo(store.license_line(entry))
 
 
 @command.command("add", short_help="Create a catalog entry from a URL.")

@@ -254,13 +254,9 @@ def conflicts(entries: Iterable[Entry]) -> list[str]:
     return problems
 
 
-def to_text(entries: Iterable[Entry | Mapping[str, Any]]) -> str:
+def to_text(entries: Iterable[Entry]) -> str:
     """Return a catalog as JSON, one value per line."""
-    blocks = []
-    for entry in entries:
-        values = entry.to_json() if isinstance(entry, Entry) else entry
-        blocks.append(entry_text(values, indent=4))
-    content = ",\n".join(f"    {block}" for block in blocks)
+    content = ",\n".join(f"    {entry_text(entry.to_json(), indent=4)}" for entry in entries)
     return f'{{\n  "version": {VERSION},\n  "checkpoints": [\n{content}\n  ]\n}}\n'
 
 
@@ -296,8 +292,8 @@ def find_url(url: str) -> Entry | None:
     return next((entry for entry in entries().values() if url in entry.urls), None)
 
 
-def close_names(name: str, count: int = 3) -> list[str]:
-    """Return the names similar to `name`, most similar first, at most one per entry."""
+def close_names(name: str) -> list[str]:
+    """Return three names similar to `name` at most, most similar first, one per entry."""
     names: dict[str, str] = {}
     for entry in entries().values():
         short = min((entry.id, *entry.aliases[:1]), key=len)
@@ -310,7 +306,7 @@ def close_names(name: str, count: int = 3) -> list[str]:
         for text in names
     }
     best = [text for text in sorted(scores, key=lambda text: -scores[text]) if scores[text] >= 0.75]
-    return list(dict.fromkeys(names[text] for text in best))[:count]
+    return list(dict.fromkeys(names[text] for text in best))[:3]
 
 
 def suggestion(name: str) -> str:

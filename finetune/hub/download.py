@@ -42,6 +42,8 @@ WAITING = "Waiting for another process, which downloads the same file."
 Tell = Callable[[str], None]
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all
 
+HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"stylegan-finetune/{__version__}"}
+
 log = logging.getLogger("finetune.hub")
 sleep = time.sleep
 
@@ -190,10 +192,9 @@ def stated_size(urls: Sequence[str]) -> int | None:
         return None
     import requests
 
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"stylegan-finetune/{__version__}"}
     for url in urls:
         with contextlib.suppress(requests.RequestException, ValueError):
-            with requests.head(url, allow_redirects=True, timeout=TIMEOUT_SEC, headers=headers) as response:
+            with requests.head(url, allow_redirects=True, timeout=TIMEOUT_SEC, headers=HEADERS) as response:
                 if response.ok and int(response.headers.get("Content-Length", 0)):
                     return int(response.headers["Content-Length"])
     return None
@@ -259,8 +260,7 @@ def transfer(url: str, part: Part, progress: Progress | None = None) -> None:
     import urllib3
 
     have = part.usable(url)
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"stylegan-finetune/{__version__}"}
-    headers |= {"Range": f"bytes={have}-"} if have else {}
+    headers = HEADERS | ({"Range": f"bytes={have}-"} if have else {})
     headers |= {"If-Range": part.version} if have and part.version else {}
     options: dict[str, Any] = {"stream": True, "timeout": TIMEOUT_SEC, "headers": headers}
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from finetune.hub import catalog, store
 from finetune.hub.catalog import Entry
 from finetune.recipes import Published
@@ -58,14 +56,13 @@ def published(entry: Entry) -> Published | None:
         return (values["gamma"], values["batch"]) if "gamma" in values and "batch" in values else None
 
     own = entry.published.get("trained", {})
+    inferred = ", inferred from the name of its configuration" if "published" in entry.inferred else ""
     found = Published(
-        entry.id,
+        entry.id + inferred,
         trained=settings("trained"),
         finetune=settings("finetune"),
         glr=own.get("glr", own.get("lr")),
         dlr=own.get("dlr", own.get("lr")),
         target=own.get("target"),
     )
-    if "published" in entry.inferred:
-        found = dataclasses.replace(found, name=f"{entry.id}, inferred from the name of its configuration")
     return found if found.trained or found.finetune else None

@@ -76,7 +76,7 @@ def record_of(path: Path) -> Record | None:
 
 def records() -> Iterator[tuple[Path, Record]]:
     """Yield every recorded file, also deleted ones."""
-    for note in sorted(folder().glob("*.json")) if folder().is_dir() else []:
+    for note in sorted(folder().glob("*.json")):
         path = note.with_name(note.name.removesuffix(".json"))
         if (record := record_of(path)) is not None:
             yield path, record
@@ -122,8 +122,7 @@ def _get(
                 hint=f"Download {urls[0]} elsewhere and pass the file to `finetune checkpoints add-file`.",
             )
         tell(f"Fetching {name} into {folder()}")
-        for line in license_lines(entry):
-            tell(line)
+        tell(license_line(entry))
     expected = expected_of(path, entry)
     try:
         download.fetch(urls, path, sha256=expected.sha256, size=expected.size, progress=progress, tell=tell)
@@ -138,12 +137,12 @@ def _get(
     return path
 
 
-def license_lines(entry: Entry | None) -> list[str]:
+def license_line(entry: Entry | None) -> str:
     """Return what is printed about the license when a file is first downloaded."""
     if entry is None or entry.licence is None:
-        return ["License: not stated in the catalog; see the page of the publisher."]
+        return "License: not stated in the catalog; see the page of the publisher."
     remark = f" ({entry.licence.remark})" if entry.licence.remark else ""
-    return [f"License: {entry.licence}{remark}"]
+    return f"License: {entry.licence}{remark}"
 
 
 def expected_of(path: Path, entry: Entry | None) -> Expected:
@@ -161,7 +160,7 @@ def _since(path: Path) -> str:
     return record.since if record else "an earlier day"
 
 
-def _record(path: Path, entry: Entry | None, url: str | None, license: str | None = None) -> Record:
+def _record(path: Path, entry: Entry | None, url: str | None, license: str | None = None) -> None:
     digest, size = download.identity(path)
     before = record_of(path)
     if license is None and before is not None and before.sha256 == digest:
@@ -177,13 +176,8 @@ def _record(path: Path, entry: Entry | None, url: str | None, license: str | Non
         since=before.since if before else time.strftime("%Y-%m-%d"),
         licence=license,
     )
-    with contextlib.suppress(WriteError):  # in a folder that can only be read, the file is hashed every time
-        _write_record(path, record)
-    return record
-
-
-def _write_record(path: Path, record: Record) -> None:
-    with atomic_write(note_of(path)) as stream:
+    # In a folder that can only be read, the file is hashed every time.
+    with contextlib.suppress(WriteError), atomic_write(note_of(path)) as stream:
         stream.write(json.dumps(asdict(record), indent=1).encode())
 
 
@@ -237,7 +231,5 @@ def verify(path: Path) -> Verdict:
 
 def kept_files() -> list[Path]:
     """Return the complete files of the folder, without their records."""
-    if not folder().is_dir():
-        return []
     other = (".json", ".part", ".lock", ".tmp")
-    return sorted(path for path in folder().iterdir() if path.is_file() and not path.name.endswith(other))
+    return sorted(path for path in folder().glob("*") if path.is_file() and not path.name.endswith(other))

@@ -125,7 +125,7 @@ def test_conflicts_of_names_and_urls(tmp_path):
 def test_entries_include_those_of_a_custom_catalog(tmp_path, monkeypatch):
     path = tmp_path / "mine.json"
     entries = [Entry("ours", ("https://a.org/a.pkl",), "stylegan2", sources=("us",))]
-    path.write_text(catalog.to_text([entry.to_json() for entry in entries]))
+    path.write_text(catalog.to_text(entries))
     monkeypatch.setenv("FINETUNE_CATALOG", str(path))
     catalog.entries.cache_clear()
     try:
