@@ -132,32 +132,21 @@ def rebuild_state(
             hint="Tensors of StyleGAN2 and StyleGAN3 networks with the names of the official PyTorch code or "
             "of the StyleGAN2 port by rosinality can be opened.",
         )
-    if state.stated is not None:
-        module, notes = rebuild_described(name, tensors, state.stated, allowance, base_shape)
-    else:
-        module, notes = _rebuild_inferred(name, state, allowance, base_shape, given or {})
+    kwargs, notes, given = state.stated, list[str](), given or {}
+    if kwargs is None:
+        kwargs = _discriminator(tensors) if is_discriminator(tensors) else _generator(tensors)
+        _merge(tensors, kwargs, state.assumed)
+        _merge(tensors, kwargs, given)
+        note = f"{name}: architecture read off its tensors"
+        if assumed := [f"{key}={value}" for key, value in state.assumed.items() if key not in given]:
+            note += f"; assumed {', '.join(assumed)}"
+        notes.append(note)
+    check_bands = state.stated is None
+    module, more = rebuild_described(name, tensors, kwargs, allowance, base_shape, check_bands=check_bands)
+    notes += more
     if state.lacks_w_avg:
         notes.append(f"{name}: no mean w in the file; estimated from {MEAN_SAMPLES:,} z")
     return Rebuilt(module, notes, state.generation, tensors, state.lacks_w_avg)
-
-
-def _rebuild_inferred(
-    name: str,
-    state: StateDict,
-    allowance: Allowance,
-    base_shape: list[int] | None,
-    given: Mapping[str, Any],
-) -> tuple[torch.nn.Module, list[str]]:
-    """Rebuild a network like `rebuild_described`, with arguments inferred from the shapes of the tensors."""
-    tensors = state.tensors
-    kwargs = _discriminator(tensors) if is_discriminator(tensors) else _generator(tensors)
-    _merge(tensors, kwargs, state.assumed)
-    _merge(tensors, kwargs, given)
-    module, notes = rebuild_described(name, tensors, kwargs, allowance, base_shape, check_bands=True)
-    note = f"{name}: architecture read off its tensors"
-    if assumed := [f"{key}={value}" for key, value in state.assumed.items() if key not in given]:
-        note += f"; assumed {', '.join(assumed)}"
-    return module, [note, *notes]
 
 
 def rebuild_described(
