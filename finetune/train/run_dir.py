@@ -200,13 +200,21 @@ class RunDir:
     def _write(self, path: Path, state: TrainState) -> None:
         if state.augment_pipe is not None:
             state.augment_pipe.p.fill_(state.ada.p)
+        images = self.image_set
         save_stylegan_pickle(
             path,
             G=state.G,
             D=state.D,
             G_ema=state.G_ema,
             augment_pipe=state.augment_pipe,
-            training_set_kwargs=self._training_set_kwargs(),
+            training_set_kwargs={
+                "path": Path(self.config.data).name,
+                "resolution": images.resolution,
+                "use_labels": images.num_classes > 0,
+                "labels": images.label_kind,
+                "max_size": len(images),
+                "xflip": self.config.mirror,
+            },
             provenance={
                 "source": self.source,
                 "training": public_options(self.config),
@@ -248,17 +256,6 @@ class RunDir:
                     kept.append(line)
         with atomic_write(path) as stream:
             stream.write("".join(kept).encode())
-
-    def _training_set_kwargs(self) -> dict:
-        images = self.image_set
-        return {
-            "path": Path(self.config.data).name,
-            "resolution": images.resolution,
-            "use_labels": images.num_classes > 0,
-            "labels": images.label_kind,
-            "max_size": len(images),
-            "xflip": self.config.mirror,
-        }
 
 
 class NullRunDir(RunDir):
