@@ -307,10 +307,7 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 def _refuse(net: Described, name: str, value: Any) -> None:
     shown = "is missing" if value is MISSING else f"is {printable(repr(value)[:80])}"
-    raise PickleRefused(
-        f"the {net.class_name} in the pickle cannot be built: {name} {shown} (object at byte {net.offset})",
-        offset=net.offset,
-    )
+    raise net.refusal(f"the {net.class_name} in the pickle cannot be built: {name} {shown}")
 
 
 def _check_filters(net: Described, arguments: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from finetune.checkpoint.unpickle.names import is_harmless
 from finetune.checkpoint.unpickle.stubs import Array, PersistentObject, Tensor, TFNetwork, damaged, printable
 from finetune.checkpoint.unpickle.values import Record
+from finetune.errors import PickleRefused
 
 MAX_MODULES = 5_000  # the largest public network has about 200
 MAX_ENTRIES = 50_000  # attributes and tensors of all its modules; the largest has about 5,000
@@ -43,6 +44,10 @@ class Described:
 
     def has(self, path: str) -> bool:
         return path in self.modules
+
+    def refusal(self, what: str, hint: str | None = None) -> PickleRefused:
+        """Return the error that says what is wrong with this network, and where in the file it is."""
+        return PickleRefused(f"{what} (object at byte {self.offset})", offset=self.offset, hint=hint)
 
 
 def describe(network: PersistentObject) -> Described:

@@ -26,7 +26,6 @@ from finetune.checkpoint.arguments import (
 )
 from finetune.checkpoint.describe import MISSING, Described, plain
 from finetune.checkpoint.unpickle.stubs import Array, Tensor, TFNetwork, damaged, printable
-from finetune.errors import PickleRefused
 from torch_utils.ops import upfirdn2d
 
 OLDEST_VERSION = 4
@@ -244,10 +243,8 @@ def _add(net: Described, name: str, value: np.ndarray) -> None:
 
 
 def _unknown(net: Described, name: str) -> NoReturn:
-    raise PickleRefused(
-        f"the TensorFlow {net.class_name} in the pickle holds {printable(name)}, which has no place in ours "
-        f"(object at byte {net.offset})",
-        offset=net.offset,
+    raise net.refusal(
+        f"the TensorFlow {net.class_name} in the pickle holds {printable(name)}, which has no place in ours",
         hint="Only networks of stylegan2 and stylegan2-ada can be opened; those of stylegan (1) cannot.",
     )
 

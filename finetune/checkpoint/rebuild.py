@@ -135,10 +135,8 @@ def check_tensors(
     another kind or if the allowance does not suffice.
     """
     if differences and (why := _unknown_rectangle(net, module)):
-        raise PickleRefused(
-            f"{name} in the pickle is a rectangular network that cannot be used here: {why} (object at byte "
-            f"{net.offset})",
-            offset=net.offset,
+        raise net.refusal(
+            f"{name} in the pickle is a rectangular network that cannot be used here: {why}",
             hint="The file may be honest and whole.",
         )
     if differences:
@@ -149,11 +147,7 @@ def check_tensors(
         )
     allowance.left -= sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(module).values())
     if allowance.left < 0:
-        raise PickleRefused(
-            f"the networks of the pickle would take several times its size on disk (object at byte "
-            f"{net.offset})",
-            offset=net.offset,
-        )
+        raise net.refusal("the networks of the pickle would take several times its size on disk")
     counts = Counter(tensor.dtype for tensor in net.tensors.values() if tensor.dtype in CONVERTED)
     return [f"{name}: {count} tensors {CONVERTED[dtype]}" for dtype, count in sorted(counts.items())]
 
@@ -206,10 +200,7 @@ def build_on_meta(cls: type, kwargs: dict[str, Any], net: Described) -> torch.nn
             return cls(**kwargs)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
         why = printable(str(error)) or type(error).__name__
-        raise PickleRefused(
-            f"the {net.class_name} in the pickle cannot be built: {why} (object at byte {net.offset})",
-            offset=net.offset,
-        ) from None
+        raise net.refusal(f"the {net.class_name} in the pickle cannot be built: {why}") from None
 
 
 class ShapesOnly(TorchFunctionMode):
