@@ -43,28 +43,27 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Proven
     not exactly those of the networks that its header describes.
     """
     metadata, found = _read(path)
-    if metadata.get("format") != FORMAT:
+    if (found_format := metadata.get("format")) != FORMAT:
         raise CheckpointError(
-            f"{path}: not a safetensors file of this tool (format {metadata.get('format')!r:.80}, "
-            f"expected {FORMAT!r})",
+            f"not a safetensors file of this tool (format {found_format!r:.80}, expected {FORMAT!r})",
             hint="Only files of `finetune export --format safetensors` describe their networks. "
             "Pass the checkpoint that it was made from (.pkl or .pt).",
         )
-    networks = _read_json(path, metadata, "networks")
+    networks = _read_json(metadata, "networks")
     stray = sorted(name for name in found if name.split(".", 1)[0] not in networks)
     if unknown := sorted(set(networks) - set(NETWORKS)) or stray:
         names = ", ".join(map(printable, unknown[:20]))
-        raise CheckpointError(f"{path}: tensors of unknown networks ({names})")
+        raise CheckpointError(f"tensors of unknown networks ({names})")
     if not networks:
-        raise CheckpointError(f"{path}: has none of G, D and G_ema")
+        raise CheckpointError("has none of G, D and G_ema")
     size = path.stat().st_size
     allowance = Allowance.for_file(size)
-    modules = {name: _rebuild(path, name, networks[name], found, allowance) for name in networks}
+    modules = {name: _rebuild(name, networks[name], found, allowance) for name in networks}
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    entry = _read_json(path, metadata, "finetune")  # as in our pickles
+    entry = _read_json(metadata, "finetune")  # as in our pickles
     provenance = Provenance.from_entry(entry, source=path.name, sha256=digest, size=size)
-    return modules, _read_json(path, metadata, "training_set_kwargs"), provenance
+    return modules, _read_json(metadata, "training_set_kwargs"), provenance
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -75,7 +74,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             for name in file.keys():
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in DTYPES:
-                    raise CheckpointError(f"{path}: {printable(name)} has dtype {dtype}, expected F32")
+                    raise CheckpointError(f"{printable(name)} has dtype {dtype}, expected F32")
                 found[name] = file.get_tensor(name)
             return file.metadata() or {}, found
     except (safetensors.SafetensorError, OSError) as error:
@@ -84,7 +83,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         ) from None
 
 
-def _read_json(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]:
+def _read_json(metadata: dict[str, str], key: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata.get(key) or "{}")
     except (ValueError, RecursionError):
@@ -92,17 +91,17 @@ def _read_json(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]
     if value is None and metadata.get(key) == "null":
         return {}
     if type(value) is not dict:
-        raise CheckpointError(f"{path}: {key} in the header is not a JSON object")
+        raise CheckpointError(f"{key} in the header is not a JSON object")
     return value
 
 
 def _rebuild(
-    path: Path, name: str, constructor: Any, found: dict[str, np.ndarray], allowance: Allowance
+    name: str, constructor: Any, found: dict[str, np.ndarray], allowance: Allowance
 ) -> torch.nn.Module:
     """Build one network, checking its arguments, then names, shapes and dtypes of its tensors."""
     given = constructor.get("init_kwargs") if type(constructor) is dict else None
     if type(given) is not dict:
-        raise CheckpointError(f"{path}: the header does not describe {name}")
+        raise CheckpointError(f"the header does not describe {name}")
     prefix = name + "."
     tensors = {
         key.removeprefix(prefix): Tensor(array, array.dtype.name, offset=0)
@@ -112,8 +111,6 @@ def _rebuild(
     try:
         module, notes = rebuild_described(name, tensors, given, allowance)
     except PickleRefused as error:
-        raise CheckpointError(
-            f"{path}: {name} cannot be built as the header describes ({error.what})"
-        ) from None
+        raise CheckpointError(f"{name} cannot be built as the header describes ({error.what})") from None
     fill([Rebuilt(module, notes, "finetune", tensors)])
     return module
