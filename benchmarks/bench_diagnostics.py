@@ -39,7 +39,8 @@ class Run:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.state, self.plan = prepared, prepared.state, prepared.plan
         self.state.nimg = 1  # behind the middle of a tick of one image
-        self.stats = Stats(self.plan.device, 1.0, Diagnostics(self.state))
+        self.stats = Stats(self.plan.device, 1.0)
+        self.stats.diagnostics = Diagnostics(self.state)
         size = [self.plan.batch, prepared.facts.channels, *prepared.image_set.size]
         img = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         labels = self.plan.labels(self.plan.batch)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.distributed import SINGLE, ProcessGroup
+from finetune.distributed import ProcessGroup
 from finetune.errors import CheckpointError
 from finetune.models import Network
 from finetune.train.ada import AdaController
@@ -40,10 +40,10 @@ class TrainState:
     ada: AdaController
     path_mean: torch.Tensor
     sd_norms: torch.Tensor
+    power_averages: dict[str, Network]
     nimg: int = 0
     step: int = 0
     label_generator: torch.Generator = field(default_factory=torch.Generator)
-    power_averages: dict[str, Network] = field(default_factory=dict)
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """Return the networks by name; a teacher that is G_ema itself is left out."""
@@ -145,13 +145,13 @@ class Plan:
     rate_D: LearningRate  # noqa: N815
     tick_nimg: float
     snap_nimg: float
-    d_warmup_nimg: float = 0.0
-    skip_overflow: bool = False
-    seed: int = 0
-    group: ProcessGroup = SINGLE
-    graphs: Graphs = field(default_factory=Graphs)
-    synthesis: dict = field(default_factory=dict)
-    discriminator: dict = field(default_factory=dict)
+    d_warmup_nimg: float
+    skip_overflow: bool
+    seed: int
+    group: ProcessGroup
+    graphs: Graphs
+    synthesis: dict
+    discriminator: dict
 
     def blur_at(self, nimg: int) -> float:
         """Return the standard deviation in pixels of the blur of D's input, fading linearly."""

@@ -27,14 +27,10 @@ class Stats:
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        interval_nimg: float = 1e9,
-        diagnostics: Diagnostics | None = None,
-        group: ProcessGroup = SINGLE,
+        self, device: torch.device, interval_nimg: float = 1e9, group: ProcessGroup = SINGLE
     ) -> None:
-        self.device, self.interval_nimg = device, interval_nimg
-        self.diagnostics, self.group = diagnostics, group
+        self.device, self.interval_nimg, self.group = device, interval_nimg, group
+        self.diagnostics: Diagnostics | None = None
         self.clock = PhaseClock(device)
         self.tick_nimg = 0
         self.sums: dict[str, torch.Tensor] = {}
