@@ -87,8 +87,8 @@ DISCRIMINATOR_LAYERS = {
 ROTATED = {"Conv0_up", "Skip"}
 
 
-def describe_tf(network: TFNetwork) -> tuple[Described, str, dict[str, Any]]:
-    """Return the tensors of a network under our names, its class name, and its constructor arguments.
+def describe_tf(network: TFNetwork) -> tuple[Described, dict[str, Any]]:
+    """Return the tensors of a network under our names, and its constructor arguments.
 
     Raises PickleRefused if it is neither, or has an unknown variable.
     """
@@ -108,12 +108,10 @@ def describe_tf(network: TFNetwork) -> tuple[Described, str, dict[str, Any]]:
         const = net.tensors.get("synthesis.b4.const")
         if const is not None and net.get("", "base_shape") not in (MISSING, list(const.array.shape[1:])):
             damaged("a TensorFlow network whose blocks have another shape than its constant", net.offset)
-        arguments = _generator_arguments(net, options)
-    else:
-        net = Described("Discriminator", network.offset)
-        _name_discriminator(net, parts)
-        arguments = _discriminator_arguments(net, options)
-    return net, net.class_name, arguments
+        return net, _generator_arguments(net, options)
+    net = Described("Discriminator", network.offset)
+    _name_discriminator(net, parts)
+    return net, _discriminator_arguments(net, options)
 
 
 def add_filters(net: Described, wanted: dict[str, Any], taps: Any) -> None:

@@ -117,10 +117,10 @@ def rebuild_tf(
     name: str, network: TFNetwork, allowance: Allowance, base_shape: list[int] | None = None
 ) -> Rebuilt:
     """Rebuild a network of the TensorFlow generation, like `rebuild`."""
-    net, class_name, kwargs = describe_tf(network)
+    net, kwargs = describe_tf(network)
     kwargs |= arguments.base_shape(net, base_shape)
-    module = build_on_meta(getattr(stylegan2, class_name), kwargs, net)
-    options = kwargs if class_name == "Generator" else kwargs["block_kwargs"]
+    module = build_on_meta(getattr(stylegan2, net.class_name), kwargs, net)
+    options = kwargs if net.class_name == "Generator" else kwargs["block_kwargs"]
     add_filters(net, tensors_of(module), options["resample_filter"])
     notes = check_tensors(name, net, module, compare(net.tensors, module), allowance)
     return Rebuilt(module, notes, "tf", net.tensors)
