@@ -163,8 +163,8 @@ def pack_network(network: Any) -> dict[str, Any]:
     kind = type(network)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
-        "args": _plain(list(network.init_args)),
-        "kwargs": _plain(network.init_kwargs),
+        "args": list(network.init_args),
+        "kwargs": network.init_kwargs,
         "tensors": network.state_dict(),
     }
 
@@ -177,11 +177,3 @@ def unpack_network(packed: dict[str, Any]) -> torch.nn.Module:
     network = getattr(importlib.import_module(module), kind)(*packed["args"], **packed["kwargs"])
     network.load_state_dict(packed["tensors"])
     return network
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(value)
-    return value
