@@ -54,15 +54,13 @@ def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
     norms = []
     distillation = plan.distillation if plan.distillation and plan.distillation.due(state.step) else None
     augmented = set_augmentation(state)
-    with stats.phase(GMAIN):
-        with gradients_of("G", GMAIN, state, plan):
-            for _, size in micro_batches(GMAIN, state, plan):
-                has_gradient = distillation is not None and distillation.weight
-                diagnostics = stats.due_diagnostics(state.nimg) if has_gradient else None
-                key = (GMAIN, size, bool(distillation), augmented) if diagnostics is None else None
-                part = partial(generator_micro_batch, state, plan, stats, distillation, diagnostics)
-                norms.append(plan.graphs.run(key, part, **draw_inputs(state, plan, size)))
-        update("G", GMAIN, state, plan, stats)
+    with training("G", GMAIN, state, plan, stats):
+        for _ in micro_batches(GMAIN, state, plan):
+            has_gradient = distillation is not None and distillation.weight
+            diagnostics = stats.due_diagnostics(state.nimg) if has_gradient else None
+            key = (GMAIN, bool(distillation), augmented) if diagnostics is None else None
+            part = partial(generator_micro_batch, state, plan, stats, distillation, diagnostics)
+            norms.append(plan.graphs.run(key, part, **draw_inputs(state, plan, plan.batch_gpu)))
     if plan.distillation and plan.distillation.ratio is not None:
         state.sd_norms.copy_(average(norms, plan, f"{GMAIN} (step {state.step})"))
 
@@ -107,18 +105,16 @@ def generator_micro_batch(
 def path_length_step(state: TrainState, plan: Plan, stats: Stats) -> None:
     """Run Greg: path length regularization (StyleGAN2) on half of the batch, weighted by `path_interval`."""
     means = []
-    with stats.phase(GREG):
-        with gradients_of("G", GREG, state, plan):
-            for _, size in micro_batches(GREG, state, plan):
-                part = partial(path_length_micro_batch, state, plan, stats, size)
-                latents = draw_inputs(state, plan, max(size // 2, 1))
-                means.append(plan.graphs.run((GREG, size), part, **latents))
-        update("G", GREG, state, plan, stats)
+    with training("G", GREG, state, plan, stats):
+        for _ in micro_batches(GREG, state, plan):
+            part = partial(path_length_micro_batch, state, plan, stats)
+            latents = draw_inputs(state, plan, max(plan.batch_gpu // 2, 1))
+            means.append(plan.graphs.run(GREG, part, **latents))
     state.path_mean.copy_(average(means, plan, f"{GREG} (step {state.step})"))
 
 
 def path_length_micro_batch(
-    state: TrainState, plan: Plan, stats: Stats, size: int, **inputs: torch.Tensor
+    state: TrainState, plan: Plan, stats: Stats, **inputs: torch.Tensor
 ) -> torch.Tensor:
     """Add the gradients of one micro-batch to those of G; return `path_mean` as this micro-batch moves it."""
     ws = map_latents(state.G, Latents(**inputs))
@@ -127,7 +123,7 @@ def path_length_micro_batch(
     lengths = losses.path_lengths(img, ws)
     penalty, mean = losses.path_penalty(lengths, state.path_mean, plan.path_decay)
     assert plan.path_interval is not None, "only families with path length regularization come here"
-    weight = plan.path_weight * plan.path_interval * (size / plan.batch)
+    weight = plan.path_weight * plan.path_interval * (plan.batch_gpu / plan.batch)
     (penalty.mean() * weight).backward()
     stats.record(path_length=lengths, loss_path=penalty)
     return mean
@@ -138,18 +134,16 @@ def discriminator_step(state: TrainState, plan: Plan, reals: RealBatch, stats: S
     moving, augmented = moving_buffers(state.G), set_augmentation(state)
     before = after = [buffer.clone() for buffer in moving]
     signs = torch.zeros([], device=plan.device)
-    with stats.phase(DMAIN):
-        with gradients_of("D", DMAIN, state, plan):
-            for (index, size), (real, real_c) in zip(micro_batches(DMAIN, state, plan), reals, strict=True):
-                key = (DMAIN, size, index == 0, augmented)
-                part = partial(discriminator_micro_batch, state, plan, stats, index == 0)
-                latents = draw_inputs(state, plan, size)
-                signs += plan.graphs.run(key, part, real=real, real_c=real_c, **latents)
-                if index == 0:
-                    # Every micro-batch starts from the same averages, on whatever rank it is computed.
-                    after = [buffer.clone() for buffer in moving]
-                    copy_all(moving, before)
-        update("D", DMAIN, state, plan, stats)
+    with training("D", DMAIN, state, plan, stats):
+        for index, (real, real_c) in zip(micro_batches(DMAIN, state, plan), reals, strict=True):
+            key = (DMAIN, index == 0, augmented)
+            part = partial(discriminator_micro_batch, state, plan, stats, index == 0)
+            latents = draw_inputs(state, plan, plan.batch_gpu)
+            signs += plan.graphs.run(key, part, real=real, real_c=real_c, **latents)
+            if index == 0:
+                # Every micro-batch starts from the same averages, on whatever rank it is computed.
+                after = [buffer.clone() for buffer in moving]
+                copy_all(moving, before)
     copy_all(moving, after)
     plan.group.broadcast(moving, f"{DMAIN} (step {state.step})")
     plan.group.all_reduce_sum([signs], f"{DMAIN} (step {state.step})")
@@ -185,12 +179,10 @@ def discriminator_micro_batch(
 def r1_step(state: TrainState, plan: Plan, reals: RealBatch, stats: Stats) -> None:
     """Run Dreg: the R1 penalty gamma/2·|∇D|² on real images, weighted by `r1_interval`."""
     augmented = set_augmentation(state)
-    with stats.phase(DREG):
-        with gradients_of("D", DREG, state, plan):
-            for (_, size), (real, real_c) in zip(micro_batches(DREG, state, plan), reals, strict=True):
-                part = partial(r1_micro_batch, state, plan, stats)
-                plan.graphs.run((DREG, size, augmented), part, real=real, real_c=real_c)
-        update("D", DREG, state, plan, stats)
+    with training("D", DREG, state, plan, stats):
+        for _, (real, real_c) in zip(micro_batches(DREG, state, plan), reals, strict=True):
+            part = partial(r1_micro_batch, state, plan, stats)
+            plan.graphs.run((DREG, augmented), part, real=real, real_c=real_c)
 
 
 def r1_micro_batch(
@@ -251,15 +243,15 @@ def score(state: TrainState, plan: Plan, img: torch.Tensor, c: torch.Tensor) -> 
     return state.D(img, c, **plan.discriminator)
 
 
-def micro_batches(phase: str, state: TrainState, plan: Plan) -> Iterator[tuple[int, int]]:
-    """Yield (index, size) of the micro-batches of this rank, each after seeding all random numbers for it.
+def micro_batches(phase: str, state: TrainState, plan: Plan) -> Iterator[int]:
+    """Yield the indices of the micro-batches of this rank, each after seeding all random numbers for it.
 
     Indices count the micro-batches of all ranks, so that their draws do not depend on the number of ranks.
     """
     count = plan.batch // plan.group.world_size // plan.batch_gpu
     for index in range(plan.group.rank * count, (plan.group.rank + 1) * count):
         reseed(state.label_generator, plan.seed, state.step, phase, index)
-        yield index, plan.batch_gpu
+        yield index
 
 
 def average(parts: list[torch.Tensor], plan: Plan, what: str) -> torch.Tensor:
@@ -281,14 +273,16 @@ def copy_all(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def gradients_of(name: str, phase: str, state: TrainState, plan: Plan) -> Iterator[None]:
-    """Collect new gradients of the network `name` (G or D), and of no other, inside the block."""
+def training(name: str, phase: str, state: TrainState, plan: Plan, stats: Stats) -> Iterator[None]:
+    """Collect new gradients of the network `name` (G or D), and of no other, in the block; then update it."""
     network = getattr(state, name)
-    plan.graphs.clear_gradients(phase, network)
-    network.requires_grad_(True)
-    yield
-    network.requires_grad_(False)
-    plan.graphs.keep_gradients(phase, network)
+    with stats.phase(phase):
+        plan.graphs.clear_gradients(phase, network)
+        network.requires_grad_(True)
+        yield
+        network.requires_grad_(False)
+        plan.graphs.keep_gradients(phase, network)
+        update(name, phase, state, plan, stats)
 
 
 def update(name: str, phase: str, state: TrainState, plan: Plan, stats: Stats) -> None:
