@@ -5,23 +5,25 @@ Source: Karras et al. 2020 (2006.06676), section 3.1: r_t = E[sign(D(real))] is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 INTERVAL = 4  # steps between adjustments
 
 
+@dataclass
 class AdaController:
     """Collects the signs of D on real images and moves the augmentation probability towards the target.
 
     `target` None keeps `p` fixed. `swing_kimg` is how many kimg it takes to move p from 0 to 1.
     """
 
-    def __init__(self, p: float, *, target: float | None, swing_kimg: float) -> None:
-        self.p = p
-        self.target = target
-        self.swing_kimg = swing_kimg
-        self.sign_sum: torch.Tensor | float = 0.0
-        self.count = 0
+    p: float
+    target: float | None
+    swing_kimg: float
+    sign_sum: torch.Tensor | float = 0.0
+    count: int = 0
 
     def observe(self, sign_sum: torch.Tensor, count: int) -> None:
         """Take note of the sum of the signs of D's logits on `count` (augmented) real images."""

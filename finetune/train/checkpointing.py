@@ -91,23 +91,24 @@ class RunFinished(FinetuneError):
         self.saved, self.config = saved, config
 
 
+@dataclass(eq=False)
 class Checkpointer:
-    """Saves and loads all components of a run, and decides when."""
+    """Saves and loads all components of a run, and decides when.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: Plan,
-        state: TrainState,
-        counters: RunCounters,
-        batches: InfiniteLoader,
-        stats: Stats,
-        run_dir: RunDir,
-        display: Display,
-    ) -> None:
-        self.config, self.plan, self.state, self.counters = config, plan, state, counters
-        self.batches, self.stats, self.run_dir, self.display = batches, stats, run_dir, display
-        self.unreadable_elsewhere = 0  # items that other ranks had to replace, as of the last tick
+    unreadable_elsewhere: items that other ranks had to replace, as of the last tick.
+    """
+
+    config: TrainConfig
+    plan: Plan
+    state: TrainState
+    counters: RunCounters
+    batches: InfiniteLoader
+    stats: Stats
+    run_dir: RunDir
+    display: Display
+    unreadable_elsewhere: int = 0
+
+    def __post_init__(self) -> None:
         self.last_save = time.monotonic()  # not affected by changes of the system clock
 
     def state_dict(self) -> dict[str, Any]:
@@ -341,12 +342,12 @@ def find_state(place: Path) -> SavedState | None:
     )
 
 
+@dataclass
 class _ErrorKeeper:
     """A stream that keeps the error of a failed write, which torch replaces by another message."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
-        self.error: OSError | None = None
+    stream: BinaryIO
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:

@@ -12,8 +12,9 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -98,35 +99,30 @@ def exact_kimg(nimg: int) -> str:
     return f"{nimg // 1000:06d}.{nimg % 1000:03d}"
 
 
+@dataclass(eq=False)
 class RunDir:
-    """Writes everything into the run folder. All sheets show the same latents."""
+    """Writes everything into the run folder. All sheets show the same latents.
 
-    is_writable = True
+    source: provenance of the checkpoint that the run first started from. chunk: images made at a time.
+    """
 
-    def __init__(
-        self,
-        path: Path,
-        config: TrainConfig,
-        image_set: ImageSet,
-        *,
-        source: dict | None,
-        chunk: int,
-        device: torch.device,
-    ) -> None:
-        self.path = path
-        self.config = config
-        self.image_set = image_set
-        self.source = source
-        self.chunk = chunk
-        self.device = device
+    path: Path
+    config: TrainConfig
+    image_set: ImageSet
+    source: dict | None
+    chunk: int
+    device: torch.device
+    seconds_before: float = 0.0  # of the run before it was resumed
+    written: dict[str, int] = field(default_factory=dict)  # snapshot -> images seen
+    is_writable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
         self.started = time.monotonic()
-        self.seconds_before = 0.0  # of the run before it was resumed
-        self.written: dict[str, int] = {}  # snapshot -> images seen
-        spacing = config.tick * config.snap
-        self.has_decimals = spacing < 1 or not float(config.kimg).is_integer()
-        self.board = Board(path if self.is_writable else None, config.to_dict())
+        spacing = self.config.tick * self.config.snap
+        self.has_decimals = spacing < 1 or not float(self.config.kimg).is_integer()
+        self.board = Board(self.path if self.is_writable else None, self.config.to_dict())
         if self.is_writable:
-            (path / "config.json").write_text(config.to_json(), encoding="utf-8")
+            (self.path / "config.json").write_text(self.config.to_json(), encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the time that the run has taken and the snapshots that it has written."""

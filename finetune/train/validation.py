@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
-from finetune.distributed import SINGLE, ProcessGroup
+from finetune.distributed import ProcessGroup
 from finetune.errors import FinetuneError
 from finetune.metrics.evaluate import Evaluation, check_names
 from finetune.options import TrainOptions
@@ -32,6 +33,7 @@ def names_of(options: TrainConfig | TrainOptions) -> tuple[str, ...]:
     return check_names([name.strip() for name in str(options.metrics).split(",") if name.strip()])
 
 
+@dataclass(eq=False)
 class Validation:
     """Measures G_ema when a snapshot is due and at the end. A failure is a warning; training continues.
 
@@ -39,19 +41,16 @@ class Validation:
     sheet of images that `memorization` finds most similar.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        image_set: ImageSet,
-        device: torch.device,
-        tell: Callable[[str], None],
-        group: ProcessGroup = SINGLE,
-        run_dir: Path = Path(),
-    ) -> None:
-        self.group, self.run_dir = group, run_dir
-        self.names = names_of(config)
-        self.config, self.image_set, self.device, self.tell = config, image_set, device, tell
-        self.interval_nimg = config.tick * 1000 * config.snap
+    config: TrainConfig
+    image_set: ImageSet
+    device: torch.device
+    tell: Callable[[str], None]
+    group: ProcessGroup
+    run_dir: Path
+
+    def __post_init__(self) -> None:
+        self.names = names_of(self.config)
+        self.interval_nimg = self.config.tick * 1000 * self.config.snap
         self._evaluation: Evaluation | None = None
 
     def is_due(self, stats: Stats, nimg: int, *, is_end: bool) -> bool:
