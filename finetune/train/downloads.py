@@ -88,7 +88,7 @@ def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
         gpu_memory_gib=gpu_memory_gib(device),
     )
     config, reasons = recipes.resolve(asked, facts)
-    print_reasons(console, "", reasons)
+    print_reasons(console, reasons)
     for each in missing_weights(config):
         console.print(f"Would download: {each}.", highlight=False)
     console.print("The checkpoint itself may change settings, such as --freezed.", highlight=False)

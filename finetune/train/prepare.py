@@ -84,7 +84,7 @@ def prepare(options: TrainOptions, console: Console | None = None, *, dry_run: b
     anything is written if something does not fit.
     """
     with (console or Console(quiet=True)).status("Checking …") as status:
-        return _prepare(options, lambda text: status.update(text), dry_run)
+        return _prepare(options, status.update, dry_run)
 
 
 def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) -> Prepared:
@@ -265,4 +265,4 @@ def show(prepared: Prepared, console: Console) -> None:
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if prepared.origin.saved is None:
-        print_reasons(console, "", prepared.reasons)
+        print_reasons(console, prepared.reasons)

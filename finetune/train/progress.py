@@ -88,9 +88,9 @@ class Display:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_reasons(console: Console, title: str, reasons: list[Reason]) -> None:
+def print_reasons(console: Console, reasons: list[Reason]) -> None:
     """Print the table "option · value · why"."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("option", "value", "why"):
         table.add_column(column, overflow="fold")
     for reason in reasons:
