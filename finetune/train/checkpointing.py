@@ -196,9 +196,7 @@ class Checkpointer:
 
         Raises Diverged if it does not, after too many rollbacks, and without a saved state.
         """
-        error = Diverged(
-            alarm.kind, f"{alarm.what.rstrip('.')} at {self.state.nimg / 1000:g} kimg.", alarm.numbers
-        )
+        error = Diverged(f"{alarm.what.rstrip('.')} at {self.state.nimg / 1000:g} kimg.")
         if self.config.on_divergence != "rollback":
             raise error
         rollbacks = self.counters.rollbacks + 1

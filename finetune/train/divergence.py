@@ -23,10 +23,8 @@ REMEDY = "Try a smaller --glr and --dlr, a larger --gamma, or --precision fp32."
 class Diverged(TrainingError):
     """Training diverged."""
 
-    def __init__(self, kind: str, what: str, numbers: dict[str, Any]) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__(what, hint=f"The last saved state is intact. {REMEDY}")
-        self.kind = kind
-        self.numbers = numbers
 
 
 @dataclass(frozen=True)
