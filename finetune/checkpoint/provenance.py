@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from finetune.checkpoint.unpickle.stubs import printable
@@ -33,17 +33,11 @@ class Provenance:
     blended_with: dict | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as `from_dict` and JSON take them."""
+        """Return plain values."""
         values = asdict(self)
         if self.blended_with is None:
             del values["blended_with"]
         return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Provenance:
-        """Reverse `to_dict`; unknown keys are dropped."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any], *, source: str, sha256: str, size: int) -> Provenance:

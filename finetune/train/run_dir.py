@@ -177,11 +177,9 @@ class RunDir:
         self.written[path.name] = state.nimg
         return path
 
-    def write_best(self, state: TrainState) -> Path:
+    def write_best(self, state: TrainState) -> None:
         """Write `network-best.pkl`, replacing the previous one."""
-        path = self.path / BEST
-        self._write(path, state)
-        return path
+        self._write(self.path / BEST, state)
 
     def keep_newest(self, count: int) -> None:
         """Delete the oldest snapshots of this run, and their sheets, until there are `count` (0: all)."""
