@@ -12,17 +12,15 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
 from finetune.hub import catalog, download
 from finetune.hub.catalog import Entry
-from finetune.hub.download import Expected, Progress
+from finetune.hub.download import Expected, Progress, Tell
 from torch_utils.files import WriteError, atomic_write, cache_folder
-
-Tell = Callable[[str], None]
 
 log = logging.getLogger("finetune.hub")
 

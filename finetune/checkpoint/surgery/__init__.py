@@ -19,14 +19,13 @@ from finetune.checkpoint.surgery import blocks, colors, labels
 from finetune.errors import ConfigError
 from finetune.models import stylegan2
 
-CLASSES = ("keep", "extend", "fresh")
-
 
 @dataclass(frozen=True)
 class TargetShape:
     """The shape to give the networks; None keeps that of the checkpoint.
 
-    c_dim: number of classes, 0 for none. classes: one of CLASSES, how embeddings derive from the old ones.
+    c_dim: number of classes, 0 for none. classes: `keep`, `extend` or `fresh`, how embeddings derive from the
+    old ones.
     new_d: build a discriminator, because the file has none or to replace it.
     """
 
@@ -73,9 +72,9 @@ def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple
         "img_resolution": G.img_resolution if wanted.resolution is None else wanted.resolution,
     }
     _check(checkpoint, wanted, target)
-    steps: list[dict[str, int]] = [{k: v} for k, v in target.items() if getattr(G, k) != v]
+    steps = [(option, value) for option, value in target.items() if getattr(G, option) != value]
     if wanted.classes == "fresh" and G.c_dim == target["c_dim"]:
-        steps.insert(0, {"c_dim": G.c_dim})
+        steps.insert(0, ("c_dim", G.c_dim))
     operations: list[Operation] = []
     networks: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -87,8 +86,8 @@ def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple
                 networks[name], done = _new_discriminator(G, target)
                 operations.append(done)
             elif network is not None:
-                for step in steps:  # in sequence: each starts from the result of the previous one
-                    network, done = _change(name, network, step, wanted.classes)
+                for option, value in steps:  # in sequence: each starts from the result of the previous one
+                    network, done = _change(name, network, option, value, wanted.classes)
                     operations.append(done)
                 networks[name] = network
     return dataclasses.replace(checkpoint, **networks), operations
@@ -142,13 +141,10 @@ WORDS = {"c_dim": "classes", "img_channels": "channels", "img_resolution": "pixe
 
 
 def _change(
-    name: str, network: Any, changes: dict[str, int], classes: str | None
+    name: str, network: Any, option: str, value: int, classes: str | None
 ) -> tuple[torch.nn.Module, Operation]:
-    """Build a network like `network` with other constructor arguments, and fill it from the old weights."""
-    kwargs = network.init_kwargs
-    kwargs.update(changes)
-    new = type(network)(*network.init_args, **kwargs)
-    ((option, value),) = changes.items()
+    """Build a network like `network` with another constructor argument, and fill it from the old weights."""
+    new = type(network)(*network.init_args, **{**network.init_kwargs, option: value})
     before = getattr(network, option)
     done = Operation(name, f"{WORDS[option]} {before} → {value}" if before != value else "fresh classes")
     old_tensors, new_tensors = tensors_of(network), tensors_of(new)
@@ -163,14 +159,10 @@ def _change(
         colors.change(network, new, done.changed)
     if option == "img_resolution":
         blocks.change(network, new, done.changed)
-    drawn = {key for key, what in done.changed.items() if what == labels.DRAWN}
     done.kept = [key for key in done.kept if key not in done.changed]
-    done.initialized = [
-        key
-        for key, _ in new.named_parameters()
-        if key not in done.kept and key not in done.changed.keys() - drawn
-    ]
-    done.changed = {key: what for key, what in done.changed.items() if key not in drawn}
+    done.changed = {key: what for key, what in done.changed.items() if what != labels.DRAWN}
+    from_old = {*done.kept, *done.changed}
+    done.initialized = [key for key, _ in new.named_parameters() if key not in from_old]
     return new.eval().requires_grad_(False), done
 
 
