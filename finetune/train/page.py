@@ -166,7 +166,7 @@ def write_about(folder: Path, prepared: Prepared, source: dict[str, Any] | None)
             "device": device_name(prepared.plan.device),
             "reasons": reasons,
             "data": prepared.overview,
-            "notes": prepared.notes + [line for each in prepared.operations for line in each.lines()],
+            "notes": prepared.notes,
             "source": source,
         }
     replace_about(path, about)

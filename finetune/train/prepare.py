@@ -14,7 +14,7 @@ from rich.console import Console
 from finetune import recipes
 from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
-from finetune.checkpoint.surgery import Operation, TargetShape, operate
+from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
 from finetune.device import fix_workspace, resolve_device, training_math
@@ -62,7 +62,8 @@ class Origin:
 class Prepared:
     """A run that has been checked and built, ready to start.
 
-    overview: the data set in words, by subject; empty on ranks other than 0.
+    notes: on the data set, and what was changed in the networks. overview: the data set in words, by subject;
+    empty on ranks other than 0.
     """
 
     config: TrainConfig
@@ -74,7 +75,6 @@ class Prepared:
     plan: Plan
     notes: list[str]
     overview: dict[str, str]
-    operations: list[Operation]
 
 
 def prepare(options: TrainOptions, console: Console | None = None, *, dry_run: bool = False) -> Prepared:
@@ -97,11 +97,11 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
     image_set, facts, notes, overview = read_data(shape, checkpoint, device, tell, group)
     tell("Building the networks …")
-    operations: list[Operation] = []
     if checkpoint is not None:
         classes, new_d = shape.classes or None, bool(shape.new_d)
         wanted = TargetShape(facts.c_dim, classes, shape.channels, shape.resolution, new_d)
         checkpoint, operations = operate(checkpoint, wanted, shape.seed or 0)
+        notes += [line for operation in operations for line in operation.lines()]
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(origin.options, facts)
     check_batch(config, facts)
@@ -136,7 +136,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
     check_place(origin.place, config, written, origin.nimg)
     networks = state.networks().values()
     group.broadcast((each for net in networks for each in net.state_dict().values()), "the start")
-    return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, overview, operations)
+    return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, overview)
 
 
 def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
@@ -259,7 +259,6 @@ def show(prepared: Prepared, console: Console) -> None:
         f"{facts.num_images} images from {config.data}{', mirrored too' if config.mirror else ''}. "
         f"Training on {prepared.plan.device}.",
         *prepared.notes,
-        *(line for operation in prepared.operations for line in operation.lines()),
         *prepared.origin.lines,
     ]
     for line in lines:
