@@ -97,7 +97,7 @@ class Part:
 
     def usable(self, url: str) -> int:
         """Return how many bytes can be kept: those of a known version, or any if the hash will decide."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             origin = json.loads(self.note.read_text(encoding="utf-8"))
             self.version = origin["version"] if origin["url"] == url else None
         have = self.size()

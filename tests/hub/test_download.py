@@ -198,6 +198,14 @@ def test_fetch_resumes_earlier_part(server, get, tmp_path):
     assert int(server.requests[-1][1]["Range"][6:-1]) >= HALF - 4096
 
 
+@pytest.mark.parametrize("note", ["", "[]", "1", '{"url": 1}'])
+def test_fetch_restarts_part_with_damaged_note(server, get, tmp_path, note):
+    refused(get, "answers 404", "half", 404)
+    (tmp_path / "a.pkl.part.json").write_text(note)
+    assert get("file").read_bytes() == CONTENT
+    assert "Range" not in server.requests[-1][1]
+
+
 @pytest.mark.parametrize("other", ["other", "other-unasked"])
 def test_fetch_restarts_changed_file(get, pauses, tmp_path, other):
     assert get("half", other, "other").read_bytes() == OTHER
