@@ -57,6 +57,16 @@ def working_dtype(use_fp16, force_fp32, device):
     return torch.float16 if use_fp16 and not force_fp32 and device.type == "cuda" else torch.float32
 
 
+def features_format(channels_last, dtype, device):
+    """Return the memory format of a block's features: channels-last where convolutions are faster in it.
+
+    That is float16 on tensor cores, if the block asks for it, and a CPU.
+    """
+    if device.type == "cpu" or (channels_last and dtype == torch.float16):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def scaled_clamp(clamp, gain):
     """Return the clamping limit after a change of gain; None stays None."""
     return None if clamp is None else clamp * gain
@@ -471,9 +481,7 @@ class SynthesisBlock(torch.nn.Module):
         misc.assert_shape(ws, [None, self.num_conv + self.num_torgb, self.w_dim])
         rows = iter(ws.unbind(dim=1))
         dtype = working_dtype(self.use_fp16, force_fp32, ws.device)
-        memory_format = torch.contiguous_format
-        if self.channels_last and dtype == torch.float16:
-            memory_format = torch.channels_last
+        memory_format = features_format(self.channels_last, dtype, ws.device)
         fused = self.choose_fused(fused_modconv, ws.device)
         styled = dict(noise_mode=noise_mode, fused_modconv=fused)
 
@@ -698,9 +706,7 @@ class DiscriminatorBlock(torch.nn.Module):
     def forward(self, x, img, force_fp32=False):
         given = img if x is None else x
         dtype = working_dtype(self.use_fp16, force_fp32, given.device)
-        memory_format = torch.contiguous_format
-        if self.channels_last and dtype == torch.float16:
-            memory_format = torch.channels_last
+        memory_format = features_format(self.channels_last, dtype, given.device)
         if x is not None:
             misc.assert_shape(x, [None, self.in_channels, self.height, self.width])
             x = x.to(dtype=dtype, memory_format=memory_format)

@@ -263,6 +263,27 @@ def test_stylegan2_default_fused_mode(default, train, evaluate):
     assert block.choose_fused(None, torch.device("cpu")) is False
 
 
+@pytest.mark.parametrize("architecture", ["orig", "skip", "resnet"])
+def test_stylegan2_features_are_channels_last_on_a_cpu(monkeypatch, architecture):
+    G = generator(architecture=architecture)
+    D = discriminator(architecture=architecture)
+    z = torch.randn(4, 8)
+
+    def results():
+        G.zero_grad(set_to_none=True)
+        img = G(z, None, noise_mode="const")
+        logits = D(img, None)
+        logits.sum().backward()
+        return [img, logits, *(p.grad for p in G.parameters() if p.grad is not None)]
+
+    x, _ = D.b16(None, G(z, None))
+    assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    ours = results()
+    monkeypatch.setattr(stylegan2, "features_format", lambda *given: torch.contiguous_format)
+    for number, (last, planes) in enumerate(zip(ours, results(), strict=True)):
+        assert_close(last, planes, NETWORK_F32, str(number))
+
+
 def test_stylegan2_averages_move_only_when_asked():
     G, D = generator().train(), discriminator().train()
     before = copy.deepcopy(G.state_dict())

@@ -14,6 +14,9 @@ reached by these scenarios:
 
 - After a run was killed, ticks and snapshots come at the same numbers of images as without the kill.
 - The learning rates in a state file are those of the last step, not those after the warm-up.
+
+On CPUs, the features of StyleGAN2 are channels-last now, and 1x1 convolutions of images are products of
+matrices: the same sums in another order. Both are disabled here (SITECUSTOMIZE).
 """
 
 from __future__ import annotations
@@ -92,9 +95,10 @@ SCENARIOS: dict[str, list[dict[str, Any]]] = {
 # Networks and constructor arguments that 55a9cab does not save.
 ADDED = {"power-0.05", "power-0.10", "base_shape"}
 
-# Runs the command line; after optimizer step N one weight of G becomes NaN, once.
-DRIVER = """
-import os, sys, torch
+# Imported by every Python process of a run. After optimizer step POISON one weight of G becomes NaN, once;
+# features are in planes, as those of 55a9cab are.
+SITECUSTOMIZE = """
+import os, torch
 left, step = [int(os.environ.get("POISON", 0))], torch.optim.Adam.step
 def poisoned(self, *args, **kwargs):
     result = step(self, *args, **kwargs)
@@ -104,8 +108,10 @@ def poisoned(self, *args, **kwargs):
             self.param_groups[0]["params"][0].fill_(float("nan"))
     return result
 torch.optim.Adam.step = poisoned
-from finetune.cli import main
-sys.exit(main())
+from finetune.models import stylegan2
+from torch_utils.ops import conv2d_gradfix
+stylegan2.features_format = lambda *given: torch.contiguous_format
+conv2d_gradfix._is_thin = lambda *given: False
 """
 
 
@@ -142,7 +148,7 @@ def train(checkout: Path, runs: list[dict[str, Any]], work: Path, outdir: Path) 
     """Carry out one scenario with a checkout and return its run folder."""
     for number, options in enumerate(runs):
         options = dict(options)
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{work}", "OMP_NUM_THREADS": "1"}
         environment["POISON"] = str(options.pop("poison", 0))
         if number == 0:
             options = {**COMMON, "data": "plain16.zip", **options, "outdir": str(outdir)}
@@ -152,10 +158,7 @@ def train(checkout: Path, runs: list[dict[str, Any]], work: Path, outdir: Path) 
             options["resume"] = str(run_dir)
         fields = (checkout / "finetune" / "config.py").read_text(encoding="utf-8")
         options = {name: options[name] for name in options if name not in REMOVED or f" {name}: " in fields}
-        if options.pop("gpus", 1) > 1:  # through the launcher, which starts `python -m finetune`
-            command = [sys.executable, "-m", "finetune", "train", *words(options), "--gpus", "2"]
-        else:
-            command = [sys.executable, "-c", DRIVER, "train", *words(options)]
+        command = [sys.executable, "-m", "finetune", "train", *words(options)]
         done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{checkout}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -224,6 +227,7 @@ def compare(before: Path, after: Path, only: str = "") -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        (work / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
         write_images(work / "plain16.zip", 16)
         write_images(work / "labels16.zip", 16, 3)
         write_images(work / "labels32.zip", 32, 3)

@@ -108,6 +108,22 @@ def test_conv2d_bilinear_convolutions_equal_torchs_gradients(monkeypatch, device
         assert_close(ours, torchs, OPS_F64, name)
 
 
+@pytest.mark.parametrize(("channels_in", "channels_out"), [(3, 6), (6, 3), (1, 1)])
+def test_conv2d_thin_products_equal_torchs_convolutions(channels_in, channels_out):
+    x = torch.randn(2, channels_in, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    w = torch.randn(channels_out, channels_in, 1, 1, dtype=torch.float64)
+    assert conv2d_gradfix._is_thin(x, w)
+    y = conv2d_gradfix.conv2d(x, w)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, F.conv2d(x, w), OPS_F64, "y")
+    x, w = x.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradcheck(conv2d_gradfix.conv2d, (x, w))
+    assert torch.autograd.gradgradcheck(conv2d_gradfix.conv2d, (x, w))
+    with conv2d_gradfix.no_weight_gradients():
+        conv2d_gradfix.conv2d(x, w).sum().backward()
+    assert x.grad is not None and w.grad is None
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
