@@ -27,12 +27,10 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -43,6 +41,7 @@ from unittest.mock import Mock
 import _checkout
 import naive
 import torch
+from kernel_trace import kernel_table, kernels_of
 from measuring import report, table
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,7 +61,6 @@ from torch_utils.ops import impl
 
 ARMS = ("naive", "ref", "auto")
 CYCLE = 16  # steps: the least common multiple of the intervals of all phases
-HEAVIEST = 25  # kernels that are listed
 RANDOM_VGG = "lpips-vgg-random"
 
 
@@ -220,29 +218,6 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def kernels_of(profiler: Any) -> tuple[dict[str, tuple[int, float]], float]:
-    """Return (name -> (calls, seconds), seconds covered by at least one kernel)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return kernels_in(json.loads(path.read_text(errors="replace"))["traceEvents"])
-
-
-def kernels_in(events: list[dict[str, Any]]) -> tuple[dict[str, tuple[int, float]], float]:
-    """Return the kernels, copies and fills in a trace of torch.profiler, which counts microseconds."""
-    ran = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    calls: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    covered = end = 0.0
-    for event in sorted(ran, key=lambda event: event["ts"]):
-        calls[event["name"]] += 1
-        total[event["name"]] += event["dur"] / 1e6
-        stop = event["ts"] + event["dur"]
-        covered += max(0.0, stop - max(end, event["ts"]))
-        end = max(end, stop)
-    return {name: (calls[name], total[name]) for name in calls}, covered / 1e6
-
-
 def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
     """Measure all families and arms in turn; yield the results after each."""
     results: dict[tuple[str, str], dict[str, Any]] = {}
@@ -323,7 +298,8 @@ def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Nam
         if result["kernels"] is not None:
             kernels, covered = result["kernels"]
             busy = f"{covered / median:.0%}"
-            listed.append(kernel_table(f"{family}, {arm}", kernels, covered, result, median))
+            name = f"{CYCLE} steps, {family}, {arm}"
+            listed.append(kernel_table(name, kernels, covered, median, result["profiled"]))
         rows.append([
             *(family, arm, f"{median / kimg:.3g}", f"{1000 * kimg / median:.4g}"),
             *(" ".join(f"{each:.2f}" for each in result[name]) for name in ("cycles", "first")),
@@ -331,29 +307,6 @@ def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Nam
             *(f"{result['phases'].get(name, 0.0) / kimg:.3g}" for name in phases),
         ])  # fmt: skip
     return [table(header, rows), *listed]
-
-
-def kernel_table(
-    name: str, kernels: dict[str, tuple[int, float]], covered: float, result: dict[str, Any], median: float
-) -> str:
-    """Return the heaviest kernels of a cycle."""
-    total = sum(seconds for _, seconds in kernels.values())
-    heaviest = sorted(kernels.items(), key=lambda item: -item[1][1])[:HEAVIEST]
-    rows = [
-        [
-            f"{seconds * 1000:.2f}",
-            f"{seconds / (total or 1):.1%}",
-            calls,
-            f"`{kernel[:100].replace('|', '/')}`",
-        ]
-        for kernel, (calls, seconds) in heaviest
-    ]
-    calls = sum(count for count, _ in kernels.values())
-    head = (
-        f"Kernels of {CYCLE} steps, {name}: {calls} calls, {total:.3f} s in all, {covered:.3f} s covered; "
-        f"the cycle takes {median:.3f} s, under the profiler {result['profiled']:.3f} s."
-    )
-    return head + "\n\n" + table(["ms", "share", "calls", "kernel"], rows)
 
 
 def weight(text: str) -> float | str:

@@ -29,7 +29,7 @@ def modules():
     sys.path.insert(0, str(FOLDER))
     try:
         names = ("naive", "bench_ops", "bench_step", "ab_jobs", "ab_report", "ab_distillation", "make_sets")
-        names += ("measuring",)
+        names += ("measuring", "kernel_trace")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -337,16 +337,20 @@ class TestSteps:
         found = modules["bench_step"].comparison(self.options(modules, *words, "--cpu-time"))
         assert found.splitlines()[2] == "| stylegan2 | 60 (30; 60; 120) | 40 (20; 40; 80) | 1.50 |"
 
-    def test_benchmarks_kernels_and_busy_time(self, modules):
-        events = [
-            {"cat": "kernel", "name": "a", "ts": 10.0, "dur": 5.0},
-            {"cat": "kernel", "name": "a", "ts": 12.0, "dur": 5.0},  # on another stream
-            {"cat": "gpu_memcpy", "name": "copy", "ts": 30.0, "dur": 1.0},
-            {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 50.0},
-        ]
-        kernels, covered = modules["bench_step"].kernels_in(events)
-        assert kernels == {"a": (2, pytest.approx(1e-5)), "copy": (1, pytest.approx(1e-6))}
-        assert covered == pytest.approx(8e-6)
+
+def test_benchmarks_kernels_and_busy_time(modules):
+    events = [
+        {"cat": "kernel", "name": "a", "ts": 10.0, "dur": 5.0},
+        {"cat": "kernel", "name": "a", "ts": 12.0, "dur": 5.0},  # on another stream
+        {"cat": "gpu_memcpy", "name": "copy", "ts": 30.0, "dur": 1.0},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 50.0},
+    ]
+    trace = modules["kernel_trace"]
+    kernels, covered = trace.kernels_in(events)
+    assert kernels == {"a": (2, pytest.approx(1e-5)), "copy": (1, pytest.approx(1e-6))}
+    assert covered == pytest.approx(8e-6)
+    rows = trace.kernel_table("a step", kernels, covered, 0.1, 0.2).splitlines()[-2:]
+    assert rows == ["| 0.01 | 90.9% | 2 | `a` |", "| 0.00 | 9.1% | 1 | `copy` |"]
 
 
 def test_benchmarks_programs_use_this_checkout_installed_or_not(tmp_path):
