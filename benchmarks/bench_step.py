@@ -16,9 +16,7 @@ run in turn, `--rounds` times, each time from new random weights; medians of all
 `--cbase` and `--cmax` are what `finetune train` takes: StyleGAN3-R's generator has twice as many channels.
 `--sd-backbone lpips-vgg-random` is LPIPS-VGG without its weights, for timing.
 
-`--against CHECKOUT` compares with another checkout (`git worktree add ../before COMMIT`), by its own
-bench_step.py: subprocesses of both run in turn, and medians of images a second are reported.
-`--cpu-time` counts processor seconds instead, on a machine that is not quiet.
+bench_against.py compares the steps of two checkouts by this program.
 """
 
 from __future__ import annotations
@@ -27,9 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -234,56 +230,6 @@ def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], di
                 yield results
 
 
-# `time.perf_counter` is the clock of all versions of this program.
-CHILD = """
-import runpy, sys, time
-if sys.argv[1] == "cpu": time.perf_counter = time.process_time
-sys.path.insert(0, sys.argv[2] + "/benchmarks")
-sys.argv = sys.argv[3:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> float:
-    """Run bench_step.py of a checkout in a subprocess and return images a second of its table."""
-    program = root / "benchmarks" / "bench_step.py"
-    words = ["--families", family, "--arms", "auto"]
-    for name in ("resolution", "cbase", "cmax", "batch", "threads", "device", "seed"):
-        words += [f"--{name}", str(getattr(options, name))]
-    # Until 55a9cab, every phase was timed by itself.
-    cycles = ["--warmup", str(options.warmup), "--cycles", str(options.cycles)]
-    words += cycles if "--cycles" in program.read_text() else ["--no-memory"]
-    clock = "cpu" if options.cpu_time else "wall"
-    command = [sys.executable, "-P", "-c", CHILD, clock, str(root), str(program), *words]
-    # Training keeps freed memory at 55a9cab as well, its bench_step.py does not.
-    malloc = {
-        "MALLOC_MMAP_THRESHOLD_": allocator.LARGEST_BLOCK,
-        "MALLOC_TRIM_THRESHOLD_": allocator.NEVER_TRIM,
-    }
-    env = os.environ | {"PYTHONPATH": str(root)} | {name: str(value) for name, value in malloc.items()}
-    text = subprocess.check_output(command, env=env, text=True)
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line[:1] == "|"]
-    column = next(i for i, name in enumerate(rows[0]) if name in ("images/s", "images a second"))
-    return float(rows[2][column])
-
-
-def comparison(options: argparse.Namespace) -> str:
-    """Return images a second of this checkout and the other one, by family."""
-    roots = [_checkout.ROOT, options.against.resolve()]
-    rates: dict[str, list[list[float]]] = {family: [[], []] for family in options.families}
-    for _ in range(options.rounds):
-        for family, pair in rates.items():
-            for root, values in zip(roots, pair, strict=True):
-                values.append(images_per_sec(root, family, options))
-    rows = []
-    for family, pair in rates.items():
-        ours, theirs = map(statistics.median, pair)
-        each = ["; ".join(f"{value:.4g}" for value in values) for values in pair]
-        rows.append([family, f"{ours:.4g} ({each[0]})", f"{theirs:.4g} ({each[1]})", f"{ours / theirs:.2f}"])
-    unit = "images per processor second" if options.cpu_time else "images/s"
-    return table(["family", f"{unit} (each)", "the other checkout (each)", "ratio"], rows)
-
-
 def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Namespace) -> list[str]:
     """Return s/kimg of each family and arm, its phases, and the kernels of the profiled ones."""
     kimg = CYCLE * options.batch / 1000
@@ -314,16 +260,28 @@ def weight(text: str) -> float | str:
     return text if text.startswith("auto:") else float(text)
 
 
-def parser_of_steps() -> argparse.ArgumentParser:
-    """Return the parser of the options."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that bench_against.py has as well."""
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--cbase", type=int, default=4096)
     parser.add_argument("--cmax", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
+    parser.add_argument("--cycles", type=int, default=2, help="cycles of 16 steps in each round")
+    parser.add_argument("--rounds", type=int, default=1, help="how often everything takes its turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the report to this Markdown file")
+
+
+def parser_of_steps() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add_shared_options(parser)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--batch-gpu", type=int, help="images at once; by default the batch")
     parser.add_argument("--sd-weight", type=weight, default=0.0, help="a number, or auto:RATIO")
     parser.add_argument("--sd-backbone", default="efficientnet-lite0", help=f"also {RANDOM_VGG}")
@@ -332,16 +290,7 @@ def parser_of_steps() -> argparse.ArgumentParser:
     parser.add_argument("--deterministic", action="store_true", help="as `finetune train --deterministic`")
     tries = argparse.BooleanOptionalAction
     parser.add_argument("--cudnn-benchmark", action=tries, default=True, help="let cuDNN try its algorithms")
-    parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
-    parser.add_argument("--cycles", type=int, default=2, help="cycles of 16 steps in each round")
-    parser.add_argument("--rounds", type=int, default=1, help="how often families and arms take turns")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout")
-    parser.add_argument("--cpu-time", action="store_true", help="with --against: count processor seconds")
-    parser.add_argument("--profile", action="store_true", help="list the heaviest kernels of one more cycle")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the tables to this Markdown file")
+    parser.add_argument("--profile", action="store_true", help="list the slowest kernels of one more cycle")
     return parser
 
 
@@ -352,9 +301,8 @@ def main() -> None:
     if options.profile and device.type != "cuda":
         sys.exit("--profile: kernels are those of a GPU; add --device cuda.")
     text = ""
-    measured = [[comparison(options)]] if options.against else None
-    for found in measured or (tables(results, options) for results in results_of(options)):
-        text = report("Training step", device, options.seed, found)
+    for results in results_of(options):
+        text = report("Training step", device, options.seed, tables(results, options))
         if options.out:  # after each, so that a run that is cut off leaves what it has
             options.out.write_text(text, encoding="utf-8")
     print(text)

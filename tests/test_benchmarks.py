@@ -29,7 +29,7 @@ def modules():
     sys.path.insert(0, str(FOLDER))
     try:
         names = ("naive", "bench_ops", "bench_step", "ab_jobs", "ab_report", "ab_distillation", "make_sets")
-        names += ("measuring", "kernel_trace")
+        names += ("measuring", "kernel_trace", "bench_against")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -319,23 +319,48 @@ class TestSteps:
             float(found[f"{name} (s/kimg)"]) > 0 for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
         )
 
-    def test_benchmarks_compare_checkouts(self, modules, monkeypatch, tmp_path):
-        """Two checkouts whose program prints a rate that each start multiplies."""
-        for name, rate in (("this", 30), ("other", 20)):
+
+class TestAgainst:
+    def against(self, modules, monkeypatch, *words):
+        monkeypatch.setattr(sys, "argv", ["bench_against.py", *map(str, words)])
+        modules["bench_against"].main()
+
+    @pytest.mark.parametrize("clock", [(), ("--cpu-time",)])
+    def test_benchmarks_compare_checkouts(self, modules, monkeypatch, capsys, tmp_path, clock):
+        """Two checkouts with a rate in a package of theirs, which each start of their program doubles."""
+        sides = (("this", 30, "images/s", "--cycles"), ("other", 20, "images a second", "--no-memory"))
+        for name, rate, column, option in sides:
             (folder := tmp_path / name / "benchmarks").mkdir(parents=True)
+            (tmp_path / name / "rates.py").write_text(f"RATE = {rate}")
+            (folder / "helper.py").touch()
             (folder / "bench_step.py").write_text(
-                "import sys, time, pathlib\n"
-                "assert time.perf_counter is time.process_time and '--no-memory' in sys.argv\n"
+                "import sys, time, pathlib, helper, rates\n"
+                f"assert (time.perf_counter is time.process_time) == {bool(clock)}\n"
+                f"assert {option!r} in sys.argv and {'--batch 3 --threads 1'!r} in ' '.join(sys.argv)\n"
                 "count = pathlib.Path(__file__).with_name('count')\n"
                 "text = count.read_text() if count.exists() else ''\n"
                 "count.write_text(text + 'x')\n"
-                "print('| family | images a second |\\n| --- | --- |')\n"
-                f"print('| f |', {rate} * 2 ** len(text), '|')\n"
+                f"print('| family | {column} |\\n| --- | --- |')\n"
+                "print('| f |', rates.RATE * 2 ** len(text), '|')\n"
             )
-        monkeypatch.setattr(modules["bench_step"]._checkout, "ROOT", tmp_path / "this")
-        words = ["--against", str(tmp_path / "other"), "--families", "stylegan2", "--rounds", "3"]
-        found = modules["bench_step"].comparison(self.options(modules, *words, "--cpu-time"))
-        assert found.splitlines()[2] == "| stylegan2 | 60 (30; 60; 120) | 40 (20; 40; 80) | 1.50 |"
+        monkeypatch.chdir(tmp_path / "this")
+        monkeypatch.setattr(modules["bench_against"]._checkout, "ROOT", tmp_path / "this")
+        words = "--families stylegan2 --rounds 3 --batch 3 --threads 1 --out found.md".split()
+        self.against(modules, monkeypatch, "../other", *words, *clock)
+        text = Path("found.md").read_text(encoding="utf-8")
+        assert capsys.readouterr().out == text + "\n" and "bench_against.py ../other" in text
+        header, _, row = [line for line in text.splitlines() if line.startswith("|")]
+        assert row == "| stylegan2 | 60 (30; 60; 120) | 40 (20; 40; 80) | 1.50 |"
+        assert ("processor second" in header) == bool(clock)
+
+    def test_benchmarks_refuse_what_cannot_be_compared(self, modules, monkeypatch, capsys, tmp_path):
+        for words, message in (
+            ([tmp_path], f"{tmp_path}: no benchmarks/bench_step.py in it"),
+            ([FOLDER.parent, "--cpu-time", "--device", "cuda"], "a GPU's work takes no CPU time"),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                self.against(modules, monkeypatch, *words)
+            assert message in capsys.readouterr().err
 
 
 def test_benchmarks_kernels_and_busy_time(modules):
