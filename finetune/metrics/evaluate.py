@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from finetune.metrics.memorization import NearCopies, find_near_copies
 from finetune.metrics.path_length import perceptual_path_length
 from finetune.metrics.perceptual import Distance as Perceptual
 from finetune.metrics.perceptual import build_distance, ensure_weights
-from finetune.metrics.random_fid import SEEDS, mean_and_spread
 from finetune.metrics.real_side import Features
 from finetune.metrics.st_lpips import FILES, StLpips
 from finetune.metrics.st_lpips import POOLED_SIZE as POOLED_PIXELS
@@ -32,6 +32,8 @@ from torch_utils.files import atomic_write
 
 PAIRS_PER_ROW = 8
 BATCH = 16  # bounds memory; no number depends on it
+# Of random-fid (2002.09797, 2208.09218): one random network is one sample, so several give mean and spread.
+RANDOM_SEEDS = (0, 1, 2)
 OFFLINE = ("random-fid", "fd-effnet")  # what needs neither a download nor torch-fidelity
 
 # Name -> (feature space, what is computed in it).
@@ -104,7 +106,7 @@ class Evaluation:
         """Build the networks of the feature spaces, and the distances of path lengths."""
         spaces = {METRICS[name][0] for name in self.which}
         if "random" in spaces:
-            for seed in SEEDS:
+            for seed in RANDOM_SEEDS:
                 self._add(
                     f"random-{seed}", f"random features 1, seed {seed}", RandomFeatures(seed, self.device)
                 )
@@ -198,7 +200,7 @@ class Evaluation:
             ]
             is_jackknifed = self.with_error and metric == self.which[0]
             error = frechet_error([fake[name].kept for name in names], statistics) if is_jackknifed else 0.0
-            return {metric: Distance(*mean_and_spread(found), error)}
+            return {metric: Distance(fmean(found), stdev(found) if len(found) > 1 else 0.0, error)}
         generated, real = fake[space].kept, self._real[space].kept
         if kind == "kid":
             return {metric: kid(generated, real, seed)}
@@ -279,7 +281,7 @@ class Evaluation:
 
 def networks_of(space: str) -> list[str]:
     """Return the networks of a feature space: one, or several random ones."""
-    return [f"random-{seed}" for seed in SEEDS] if space == "random" else [space]
+    return [f"random-{seed}" for seed in RANDOM_SEEDS] if space == "random" else [space]
 
 
 def real_images(
