@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -184,8 +183,3 @@ def nvrtc_version() -> str:
         return f"{major}.{minor}"
     except Exception:
         return "of unknown version"
-
-
-def have_nvcc() -> bool:
-    """Return whether there is an nvcc; whether it works is checked by `compilers.nvcc`."""
-    return shutil.which("nvcc") is not None
