@@ -31,7 +31,7 @@ def is_live(console: Console) -> bool:
 
 @contextlib.contextmanager
 def download_bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int | None], None]]]:
-    """Give the functions `tell(sentence)` and `progress(bytes, bytes in all or None)` of a download.
+    """Give the functions `on_message(sentence)` and `progress(bytes, bytes in all or None)` of a download.
 
     Nothing is shown, and rich is not loaded, before one of them is called.
     """
@@ -39,7 +39,7 @@ def download_bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int |
 
     bar = None
 
-    def tell(sentence: str) -> None:
+    def on_message(sentence: str) -> None:
         if bar is not None and bar.live.is_started:
             bar.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -54,7 +54,7 @@ def download_bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int |
         bar.update(bar.task_ids[0], completed=done, total=total)
 
     try:
-        yield tell, progress
+        yield on_message, progress
     finally:
         if bar is not None:
             bar.stop()

@@ -120,27 +120,27 @@ def newest_snapshot(run_dir: Path) -> Path:
 def resolve_network(
     network: str | Path,
     *,
-    tell: Callable[[str], None] = log.info,
+    on_message: Callable[[str], None] = log.info,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
     """Return the checkpoint file that `network` means: a file, run folder, catalog name or URL (hf:// too).
 
     The file of a run folder is its newest snapshot; that of a name or URL is downloaded if it is not on this
-    machine. `tell` is called with what is downloaded and its license, `progress` with the bytes so far and in
-    total. Raises CheckpointError if `network` is none of these, and what `hub.download.fetch` raises.
+    machine. `on_message` is called with what is downloaded and its license, `progress` with the bytes so far
+    and in total. Raises CheckpointError if `network` is none of these, and what `hub.download.fetch` raises.
     """
     text = os.fspath(network)
     if address := huggingface.parse(text):
-        return huggingface.fetch(address, tell=tell)
+        return huggingface.fetch(address, on_message=on_message)
     if url := as_url(text):
         from finetune.hub import store
 
-        return store.fetch_url(url, tell=tell, progress=progress)
+        return store.fetch_url(url, on_message=on_message, progress=progress)
     path = Path(text).expanduser()
     if path.is_dir():
         path = newest_snapshot(path)
     if not path.exists():
-        return _named(text, tell, progress)
+        return _named(text, on_message, progress)
     if not path.is_file():  # a pipe or a device may have no end
         raise CheckpointError(f"{path} is not a file", hint="Pass a regular file.")
     return path
@@ -153,7 +153,7 @@ def as_url(text: str) -> str | None:
 
 
 def _named(
-    text: str, tell: Callable[[str], None], progress: Callable[[int, int | None], None] | None
+    text: str, on_message: Callable[[str], None], progress: Callable[[int, int | None], None] | None
 ) -> Path:
     from finetune.hub import catalog, store
 
@@ -168,4 +168,4 @@ def _named(
             f"{entry.id}: a network of architecture {entry.architecture} cannot be used here",
             hint=f"Supported: {', '.join(catalog.OPENS)}. {entry.notes or ''}".strip(),
         )
-    return store.fetch_entry(entry, tell=tell, progress=progress)
+    return store.fetch_entry(entry, on_message=on_message, progress=progress)

@@ -65,7 +65,7 @@ def _blank(cls: Any) -> Any:
 
 
 def is_persistent(obj: Any) -> bool:
-    """Tell whether a class, or the class of an object, was decorated with `persistent_class`."""
+    """Return whether a class, or the class of an object, was decorated with `persistent_class`."""
     return (obj if isinstance(obj, type) else type(obj)) in _classes
 
 

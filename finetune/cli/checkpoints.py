@@ -110,10 +110,10 @@ def fetched(name: str) -> Path:
     from finetune.progress import download_bar
     from finetune.resolve import as_url
 
-    with download_bar() as (tell, progress):
+    with download_bar() as (on_message, progress):
         if url := as_url(name):
-            return store.fetch_url(url, tell=tell, progress=progress)
-        return store.fetch_entry(catalog.get(name), tell=tell, progress=progress)
+            return store.fetch_url(url, on_message=on_message, progress=progress)
+        return store.fetch_entry(catalog.get(name), on_message=on_message, progress=progress)
 
 
 @command.command("verify", short_help="Verify the hashes of downloaded files.")

@@ -62,7 +62,7 @@ def command(
     saved = posthoc_ema.saved_averages(snapshot)
     config = TrainConfig.read(snapshot.parent / "config.json")
     target = resolve_device(device)
-    ensure_metric_weights([name], tell=lambda text: click.echo(text, err=True))
+    ensure_metric_weights([name], on_message=lambda text: click.echo(text, err=True))
     checkpoint = load(snapshot, device=target)
     G_ema: Any = checkpoint.G_ema
     num = num or (5000 if target.type == "cuda" else 1000)

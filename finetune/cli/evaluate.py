@@ -165,7 +165,7 @@ def measure(
             workers=workers,
             cache=cache,
             inception=inception,
-            tell=lambda text: click.echo(text, err=True),
+            on_message=lambda text: click.echo(text, err=True),
             progress=progress,
             group=group,
         )

@@ -136,8 +136,8 @@ def network_file(network: str) -> Path:
     from finetune.progress import download_bar
     from finetune.resolve import resolve_network
 
-    with download_bar() as (tell, progress):
-        return resolve_network(network, tell=tell, progress=progress)
+    with download_bar() as (on_message, progress):
+        return resolve_network(network, on_message=on_message, progress=progress)
 
 
 def start_ranks(gpus: int, device: str) -> None:

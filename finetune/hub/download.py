@@ -39,7 +39,7 @@ MAX_PAUSE_SEC = 120.0  # if a server asks for more, the URL is given up
 NO_SPACE = "Free some space, or set FINETUNE_CACHE to a folder on another disk."
 WAITING = "Waiting for another process, which downloads the same file."
 
-Tell = Callable[[str], None]
+OnMessage = Callable[[str], None]
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all
 
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"stylegan-finetune/{__version__}"}
@@ -149,15 +149,15 @@ def fetch(
     sha256: str | None = None,
     size: int | None = None,
     progress: Progress | None = None,
-    tell: Tell = log.info,
+    on_message: OnMessage = log.info,
 ) -> Path:
     """Download a file to `dest` and verify it; a file that is already there is verified and kept.
 
     url: one URL, or several of the same file, preferred ones first. sha256: hex digest, or its beginning.
     size: bytes. progress: called with the bytes so far and the bytes in all (None: the server does not state
-    them). tell: called with a sentence for each failed attempt. Raises WeightsMissing if FINETUNE_OFFLINE is
-    set and the file is missing, FinetuneError if the download fails or is not the file expected; `dest` does
-    not exist then.
+    them). on_message: called with a sentence for each failed attempt. Raises WeightsMissing if
+    FINETUNE_OFFLINE is set and the file is missing, FinetuneError if the download fails or is not the file
+    expected; `dest` does not exist then.
     """
     dest = Path(dest)
     urls = [url] if isinstance(url, str) else list(url)
@@ -172,9 +172,9 @@ def fetch(
     part = Part(dest.with_name(dest.name + ".part"), expected)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with lock(lock_path(dest), on_wait=lambda: tell(WAITING)):
+        with lock(lock_path(dest), on_wait=lambda: on_message(WAITING)):
             if not _is_there(dest, expected):  # else another process has downloaded it meanwhile
-                _fetch_from_any(urls, part, progress, tell)
+                _fetch_from_any(urls, part, progress, on_message)
                 part.path.replace(dest)
                 part.discard()
     except OSError as error:
@@ -216,15 +216,15 @@ def _is_there(dest: Path, expected: Expected) -> bool:
     return True
 
 
-def _fetch_from_any(urls: list[str], part: Part, progress: Progress | None, tell: Tell) -> None:
+def _fetch_from_any(urls: list[str], part: Part, progress: Progress | None, on_message: OnMessage) -> None:
     failures: list[DownloadFailed] = []
     for url in urls:
         try:
-            return _fetch_with_retries(url, part, progress, tell)
+            return _fetch_with_retries(url, part, progress, on_message)
         except DownloadFailed as error:
             failures.append(error)
             if url != urls[-1]:
-                tell(f"{error.what}. Trying another URL.")
+                on_message(f"{error.what}. Trying another URL.")
     hint = failures[0].hint or f"Check the connection, or download {urls[0]} elsewhere."
     raise FinetuneError(
         "; ".join(failure.what for failure in failures),
@@ -232,7 +232,7 @@ def _fetch_from_any(urls: list[str], part: Part, progress: Progress | None, tell
     )
 
 
-def _fetch_with_retries(url: str, part: Part, progress: Progress | None, tell: Tell) -> None:
+def _fetch_with_retries(url: str, part: Part, progress: Progress | None, on_message: OnMessage) -> None:
     failed, most = 0, part.size()
     while True:
         try:
@@ -246,7 +246,7 @@ def _fetch_with_retries(url: str, part: Part, progress: Progress | None, tell: T
                 raise DownloadFailed(f"{error.what}, and asks to retry in {pause:,.0f} s") from None
             if failed >= ATTEMPTS:
                 raise
-            tell(f"{error.what}. Retrying" + (f" in {pause:.0f} s." if pause >= 1 else "."))
+            on_message(f"{error.what}. Retrying" + (f" in {pause:.0f} s." if pause >= 1 else "."))
             sleep(pause)
 
 

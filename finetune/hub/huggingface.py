@@ -87,11 +87,11 @@ def explained(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} failed ({reason})", hint=hint) from error
 
 
-def fetch(address: Address, *, tell: Callable[[str], None] = log.info) -> Path:
+def fetch(address: Address, *, on_message: Callable[[str], None] = log.info) -> Path:
     """Return the file of an address, downloaded if it is not in the cache of huggingface_hub.
 
-    Without a file, the repository's only checkpoint, or its only safetensors file. `tell` is called with what
-    is downloaded and its license. Raises CheckpointError if there is none or the download fails.
+    Without a file, the repository's only checkpoint, or its only safetensors file. `on_message` is called
+    with what is downloaded and its license. Raises CheckpointError if there is none or the download fails.
     """
     if download.is_offline():
         return find(address)
@@ -100,8 +100,8 @@ def fetch(address: Address, *, tell: Callable[[str], None] = log.info) -> Path:
     with explained(f"{address}: downloading"):
         name = address.file or choose(address, hub.HfApi().list_repo_files(**where))
         if not isinstance(hub.try_to_load_from_cache(filename=name, **where), str):
-            tell(f"Fetching hf://{address.repo}/{name}")
-            tell(f"License: {license_of(address) or 'not stated in the model card'}")
+            on_message(f"Fetching hf://{address.repo}/{name}")
+            on_message(f"License: {license_of(address) or 'not stated in the model card'}")
         return Path(hub.hf_hub_download(filename=name, **where))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from finetune.errors import CheckpointError, FinetuneError, WeightsMissing
 from finetune.hub import catalog, download
 from finetune.hub.catalog import Entry
-from finetune.hub.download import Expected, Progress, Tell
+from finetune.hub.download import Expected, OnMessage, Progress
 from torch_utils.files import WriteError, atomic_write, cache_folder
 
 log = logging.getLogger("finetune.hub")
@@ -94,21 +94,21 @@ def is_kept(path: Path) -> bool:
     return (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
 
 
-def fetch_entry(entry: Entry, *, tell: Tell = log.info, progress: Progress | None = None) -> Path:
+def fetch_entry(entry: Entry, *, on_message: OnMessage = log.info, progress: Progress | None = None) -> Path:
     """Return the file of an entry, downloaded if missing. Raises what `download.fetch` raises."""
-    return _get(place_of(entry), entry.urls, entry, tell, progress)
+    return _get(place_of(entry), entry.urls, entry, on_message, progress)
 
 
-def fetch_url(url: str, *, tell: Tell = log.info, progress: Progress | None = None) -> Path:
+def fetch_url(url: str, *, on_message: OnMessage = log.info, progress: Progress | None = None) -> Path:
     """Return the file of a URL, downloaded if missing; a URL of the catalog is treated as its entry."""
     entry = catalog.find_url(url)
     if entry is not None:
-        return fetch_entry(entry, tell=tell, progress=progress)
-    return _get(place_of_url(url), (url,), None, tell, progress)
+        return fetch_entry(entry, on_message=on_message, progress=progress)
+    return _get(place_of_url(url), (url,), None, on_message, progress)
 
 
 def _get(
-    path: Path, urls: tuple[str, ...], entry: Entry | None, tell: Tell, progress: Progress | None
+    path: Path, urls: tuple[str, ...], entry: Entry | None, on_message: OnMessage, progress: Progress | None
 ) -> Path:
     if is_kept(path):
         return path
@@ -119,11 +119,13 @@ def _get(
                 f"{name} is not on this machine, and {download.OFFLINE} or --offline forbids downloading it",
                 hint=f"Download {urls[0]} elsewhere and pass the file to `finetune checkpoints add-file`.",
             )
-        tell(f"Fetching {name} into {folder()}")
-        tell(license_line(entry))
+        on_message(f"Fetching {name} into {folder()}")
+        on_message(license_line(entry))
     expected = expected_of(path, entry)
     try:
-        download.fetch(urls, path, sha256=expected.sha256, size=expected.size, progress=progress, tell=tell)
+        download.fetch(
+            urls, path, sha256=expected.sha256, size=expected.size, progress=progress, on_message=on_message
+        )
     except FinetuneError as error:
         if expected.sha256 and (entry is None or entry.sha256 is None) and "instead of" in error.what:
             error.hint = (

@@ -81,7 +81,7 @@ class Evaluation:
         workers: int = 0,
         cache: bool = False,
         inception: Path | None = None,
-        tell: Callable[[str], None] = lambda text: None,
+        on_message: Callable[[str], None] = lambda text: None,
         progress: Callable[[int, int], None] | None = None,
         group: ProcessGroup = SINGLE,
         with_error: bool = False,
@@ -99,10 +99,10 @@ class Evaluation:
         self._identities: dict[str, str] = {}
         self._distances: dict[str, Perceptual] = {}
         self.near_copies: NearCopies | None = None  # of the last generator, on rank 0
-        self.group.all_gather_results(lambda: self._build(inception, tell), "loading the networks")
+        self.group.all_gather_results(lambda: self._build(inception, on_message), "loading the networks")
         self._real = self._of_images(workers, cache, progress)
 
-    def _build(self, inception: Path | None, tell: Callable[[str], None]) -> None:
+    def _build(self, inception: Path | None, on_message: Callable[[str], None]) -> None:
         """Build the networks of the feature spaces, and the distances of path lengths."""
         spaces = {METRICS[name][0] for name in self.which}
         if "random" in spaces:
@@ -120,11 +120,11 @@ class Evaluation:
             identity = f"ST-LPIPS vgg {FILES['vgg'][1]} at {POOLED_PIXELS}, directions"
             self._add("st-lpips", identity, StLpips("vgg", self.device).pooled)
         if "inception" in spaces:
-            path = inception_weights(inception, tell)
+            path = inception_weights(inception, on_message)
             self._add("inception", "torch-fidelity inception 2048", inception_features(path, self.device))
         for name in self.which:
             if name in PPL_BACKBONES:
-                ensure_weights(PPL_BACKBONES[name], tell, wanted_by=name)
+                ensure_weights(PPL_BACKBONES[name], on_message, wanted_by=name)
                 self._distances[name] = build_distance(
                     PPL_BACKBONES[name], self.image_set.channels, self.device
                 )
@@ -326,16 +326,16 @@ def check_names(which: Sequence[str]) -> tuple[str, ...]:
 
 
 def ensure_metric_weights(
-    which: Sequence[str], inception: Path | None = None, tell: Callable[[str], None] = lambda text: None
+    which: Sequence[str], inception: Path | None = None, on_message: Callable[[str], None] = lambda text: None
 ) -> None:
     """Find or fetch, and verify, every file that the metrics need. Raises WeightsMissing, ConfigError."""
     for name in check_names(which):
         if METRICS[name][0] == "inception":
-            inception_weights(inception, tell)
+            inception_weights(inception, on_message)
         elif METRICS[name][0] in OF_BACKBONE:
-            ensure_weights(OF_BACKBONE[METRICS[name][0]], tell)
+            ensure_weights(OF_BACKBONE[METRICS[name][0]], on_message)
         elif name in PPL_BACKBONES:
-            ensure_weights(PPL_BACKBONES[name], tell, wanted_by=name)
+            ensure_weights(PPL_BACKBONES[name], on_message, wanted_by=name)
 
 
 def _real(

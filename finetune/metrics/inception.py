@@ -28,14 +28,14 @@ def require_torch_fidelity(metric: str) -> None:
         )
 
 
-def inception_weights(given: Path | None, tell: Callable[[str], None]) -> Path:
+def inception_weights(given: Path | None, on_message: Callable[[str], None]) -> Path:
     """Return the file of the weights: `given`, whose hash must match, or one fetched into the cache.
 
     Raises ConfigError for another file, and what `finetune.hub.download` raises.
     """
     entry = catalog.get(WEIGHTS)
     if given is None:
-        return store.fetch_entry(entry, tell=tell)
+        return store.fetch_entry(entry, on_message=on_message)
     if not given.is_file():
         raise ConfigError(f"--inception {given}: no such file.")
     with given.open("rb") as stream:

@@ -45,15 +45,15 @@ class Distance(Protocol):
 
 def ensure_weights(
     backbone: str,
-    tell: Callable[[str], None] = lambda text: None,
+    on_message: Callable[[str], None] = lambda text: None,
     *,
     wanted_by: str | None = None,
     option: str = "--sd-backbone",
 ) -> Path | None:
     """Find or fetch the file that a backbone needs, and verify it; None if it needs none.
 
-    `tell` receives the progress of a download; wanted_by: the metric that uses it, or else option: the one
-    that named it. Raises WeightsMissing, with file, folder, and the backbones that need no file.
+    `on_message` receives the progress of a download; wanted_by: the metric that uses it, or else option: the
+    one that named it. Raises WeightsMissing, with file, folder, and the backbones that need no file.
     """
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
@@ -72,7 +72,7 @@ def ensure_weights(
     path = weights_path(backbone)
 
     def progress(done: int, total: int | None) -> None:
-        tell(f"Fetching {name}: {done >> 20} MB" + (f" of {total >> 20} MB" if total else ""))
+        on_message(f"Fetching {name}: {done >> 20} MB" + (f" of {total >> 20} MB" if total else ""))
 
     try:
         return fetch(WEIGHTS_URL + name, path, sha256=digest, progress=progress)

@@ -25,7 +25,7 @@ def read_data(
     options: TrainOptions,
     checkpoint: Checkpoint | None,
     device: torch.device,
-    tell: Callable[[str], None],
+    on_message: Callable[[str], None],
     group: ProcessGroup,
 ) -> tuple[ImageSet, RunFacts, list[str], dict[str, str]]:
     """Scan the data and compare it with the network; return image set, facts of the run, notes, overview."""
@@ -47,7 +47,7 @@ def read_data(
                 str(options.data),
                 **asked,
                 workers=options.workers,
-                progress=lambda done, total: tell(f"Reading images: {done} of {total}"),
+                progress=lambda done, total: on_message(f"Reading images: {done} of {total}"),
             )
             found.raise_for_problems()
         notes, overview = [*found.notes, *found.against(channels)], found.overview()

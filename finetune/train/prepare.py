@@ -87,16 +87,16 @@ def prepare(options: TrainOptions, console: Console | None = None, *, dry_run: b
         return _prepare(options, status.update, dry_run)
 
 
-def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) -> Prepared:
-    origin = find_origin(asked, tell)
+def _prepare(asked: TrainOptions, on_message: Callable[[str], None], dry_run: bool) -> Prepared:
+    origin = find_origin(asked, on_message)
     shape, checkpoint = origin.shape, origin.checkpoint
     if shape.deterministic:
         fix_workspace()
     group, device = init(resolve_device(shape.device or "auto"))
     if shape.batch and shape.batch % group.world_size:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
-    image_set, facts, notes, overview = read_data(shape, checkpoint, device, tell, group)
-    tell("Building the networks …")
+    image_set, facts, notes, overview = read_data(shape, checkpoint, device, on_message, group)
+    on_message("Building the networks …")
     if checkpoint is not None:
         classes, new_d = shape.classes or None, bool(shape.new_d)
         wanted = TargetShape(facts.c_dim, classes, shape.channels, shape.resolution, new_d)
@@ -106,9 +106,9 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
     config, reasons = recipes.resolve(origin.options, facts)
     check_batch(config, facts)
     if not dry_run:  # after all other checks: these may be half a gigabyte to download
-        tell(f"Checking the weights of {config.sd_backbone} …")
-        ensure_weights(config.sd_backbone, tell)
-        ensure_metric_weights(validation.names_of(config), None, tell)
+        on_message(f"Checking the weights of {config.sd_backbone} …")
+        ensure_weights(config.sd_backbone, on_message)
+        ensure_metric_weights(validation.names_of(config), None, on_message)
 
     torch.manual_seed(config.seed)
     state = build_state(config, facts, checkpoint, device)
@@ -125,7 +125,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
 
     plan = build_plan(config, facts, distance, labels, device, group)
     if not origin.options.batch_gpu and memory.can_run_out(device) and not dry_run:
-        tell("Trying micro-batches …")
+        on_message("Trying micro-batches …")
         with training_math(config.precision, deterministic=config.deterministic):
             sizes = recipes.micro_batch_sizes(config.batch // group.world_size, facts.group_size)
             size = memory.largest_micro_batch(sizes, state, plan)
@@ -139,7 +139,7 @@ def _prepare(asked: TrainOptions, tell: Callable[[str], None], dry_run: bool) ->
     return Prepared(config, facts, reasons, origin, image_set, state, plan, notes, overview)
 
 
-def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
+def find_origin(asked: TrainOptions, on_message: Callable[[str], None]) -> Origin:
     """Open what `--resume` names. Raises FinetuneError if it cannot be used."""
     saved = find_state(Path(asked.resume).expanduser()) if asked.resume else None
     if saved is not None:
@@ -156,7 +156,7 @@ def find_origin(asked: TrainOptions, tell: Callable[[str], None]) -> Origin:
     place = Path(shape.outdir or "")
     if not asked.resume:
         return Origin(asked, None, shape, place, None, ())
-    tell(f"Loading {asked.resume} …")
+    on_message(f"Loading {asked.resume} …")
     checkpoint = load_for_training(asked.resume, new_d=bool(asked.new_d))
     line = "Loaded weights only; optimizer, ADA and EMA state are reset."
     if missing := [name for name in checkpoint.missing if name in ("G", "G_ema")]:

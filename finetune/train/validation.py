@@ -44,7 +44,7 @@ class Validation:
     config: TrainConfig
     image_set: ImageSet
     device: torch.device
-    tell: Callable[[str], None]
+    on_message: Callable[[str], None]
     group: ProcessGroup
     run_dir: Path
 
@@ -71,7 +71,7 @@ class Validation:
                     device=self.device,
                     workers=self.config.workers,
                     cache=True,
-                    tell=self.tell,
+                    on_message=self.on_message,
                     group=self.group,
                     with_error=True,
                 )
@@ -83,7 +83,9 @@ class Validation:
         except Exception as error:  # whatever it is, training continues
             what = error.what if isinstance(error, FinetuneError) else str(error) or type(error).__name__
             if self.group.is_first:
-                self.tell(f"Metrics at {state.nimg / 1000:g} kimg failed, and training continues: {what}")
+                self.on_message(
+                    f"Metrics at {state.nimg / 1000:g} kimg failed, and training continues: {what}"
+                )
                 log.warning("metrics failed at %d images: %s", state.nimg, what)
             return None
         numbers: dict[str, Any] = {"num": num}

@@ -219,11 +219,11 @@ def test_fetch_restarts_mismatched_parts(server, get, tmp_path):
     server.plan["b"] = ["other", "file"]
     server.plan["a"] = ["half-unnamed", 404]
     urls = [f"{server.url}/a", f"{server.url}/b"]
-    heard = []
-    path = fetch(urls, tmp_path / "a.pkl", sha256=SHA256, tell=heard.append)
+    messages = []
+    path = fetch(urls, tmp_path / "a.pkl", sha256=SHA256, on_message=messages.append)
     assert path.read_bytes() == CONTENT
-    assert "answers 404 Not Found. Trying another URL." in heard[1]
-    assert "are of different files" in heard[2]
+    assert "answers 404 Not Found. Trying another URL." in messages[1]
+    assert "are of different files" in messages[2]
     assert [("Range" in headers) for name, headers in server.requests if name == "b"] == [True, False]
 
 
@@ -296,10 +296,10 @@ def test_fetch_offline_refuses(server, tmp_path, monkeypatch):
 def test_fetch_concurrent_processes_download_once(server, tmp_path):
     """Threads that opened the lock file separately exclude each other like processes."""
     server.plan["a"] = ["slowly"]
-    heard = []
+    messages = []
 
     def run():
-        fetch(f"{server.url}/a", tmp_path / "a", tell=heard.append)
+        fetch(f"{server.url}/a", tmp_path / "a", on_message=messages.append)
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
@@ -307,7 +307,7 @@ def test_fetch_concurrent_processes_download_once(server, tmp_path):
     for thread in threads:
         thread.join()
     assert len(server.requests) == 1 and left(tmp_path) == ["a"]
-    assert heard == [fetching.WAITING] * 2
+    assert messages == [fetching.WAITING] * 2
 
 
 def test_fetch_ignores_lock_of_dead_process(get, tmp_path):

@@ -182,7 +182,7 @@ class TestTheOtherMetrics:
 
         monkeypatch.setattr(Network, "load_state_dict", lambda self, state: None)
         torch.save({}, tmp_path / "w.pth")
-        monkeypatch.setattr(evaluate, "inception_weights", lambda given, tell: tmp_path / "w.pth")
+        monkeypatch.setattr(evaluate, "inception_weights", lambda given, on_message: tmp_path / "w.pth")
         gray = ImageSet(colors.path, resolution=16, channels=1)
         found = Evaluation(gray, ["fid"], batch=10)._real["inception"].statistics
         assert found.mean.shape == (2048,) and bool(torch.isfinite(found.covariance).all())
