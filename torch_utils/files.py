@@ -1,12 +1,14 @@
-"""The cache folder, the lock between processes and the atomic write that all packages use."""
+"""The cache folder, the lock between processes, the check of free space and the atomic write."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +66,18 @@ def lock(
     finally:
         if held:
             guard.release()
+
+
+def lack_of_space(folder: Path, needed: int, what: str) -> str | None:
+    """Return the message that `needed` bytes for `what` do not fit on the disk of `folder`; None if they do.
+
+    Callers add what to do about it.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    sizes = f"{math.ceil(needed / 2**20):,} MiB needed, {math.floor(free / 2**20):,} MiB free"
+    return f"Not enough space in {folder} for {what}: {sizes}."
 
 
 class WriteError(OSError):

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.stored_zip import Entry, StoredZip, whole_entries
 from finetune.data.workers import available_cores, in_order
 from finetune.errors import ConfigError, DataError
-from torch_utils.files import lock, lock_path, replace
+from torch_utils.files import lack_of_space, lock, lock_path, replace
 
 FORMAT = 2  # of the journal
 PARALLEL_FROM = 64  # images; preparing one takes longer than looking at it
@@ -349,11 +348,9 @@ def _raise_for_problems(source: Source, draft: Draft, problems: list[Problem], s
 
 def _check_space(path: Path, num_images: int, settings: Settings) -> None:
     needed = num_images * (settings.channels * math.prod(settings.size) + ROOM_FOR_HEADERS)
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
+    if lack := lack_of_space(path.parent, needed, path.name):
         raise DataError(
-            f"{path}: not enough space (up to {needed / 2**20:,.0f} MiB needed, "
-            f"{free / 2**20:,.0f} MiB free).",
+            lack,
             hint="Free some space, or write to another disk. Finished images are kept for the next call.",
         )
 

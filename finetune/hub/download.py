@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.sniff import HEAD, TORCH_SAVE, describe_text
 from finetune.version import __version__
-from torch_utils.files import lock, lock_path
+from torch_utils.files import lack_of_space, lock, lock_path
 
 OFFLINE = "FINETUNE_OFFLINE"
 CHUNK = 1 << 18  # bytes
@@ -334,7 +333,8 @@ def _receive(
     if None not in (size, total) and total != size:
         part.discard()
         raise DownloadFailed(f"{url} has {total:,} bytes instead of {size:,}")
-    _check_space(part.path.parent, (total or size or 0) - start)
+    if lack := lack_of_space(part.path.parent, (total or size or 0) - start, url):
+        raise FinetuneError(lack, hint=NO_SPACE)
     if not start:
         part.begin(url, _version(response))
     with part.path.open("ab") as stream, contextlib.suppress(urllib3.exceptions.ProtocolError):
@@ -362,13 +362,6 @@ def _first_chunk(url: str, chunks: Iterator[bytes]) -> bytes:
     if what is not None:
         raise DownloadFailed(f"{url}: not a network but {what}")
     return first
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        what = f"No space to download {needed / 1e6:,.0f} MB into {folder}: {free / 1e6:,.0f} MB are free"
-        raise FinetuneError(what, hint=NO_SPACE)
 
 
 def _reason(error: BaseException) -> str:

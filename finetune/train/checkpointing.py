@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shutil
 import time
 import zipfile
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from finetune.train.run_dir import RunDir, exact_kimg, size_of
 from finetune.train.state import Plan, RunCounters, TrainState
 from finetune.train.stats import Stats
 from finetune.version import __version__
-from torch_utils.files import atomic_write
+from torch_utils.files import atomic_write, lack_of_space
 
 FORMAT = 3
 NAME = re.compile(r"training-state-(\d{6,}\.\d{3})\.pt")
@@ -234,12 +233,8 @@ class Checkpointer:
         # The snapshot, and the state: the networks again with two moments for G and D. Averages in both.
         averages = self.state.power_averages.values()
         needed = 4 * size_of((self.state.G, self.state.D, self.state.G_ema)) + 2 * size_of(averages)
-        free = shutil.disk_usage(self.run_dir.path).free
-        if free < needed:
-            raise ExportError(
-                f"No space left in {self.run_dir.path} (a snapshot and a state take about "
-                f"{needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free)."
-            )
+        if lack := lack_of_space(self.run_dir.path, needed, "a snapshot and a state"):
+            raise ExportError(lack)
 
 
 def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions, list[str]]:

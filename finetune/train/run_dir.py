@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from finetune.train.ema import num_updates
 from finetune.train.posthoc_ema import averages_beside, write_averages
 from finetune.train.state import TrainState
 from finetune.train.tensorboard import Board
-from torch_utils.files import atomic_write
+from torch_utils.files import atomic_write, lack_of_space
 
 if TYPE_CHECKING:
     from finetune.data import ImageSet
@@ -53,12 +52,9 @@ def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Mo
     size = size_of(networks)
     between = config.tick * config.snap  # kimg
     needed = size * max(1, math.ceil((config.kimg - nimg / 1000) / between))
-    free = shutil.disk_usage(place).free
-    if needed > free:
+    if lack := lack_of_space(place, needed, f"the snapshots of this run, {size / 2**20:.4g} MiB each"):
         raise ConfigError(
-            f"{what}: not enough space (the snapshots of this run take about {needed / 2**30:.2g} GiB, "
-            f"{size / 2**20:.4g} MiB each; {free / 2**30:.2g} GiB are free).",
-            hint="Free some space, choose another folder, or save less often with a larger --snap.",
+            lack, hint="Free some space, choose another --outdir, or save less often with a larger --snap."
         )
 
 

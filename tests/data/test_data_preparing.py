@@ -232,7 +232,7 @@ def test_prepare_refuses_destinations(mixed, tmp_path, eight, monkeypatch):
     prepare(mixed, out, force=True, **options)
     assert zipfile.is_zipfile(out)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(DataError, match=r"not enough space \(up to .* MiB needed, 0 MiB free\)"):
+    with pytest.raises(DataError, match=r"Not enough space in .* for full.zip: .* MiB needed, 0 MiB free"):
         prepare(mixed, tmp_path / "full.zip", **options)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from torch_utils.files import WriteError, atomic_write, cache_folder, lock
+from torch_utils.files import WriteError, atomic_write, cache_folder, lack_of_space, lock
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +71,13 @@ def test_atomic_write_full_disk(tmp_path, monkeypatch, step, existed):
     assert ("previous file is untouched" in message) == existed
     assert names(tmp_path) == (["net.pkl"] if existed else [])
     assert not existed or path.read_bytes() == b"old"
+
+
+def test_lack_of_space_states_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * 2**20 - 1))
+    assert lack_of_space(tmp_path, 3 * 2**20 - 1, "a run") is None
+    needed = lack_of_space(tmp_path, 3 * 2**20, "a run")
+    assert needed == f"Not enough space in {tmp_path} for a run: 3 MiB needed, 2 MiB free."
 
 
 @pytest.mark.parametrize("letter", ["a", "ü", "\U00020000"])

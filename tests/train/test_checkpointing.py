@@ -6,8 +6,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,9 +225,8 @@ class TestSaving:
 
     def test_check_place_refuses_full_disk(self, images, tmp_path, monkeypatch):
         prepared = prepare(options(images, tmp_path))
-        usage = type("Usage", (), {"free": 1000})
-        monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(TrainingError, match=r"(?s)cannot be saved: No space left.*0 MiB are free"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(TrainingError, match=r"cannot be saved: Not enough space in .* 0 MiB free"):
             start(prepared, console=quiet())
         assert not list((tmp_path / "runs").glob("*/network-snapshot-*"))
         assert len(list((tmp_path / "runs").glob("*/training-state-*"))) == 1

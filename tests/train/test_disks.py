@@ -67,7 +67,7 @@ def test_train_full_disk_keeps_earlier_saves(images, disk, monkeypatch):
     with monkeypatch.context() as patch:
         after_each_step(patch, fill)
         said = said_by(options(images, place, kimg=0.064))
-    assert "0.032 kimg: not saved, and training continues: No space left" in said
+    assert "0.032 kimg: not saved, and training continues: Not enough space in" in said
     assert whole_states(place) == [16, 0]
     filled.unlink()
     (run_dir,) = (place / "runs").iterdir()
