@@ -39,6 +39,7 @@ BANDS = ("num_critical", "first_cutoff", "first_stopband", "last_stopband_rel", 
 FILTERS = (".up_filter", ".down_filter")
 SAME_FILTER = 1e-6
 ROUNDING = {"float16": 1e-3, "bfloat16": 1e-2}  # relative, of stored filters
+WRAPPED = "module."  # what DistributedDataParallel and DataParallel put before each name
 MAX_NAME = 200  # letters of the name of a tensor
 HOW = "with `finetune convert --arch NAME=VALUE`, or finetune.load(path, architecture={...})"
 
@@ -64,12 +65,16 @@ def tensors_of_state(value: Any) -> dict[str, Tensor] | None:
     None for anything else. Raises PickleRefused for names or nesting that no network has.
     """
     if type(value) is Record and type(value.state) is dict and "_modules" in value.state:
-        return _tensors_of_module(value)
-    if type(value) is not dict or {(type(key), type(item)) for key, item in value.items()} != {(str, Tensor)}:
+        found = _tensors_of_module(value)
+    elif type(value) is dict and {(type(key), type(item)) for key, item in value.items()} == {(str, Tensor)}:
+        found = value
+        for key in found:
+            _check_name(key, 0)
+    else:
         return None
-    for key in value:
-        _check_name(key, 0)
-    return value
+    if all(key.startswith(WRAPPED) for key in found):
+        return {key.removeprefix(WRAPPED): tensor for key, tensor in found.items()}
+    return found
 
 
 def _check_name(key: Any, offset: int) -> None:

@@ -68,6 +68,34 @@ def test_rosinality_training_file_with_namespace(port, golden_dir):
     assert (w.mean(dim=0) - G.mapping.w_avg).abs().max() < 5 * w.std(dim=0).max() / 2000**0.5
 
 
+def wrapped(state):
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+def test_rosinality_saved_under_ddp(port, golden_dir, tmp_path):
+    content = torch.load(golden_dir / "rosinality-32-train.pt", weights_only=False)
+    networks = {name: wrapped(content[name]) for name in ("g", "d", "g_ema")}
+    whole = finetune.load(golden_dir / "rosinality-32-train.pt")
+    checkpoint = finetune.load(saved(networks, tmp_path / "net.pt"))
+    assert checkpoint.missing == [] and checkpoint.provenance.generation == "rosinality"
+    for name in ("G", "D", "G_ema"):
+        ours, theirs = (tensors_of(getattr(each, name)) for each in (checkpoint, whole))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_state_dict_saved_under_ddp(golden_dir, tmp_path):
+    G = finetune.load(golden_dir / "stylegan2-32.pkl").G_ema
+    again = finetune.load(saved(wrapped(G.state_dict()), tmp_path / "net.pt")).G_ema
+    assert all(torch.equal(tensor, tensors_of(again)[key]) for key, tensor in tensors_of(G).items())
+
+
+def test_state_dict_with_some_names_wrapped_is_refused(port, tmp_path):
+    state = wrapped(port[0]["g_ema"])
+    state["input.input"] = state.pop("module.input.input")
+    with pytest.raises(CheckpointError, match="state dict of an unknown network"):
+        finetune.load(saved({"g_ema": state}, tmp_path / "net.pt"))
+
+
 def test_rosinality_other_tensors_are_listed(port, tmp_path):
     state = dict(port[0]["g_ema"])
     state["extra"] = torch.zeros(1)
