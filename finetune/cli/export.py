@@ -10,7 +10,7 @@ import click
 
 from finetune.cli.options import NETWORK, license_option, network_file, network_option, offline_option
 from finetune.errors import ConfigError
-from finetune.export.formats import FORMATS, WHICH, format_of
+from finetune.export.formats import FORMATS, HALF, WHICH, format_of
 from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def write_options(command):
                 + ", web: G_ema]",
             ),
             click.option("--slim", is_flag=True, help="Same as --which G_ema, which is enough to generate."),
-            click.option("--half", is_flag=True, help="Weights in float16; the difference is measured."),
+            click.option(
+                "--half", is_flag=True, help=f"Weights in float16 ({HALF}); the difference is measured."
+            ),
             click.option("--force", is_flag=True, help="Replace the file if it exists."),
             license_option(help="License of the checkpoint, if it does not state one."),
             offline_option(),
@@ -168,10 +170,10 @@ def write_web(
     from finetune.export.web import write_page
     from finetune.resolve import load
 
-    if half or which in ("D", "all"):
-        raise ConfigError(
-            "--format web: a page has one generator in float32. Omit --half, --which D and --which all."
-        )
+    if half:
+        raise ConfigError(f"web with half: needs float32 weights. Use one of {HALF}, or omit half.")
+    if which in ("D", "all"):
+        raise ConfigError(f"--format web with --which {which}: a page has one generator. Use G_ema or G.")
     checkpoint = with_license(load(source), license)
     if which or slim:
         checkpoint = select(checkpoint, which or "G_ema")

@@ -71,6 +71,8 @@ FORMATS: dict[str, Format] = {
     )
 }
 
+HALF = ", ".join(row.name for row in FORMATS.values() if row.half)  # whose readers accept float16
+
 
 def format_of(path: str | os.PathLike, name: str | None = None, *, option: str = "format") -> Format:
     """Return the format called `name`, by default that of the suffix of `path`.

@@ -157,7 +157,7 @@ def test_save_half_measures_its_difference(golden_checkpoint, tmp_path):
     G, rounded = checkpoint.G_ema, finetune.load(half).G_ema
     assert torch.equal(rounded.mapping.fc0.weight, G.mapping.fc0.weight.half().float())
     assert torch.equal(rounded.mapping.w_avg, G.mapping.w_avg)
-    with pytest.raises(ConfigError, match="stylegan-pkl with half"):
+    with pytest.raises(ConfigError, match="Use one of safetensors, rosinality-pt, state-dict, or omit half"):
         save(checkpoint, tmp_path / "half.pkl", half=True)
 
 

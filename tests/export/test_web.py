@@ -123,8 +123,8 @@ def test_runtime_of_folder(cache, tmp_path):
     [
         (["--out", "full"], "full: not empty. Choose another folder"),
         (["--out", "full/file"], "full/file: this is a file"),
-        (["--out", "new", "--half"], "Omit --half"),
-        (["--out", "new", "--which", "D"], "Omit --half, --which D"),
+        (["--out", "new", "--half"], "web with half: needs float32 weights. Use one of safetensors, "),
+        (["--out", "new", "--which", "D"], "--which D: a page has one generator. Use G_ema or G."),
         pytest.param(
             ["--out", "new", "--runtime", "full"],
             "--runtime full: lacks ort.wasm.min.mjs",
