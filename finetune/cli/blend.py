@@ -58,13 +58,13 @@ class AlphaType(click.ParamType):
     metavar="FILE",
     help="File to write, with a suffix of `finetune export`: .pkl and others.",
 )
-@click.option("--force", is_flag=True, help="Blend unrelated checkpoints, and replace FILE if it exists.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @offline_option()
 def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None:
     """Write a checkpoint with weights between those of A and B.
 
-    A and B are anything that --network of other commands accepts. Only related checkpoints blend well: one is
-    refused unless both descend from the same file, or their weights are close.
+    A and B are anything that --network of other commands accepts. Only related checkpoints blend well: a
+    warning is printed unless both descend from the same file, or their weights are close.
     """
     from finetune.editing.blend import MAX_DISTANCE, blend, relation
     from finetune.export.formats import format_of
@@ -77,11 +77,11 @@ def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None
     A, B = (load(network_file(network)) for network in (first, second))
     related = relation(A, B)
     distance = f"distance of the weights {related.distance:.3f}"
-    if not related and not force:
-        raise ConfigError(
-            f"{first} and {second} are not related: no common ancestor, {distance} (related: up to "
-            f"{MAX_DISTANCE:g}, independent: 1.41).",
-            hint="A blend of unrelated checkpoints gives noise. Give --force to write it anyway.",
+    if not related:
+        click.echo(
+            f"Warning: {first} and {second} are not related: no common ancestor, {distance} (related: up to "
+            f"{MAX_DISTANCE:g}, independent: 1.41). Expect noise.",
+            err=True,
         )
     blended = blend(A, B, alpha)
     with progress_bar("comparing images", 1) as progress:
