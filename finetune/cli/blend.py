@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import network_file, offline_option
-from finetune.errors import ConfigError
+from finetune.cli.options import force_option, network_file, offline_option, refuse_existing
 from finetune.progress import progress_bar
 
 
@@ -58,7 +57,7 @@ class AlphaType(click.ParamType):
     metavar="FILE",
     help="File to write, with a suffix of `finetune export`: .pkl and others.",
 )
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@force_option()
 @offline_option()
 def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None:
     """Write a checkpoint with weights between those of A and B.
@@ -72,8 +71,7 @@ def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None
     from finetune.resolve import load
 
     format_of(out, None)
-    if out.exists() and not force:
-        raise ConfigError(f"--out {out}: exists. Choose another name, or use --force to replace it.")
+    refuse_existing(out, force=force)
     A, B = (load(network_file(network)) for network in (first, second))
     related = relation(A, B)
     distance = f"distance of the weights {related.distance:.3f}"

@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import NETWORK, ImageSize, network_file, offline_option
+from finetune.cli.options import (
+    NETWORK,
+    ImageSize,
+    force_option,
+    network_file,
+    offline_option,
+    refuse_existing,
+)
 from finetune.errors import ConfigError, DataError
 from finetune.options import FITS, LABELS
 from finetune.progress import progress_bar
@@ -170,8 +177,8 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out unusable images instead of refusing the data set.")
 @workers_option
-@click.option("--force", is_flag=True, help="Replace DEST if it exists.")
-def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> None:
+@force_option("DEST")
+def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options: Any) -> None:
     """Resize the images of SRC, a folder or zip, and write them to the uncompressed zip DEST.
 
     Subfolders are kept. Repeat the command to resume an interrupted call; the zip is identical byte
@@ -180,6 +187,7 @@ def prepare_command(src: Path, dest: Path, channels: str, **options: Any) -> Non
     from finetune.data.preparing import prepare
     from finetune.data.problems import printable
 
+    refuse_existing(dest, force=force)
     try:
         with progress_bar("preparing the images", 0) as progress:
             made = prepare(src, dest, channels=int(channels), progress=progress, **options)

@@ -9,11 +9,13 @@ import click
 from finetune.cli.latent_options import generator_of, start_without_build
 from finetune.cli.options import (
     device_option,
+    force_option,
     network_file,
     network_option,
     offline_option,
     ops_option,
     outdir_option,
+    refuse_existing,
 )
 from finetune.progress import progress_bar
 
@@ -38,10 +40,13 @@ AMOUNTS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations, the columns of the co
     metavar="N",
     help="Directions and image of one class.  [default: directions of all classes, image of class 0]",
 )
+@force_option("directions.npz")
 @offline_option()
 @device_option()
 @ops_option()
-def command(network: str, outdir: Path, num: int, seed: int, class_index: int | None, device: str) -> None:
+def command(
+    network: str, outdir: Path, num: int, seed: int, class_index: int | None, force: bool, device: str
+) -> None:
     """Find the directions in which w varies most.
 
     Writes OUTDIR/directions.npz, for --directions of `finetune generate` and `finetune video`, and
@@ -54,6 +59,8 @@ def command(network: str, outdir: Path, num: int, seed: int, class_index: int | 
     from finetune.resolve import load
     from finetune.sampling import label_from_class, save_grid, synthesize
 
+    out = outdir / "directions.npz"
+    refuse_existing(out, force=force)
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint)
     label = label_from_class(G, 0 if class_index is None and G.c_dim else class_index)
@@ -66,9 +73,9 @@ def command(network: str, outdir: Path, num: int, seed: int, class_index: int | 
             for ws in next(iter(LatentTable(G, [seed], columns(G, [("", label)], edits=[edit])))):
                 images.append(synthesize(G, ws))
                 progress(len(images), num * len(AMOUNTS))
-    save_directions(outdir / "directions.npz", found)
+    save_directions(out, found)
     for index, std in enumerate(found.std, 1):
         click.echo(f"pc{index:<4} standard deviation {float(std):.3g}")
-    click.echo(f"Directions: {outdir / 'directions.npz'}")
+    click.echo(f"Directions: {out}")
     sheet = save_grid(images, outdir / "directions.png", (len(AMOUNTS), num))
     click.echo(f"Contact sheet, {AMOUNTS[0]} to {AMOUNTS[-1]} standard deviations: {sheet}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import device_option, offline_option, ops_option
+from finetune.cli.options import device_option, force_option, offline_option, ops_option, refuse_existing
 from finetune.errors import ConfigError
 from finetune.progress import progress_bar
 
@@ -32,11 +32,19 @@ NAME = "network-ema.pkl"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the latents.")
 @click.option("--data", type=click.Path(), metavar="DIR|ZIP", help="The real images.  [default: as trained]")
+@force_option(NAME)
 @offline_option()
 @device_option()
 @ops_option()
 def command(
-    run: Path, metric: str, half_lives: str | None, num: int | None, seed: int, data: str | None, device: str
+    run: Path,
+    metric: str,
+    half_lives: str | None,
+    num: int | None,
+    seed: int,
+    data: str | None,
+    force: bool,
+    device: str,
 ) -> None:
     """Choose the half-life of G_ema after training.
 
@@ -59,6 +67,8 @@ def command(
     (name,) = check_names([metric])
     wanted = parse_half_lives(half_lives)
     snapshot = newest_snapshot(run) if run.is_dir() else run
+    out = snapshot.with_name(NAME)
+    refuse_existing(out, force=force)
     saved = posthoc_ema.saved_averages(snapshot)
     config = TrainConfig.read(snapshot.parent / "config.json")
     target = resolve_device(device)
@@ -88,7 +98,6 @@ def command(
     changed = dataclasses.replace(
         checkpoint, G_ema=network, provenance=dataclasses.replace(origin, training=training)
     )
-    out = snapshot.with_name(NAME)
     save(changed, out)
     click.echo(f"Best: {best[1]:g} kimg. Wrote {out}")
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import NETWORK, license_option, network_file, network_option, offline_option
+from finetune.cli.options import (
+    NETWORK,
+    force_option,
+    license_option,
+    network_file,
+    network_option,
+    offline_option,
+    refuse_existing,
+)
 from finetune.errors import ConfigError
 from finetune.export.formats import FORMATS, HALF, WHICH, format_of
 from finetune.progress import progress_bar
@@ -34,7 +42,7 @@ def write_options(command):
             click.option(
                 "--half", is_flag=True, help=f"Weights in float16 ({HALF}); the difference is measured."
             ),
-            click.option("--force", is_flag=True, help="Replace the file if it exists."),
+            force_option(),
             license_option(help="License of the checkpoint, if it does not state one."),
             offline_option(),
         )
@@ -116,11 +124,9 @@ def write(
     if out.is_dir():
         raise ConfigError(f"{out}: this is a folder. Pass the name of a file.")
     file_format = format_of(out, format_name, option="--format")
-    if out.exists():
-        if out.samefile(source):
-            raise ConfigError(f"{out}: this is the checkpoint itself. Choose another name.")
-        if not force:
-            raise ConfigError(f"{out}: exists. Choose another name, or use --force to replace it.")
+    if out.exists() and out.samefile(source):
+        raise ConfigError(f"{out}: this is the checkpoint itself. Choose another name.")
+    refuse_existing(out, force=force)
     if slim and which not in (None, "G_ema"):
         raise ConfigError(f"--slim: has no effect with --which {which}. Use one of the two.")
     checkpoint = with_license(load(source, architecture=architecture), license)
@@ -174,12 +180,13 @@ def write_web(
         raise ConfigError(f"web with half: needs float32 weights. Use one of {HALF}, or omit half.")
     if which in ("D", "all"):
         raise ConfigError(f"--format web with --which {which}: a page has one generator. Use G_ema or G.")
+    refuse_existing(out, force=force)
     checkpoint = with_license(load(source), license)
     if which or slim:
         checkpoint = select(checkpoint, which or "G_ema")
     first = None if original is None else load(network_file(original))
     with progress_bar("writing the page", 1) as progress:
-        page = write_page(out, checkpoint, original=first, runtime=runtime, force=force, progress=progress)
+        page = write_page(out, checkpoint, original=first, runtime=runtime, progress=progress)
     click.echo(f"Wrote {out} ({page.num_bytes:,} bytes). To open it: python -m http.server --directory {out}")
     click.echo(
         f"Models compared: {page.num_images} images, largest difference {page.max_difference:.3g} "

@@ -19,11 +19,13 @@ from finetune.cli.options import (
     GridSize,
     NumberRange,
     device_option,
+    force_option,
     network_file,
     network_option,
     offline_option,
     ops_option,
     outdir_option,
+    refuse_existing,
 )
 from finetune.errors import ConfigError
 from finetune.progress import progress_bar
@@ -56,6 +58,7 @@ MAX_SHEET_PIXELS = 1 << 27  # of a sheet that nobody asked for: 400 MB in memory
     metavar="FILE",
     help="Also write the w of all images, for --w (.npz).",
 )
+@force_option("the file of --save-w")
 @offline_option()
 @device_option()
 @ops_option()
@@ -64,6 +67,7 @@ def command(
     outdir: Path,
     grid: tuple[int, int] | None,
     save_w: Path | None,
+    force: bool,
     noise_mode: str,
     device: str,
     **latents: Any,
@@ -82,6 +86,8 @@ def command(
     from finetune.resolve import load
     from finetune.sampling import save_grid, synthesize, to_image
 
+    if save_w is not None:
+        refuse_existing(save_w, force=force)
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint)
     table = latent_table(checkpoint, **latents)  # raises before the folder is created

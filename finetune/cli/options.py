@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from finetune.errors import ConfigError
 from finetune.options import MAX_SEED
 
 # As torch_utils.ops.impl has them, which imports torch.
@@ -235,6 +236,23 @@ def outdir_option(**overrides: Any):
         "help": "Folder to write to.",
     }
     return click.option("--outdir", **{**settings, **overrides})
+
+
+def force_option(what: str = "the file"):
+    """Add `--force`, for a command that calls `refuse_existing`; what: what it replaces, for the help."""
+    return click.option("--force", is_flag=True, help=f"Replace {what} if already there.")
+
+
+def refuse_existing(*paths: Path, force: bool) -> None:
+    """Raise ConfigError for a file, or a folder that is not empty, unless `force`.
+
+    The rule for all commands: checkpoints, data sets, videos, web pages, w and directions are replaced only
+    with --force; images, tables and reports, which are quickly made again, always.
+    """
+    for path in paths:
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not is_empty and not force:
+            raise ConfigError(f"{path}: exists. Move it, write elsewhere, or use --force to replace it.")
 
 
 def seeds_option(**overrides: Any):

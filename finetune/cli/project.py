@@ -13,11 +13,13 @@ import click
 from finetune.cli.latent_options import generator_of
 from finetune.cli.options import (
     device_option,
+    force_option,
     network_file,
     network_option,
     offline_option,
     ops_option,
     outdir_option,
+    refuse_existing,
 )
 from finetune.errors import ConfigError, DataError
 from finetune.options import BACKBONES
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     help="Perceptual distance to the image.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
+@force_option("NAME.npz and tuned.pkl")
 @offline_option()
 @device_option()
 @ops_option()
@@ -83,6 +86,7 @@ def command(
     tune: int,
     backbone: str,
     seed: int,
+    force: bool,
     device: str,
 ) -> None:
     """Find the w whose image is closest to each IMAGE.
@@ -103,6 +107,8 @@ def command(
             raise ConfigError(f"{path}: two outputs would be named {name}. Rename an image.")
         if (out := outdir / f"{name}.png").exists() and any(out.samefile(image) for image in images):
             raise ConfigError(f"--outdir {outdir}: {out.name} would replace an image. Use another folder.")
+    kept = [f"{name}.npz" for name in names] + (["tuned.pkl"] if tune else [])
+    refuse_existing(*(outdir / name for name in kept), force=force)
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint)
     targets = [read_target(path, G) for path in images]

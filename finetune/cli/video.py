@@ -18,10 +18,12 @@ from finetune.cli.options import (
     NETWORK,
     GridSize,
     device_option,
+    force_option,
     network_file,
     network_option,
     offline_option,
     ops_option,
+    refuse_existing,
 )
 from finetune.errors import ConfigError
 from finetune.progress import progress_bar
@@ -57,6 +59,7 @@ from finetune.progress import progress_bar
     help="Return to the start, so that the video repeats.",
 )
 @click.option("--grid", type=GridSize(), help="Show several walks at once, columns x rows, like 4x2.")
+@force_option("the video")
 @offline_option()
 @device_option()
 @ops_option()
@@ -68,6 +71,7 @@ def command(
     fps: int,
     loop: bool,
     grid: tuple[int, int] | None,
+    force: bool,
     noise_mode: str,
     device: str,
     **latents: Any,
@@ -83,6 +87,7 @@ def command(
     from finetune.resolve import load
 
     check_kind(out, fps)
+    refuse_existing(out, force=force)
     target = resolve_device(device)
     checkpoint = load(network_file(network), device=target)
     generator_of(checkpoint)

@@ -79,7 +79,6 @@ def prepare(
     encoding: str = "tiff",
     bits: int = 16,
     skip_bad: bool = False,
-    force: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedSet:
@@ -93,7 +92,7 @@ def prepare(
     bytes. Raises ConfigError and DataError; with `skip_bad` images that cannot be used are left out.
     """
     source, path = open_source(src), Path(dest)
-    _check_destination(source, path, force)
+    _check_destination(source, path)
     if resolution is None:
         resolution = _first_resolution(source, fit)
     elif fit is None:
@@ -285,15 +284,13 @@ class _Encoded(Dataset):
         return Encoded(stream.getvalue(), peak)
 
 
-def _check_destination(source: Source, path: Path, force: bool) -> None:
+def _check_destination(source: Source, path: Path) -> None:
     if path.suffix.lower() != ".zip":
         raise ConfigError(f"{path}: not the name of a zip. Use a name that ends in .zip.")
     if path.is_dir():
         raise ConfigError(f"{path}: this is a folder. Pass the name of a zip to write.")
     if path.exists() and path.samefile(source.path):
         raise ConfigError(f"{path}: this is the input. Choose another name.")
-    if path.exists() and not force:
-        raise ConfigError(f"{path}: already exists. Choose another name, or use --force to replace it.")
 
 
 def _first_resolution(source: Source, fit: str | None) -> int:

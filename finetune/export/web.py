@@ -46,19 +46,16 @@ def write_page(
     *,
     original: Checkpoint | None = None,
     runtime: Path | None = None,
-    force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WebPage:
     """Write the page of the generator of `checkpoint`; its models are compared with torch before.
 
     With `original`, the page morphs: a slider blends the weights of both networks. runtime: folder with the
-    files of onnxruntime-web, else the cache or npm. force: replace files in a folder that is not empty.
-    Raises ConfigError for arguments that do not fit, ExportError if images differ, WriteError.
+    files of onnxruntime-web, else the cache or npm. Raises ConfigError for arguments that do not fit,
+    ExportError if images differ, WriteError.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: this is a file. A page is a folder: choose another name.")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise ConfigError(f"{folder}: not empty. Choose another folder, or use --force to replace files.")
     G, first = _generator(checkpoint), None if original is None else _generator(original)
     onnx.require_packages()
     files = web_runtime.runtime_files(runtime)

@@ -223,14 +223,7 @@ def test_prepare_refuses_destinations(mixed, tmp_path, eight, monkeypatch):
         prepare(mixed, tmp_path / "folder.zip", **options)
     source = eight(".zip")
     with pytest.raises(ConfigError, match="this is the input"):
-        prepare(source, source, force=True, **options)
-    out = tmp_path / "out.zip"
-    out.write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="use --force to replace it"):
-        prepare(mixed, out, **options)
-    assert out.read_bytes() == b"mine"
-    prepare(mixed, out, force=True, **options)
-    assert zipfile.is_zipfile(out)
+        prepare(source, source, **options)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(DataError, match=r"Not enough space in .* for full.zip: .* MiB needed, 0 MiB free"):
         prepare(mixed, tmp_path / "full.zip", **options)

@@ -149,7 +149,7 @@ def test_blend_command(small, golden_dir, tmp_path):
     assert "are not related: no common ancestor, distance of the weights 1." in result.stderr
     words = ["blend", str(path), str(path), "--alpha", "0.1", "--out", str(out)]
     result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 2 and "exists. Choose another name" in result.output
+    assert result.exit_code == 2 and f"{out}: exists. Move it" in result.output
     result = CliRunner().invoke(cli, [*words, "--force"])
     assert result.exit_code == 0 and "Warning" not in result.stderr
     for alpha in ("much", "4=x", "nan", "x=1"):

@@ -154,7 +154,7 @@ def test_directions_command(tmp_path):
     CliRunner().invoke(cli, ["generate", *words, *options], catch_exceptions=False)
     with Image.open(tmp_path / "seed0000.png") as image:
         np.testing.assert_array_equal(np.asarray(image), edited)
-    result = CliRunner().invoke(cli, ["directions", *words, "--num", "99"])
+    result = CliRunner().invoke(cli, ["directions", *words, "--num", "99", "--force"])
     assert result.exit_code == 2 and "99 directions of w cannot be computed" in result.output
 
 
