@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import force_option, network_file, offline_option, refuse_existing
+from finetune.cli.options import network_file, offline_option, refuse_existing
 from finetune.progress import progress_bar
 
 
@@ -57,15 +57,16 @@ class AlphaType(click.ParamType):
     metavar="FILE",
     help="File to write, with a suffix of `finetune export`: .pkl and others.",
 )
-@force_option()
+@click.option("--force", is_flag=True, help="Blend unrelated checkpoints; replace FILE if already there.")
 @offline_option()
 def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None:
     """Write a checkpoint with weights between those of A and B.
 
-    A and B are anything that --network of other commands accepts. Only related checkpoints blend well: a
-    warning is printed unless both descend from the same file, or their weights are close.
+    A and B are anything that --network of other commands accepts. Only related checkpoints blend well: one is
+    refused unless both descend from the same file, or their weights are close.
     """
     from finetune.editing.blend import MAX_DISTANCE, blend, relation
+    from finetune.errors import ConfigError
     from finetune.export.formats import format_of
     from finetune.export.save import save
     from finetune.resolve import load
@@ -75,11 +76,11 @@ def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None
     A, B = (load(network_file(network)) for network in (first, second))
     related = relation(A, B)
     distance = f"distance of the weights {related.distance:.3f}"
-    if not related:
-        click.echo(
-            f"Warning: {first} and {second} are not related: no common ancestor, {distance} (related: up to "
-            f"{MAX_DISTANCE:g}, independent: 1.41). Expect noise.",
-            err=True,
+    if not related and not force:
+        raise ConfigError(
+            f"{first} and {second} are not related: no common ancestor, {distance} (related: up to "
+            f"{MAX_DISTANCE:g}, independent: 1.41).",
+            hint="A blend of unrelated checkpoints gives noise. Give --force to write it anyway.",
         )
     blended = blend(A, B, alpha)
     with progress_bar("comparing images", 1) as progress:

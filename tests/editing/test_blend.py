@@ -143,10 +143,13 @@ def test_blend_command(small, golden_dir, tmp_path):
     save(small, path)
     unknown = Provenance("finetune", "x", "", 0)
     save(dataclasses.replace(descendant(small, amount=20), provenance=unknown), far)
-    words = ["blend", str(path), str(far), "--out", str(out), "--alpha", "4=0,16=0.5,mapping=0"]
+    words = ["blend", str(path), str(far), "--out", str(out)]
     result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 0 and f"Wrote {out}: G_ema. No common ancestor known" in result.stdout
-    assert "are not related: no common ancestor, distance of the weights 1." in result.stderr
+    assert result.exit_code == 2
+    assert "are not related: no common ancestor, distance of the weights 1." in result.output
+    assert not out.exists()
+    result = CliRunner().invoke(cli, [*words, "--force", "--alpha", "4=0,16=0.5,mapping=0"])
+    assert result.exit_code == 0 and f"Wrote {out}: G_ema. No common ancestor known" in result.output
     words = ["blend", str(path), str(path), "--alpha", "0.1", "--out", str(out)]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 2 and f"{out}: exists. Move it" in result.output
