@@ -129,6 +129,15 @@ JOBS = {
         judges=f"{JUDGES},memorization",
         half_lives=True,
     ),
+    "few-shot-ratios": Job(
+        "The same hats: do smaller ratios cost less fidelity?",
+        (PLAIN, *(f"auto-{ratio}:sd_weight=auto:{ratio},sd_interval=4" for ratio in (0.1, 0.3))),
+        data="hats-64",
+        recipe="few-shot",
+        settings=dict(ema_kimg=1.0),
+        kimg=6.0,
+        judges=f"{JUDGES},memorization",
+    ),
     "improve-stylegan3-t": Job(
         "The same for StyleGAN3-T at 32 px.",
         (PLAIN, OURS),

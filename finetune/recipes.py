@@ -16,15 +16,16 @@ from finetune.options import OPTIONS, DistillWeight, TrainOptions
 
 # Sources of the numbers.
 WARMUP = "benchmarks/results/ab_warmup_epyc-2core_202611.md"
-AB = "benchmarks/results/ab_improve_epyc-2core_202611.md"
-ADAPT = "benchmarks/results/ab_adapt_epyc-2core_202611.md"
+AB = "benchmarks/results/ab_improve-photos_epyc-2core_202611.md"
+ADAPT = "benchmarks/results/ab_adapt-photos_epyc-2core_202611.md"
+FEW_SHOT = "benchmarks/results/ab_few-shot-photos_epyc-2core_202611.md"
 UNVERIFIED = "default (unverified)"
 TRAINED = "published settings of {name_published}"
 USER = "user-specified"
 AUTHORS = "public code of the authors of 2605.08577"
 
 # By ratio, because distances of different backbones differ by orders of magnitude. Compared with none in
-# AB and ADAPT, at the interval below, on small networks.
+# AB, ADAPT and FEW_SHOT, at the interval below, on small networks.
 SD_WEIGHT = DistillWeight(1.0, is_ratio=True)
 CAREFUL_SD_WEIGHT = DistillWeight(0.1, is_ratio=True)
 ADA_TARGET = 0.6
@@ -292,7 +293,8 @@ RULES = (
     Rule("sd_weight", ANY, DistillWeight(1.0), "fixed, as in the authors' code; their value is not public",
          UNVERIFIED, when=_as_authors),
     Rule("sd_weight", IMPROVE, SD_WEIGHT, "gradient norm equal to the adversarial one", AB),
-    Rule("sd_weight", TRANSFER, SD_WEIGHT, "gradient norm equal to the adversarial one", ADAPT),
+    Rule("sd_weight", ("adapt",), SD_WEIGHT, "gradient norm equal to the adversarial one", ADAPT),
+    Rule("sd_weight", ("few-shot",), DistillWeight(0.0), "with few images it costs fidelity", FEW_SHOT),
     Rule("sd_weight", ANY, CAREFUL_SD_WEIGHT, "gradient norm a tenth of the adversarial one", UNVERIFIED),
     Rule("sd_backbone", ANY, "ms-ssim", "distance to G_ema, for the log; needs no weights", when=_logs_only),
     Rule("sd_backbone", ANY, "lpips-vgg", "perceptual distance to the teacher"),

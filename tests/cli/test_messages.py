@@ -129,7 +129,8 @@ MISTAKES = {
     # The machine.
     "float16 on a CPU": (f"{TRAIN} --precision fp16", "the device is cpu", "Use --precision auto"),
     "no GPU": (f"{TRAIN} --device cuda:7", "--device cuda:7: torch sees", "Use --device auto"),
-    "no weights": (TRAIN, "no weights for it", "Backbones that need no download: efficientnet-lite0"),
+    "no weights": (
+        f"{TRAIN} --recipe adapt", "no weights for it", "that need no download: efficientnet-lite0"),
     "no metric weights": (
         f"{TRAIN} --sd-backbone l2 --metrics fid", "pytorch-fid-inception is not on", "checkpoints add-file"),
     "outdir is a file": (f"{TRAIN} --sd-backbone l2 --outdir a-file", "a-file is a file", "Choose a folder"),
@@ -255,7 +256,7 @@ def test_message_of_a_full_disk_names_the_sizes(invoke, monkeypatch):
 
 
 def test_dry_run_states_downloads_and_settings_without_a_network(invoke):
-    result = invoke(f"{WITH} ffhq-256-stylegan2 --metrics fid --dry-run")
+    result = invoke(f"{WITH} ffhq-256-stylegan2 --recipe adapt --metrics fid --dry-run")
     assert result.exit_code == 0
     for words in ("checkpoint stylegan2-ffhq-256x256, of a size", "lpips-vgg, 528 MB", "Inception, 96 MB"):
         assert words in result.output, words
@@ -269,7 +270,7 @@ def test_dry_run_of_a_url_checks_options_and_images(invoke):
 
 
 def test_dry_run_needs_no_weights(invoke):
-    result = invoke(f"{TRAIN} --metrics fid --dry-run")
+    result = invoke(f"{TRAIN} --recipe adapt --metrics fid --dry-run")
     assert result.exit_code == 0
     assert "weights of lpips-vgg, 528 MB" in result.output and "weights of Inception, 96 MB" in result.output
     assert "Dry run: all checks passed" in result.output

@@ -45,6 +45,14 @@ def test_recipe_few_shot_measures_memorization():
     assert settle()[0].metrics == "random-fid" and settle(metrics="none")[0].metrics == "none"
 
 
+def test_recipe_few_shot_distills_only_if_asked():
+    few = dataclasses.replace(BASE, num_images=100)
+    asked = ({}, {"sd_weight": "auto:0.3"}, {"sd_preset": "authors"}, {"recipe": "adapt"})
+    weights = [str(settle(few, **given)[0].sd_weight) for given in asked]
+    assert weights == ["0", "auto:0.3", "1", "auto:1"]
+    assert settle(few)[0].sd_backbone == "ms-ssim"  # for the log
+
+
 def test_recipe_short_runs_measure_fewer_images():
     assert [settle(kimg=kimg)[0].metrics_num for kimg in (0.1, 3.0, 200.0)] == [200, 600, 1000]
     assert settle(dataclasses.replace(BASE, device_type="cuda"), kimg=1.0)[0].metrics_num == 5000
