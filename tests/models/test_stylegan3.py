@@ -307,6 +307,18 @@ def test_stylegan3_half_precision_stays_close_to_single(options):
         assert_close(half, single, NETWORK_F16)
 
 
+@pytest.mark.gpu
+def test_stylegan3_half_precision_measures_magnitudes_in_single():
+    G, z = generator(32, num_fp16_res=8).cuda(), torch.randn(4, 8, device="cuda")
+    for layer in layers(G):
+        layer.magnitude_ema_beta = 0
+    single = copy.deepcopy(G)
+    G(z, None, update_emas=True)
+    single(z, None, update_emas=True, force_fp32=True)
+    for half, full in zip(layers(G), layers(single)):
+        assert float(half.magnitude_ema) == pytest.approx(float(full.magnitude_ema), rel=1e-2)
+
+
 # Wiring and state
 
 

@@ -193,7 +193,7 @@ class _WeightGradient(torch.autograd.Function):
 
 # ---- Float32 on tensor cores
 
-_MANY_TERMS = 32  # channels of both factors from which three products on tensor cores are faster
+_MANY_TERMS = 32  # images and channels of both factors from which three products on tensor cores are faster
 
 
 def _splits(a: torch.Tensor, b: torch.Tensor, groups: int) -> bool:
