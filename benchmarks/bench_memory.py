@@ -49,10 +49,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     options = parser.parse_args()
-    distil: dict = {"sd_weight": "auto:1", "sd_backbone": bench_step.RANDOM_VGG}
-    distil |= {"precision": "auto", "deterministic": False, "device": "cpu", "batch_gpu": 0, "seed": 0}
-    given = argparse.Namespace(**vars(options), **distil)
-    prepared = bench_step.build(options.family, given)
+    more = {"precision": "auto", "deterministic": False, "device": "cpu", "batch_gpu": 0, "seed": 0}
+    given = argparse.Namespace(**vars(options), **more)
+    prepared = bench_step.build(options.family, given, bench_step.RANDOM_VGG)
     state, plan = prepared.state, prepared.plan
     stats = Stats(plan.device)
     shape = [options.batch, prepared.facts.channels, *prepared.image_set.size]

@@ -14,7 +14,8 @@ Arms: `naive` (benchmarks/naive.py, modulated convolutions grouped by sample: wh
 of the family run), `ref` (our plain torch), `auto` (native kernels where there are any). Families and arms
 run in turn, `--rounds` times, each time from new random weights; medians of all cycles are reported.
 `--cbase` and `--cmax` are what `finetune train` takes: StyleGAN3-R's generator has twice as many channels.
-`--sd-backbone lpips-vgg-random` is LPIPS-VGG without its weights, for timing.
+`--distances` are those of self-distillation (`--sd-weight auto:1`), one after another: `none` is plain
+training, `lpips-vgg-random` LPIPS-VGG without its weights, for timing.
 
 bench_against.py compares the steps of two checkouts by this program.
 """
@@ -25,6 +26,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -44,7 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 from finetune.config import TrainConfig
 from finetune.device import training_math
 from finetune.metrics.perceptual import build_distance
-from finetune.options import FAMILIES, GRAPHS, PRECISIONS, TrainOptions
+from finetune.options import BACKBONES, FAMILIES, GRAPHS, PRECISIONS, TrainOptions
 from finetune.train import allocator
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.graphs import Graphs
@@ -57,12 +59,12 @@ from torch_utils.ops import impl
 
 ARMS = ("naive", "ref", "auto")
 CYCLE = 16  # steps: the least common multiple of the intervals of all phases
-RANDOM_VGG = "lpips-vgg-random"
+NONE, RANDOM_VGG = "none", "lpips-vgg-random"
 
 
-def build(family: str, options: argparse.Namespace) -> Prepared:
+def build(family: str, options: argparse.Namespace, distance: str = NONE) -> Prepared:
     """Build a run of one family at the requested sizes, ready to step."""
-    random_vgg = options.sd_backbone == RANDOM_VGG
+    random_vgg = distance == RANDOM_VGG
     settings: dict[str, Any] = {
         "data": str(_checkout.ROOT / "finetune" / "demo" / "faces-3d.zip"),
         "scratch": family,
@@ -73,9 +75,9 @@ def build(family: str, options: argparse.Namespace) -> Prepared:
         "batch": options.batch,
         "batch_gpu": options.batch_gpu or options.batch,
         "aug": "noaug",
-        "sd_weight": options.sd_weight,
-        # Whose weights need not be there; its place is taken below.
-        "sd_backbone": "l2" if random_vgg else options.sd_backbone,
+        "sd_weight": 0.0 if distance == NONE else "auto:1",
+        # l2 has no weights; the random network takes its place below.
+        "sd_backbone": "l2" if random_vgg else None if distance == NONE else distance,
         "sd_interval": 4 if random_vgg else None,
         "precision": options.precision,
         "deterministic": options.deterministic,
@@ -86,8 +88,8 @@ def build(family: str, options: argparse.Namespace) -> Prepared:
     prepared = prepare(TrainOptions(**settings))
     if not random_vgg or prepared.plan.distillation is None:
         return prepared
-    distance = build_distance("lpips-vgg", 3, prepared.plan.device, random_trunk=True)
-    distillation = dataclasses.replace(prepared.plan.distillation, distance=distance)
+    network = build_distance("lpips-vgg", 3, prepared.plan.device, random_trunk=True)
+    distillation = dataclasses.replace(prepared.plan.distillation, distance=network)
     return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, distillation=distillation))
 
 
@@ -171,9 +173,9 @@ def bare(config: TrainConfig, state: Any, plan: Any, batches: Iterator, cycles: 
     )
 
 
-def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the cycles of one family and arm; what they took."""
-    prepared = build(family, options)
+def measure(family: str, arm: str, distance: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the cycles of one family, arm and distance; what they took."""
+    prepared = build(family, options, distance)
     device = prepared.plan.device
     shape = [options.batch, prepared.facts.channels, *prepared.image_set.size]
     generator = torch.Generator().manual_seed(options.seed)
@@ -214,50 +216,47 @@ def measure(family: str, arm: str, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def results_of(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
-    """Measure all families and arms in turn; yield the results after each."""
-    results: dict[tuple[str, str], dict[str, Any]] = {}
+Results = dict[tuple[str, str, str], dict[str, Any]]  # by family, arm and distance
+
+
+def results_of(options: argparse.Namespace) -> Iterator[Results]:
+    """Measure all families, arms and distances in turn; yield the results after each."""
+    results: Results = {}
     for _ in range(options.rounds):
-        for family in options.families:
-            for arm in options.arms:
-                found = measure(family, arm, options)
-                before = results.get((family, arm))
-                found["cycles"] = (before["cycles"] if before else []) + found["cycles"]
-                results[family, arm] = found
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                yield results
+        for key in itertools.product(options.families, options.arms, options.distances):
+            found = measure(*key, options)
+            before = results.get(key)
+            found["cycles"] = (before["cycles"] if before else []) + found["cycles"]
+            results[key] = found
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            yield results
 
 
-def tables(results: dict[tuple[str, str], dict[str, Any]], options: argparse.Namespace) -> list[str]:
-    """Return s/kimg of each family and arm, its phases, and the kernels of the profiled ones."""
+def tables(results: Results, options: argparse.Namespace) -> list[str]:
+    """Return s/kimg of each family, arm and distance, the phases, and the kernels of the profiled ones."""
     kimg = CYCLE * options.batch / 1000
     phases = sorted({name for result in results.values() for name in result["phases"]})
-    header = ["family", "arm", "s/kimg", "images/s", "cycles (s)", "first (s)", "busy", "peak (GiB)"]
-    header += ["first peak (GiB)"]
+    header = ["family", "arm", "distance", "s/kimg", "images/s", "cycles (s)", "first (s)", "busy"]
+    header += ["peak (GiB)", "first peak (GiB)"]
     header += [f"{name} (s/kimg)" for name in phases]
     rows, listed = [], []
-    for (family, arm), result in results.items():
+    for key, result in results.items():
         median = statistics.median(result["cycles"])
         busy = "–"
         if result["kernels"] is not None:
             kernels, covered = result["kernels"]
             busy = f"{covered / median:.0%}"
-            name = f"{CYCLE} steps, {family}, {arm}"
+            name = f"{CYCLE} steps, {', '.join(key)}"
             listed.append(kernel_table(name, kernels, covered, median, result["profiled"]))
         rows.append([
-            *(family, arm, f"{median / kimg:.3g}", f"{1000 * kimg / median:.4g}"),
+            *(*key, f"{median / kimg:.3g}", f"{1000 * kimg / median:.4g}"),
             *(" ".join(f"{each:.2f}" for each in result[name]) for name in ("cycles", "first")),
             *(busy, *(f"{result[name]:.2f}" if result[name] else "–" for name in ("gib", "first_gib"))),
             *(f"{result['phases'].get(name, 0.0) / kimg:.3g}" for name in phases),
         ])  # fmt: skip
     return [table(header, rows), *listed]
-
-
-def weight(text: str) -> float | str:
-    """Parse a value of `--sd-weight`."""
-    return text if text.startswith("auto:") else float(text)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -283,8 +282,7 @@ def parser_of_steps() -> argparse.ArgumentParser:
     add_shared_options(parser)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--batch-gpu", type=int, help="images at once; by default the batch")
-    parser.add_argument("--sd-weight", type=weight, default=0.0, help="a number, or auto:RATIO")
-    parser.add_argument("--sd-backbone", default="efficientnet-lite0", help=f"also {RANDOM_VGG}")
+    parser.add_argument("--distances", nargs="+", default=[NONE], choices=(NONE, RANDOM_VGG, *BACKBONES))
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--graphs", default="auto", choices=GRAPHS, help="CUDA graphs of the phases")
     parser.add_argument("--deterministic", action="store_true", help="as `finetune train --deterministic`")

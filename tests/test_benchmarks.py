@@ -307,16 +307,18 @@ class TestSteps:
         assert [p.shape for p in rotating.D.parameters()] == [p.shape for p in plain.D.parameters()]
 
     def test_benchmarks_cycle_of_the_real_loop_is_measured(self, modules, monkeypatch, capsys, tmp_path):
-        words = "--families stylegan2 --sd-weight auto:1 --sd-backbone l2 --resolution 16 --cbase 64 --cmax 8"
-        words += f" --batch 4 --warmup 0 --cycles 1 --arms auto --out {tmp_path}/step.md"
+        words = "--families stylegan2 --distances none l2 --resolution 16 --cbase 64 --cmax 8 --batch 4"
+        words += f" --warmup 0 --cycles 1 --arms auto --out {tmp_path}/step.md"
         monkeypatch.setattr(sys, "argv", ["bench_step.py", *words.split()])
         modules["bench_step"].main()
         said = capsys.readouterr().out
         assert said == (tmp_path / "step.md").read_text() + "\n" and "; seed 0; " in said
-        header, _, row = [line.split(" | ") for line in said.splitlines() if line.startswith("|")]
-        found = dict(zip(header, row, strict=True))
+        header, _, *rows = [line.split(" | ") for line in said.splitlines() if line.startswith("|")]
+        plain, distilled = [dict(zip(header, row, strict=True)) for row in rows]
+        assert (plain["distance"], distilled["distance"]) == ("none", "l2")
         assert all(
-            float(found[f"{name} (s/kimg)"]) > 0 for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
+            float(distilled[f"{name} (s/kimg)"]) > 0
+            for name in ("Gmain", "Greg", "Gdistill", "Dmain", "Dreg")
         )
 
 
