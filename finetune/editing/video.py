@@ -144,7 +144,8 @@ def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: i
     """Write images as mp4 (H.264), GIF (256 colors, 1/100 s) or WebP by the suffix, or as PNGs in a folder.
 
     `count` is the number of images. Transparency is laid on white except in WebP and PNG. WriteError if the
-    file cannot be written; a file that was at `path` before is then untouched.
+    file cannot be written; a file that was at `path` before is then untouched. In a folder, frames of an
+    earlier video are replaced.
     """
     check_kind(path, fps)
     kind = path.suffix.lower()
@@ -152,6 +153,9 @@ def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: i
         path.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
             image.save(path / f"frame{index:05d}.png")
+        for old in path.glob("frame[0-9]*.png"):  # of a longer video
+            if old.stem[5:].isdigit() and int(old.stem[5:]) >= count:
+                old.unlink()
         return
     with atomic_write(path) as stream:
         if kind == ".mp4":
