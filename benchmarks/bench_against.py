@@ -50,7 +50,10 @@ def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> floa
         "MALLOC_MMAP_THRESHOLD_": str(allocator.LARGEST_BLOCK),
         "MALLOC_TRIM_THRESHOLD_": str(allocator.NEVER_TRIM),
     }
-    text = subprocess.check_output(command, env=env, text=True)
+    try:
+        text = subprocess.check_output(command, env=env, text=True)
+    except subprocess.CalledProcessError as error:  # which has said why
+        sys.exit(f"{program} failed with exit code {error.returncode}")
     header, _, row = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     found = {name.strip(): value for name, value in zip(header, row)}
     return float(found.get("images/s") or found["images a second"])

@@ -363,6 +363,11 @@ class TestAgainst:
             with pytest.raises(SystemExit, match="2"):
                 self.against(modules, monkeypatch, *words)
             assert message in capsys.readouterr().err
+        (tmp_path / "benchmarks").mkdir()
+        (tmp_path / "benchmarks" / "bench_step.py").write_text("raise SystemExit(3)")
+        monkeypatch.setattr(modules["bench_against"]._checkout, "ROOT", tmp_path)
+        with pytest.raises(SystemExit, match=r"bench_step.py failed with exit code 3"):
+            self.against(modules, monkeypatch, tmp_path, "--families", "stylegan2")
 
 
 def test_benchmarks_kernels_and_busy_time(modules):
