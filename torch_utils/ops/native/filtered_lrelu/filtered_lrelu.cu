@@ -500,15 +500,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(con
 #endif
     read_taps(p, up, down);
     const int tiles_x = (p.out_w + SG_TILE_W - 1) / SG_TILE_W, tiles_y = (p.out_h + p.tile_h - 1) / p.tile_h;
-    const long long total = static_cast<long long>(p.n) * p.c * tiles_x * tiles_y;
-    for (long long work = blockIdx.x; work < total; work += gridDim.x) {
-        const int tile_x = static_cast<int>(work % tiles_x), tile_y = static_cast<int>(work / tiles_x % tiles_y);
-        const long long plane = work / tiles_x / tiles_y;
-        const offset_t n = static_cast<offset_t>(plane / p.c), c = static_cast<offset_t>(plane % p.c);
+    // There are no more tiles than elements, and divisions of 64 bits would be a tenth of all instructions.
+    const unsigned_t total = static_cast<unsigned_t>(p.n) * p.c * tiles_x * tiles_y;
+    for (unsigned_t work = blockIdx.x; work < total; work += gridDim.x) {
+        const unsigned_t strip = work / tiles_x, plane = strip / tiles_y;
+        const int tile_x = static_cast<int>(work - strip * tiles_x), tile_y = static_cast<int>(strip - plane * tiles_y);
+        const offset_t n = static_cast<offset_t>(plane / p.c), c = static_cast<offset_t>(plane - n * static_cast<unsigned_t>(p.c));
         const int ox = tile_x * SG_TILE_W, oy = tile_y * p.tile_h;
         tile_t tile;
         tile.x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) + c * static_cast<offset_t>(p.x_stride[1]);
-        tile.mask = SG_MODE == SG_ACTIVATE ? p.mask : p.mask + plane * p.mask_h * static_cast<long long>(p.mask_row_bytes);
+        tile.mask = SG_MODE == SG_ACTIVATE ? p.mask : p.mask + static_cast<long long>(plane) * p.mask_h * p.mask_row_bytes;
         tile.bias = p.b && SG_MODE != SG_GATE ? load_acc(static_cast<const scalar*>(p.b) + c) : acc(0);
         tile.gx = ox * SG_DOWN, tile.gy = oy * SG_DOWN;
         // Exact divisions: tiles begin where the phase is the same.
