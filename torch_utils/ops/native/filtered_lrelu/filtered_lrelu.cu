@@ -29,7 +29,8 @@
 // SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D (0, 1), SG_PHASE_X, SG_PHASE_Y (the tap of the first input of
 // a tile), SG_MODE, SG_CLAMPS (0, 1), SG_TILE_W (outputs per row of a block; the number of rows is a launch argument),
 // SG_LOAD, SG_SHIFT (elements per load, and the position of a tile's first input in them), SG_STORE (elements
-// per store), SG_UNROLL (0: filters too large to unroll), SG_INDEX_64.
+// per store), SG_UNROLL (0: filters too large to unroll), SG_BLOCKS (whose registers must fit into a multiprocessor),
+// SG_INDEX_64.
 //
 // SG_ACTIVATE and SG_RECORD give bit-identical outputs for all tiles: sums are in the order of the taps, and
 // multiply-adds are explicit, so the compiler does not decide which products are rounded.
@@ -482,7 +483,7 @@ UNROLL
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) sg_filtered_lrelu_cuda(const sg_filtered_lrelu_params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS) sg_filtered_lrelu_cuda(const sg_filtered_lrelu_params p) {
     SG_SHARED_MEMORY;
     const int all_blocks = BLOCKS(p.tile_h), all_inputs = EARLY + all_blocks * INPUTS;
     const int in_accs = all_inputs * IN_P, filtered_accs = SG_SEPARABLE_D ? p.tile_h * THREADS : all_blocks * SG_PERIOD * GRID_P;
