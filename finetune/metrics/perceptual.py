@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from finetune.errors import ConfigError, WeightsMissing
+from torch_utils.ops.bias_act import bias_act
 
 SMALLEST = 32  # pixels; AlexNet and VGG pool smaller images away
 LARGEST_VALUE = 50.0  # no generator in working order goes there, images counted 0…255 do
@@ -108,12 +110,12 @@ def build_distance(
     if backbone.startswith("st-lpips-"):
         from finetune.metrics.st_lpips import StLpips
 
-        trunk = in_fast_layout(StLpips(backbone.removeprefix("st-lpips-"), device), device)
+        trunk = fast_on_cuda(StLpips(backbone.removeprefix("st-lpips-"), device), device)
         return Checked(FeatureDistance(trunk.stages, trunk.heads))
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
 
-        network = in_fast_layout(EfficientNetLite0(device), device)
+        network = fast_on_cuda(EfficientNetLite0(device), device)
         return Checked(FeatureDistance(network.stages))
     return Checked(lpips_distance(backbone.removeprefix("lpips-"), device, random_trunk=random_trunk))
 
@@ -184,9 +186,38 @@ class FeatureDistance:
         return total
 
 
-def in_fast_layout(network: Any, device: torch.device) -> Any:
-    """Put weights in channels-last order on CUDA, in which cuDNN's convolutions need no transposes."""
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+class ConvReLU(nn.Module):
+    """A convolution and the ReLU behind it, which takes one pass for bias and ReLU."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c = self.conv
+        x = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
+        return bias_act(x, c.bias, act="relu", gain=1)
+
+
+def join_relus(network: nn.Module) -> None:
+    """Replace convolutions that a ReLU follows, in chains of layers, by `ConvReLU`."""
+    for chain in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        for index in range(len(chain) - 1):
+            layer = chain[index]
+            if isinstance(layer, nn.Conv2d) and isinstance(chain[index + 1], nn.ReLU):
+                chain[index], chain[index + 1] = ConvReLU(layer), nn.Identity()
+
+
+def fast_on_cuda(network: Any, device: torch.device) -> Any:
+    """Prepare a network for CUDA; on other devices it stays as it is.
+
+    Weights get channels-last order, in which cuDNN's convolutions need no transposes, and ReLUs join the
+    convolutions before them.
+    """
+    if device.type != "cuda":
+        return network
+    join_relus(network)
+    return network.to(memory_format=torch.channels_last)
 
 
 def _as_rgb(img: torch.Tensor) -> torch.Tensor:
@@ -220,7 +251,7 @@ def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = Fal
 
     with _quiet_torchvision():
         network = lpips.LPIPS(net=trunk, pnet_rand=random_trunk, verbose=False)
-    network = in_fast_layout(network.eval().requires_grad_(False).to(device), device)
+    network = fast_on_cuda(network.eval().requires_grad_(False).to(device), device)
 
     def stages(img: torch.Tensor) -> list[torch.Tensor]:
         return list(network.net(network.scaling_layer(img)))

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from tolerances import SAME_F32, assert_close
 
 from finetune.errors import WeightsMissing
 from finetune.metrics import features
@@ -57,6 +58,21 @@ def test_effnet_gradients_reach_image_only(network):
     assert img.grad.abs().max() > 0
     assert all(p.grad is None and not p.requires_grad for p in network.parameters())
     assert not network.training
+
+
+def test_effnet_bias_and_relu6_in_one_pass_change_nothing(network, monkeypatch):
+    img = (torch.rand(1, 3, 64, 64) * 2 - 1).requires_grad_()
+
+    def run():
+        maps = [*network.stages(img), network.pooled(img)]
+        return [*maps, *torch.autograd.grad(sum(x.square().mean() for x in maps), img)]
+
+    expected = run()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    found = run()
+    assert network.stem.relu6(img).grad_fn.name().startswith("bias_act")
+    for value, exact in zip(found, expected, strict=True):
+        assert_close(value, exact, SAME_F32)
 
 
 def test_effnet_pooled_any_size_and_gray(network):

@@ -8,8 +8,9 @@ import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from tolerances import NETWORK_F32, SAME_F32, assert_close
 
+from finetune.device import float32_math
 from finetune.errors import ConfigError, FinetuneError, WeightsMissing
 from finetune.metrics import perceptual
 from finetune.options import BACKBONES
@@ -71,6 +72,49 @@ def test_st_lpips_agrees_with_package(trunk, monkeypatch):
         with torch.no_grad():
             assert_close(ours(a, b), theirs(a, b).flatten(), 1e-4)
             assert torch.equal(ours(a, a.clone()), torch.zeros(2))
+
+
+def gradient(distance, a, b):
+    """The distances of two batches, and their gradient to the first."""
+    a = a.detach().requires_grad_()
+    values = distance(a, b)
+    return values.detach(), torch.autograd.grad(values.sum(), a)[0]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "joined"), [("lpips-vgg", 13), ("lpips-alex", 5), ("lpips-squeeze", 1), ("st-lpips-alex", 4)]
+)
+def test_join_relus_keeps_distances(backbone, joined, monkeypatch):
+    networks = []
+    monkeypatch.setattr(perceptual, "fast_on_cuda", lambda network, _: networks.append(network) or network)
+    distance = perceptual.build_distance(backbone, 3, CPU, random_trunk=True)
+    a, b = images(), images()
+    before = gradient(distance, a, b)
+    perceptual.join_relus(networks[0])
+    assert sum(isinstance(layer, perceptual.ConvReLU) for layer in networks[0].modules()) == joined
+    for value, expected in zip(gradient(distance, a, b), before, strict=True):
+        assert_close(value, expected, SAME_F32)
+    assert torch.equal(distance(a, a.clone()), torch.zeros(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name not in ("l2", "ms-ssim")])
+def test_distance_on_a_gpu_is_that_of_the_cpu(backbone):
+    a, b = images(), images()
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        torch.manual_seed(1)
+        distance = perceptual.build_distance(backbone, 3, device, random_trunk=True)
+        there = a.to(device)
+        with float32_math():
+            values, grad = gradient(distance, there, b.to(device))
+            assert not any(value.any() for value in gradient(distance, there, there.clone()))
+            assert_close(distance(there, b.to(device)), values, SAME_F32)  # without gradients
+        found.append((values.cpu(), grad.cpu()))
+    (expected, exact), (values, grad) = found
+    assert_close(values, expected, NETWORK_F32)
+    # A ReLU whose sign is a matter of rounding changes the gradient of the few pixels that it sees.
+    assert (grad - exact).norm() < 1e-2 * exact.norm()
 
 
 def reference_ms_ssim(a, b, window, scales):

@@ -13,7 +13,7 @@ from cuda_emulator import emulated as emulated
 from op_cases import CASES, derivatives, loss, run, tensors
 
 from torch_utils import custom_ops
-from torch_utils.ops import conv2d_resample, impl, upfirdn2d
+from torch_utils.ops import bias_act, conv2d_resample, impl, upfirdn2d
 from torch_utils.ops import fma as fma
 from torch_utils.ops.native import cuda, library, prebuild
 
@@ -135,5 +135,7 @@ def test_cuda_emulated_prebuild_matches_networks(on_cuda):
     image = torch.randn(1, 3, 16, 16)  # in float32, which no network keeps channels-last
     upfirdn2d.upsample2d(image, taps)
     upfirdn2d.downsample2d(image, taps)
+    maps = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last).requires_grad_(True)
+    bias_act.bias_act(maps, torch.randn(8), act="relu", gain=1).sum().backward()  # of LPIPS
     asked = {plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in on_cuda}
     assert len(asked) > 5 and asked <= set(listed)

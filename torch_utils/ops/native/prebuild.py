@@ -52,7 +52,9 @@ def _bias_act(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     shapes = [(features, CLAMP, False), (features, specs.NO_CLAMP, False), (dense, specs.NO_CLAMP, False)]
     if dtype == torch.float16:  # layers in half precision may be channels-last
         shapes.append((features, CLAMP, True))
-    kinds = itertools.product(("linear", "lrelu"), shapes)
+    kinds = list(itertools.product(("linear", "lrelu"), shapes))
+    if dtype == torch.float32:  # LPIPS
+        kinds.append(("relu", (features, specs.NO_CLAMP, True)))
     for (act, (shape, clamp, last)), order, has_bias in itertools.product(kinds, (0, 1), (True, False)):
         if not has_bias and (order or act != "linear" or shape is features):
             continue  # a layer without a bias or an activation has a gain at most
