@@ -104,7 +104,14 @@ def describe() -> dict[str, Any]:
     import finetune
     import torch_utils
     from torch_utils import custom_ops
-    from torch_utils.ops import bias_act, filtered_lrelu, fma, impl, upfirdn2d  # noqa: F401 (they register)
+    from torch_utils.ops import (  # noqa: F401 (they register)
+        bias_act,
+        filtered_lrelu,
+        fma,
+        impl,
+        unit_distance,
+        upfirdn2d,
+    )
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     facts: dict[str, Any] = {

@@ -20,6 +20,7 @@ from torch import nn
 
 from finetune.errors import ConfigError, WeightsMissing
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.unit_distance import unit_distance
 
 SMALLEST = 32  # pixels; AlexNet and VGG pool smaller images away
 LARGEST_VALUE = 50.0  # no generator in working order goes there, images counted 0…255 do
@@ -179,10 +180,8 @@ class FeatureDistance:
             total = total + (a[:, 3] - b[:, 3]).abs().mean(dim=[1, 2])
         maps = zip(self.stages(_as_rgb(a)), self.stages(_as_rgb(b)), strict=True)
         for index, (x, y) in enumerate(maps):
-            difference = (unit_length(x) - unit_length(y)).square()
-            if self.weights is not None:
-                difference = difference * self.weights[index].reshape(1, -1, 1, 1)
-            total = total + difference.sum(dim=1).mean(dim=[1, 2])
+            weights = None if self.weights is None else self.weights[index]
+            total = total + unit_distance(x, y, weights).mean(dim=[1, 2])
         return total
 
 
@@ -237,12 +236,6 @@ def _enlarge(img: torch.Tensor, size: list[int]) -> torch.Tensor:
         for old, new in zip(img.shape[2:], size, strict=True)
     )
     return rows.t() @ img @ columns
-
-
-def unit_length(x: torch.Tensor) -> torch.Tensor:
-    """Scale `[N, C, H, W]` to unit length over channels; 0 stays 0, with a finite gradient."""
-    # eps² inside the root: outside, as the package has it, the gradient at 0 is not a number.
-    return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
 def lpips_distance(trunk: str, device: torch.device, *, random_trunk: bool = False) -> FeatureDistance:

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 PARAMS = {
     "bias_act": ("sg_bias_act_params", params.BiasAct),
     "fma": ("sg_fma_params", params.Fma),
+    "unit_distance": ("sg_unit_distance_params", params.UnitDistance),
     "upfirdn2d": ("sg_upfirdn2d_params", params.Upfirdn2d),
     "filtered_lrelu": ("sg_filtered_lrelu_params", params.FilteredLrelu),
 }

@@ -70,6 +70,13 @@ def product(dtype, channels, channels_last, addend, with_gradients=False):
     return p
 
 
+def compared(dtype, channels, with_s, with_w=True):
+    """Maps of a perceptual distance, or their gradient."""
+    p = struct_of("unit_distance", torch.Size((4, channels, 38, 38)), dtype)
+    p.w, p.s = 4096 if with_w else None, 4096 if with_s else None
+    return p
+
+
 T, R = (12,), (12, 12)
 SPECS = {
     "lrelu_t": ("filtered_lrelu", lambda: lrelu(F16, 38, 2, 2, 9, T, T, params.RECORD)),
@@ -97,9 +104,17 @@ SPECS = {
     "fma_pixels_backward": ("fma", lambda: product(F16, 512, True, 0, True)),
     "fma_pixels_odd_backward": ("fma", lambda: product(torch.bfloat16, 37, True, 0, True)),
     "fma_double_backward": ("fma", lambda: product(torch.float64, 64, True, 0, True)),
+    "distance_vgg": ("unit_distance", lambda: compared(F32, 64, False)),
+    "distance_vgg_backward": ("unit_distance", lambda: compared(F32, 512, True)),
+    "distance_effnet_backward": ("unit_distance", lambda: compared(F32, 112, True, False)),
+    "distance_odd": ("unit_distance", lambda: compared(torch.bfloat16, 37, False)),
+    "distance_half_backward": ("unit_distance", lambda: compared(F16, 512, True)),
+    "distance_double_backward": ("unit_distance", lambda: compared(torch.float64, 64, True)),
+    "distance_most_channels_backward": ("unit_distance", lambda: compared(F32, 2047, True)),
     "act_double": ("bias_act", lambda: act(torch.float64, "softplus", 0)),
 }
-ON_ALL = ("lrelu_t", "fir_up", "fma_pixels_backward", "act_lrelu_db")  # one of each source
+# One of each source.
+ON_ALL = ("lrelu_t", "fir_up", "fma_pixels_backward", "act_lrelu_db", "distance_vgg_backward")
 
 
 def plan_of(name, capability):

@@ -15,6 +15,7 @@ from op_cases import CASES, derivatives, loss, run, tensors
 from torch_utils import custom_ops
 from torch_utils.ops import bias_act, conv2d_resample, impl, upfirdn2d
 from torch_utils.ops import fma as fma
+from torch_utils.ops import unit_distance as unit_distance
 from torch_utils.ops.native import cuda, library, prebuild
 
 EXACT = 1e-12
@@ -93,7 +94,7 @@ def test_cuda_emulated_recording_for_a_gradient_changes_no_bit(case, on_cuda):
 
 def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):
     cpu = torch.device("cpu")
-    assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 4
+    assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 5
     right = cuda._run
 
     def wrong(op, x, pointers, numbers):
@@ -136,6 +137,7 @@ def test_cuda_emulated_prebuild_matches_networks(on_cuda):
     upfirdn2d.upsample2d(image, taps)
     upfirdn2d.downsample2d(image, taps)
     maps = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last).requires_grad_(True)
-    bias_act.bias_act(maps, torch.randn(8), act="relu", gain=1).sum().backward()  # of LPIPS
+    y = bias_act.bias_act(maps, torch.randn(8), act="relu", gain=1)  # LPIPS, whose convolutions are torch's
+    library.unit_distance(y, maps.detach(), torch.randn(8)).mean().backward()
     asked = {plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in on_cuda}
     assert len(asked) > 5 and asked <= set(listed)

@@ -39,6 +39,8 @@ def registered_calls():
         "bias_act_grad": (dy, x, b, y, *act, True),
         "fma": (x, s, c),
         "fma_grad": (dy, x, s, True, True),
+        "unit_distance": (x, dy, b.detach()),
+        "unit_distance_grad": (c.detach()[:, 0], x.detach(), dy.detach(), b.detach()),
         "bias_act_grad2": (dy.detach(), dy.detach(), x.detach(), b.detach(), y, *act),
         "filtered_lrelu": (x, f, f, b, *layer, True),
         "filtered_lrelu_gate": (x, mask, f, f, *layer.gate(f)),
@@ -49,6 +51,7 @@ OPERATORS = [
     *("upfirdn2d", "bias_act", "bias_act_grad", "bias_act_grad2"),
     *("filtered_lrelu", "filtered_lrelu_gate"),
     *("fma", "fma_grad"),
+    *("unit_distance", "unit_distance_grad"),
 ]
 
 

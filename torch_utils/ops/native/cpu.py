@@ -105,6 +105,30 @@ def fma_grad(
     return da, db, dy.sum(1, keepdim=True) if with_dc else None
 
 
+def unit_distance(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
+    """Return the distance of x and y at each position, `[N, H, W]`; differentiable, in plain torch."""
+    difference = x * _per_length(x) - y * _per_length(y)
+    squares = difference.square() if w is None else difference.square() * w.reshape(-1, 1, 1)
+    return squares.sum(1).to(x.dtype)
+
+
+def unit_distance_grad(
+    s: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the gradient of x, channels-last, for the gradient s of the distance, in plain torch."""
+    scale = _per_length(x)
+    u = x * scale
+    du = 2 * s.unsqueeze(1) * (u - y * _per_length(y))
+    du = du if w is None else du * w.reshape(-1, 1, 1)
+    dx = scale * (du - u * (du * u).sum(1, keepdim=True))
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(dx)
+
+
+def _per_length(x):
+    # eps² inside the root: outside, as the package lpips has it, the gradient at 0 is not a number.
+    return torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10)
+
+
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
     """Return `clamp(act(x + b) * gain)` in dense memory, in the order of axes of `x`."""
     return _bias_act(x, None, None, b, spec, 0, False)[0]

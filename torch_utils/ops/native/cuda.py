@@ -191,11 +191,39 @@ def _empty_sums(images: Images, x: torch.Tensor) -> torch.Tensor:
     return torch.empty(images.sums_shape(params.DTYPES[x.dtype]), dtype=dtype, device=x.device)
 
 
+def unit_distance(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
+    """Return the distance of x and y at each position, `[N, H, W]`."""
+    return _unit_distance(x, y, w, None, x.new_empty((x.shape[0], *x.shape[2:])))
+
+
+def unit_distance_grad(
+    s: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the gradient of x, channels-last, for the gradient s of the distance."""
+    return _unit_distance(x, y, w, s, torch.empty_like(x, memory_format=torch.channels_last))
+
+
+def _unit_distance(x, y, w, s, out):
+    if x.numel() == 0:
+        return out.zero_()
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    pointers = {"x": x.data_ptr(), "y": y.data_ptr(), "out": out.data_ptr()}
+    if w is not None:
+        w = w.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+        pointers["w"] = w.data_ptr()
+    if s is not None:
+        s = s.contiguous()
+        pointers["s"] = s.data_ptr()
+    _run("unit_distance", x, pointers, (x.shape, x.dtype))
+    return out
+
+
 # ---- Plans and launches
 
 _MAKE = {
     "bias_act": specs.bias_act_params,
     "fma": specs.fma_params,
+    "unit_distance": specs.unit_distance_params,
     "upfirdn2d": specs.upfirdn2d_params,
     "filtered_lrelu": specs.filtered_lrelu_params,
 }

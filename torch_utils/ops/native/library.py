@@ -240,6 +240,63 @@ FMA_GRAD = NativeOp(
 FMA_GRAD.register(_fma_grad_fake, _fma_grad_setup, _fma_grad_backward)
 
 
+# ---- unit_distance: symmetric, so the gradient to y is that to x with both exchanged
+
+
+def unit_distance(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
+    """Run the op with first gradients to x and y."""
+    return UNIT_DISTANCE(x, y, w)
+
+
+def _unit_distance(x, y, w):
+    return kernels(x).unit_distance(x, y, w)
+
+
+def _unit_distance_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _unit_distance_backward(ctx, s):
+    x, y, w = ctx.saved_tensors
+    dx = UNIT_DISTANCE_GRAD(s, x, y, w) if ctx.needs_input_grad[0] else None
+    dy = UNIT_DISTANCE_GRAD(s, y, x, w) if ctx.needs_input_grad[1] else None
+    return dx, dy, None
+
+
+def _unit_distance_fake(x, y, w):
+    return x.new_empty((x.shape[0], *x.shape[2:]))
+
+
+UNIT_DISTANCE = NativeOp("unit_distance", "(Tensor x, Tensor y, Tensor? w) -> Tensor", 2, _unit_distance)
+UNIT_DISTANCE.register(_unit_distance_fake, _unit_distance_setup, _unit_distance_backward)
+
+
+def _unit_distance_grad(s, x, y, w):
+    return kernels(x).unit_distance_grad(s, x, y, w)
+
+
+def _unit_distance_grad_setup(ctx, inputs, output) -> None:
+    pass
+
+
+def _unit_distance_grad_backward(ctx, grad):
+    raise RuntimeError("unit_distance: second gradients exist in plain torch only; set FINETUNE_OPS=ref")
+
+
+def _unit_distance_grad_fake(s, x, y, w):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+UNIT_DISTANCE_GRAD = NativeOp(
+    "unit_distance_grad",
+    "(Tensor s, Tensor x, Tensor y, Tensor? w) -> Tensor",
+    *(3, _unit_distance_grad),
+)
+UNIT_DISTANCE_GRAD.register(
+    _unit_distance_grad_fake, _unit_distance_grad_setup, _unit_distance_grad_backward
+)
+
+
 # ---- bias_act: elementwise, differentiated from its output (from its input for swish)
 
 

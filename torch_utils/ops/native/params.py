@@ -54,6 +54,16 @@ class Fma(ctypes.Structure):
     ]
 
 
+class UnitDistance(ctypes.Structure):
+    """unit_distance/unit_distance.h"""
+
+    _fields_ = [
+        *_fields(_p, "x y w s out"),
+        *_fields(_l, "positions"),
+        *_fields(_i, "channels dtype"),
+    ]
+
+
 class Upfirdn2d(ctypes.Structure):
     """upfirdn2d/upfirdn2d.h"""
 

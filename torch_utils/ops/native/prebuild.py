@@ -1,4 +1,4 @@
-"""The CUDA specializations that StyleGAN2 and StyleGAN3 need, for building ahead of time.
+"""The CUDA specializations that StyleGAN2, StyleGAN3 and LPIPS need, for building ahead of time.
 
 Specializations that are missing here are compiled at their first use.
 """
@@ -36,8 +36,8 @@ def specializations(
     """Return one plan for each specialization, of no particular launch."""
     found = {}
     for dtype in dtypes:
-        needed = (_bias_act(dtype), _fma(dtype), _upfirdn2d(dtype), _filtered_lrelu(dtype))
-        for op, struct in itertools.chain(*needed):
+        needed = (_bias_act, _fma, _unit_distance, _upfirdn2d, _filtered_lrelu)
+        for op, struct in itertools.chain(*(each(dtype) for each in needed)):
             for name in ("input", "out", "x", "y"):
                 if hasattr(struct, name):
                     setattr(struct, name, ALIGNED)
@@ -93,6 +93,15 @@ def _product(shape: tuple[int, ...], last: bool, dtype: torch.dtype, addend: int
     p = specs.fma_params(torch.Size(shape), not last, dtype, addend, True)
     p.b, p.c = ALIGNED, ALIGNED if addend != params.NO_ADDEND else None
     return p
+
+
+def _unit_distance(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    # LPIPS, in whose maps a thread holds 1, 2 or 4 vectors.
+    for channels in (128, 256, 512) if dtype == torch.float32 else ():
+        for with_s in (False, True):
+            p = specs.unit_distance_params(torch.Size((4, channels, 32, 32)), dtype)
+            p.w, p.s = ALIGNED, ALIGNED if with_s else None
+            yield "unit_distance", p
 
 
 def _upfirdn2d(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:

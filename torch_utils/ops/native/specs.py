@@ -265,6 +265,14 @@ def fma_params(
     return p
 
 
+def unit_distance_params(shape: torch.Size, dtype: torch.dtype) -> params.UnitDistance:
+    """Fill in the struct except pointers."""
+    p = params.UnitDistance()
+    p.positions, p.channels = shape[0] * shape[2] * shape[3], shape[1]
+    p.dtype = params.DTYPES[dtype]
+    return p
+
+
 def upfirdn2d_params(
     shape: torch.Size,
     x_strides: tuple[int, ...],

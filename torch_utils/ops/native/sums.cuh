@@ -1,4 +1,4 @@
-// Channel sums within a pass over dense images; shared by fma and the gradient of bias_act.
+// Channel sums within a pass over dense images; shared by fma, unit_distance and the gradient of bias_act.
 //
 // Macros: SG_VECTOR (elements per load), SG_PLANAR (1: memory is [groups, size], one channel per group;
 // 0: memory is [groups, size, channels]), SG_CHUNKS (vectors of one pixel per thread; 1 if planar).

@@ -1,0 +1,1 @@
+"""Kernels of unit_distance."""
