@@ -27,7 +27,13 @@ struct dim3 {
     unsigned x, y, z;
 };
 
+const unsigned MARGIN = 4096;  // bytes behind the shared memory of a block
+
 enum state { READY, AT_BARRIER, AT_VOTE, DONE };
+
+struct words {
+    unsigned w[6];
+};
 
 struct fiber {
     ucontext_t context;
@@ -36,14 +42,14 @@ struct fiber {
     unsigned lane, warp;
     state now;
     bool ballot;
-    double given;  // to the other lanes
+    words given;  // to the other lanes
 };
 
 struct machine {
     dim3 grid, block, index;
     std::vector<fiber> fibers;
     std::vector<unsigned> votes;  // of each warp, when all its lanes have voted
-    std::vector<double> given;    // by each thread, likewise
+    std::vector<words> given;     // by each thread, likewise
     fiber* current = nullptr;
     ucontext_t scheduler;
     std::vector<unsigned char> shared;
@@ -86,7 +92,7 @@ inline void run_block(machine& m) {
     const unsigned count = m.block.x * m.block.y * m.block.z;
     m.fibers.resize(count, fiber());
     m.votes.assign(count / 32 + 1, 0);
-    m.given.assign((count / 32 + 1) * 32, 0);
+    m.given.assign((count / 32 + 1) * 32, words());
     for (unsigned i = 0; i < count; ++i) {
         fiber& f = m.fibers[i];
         const size_t size = 64 * 1024;
@@ -133,11 +139,20 @@ inline unsigned ballot(bool value) {
     return the().votes[warp];
 }
 
-inline double from_lane(double value, unsigned mask) {
-    the().current->given = value;
-    const unsigned thread = the().current->warp * 32 + (the().current->lane ^ mask);
+// Give words to the lanes of the warp, and return theirs, valid until the next exchange.
+inline const words* exchange(const words& mine) {
+    the().current->given = mine;
+    const unsigned warp = the().current->warp;
     pause(AT_VOTE);
-    return the().given[thread];
+    return &the().given[warp * 32];
+}
+
+inline double from_lane(double value, unsigned mask) {
+    words mine = {};
+    std::memcpy(&mine, &value, sizeof value);
+    const unsigned lane = the().current->lane ^ mask;
+    std::memcpy(&value, exchange(mine) + lane, sizeof value);
+    return value;
 }
 
 inline unsigned bits_of(float f) {
@@ -163,6 +178,34 @@ inline unsigned short float_to_half(float v) {
     unsigned short h;
     std::memcpy(&h, &f, 2);
     return h;
+}
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 * i + j has the address of row j of matrix i.
+inline void ldmatrix_x4(const void* row, unsigned* found) {
+    const machine& m = the();
+    const size_t offset = static_cast<const unsigned char*>(row) - m.shared.data();
+    if (offset % 16 || offset + 16 > m.shared.size() - MARGIN) the().error = "ldmatrix reads elsewhere, or not aligned";
+    const unsigned lane = m.current->lane;
+    const words* const given = exchange({{static_cast<unsigned>(offset)}});
+    if (m.error) return;
+    for (unsigned i = 0; i < 4; ++i) std::memcpy(found + i, &m.shared[given[8 * i + lane / 4].w[0] + lane % 4 * 4], 4);
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32. The PTX manual has the place of each element.
+inline void mma_m16n8k16(unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, float* sums) {
+    const unsigned lane = the().current->lane;
+    const words* const given = exchange({{a0, a1, a2, a3, b0, b1}});
+    const auto element = [&](unsigned row, unsigned k, unsigned first) {  // first: the register of element (0, 0)
+        const unsigned pair = given[row % 8 * 4 + k % 8 / 2].w[first];
+        return half_to_float(static_cast<unsigned short>(k % 2 ? pair >> 16 : pair));
+    };
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+        double sum = sums[i];
+        for (unsigned k = 0; k < 16; ++k)
+            sum += static_cast<double>(element(m, k, m / 8 + k / 8 * 2)) * element(n, k, 4 + k / 8);
+        sums[i] = static_cast<float>(sum);
+    }
 }
 
 }  // namespace sg_emulator
@@ -193,9 +236,9 @@ inline int max(int a, int b) { return a > b ? a : b; }
             for (unsigned y = 0; y < grid[1]; ++y)                                                                       \
                 for (unsigned x = 0; x < grid[0]; ++x) {                                                                 \
                     m.index = {x, y, z};                                                                                 \
-                    m.shared.assign(shared + 4096, 0xff); /* NaNs: what nobody wrote shows */                            \
+                    m.shared.assign(shared + sg_emulator::MARGIN, 0xff); /* NaNs: what nobody wrote shows */           \
                     sg_emulator::run_block(m);                                                                           \
-                    for (unsigned i = shared; i < shared + 4096; ++i)                                                    \
+                    for (unsigned i = shared; i < shared + sg_emulator::MARGIN; ++i)                                     \
                         if (m.shared[i] != 0xff) m.error = "a block writes behind its shared memory";                    \
                     if (m.error) return m.error;                                                                         \
                 }                                                                                                        \
