@@ -91,6 +91,9 @@ CASES = [
     # At the end, because a case draws its tensors by its place in the list.
     fir("channels_last_blur", (2, 16, 9, 7), (4, 4), "channels_last", padding=1, gain=4),
     fir("channels_last_not_a_product", (1, 8, 9, 6), (3, 5), "channels_last", padding=2, flip_filter=True),
+    lrelu("stylegan3_r_tiles", (1, 1, 69, 59), 12, (12, 12), up=2, down=2, padding=[11, 10, 11, 10], clamp=9),
+    lrelu("stylegan3_r_grows_even", (1, 2, 12, 14), 24, (12, 12), up=4, down=2, padding=9, clamp=256),
+    lrelu("odd_2d_down_filter", (1, 1, 8, 9), (5, 6), (9, 11), up=2, down=2, padding=9, clamp=256),
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch_utils.ops.native import cuda, params, specs
 from torch_utils.ops.native.bias_act.plan import plan as bias_act_plan
 from torch_utils.ops.native.building import NativeUnavailable, compilers, cuda_build
+from torch_utils.ops.native.filtered_lrelu.plan import plan as filtered_lrelu_plan
 from torch_utils.ops.native.plan import is_wide
 from torch_utils.ops.native.upfirdn2d.plan import plan as upfirdn2d_plan
 
@@ -85,6 +86,8 @@ SPECS = {
     "lrelu_t_grows_backward": ("filtered_lrelu", lambda: lrelu(F16, 52, 2, 4, 41, T, (24,), params.GATE)),
     "lrelu_r": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, T, R, params.RECORD)),
     "lrelu_r_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, R, T, params.GATE)),
+    "lrelu_r_float": ("filtered_lrelu", lambda: lrelu(F32, 36, 2, 2, 11, T, R, params.RECORD)),
+    "lrelu_r_grows": ("filtered_lrelu", lambda: lrelu(F16, 38, 4, 2, -6, (24,), R, params.ACTIVATE)),
     "lrelu_generate": ("filtered_lrelu", lambda: lrelu(torch.bfloat16, 38, 2, 2, 9, T, T, params.ACTIVATE)),
     "lrelu_double": ("filtered_lrelu", lambda: lrelu(torch.float64, 38, 2, 2, 9, T, T, params.RECORD)),
     "fir_up": ("upfirdn2d", lambda: fir(F16, 2, 1, (4, 4))),
@@ -114,7 +117,7 @@ SPECS = {
     "act_double": ("bias_act", lambda: act(torch.float64, "softplus", 0)),
 }
 # One of each source.
-ON_ALL = ("lrelu_t", "fir_up", "fma_pixels_backward", "act_lrelu_db", "distance_vgg_backward")
+ON_ALL = ("lrelu_t", "lrelu_r", "fir_up", "fma_pixels_backward", "act_lrelu_db", "distance_vgg_backward")
 
 
 def plan_of(name, capability):
@@ -170,6 +173,19 @@ def test_cuda_launch_is_one_that_a_gpu_takes(name):
             plan.shared_bytes
             <= {(7, 5): 64, (8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
         )
+
+
+def test_cuda_tensor_cores_filter_clamped_float16():
+    fitting = ("lrelu_r", "lrelu_r_grows")
+    for capability in ARCHITECTURES:
+        for name in SPECS:
+            takes = ("SG_TENSOR", 1) in plan_of(name, capability).defines
+            assert takes == (name in fitting and capability >= (8, 0)), (name, capability)
+    for change in (dict(clamp=-1.0), dict(clamp=math.inf), dict(dtype=params.DTYPES[torch.bfloat16])):
+        p = SPECS["lrelu_r"][1]()
+        for field, value in change.items():
+            setattr(p, field, value)
+        assert ("SG_TENSOR", 0) in filtered_lrelu_plan(p, (9, 0)).defines, change
 
 
 @pytest.mark.parametrize("channels", [32, 64, 96, 512])

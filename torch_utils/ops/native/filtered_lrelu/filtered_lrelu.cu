@@ -21,7 +21,8 @@
 //   +--------------------+ along x
 //
 // A 2-D up filter is applied in upsampled_t, straight from `in`; before a 2-D down filter, all rows of the tile's part
-// of the upsampled image (the grid) are stored in shared memory. Mask bits are collected there as well.
+// of the upsampled image (the grid) are stored in shared memory. Mask bits are collected there as well. On tensor cores
+// (tensor_cores.cuh), the grid and the taps of the 2-D down filter are rounded to float16.
 //
 // The mapping of taps to rows and columns is a compile-time constant, since every tile starts with the same phase.
 //
@@ -29,11 +30,12 @@
 // SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D (0, 1), SG_PHASE_X, SG_PHASE_Y (the tap of the first input of
 // a tile), SG_MODE, SG_CLAMPS (0, 1), SG_TILE_W (outputs per row of a block; the number of rows is a launch argument),
 // SG_LOAD, SG_SHIFT (elements per load, and the position of a tile's first input in them), SG_STORE (elements
-// per store), SG_UNROLL (0: filters too large to unroll), SG_BLOCKS (whose registers must fit into a multiprocessor),
-// SG_INDEX_64.
+// per store), SG_UNROLL (0: filters too large to unroll), SG_TENSOR (1: the 2-D down filter on tensor cores), SG_BLOCKS
+// (whose registers must fit into a multiprocessor), SG_INDEX_64.
 //
 // SG_ACTIVATE and SG_RECORD give bit-identical outputs for all tiles: sums are in the order of the taps, and
-// multiply-adds are explicit, so the compiler does not decide which products are rounded.
+// multiply-adds are explicit, so the compiler does not decide which products are rounded. On tensor cores, the order of the
+// sums depends on the column modulo 8.
 //
 // A row of the mask: for each 32 columns a word "not clamped" and a word "above zero" (warp ballots). With SG_RECORD,
 // tiles begin at multiples of 32 columns of the grid, so each word has one writer.
@@ -49,8 +51,12 @@
 
 // ---- Columns
 
-#define GRID_W ((SG_TILE_W - 1) * SG_DOWN + SG_TAPS_DX)  // columns of the upsampled image per tile
-#define THREADS UP_TO(32, GRID_W)
+#if SG_TENSOR
+#define GRID_W(columns) (UP_TO(8, columns) * SG_DOWN + 16)  // see tensor_cores.cuh
+#else
+#define GRID_W(columns) (((columns) - 1) * SG_DOWN + SG_TAPS_DX)  // columns of the upsampled image that outputs need
+#endif
+#define THREADS UP_TO(32, GRID_W(SG_TILE_W))
 #define STEPS_X ((SG_TAPS_UX + SG_UP - 1) / SG_UP)  // taps per input pixel
 #define FIRST_X(column) (((column) - SG_PHASE_X + SG_UP - 1) / SG_UP)  // input of a column, relative to the tile's first
 #define RUN (SG_UP * QUAD)                          // columns per thread in the filter along x
@@ -73,11 +79,14 @@
 // ---- The 2-D down filter: outputs of a thread, and rows of the grid in two halves, even and odd quads, so that
 // neighboring threads read neighboring quads
 
+#if !SG_TENSOR
 #define COLUMNS_2D (2 * QUAD % SG_DOWN == 0 ? 2 * QUAD / SG_DOWN : 1)
 #define ROWS_2D 4
 #define IN_HALVES (COLUMNS_2D * SG_DOWN == 2 * QUAD)
 #define HALF (THREADS / 2 + (THREADS % 64 == 0 ? 16 : 0))
 #define GRID_P (2 * HALF)
+#define GRID_ACCS(rows) ((rows) * GRID_P)
+#endif
 
 // ---- The 1-D down filter along x
 
@@ -88,7 +97,24 @@
 #define PADDED_UX (STEPS_X * SG_UP)
 #define PADDED_DX UP_TO(QUAD, SG_TAPS_DX)
 #define TAPS_U (SG_SEPARABLE_U ? SG_TAPS_UX + SG_TAPS_UY : SG_TAPS_UY * PADDED_UX)  // along x, then along y
+#if !SG_TENSOR
 #define TAPS_D (SG_SEPARABLE_D ? SG_TAPS_DX : SG_TAPS_DY * PADDED_DX)
+#endif
+
+// The tile of a block.
+struct tile_t {
+    const scalar* x;      // the image plane
+    unsigned char* mask;  // likewise
+    acc bias;
+    int ix, iy;           // of the first input
+    int gx, gy;           // of the first column and row of the upsampled image
+    int columns, rows;    // of outputs
+    int owned_w, owned_h; // of the grid: where this tile writes mask bits
+};
+
+#if SG_TENSOR
+#include "tensor_cores.cuh"
+#endif
 
 // Load the taps in correlation order; those of the up filter (along y) include the gain.
 __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc* up, acc* down) {
@@ -104,6 +130,9 @@ __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc
         up[k] = kx < SG_TAPS_UX ? fu[as_given ? i : SG_TAPS_UY * SG_TAPS_UX - 1 - i] * gain : acc(0);
 #endif
     }
+#if SG_TENSOR
+    read_down_taps(fd, as_given, down);
+#else
     for (int k = threadIdx.x; k < TAPS_D; k += THREADS) {
 #if SG_SEPARABLE_D
         down[k] = fd[as_given ? k : SG_TAPS_DX - 1 - k];
@@ -112,18 +141,8 @@ __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc
         down[k] = kx < SG_TAPS_DX ? fd[as_given ? i : SG_TAPS_DY * SG_TAPS_DX - 1 - i] : acc(0);
 #endif
     }
+#endif
 }
-
-// The tile of a block.
-struct tile_t {
-    const scalar* x;      // the image plane
-    unsigned char* mask;  // likewise
-    acc bias;
-    int ix, iy;           // of the first input
-    int gx, gy;           // of the first column and row of the upsampled image
-    int columns, rows;    // of outputs
-    int owned_w, owned_h; // of the grid: where this tile writes mask bits
-};
 
 // ---- Inputs
 
@@ -421,7 +440,7 @@ UNROLL
             if (column + c < tile.columns) write<SG_STORE>(to + c, sums + c);
     }
 }
-#else
+#elif !SG_TENSOR
 __device__ __forceinline__ int place(int column) {  // in a row of the grid
     if (!IN_HALVES) return column;
     return column / QUAD % 2 * HALF + column / (2 * QUAD) * QUAD + column % QUAD;
@@ -486,7 +505,12 @@ UNROLL
 extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS) sg_filtered_lrelu_cuda(const sg_filtered_lrelu_params p) {
     SG_SHARED_MEMORY;
     const int all_blocks = BLOCKS(p.tile_h), all_inputs = EARLY + all_blocks * INPUTS;
-    const int in_accs = all_inputs * IN_P, filtered_accs = SG_SEPARABLE_D ? p.tile_h * THREADS : all_blocks * SG_PERIOD * GRID_P;
+#if SG_SEPARABLE_D
+    const int filtered_accs = p.tile_h * THREADS;
+#else
+    const int filtered_accs = GRID_ACCS(all_blocks * SG_PERIOD);
+#endif
+    const int in_accs = all_inputs * IN_P;
     acc* const up = reinterpret_cast<acc*>(sg_shared_memory);
     acc* const down = up + UP_TO(QUAD, TAPS_U);
     acc* const in = down + UP_TO(QUAD, TAPS_D);
@@ -532,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS) sg_filtered_lre
         __syncthreads();
 #endif
         // Whole warps, for ballots.
-        if (static_cast<int>(threadIdx.x) / 32 * 32 < (tile.columns - 1) * SG_DOWN + SG_TAPS_DX) {
+        if (static_cast<int>(threadIdx.x) / 32 * 32 < GRID_W(tile.columns)) {
             activation_t activate(p, tile, end);
             upsampled_t upsampled(up, in, wide);
             filtered_t to(down, filtered);
