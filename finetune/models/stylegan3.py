@@ -74,6 +74,12 @@ def design_lowpass(num_taps, cutoff, width, sampling_rate, radial=False):
 # ---- Layers
 
 
+def products(a, b):
+    """Multiply the matrices of each sample, [N, M, K] and [N, K, P]."""
+    # Where it exists, in the precision of convolutions. Other code bases have torch's only.
+    return getattr(conv2d_gradfix, "bmm", torch.bmm)(a, b)
+
+
 def scale_channels(x, factors):
     """Multiply each channel of each sample of `x` [N, C, H, W] by its number in `factors` [N, C]."""
     factors = factors.to(x.dtype).reshape(x.shape[0], x.shape[1], 1, 1)
@@ -110,7 +116,7 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
         if demodulation is not None:
             per_sample = per_sample * demodulation.reshape(batch, channels_out, 1, 1, 1)
         if kernel == 1 and padding == 0:  # a matrix for each sample, in either memory format
-            y = torch.bmm(per_sample.to(x.dtype).flatten(2), x.flatten(2))
+            y = products(per_sample.to(x.dtype).flatten(2), x.flatten(2))
             return y.reshape(batch, channels_out, height, width)
         grouped = per_sample.to(x.dtype).reshape(batch * channels_out, channels_in, kernel, kernel)
         y = x.reshape(1, batch * channels_in, height, width)
@@ -275,7 +281,7 @@ class FourierInput(torch.nn.Module):
         if x.is_cuda:
             # Not `@`, which takes another kernel there if the weight needs gradients: a student and a teacher
             # of equal weights would differ in their last bits.
-            x = torch.bmm(weight.expand(w.shape[0], -1, -1), x.flatten(2))
+            x = products(weight.expand(w.shape[0], -1, -1), x.flatten(2))
         else:
             x = weight @ x.flatten(2)
         return x.reshape(w.shape[0], self.channels, self.size[1], self.size[0])

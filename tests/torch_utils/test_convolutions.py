@@ -208,6 +208,33 @@ def test_conv2d_split_float32_is_nearly_float32(monkeypatch, device):
         assert_close(ours.double(), exact.double(), SPLIT_F32, name)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_bmm_split_float32_is_nearly_float32(monkeypatch, device):
+    if device == "cpu":
+        monkeypatch.setattr(conv2d_gradfix, "_has_tf32", lambda device: True)
+    a = torch.randn(3, 64, 96, device=device, requires_grad=True)
+    b = (torch.randn(3, 96, 48, device=device) / 10).requires_grad_()
+    results = []
+    for double in (False, True):
+        left, right = (a.double(), b.double()) if double else (a, b)
+        with conv2d_gradfix.split_float32(enable=not double):
+            y = conv2d_gradfix.bmm(left, right)
+            assert type(y.grad_fn).__name__ == ("BmmBackward0" if double else "_MatrixProductBackward")
+            da, db = torch.autograd.grad(y.square().sum(), [a, b], create_graph=True)
+            results.append((y, da, db, *torch.autograd.grad(da.square().sum(), [a, b])))
+    for ours, exact, name in zip(*results, ("y", "da", "db", "dda", "ddb")):
+        assert_close(ours.double(), exact.double(), SPLIT_F32, name)
+
+
+def test_bmm_outside_the_block_is_that_of_torch(monkeypatch):
+    monkeypatch.setattr(conv2d_gradfix, "_has_tf32", lambda device: True)
+    a, b = torch.randn(2, 40, 40), torch.randn(2, 40, 40)
+    assert torch.equal(conv2d_gradfix.bmm(a, b), torch.bmm(a, b))
+    with conv2d_gradfix.split_float32():
+        assert torch.equal(conv2d_gradfix.bmm(a, b[:, :, :3]), torch.bmm(a, b[:, :, :3]))
+        assert not torch.equal(conv2d_gradfix.bmm(a, b), torch.bmm(a, b))
+
+
 def test_conv2d_outside_the_block_second_gradients_are_right():
     x = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)

@@ -14,7 +14,7 @@ regularization take second derivatives, so this matters on CUDA; elsewhere torch
 Inside `split_float32` C and T run on tensor cores for float32: each factor is split into its leading 11 bits,
 which TF32 holds exactly, and the rest, and of the four products all but that of the two rests is kept. The
 three products are one convolution over three times as many terms. W is left as it is: cuDNN's own float32
-kernels for it are faster than that.
+kernels for it are faster than that. `bmm` does the same for matrices, gradients included.
 Source: Ootomo and Yokota 2022 (2203.03341), for matrix products.
 """
 
@@ -54,7 +54,7 @@ _splitting = False
 
 @contextlib.contextmanager
 def split_float32(enable: bool = True) -> Iterator[None]:
-    """Run float32 convolutions on CUDA as three TF32 products inside the block.
+    """Run float32 convolutions, and products by `bmm`, on CUDA as three TF32 products inside the block.
 
     The error is some five times that of float32, because tensor cores cut off the last bits of a running sum
     where others round. Needs tensor cores with TF32 (compute capability 8.0); on other devices nothing
@@ -90,6 +90,11 @@ def conv_transpose2d(
         y = _TransposedConvolution.apply(input, weight, geometry, out_size)
         return y if bias is None else y + bias.reshape(1, -1, 1, 1)
     return F.conv_transpose2d(input, _gated(weight), bias, stride, padding, output_padding, groups, dilation)
+
+
+def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply matrices as `torch.bmm` does, with respect for `split_float32`."""
+    return _MatrixProduct.apply(a, b) if _splits_matrices(a, b) else torch.bmm(a, b)
 
 
 def _is_bilinear(input, weight) -> bool:
@@ -203,6 +208,33 @@ def _splits(a: torch.Tensor, b: torch.Tensor, groups: int) -> bool:
     return min(*a.shape[:2], *b.shape[:2]) >= _MANY_TERMS and _has_tf32(a.device)
 
 
+def _splits_matrices(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether the factors [N, M, K] and [N, K, P] are split."""
+    if not _splitting or a.dtype != torch.float32:
+        return False
+    return min(*a.shape[1:], b.shape[2]) >= _MANY_TERMS and _has_tf32(a.device)
+
+
+class _MatrixProduct(torch.autograd.Function):
+    """The product of [N, M, K] and [N, K, P], in three parts."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
+        a_leading, b_leading = _leading_bits(a), _leading_bits(b)
+        with _tf32():
+            y = torch.bmm(a - a_leading, b_leading)  # the small parts first
+            y.baddbmm_(a_leading, b - b_leading)
+            return y.baddbmm_(a_leading, b_leading)
+
+    @staticmethod
+    def backward(ctx, dy):
+        a, b = ctx.saved_tensors
+        da = bmm(dy, b.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        db = bmm(a.transpose(1, 2), dy) if ctx.needs_input_grad[1] else None
+        return da, db
+
+
 def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -225,15 +257,16 @@ def _leading_bits(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
-    """Allow cuDNN to compute in TF32."""
-    cudnn = torch.backends.cudnn
+    """Allow cuDNN and cuBLAS to compute in TF32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*TF32", category=UserWarning)
-        before, cudnn.allow_tf32 = cudnn.allow_tf32, True
+        before = cudnn.allow_tf32, matmul.allow_tf32
+        cudnn.allow_tf32 = matmul.allow_tf32 = True
         try:
             yield
         finally:
-            cudnn.allow_tf32 = before
+            cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 # ---- torch's own convolutions, for devices other than CUDA
