@@ -15,6 +15,16 @@ def switches():
     return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark
 
 
+def test_float32_math_limits_the_algorithms_that_cudnn_tries():
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark_limit
+    with training_math("auto"):
+        assert cudnn.benchmark_limit == 4 < before
+        with float32_math(tf32=True):  # as around the distance of self-distillation
+            assert cudnn.benchmark_limit == 4
+    assert cudnn.benchmark_limit == before
+
+
 def test_float32_math_disables_tf32():
     before = switches()
     assert before[0], "torch's default, which the block is there for, has changed"
