@@ -52,7 +52,8 @@ step() { # step NAME SECONDS OPTIONS…: whole training steps
 }
 
 # -p no:benchmark: the plugin, where it is installed, warns about xdist, and the tests make errors of warnings.
-tests=("$python" -m pytest -p no:cacheprovider -p no:benchmark)
+# -vv: a line for each test, so that a run that is cut off leaves the names of those that failed.
+tests=("$python" -m pytest -vv -p no:cacheprovider -p no:benchmark)
 if [[ $device == cuda ]]; then
     workers=$(($(nproc) * 5 / 8)) # most of the tests' time is the compiling of kernels
     ((workers < 10)) || workers=10
