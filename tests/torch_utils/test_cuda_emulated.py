@@ -13,7 +13,7 @@ from cuda_emulator import emulated as emulated
 from op_cases import CASES, derivatives, loss, run, tensors
 
 from torch_utils import custom_ops
-from torch_utils.ops import bias_act, conv2d_resample, impl, upfirdn2d
+from torch_utils.ops import bias_act, conv2d_resample, filtered_lrelu, impl, upfirdn2d
 from torch_utils.ops import fma as fma
 from torch_utils.ops import unit_distance as unit_distance
 from torch_utils.ops.native import cuda, library, prebuild
@@ -122,6 +122,21 @@ def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypa
     assert impl.problem("upfirdn2d", cpu).startswith("upfirdn2d is wrong on cpu, by ")
     monkeypatch.setattr(cuda, "_run", lambda *args: 1 / 0)
     assert impl.problem("bias_act", cpu) == "bias_act fails on cpu: division by zero"
+
+
+def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(on_cuda, monkeypatch):
+    x = torch.randn(2, 3, 12, 12)
+    b, f = torch.tensor([0.5, -0.5, 0.1]), torch.tensor([1.0, 3, 3, 1]) / 8
+    error = filtered_lrelu._trial_in_half(x, b, f)
+    assert error < impl.TOLERANCE / 4 and ("SG_TENSOR", 1) in on_cuda[0].defines
+    right = cuda._run
+
+    def wrong(op, x, pointers, numbers):
+        right(op, x, pointers, numbers)
+        ctypes.memset(pointers["y"], 0, 64)
+
+    monkeypatch.setattr(cuda, "_run", wrong)
+    assert filtered_lrelu._trial_in_half(x, b, f) > impl.TOLERANCE
 
 
 def test_cuda_emulated_failed_trial_falls_back_for_that_op(monkeypatch):

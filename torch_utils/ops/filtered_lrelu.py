@@ -169,7 +169,18 @@ def _trial(device: torch.device) -> float:
     x = torch.linspace(-2, 2, 2 * 3 * 12 * 12, device=device).reshape(2, 3, 12, 12).sin()
     b, f = torch.tensor([0.5, -0.5, 0.1], device=device), torch.tensor([1.0, 3, 3, 1], device=device) / 8
     kernel = native.filtered_lrelu(x, f, f, b, FilteredLreluSpec(2, 2, 3, 3, 12, 12, False, 4.0, 0.2, 0.5))
-    return float((kernel - filtered_lrelu(x, f, f, b, 2, 2, 3, gain=1, clamp=0.5, impl="ref")).abs().max())
+    error = float((kernel - filtered_lrelu(x, f, f, b, 2, 2, 3, gain=1, clamp=0.5, impl="ref")).abs().max())
+    return max(error, _trial_in_half(x, b, f)) if device.type == "cuda" else error
+
+
+def _trial_in_half(x: torch.Tensor, b: torch.Tensor, fu: torch.Tensor) -> float:
+    """Return the difference on tensor cores, in float16, scaled to the precision of float32."""
+    wave = torch.arange(8, device=x.device).mul(0.4).sin()
+    fd = wave.outer(wave.flip(0)) / 16  # different in each direction
+    spec = FilteredLreluSpec(2, 2, 4, 4, 12, 12, False, 4.0, 0.2, 0.5)
+    kernel = native.filtered_lrelu(x.half(), fu, fd, b.half(), spec)
+    plain = filtered_lrelu(x, fu, fd, b, 2, 2, [4, 5, 4, 5], gain=1, clamp=0.5, impl="ref")
+    return float((kernel - plain).abs().max()) * 2**-6
 
 
 _impl.register("filtered_lrelu", _trial)
