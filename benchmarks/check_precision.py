@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--cbase", type=int, default=16384)
     parser.add_argument("--cmax", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32, help="float32 is split in batches of 32 and more")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")

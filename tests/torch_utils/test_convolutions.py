@@ -235,6 +235,19 @@ def test_bmm_outside_the_block_is_that_of_torch(monkeypatch):
         assert not torch.equal(conv2d_gradfix.bmm(a, b), torch.bmm(a, b))
 
 
+@pytest.mark.parametrize(
+    ("images", "channels", "pixels", "splits"),
+    [(32, 64, 4, True), (8, 64, 8, True), (2, 32, 16, True), (8, 64, 4, False), (32, 31, 16, False)],
+)
+def test_conv2d_splits_where_it_pays(monkeypatch, images, channels, pixels, splits):
+    monkeypatch.setattr(conv2d_gradfix, "_has_tf32", lambda device: True)
+    x, w = torch.empty(images, channels, pixels, pixels), torch.empty(64, channels, 3, 3)
+    assert not conv2d_gradfix._splits(x, w, 1)
+    with conv2d_gradfix.split_float32():
+        assert conv2d_gradfix._splits(x, w, 1) == splits
+        assert not conv2d_gradfix._splits(x.half(), w.half(), 1)
+
+
 def test_conv2d_outside_the_block_second_gradients_are_right():
     x = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)

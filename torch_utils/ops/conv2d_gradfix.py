@@ -198,21 +198,23 @@ class _WeightGradient(torch.autograd.Function):
 
 # ---- Float32 on tensor cores
 
-_MANY_TERMS = 32  # images and channels of both factors from which three products on tensor cores are faster
+# Channels, and pixels of a batch, from which three products on tensor cores take less time, with splitting.
+_MANY_CHANNELS, _MANY_PIXELS = 32, 512
 
 
-def _splits(a: torch.Tensor, b: torch.Tensor, groups: int) -> bool:
+def _splits(img: torch.Tensor, w: torch.Tensor, groups: int) -> bool:
     """Return whether the factors of a convolution are split."""
-    if not _splitting or a.dtype != torch.float32 or groups > 1:
+    if not _splitting or img.dtype != torch.float32 or groups > 1:
         return False
-    return min(*a.shape[:2], *b.shape[:2]) >= _MANY_TERMS and _has_tf32(a.device)
+    pixels = img.shape[0] * img.shape[2] * img.shape[3]
+    return min(w.shape[:2]) >= _MANY_CHANNELS and pixels >= _MANY_PIXELS and _has_tf32(img.device)
 
 
 def _splits_matrices(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether the factors [N, M, K] and [N, K, P] are split."""
     if not _splitting or a.dtype != torch.float32:
         return False
-    return min(*a.shape[1:], b.shape[2]) >= _MANY_TERMS and _has_tf32(a.device)
+    return min(*a.shape[1:], b.shape[2]) >= _MANY_CHANNELS and _has_tf32(a.device)
 
 
 class _MatrixProduct(torch.autograd.Function):
