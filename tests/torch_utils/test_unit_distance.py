@@ -29,7 +29,7 @@ SHAPES = {
     "two_channels": (2, 2, 3, 2),
     "batch_of_none": (0, 8, 4, 4),
 }
-FAST = ("vgg", "vgg_deep", "lanes_without_channels", "odd", "batch_of_none")
+FAST = ("vgg_deep", "odd", "batch_of_none")
 EACH = pytest.mark.parametrize(
     "case", [pytest.param(id, marks=() if id in FAST else pytest.mark.slow) for id in SHAPES]
 )
