@@ -15,11 +15,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from cuda_emulator import emulated as emulated
 from PIL import Image
 
 from finetune.metrics import evaluate
 from finetune.options import TrainOptions
 from torch_utils.ops import bias_act, filtered_lrelu, upfirdn2d
+from torch_utils.ops.native import cuda, library
+from torch_utils.ops.native.params import ACTIVATE, GATE, RECORD
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -29,7 +32,7 @@ def modules():
     sys.path.insert(0, str(FOLDER))
     try:
         names = ("naive", "bench_ops", "bench_step", "ab_jobs", "ab_report", "ab_distillation", "make_sets")
-        names += ("measuring", "kernel_trace", "bench_against")
+        names += ("measuring", "kernel_trace", "bench_against", "bench_tiles")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(FOLDER))
@@ -368,6 +371,22 @@ class TestAgainst:
         monkeypatch.setattr(modules["bench_against"]._checkout, "ROOT", tmp_path)
         with pytest.raises(SystemExit, match=r"bench_step.py failed with exit code 3"):
             self.against(modules, monkeypatch, tmp_path, "--families", "stylegan2")
+
+
+def test_benchmarks_tiles_are_tried_in_turn(modules, emulated, monkeypatch):
+    bench, ops = modules["bench_tiles"], modules["bench_ops"]
+    monkeypatch.setattr(bench.plan, "WARPS", (2,))  # each width is a program to compile
+    monkeypatch.setattr(library, "kernels", lambda x: cuda)
+    monkeypatch.setattr(bench, "interleaved", lambda calls, *args, **more: {"": calls[""]() is None})
+    case = ops.lrelu("", (1, 1, 30, 30), 2, 2, [9, 8, 9, 8])
+    settings = type("Settings", (), dict(channels_last=False, device="cpu", dtype=torch.float32))
+    for mode, number in zip(bench.MODES, (ACTIVATE, RECORD, GATE), strict=True):
+        call = bench.call_of(case, ops.tensors(case, settings, torch.Generator().manual_seed(0)), mode)
+        emulated.clear()
+        chosen, times = bench.times_of(call, torch.device("cpu"))
+        assert chosen in times and len(times) == len(emulated) - 1 >= 3
+        assert all(("SG_MODE", number) in each.defines for each in emulated)
+        assert [each.shared_bytes for each in emulated] == [tile[2] for tile in (chosen, *times)]
 
 
 def test_benchmarks_kernels_and_busy_time(modules):

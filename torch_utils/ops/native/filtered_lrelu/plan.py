@@ -167,7 +167,7 @@ def best_tile(p: FilteredLrelu, axes: Axes, limit: int) -> tuple[int, int, int]:
                 continue
             warps = axes.threads(width) // WARP
             resident = min((limit + RESERVED) // (shared + RESERVED), axes.resident_blocks(width)) * warps
-            # A fit to the times of StyleGAN3 layers on an H200, over all tiles.
+            # A fit to the times of benchmarks/bench_tiles.py on an H200.
             time = work(p, axes, width, height) * (1 + BARRIER * warps) / math.sqrt(min(1.0, resident / BUSY))
             if best is None or time < best[0]:
                 best = (time, width, height, shared)
