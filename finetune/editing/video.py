@@ -153,9 +153,9 @@ def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: i
         path.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
             image.save(path / f"frame{index:05d}.png")
-        for old in path.glob("frame[0-9]*.png"):  # of a longer video
-            if old.stem[5:].isdigit() and int(old.stem[5:]) >= count:
-                old.unlink()
+        while (old := path / f"frame{count:05d}.png").is_file():  # of a longer video
+            old.unlink()
+            count += 1
         return
     with atomic_write(path) as stream:
         if kind == ".mp4":

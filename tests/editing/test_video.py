@@ -174,10 +174,11 @@ def test_video_written_as_folder(run, smooth, tmp_path):
     assert [path.name for path in files] == ["frame00000.png", "frame00001.png", "frame00002.png"]
     with Image.open(files[-1]) as image:
         np.testing.assert_array_equal(np.asarray(image), images_of(smooth, [4])[0])
-    (tmp_path / "frames" / "frame_notes.png").touch()
+    for name in ("frame_notes.png", "frame7.png", "frame1².png"):  # of another program
+        (tmp_path / "frames" / name).touch()
     run("--seeds", "3,4", "--steps", "1", "--no-loop", "--out", str(tmp_path / "frames"), "--force")
     left = sorted(path.name for path in (tmp_path / "frames").iterdir())
-    assert left == ["frame00000.png", "frame00001.png", "frame_notes.png"]
+    assert left == ["frame00000.png", "frame00001.png", "frame1².png", "frame7.png", "frame_notes.png"]
 
 
 def test_video_of_classes(run, tmp_path):
