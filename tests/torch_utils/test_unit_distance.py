@@ -124,12 +124,15 @@ def test_unit_distance_gradients(kernels, emulated, monkeypatch):
     assert torch.autograd.gradcheck(library.unit_distance, (*leaves, w))
 
 
-def test_unit_distance_refuses_second_gradients():
-    x, y, w = tensors("one_vector", torch.float64, "cpu")
-    d = library.unit_distance(x.requires_grad_(True), y, w)
-    (dx,) = torch.autograd.grad(d.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second gradients exist in plain torch only"):
-        dx.sum().backward()
+def test_unit_distance_second_gradients(emulated, monkeypatch):
+    monkeypatch.setattr(library, "kernels", lambda x: cuda)
+    x, y, w = tensors("odd", torch.float64, "cpu")
+    results = []
+    for run in (library.unit_distance, formula):
+        leaves = x.detach().requires_grad_(True), (y + 0.5).requires_grad_(True)
+        gradients = torch.autograd.grad(run(*leaves, w).square().sum(), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), leaves))
+    assert max(loss(*results)) < 1e-12
 
 
 def test_unit_distance_computes_only_what_gradients_need(emulated, monkeypatch):
@@ -175,6 +178,8 @@ def test_unit_distance_loads_16_bytes_where_channels_allow(emulated, monkeypatch
         (lambda x, y, w: (x, y.double(), w), False),
         (lambda x, y, w: (x[..., 1:], y[..., 1:], w), False),
         (lambda x, y, w: (x, y, w.requires_grad_(True)), False),
+        (lambda x, y, w: (x, y, w[:1]), False),
+        (lambda x, y, w: (x, y, torch.ones(8)), False),
     ],
 )
 def test_unit_distance_kernels_are_for_two_channels_last_maps(change, expected):

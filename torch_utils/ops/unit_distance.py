@@ -20,8 +20,8 @@ def unit_distance(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None = Non
     x, y: `[N, C, H, W]`, floating point. w: `[C]`, None for ones. Exactly 0, with a gradient of 0, where x
     and y are equal. The result has the dtype of x.
 
-    On CUDA, a kernel computes channels-last maps in one pass, and the gradient to each of them in another. It
-    has no second gradients and none to w; plain torch has.
+    On CUDA, a kernel computes channels-last maps in one pass, and the gradient to each of them in another.
+    Second gradients, and maps with a gradient to w, are computed in plain torch.
     """
     if _has_kernels(x, y, w) and _impl.choose("unit_distance", "auto", x.device.type) != "ref":
         d = dispatch.attempt(native.unit_distance, "unit_distance", "auto", x, y, w)
@@ -38,7 +38,7 @@ def _has_kernels(x, y, w) -> bool:
         and x.dtype == y.dtype
         and x.device == y.device
         and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y))
-        and (w is None or not w.requires_grad)
+        and (w is None or (w.shape == x.shape[1:2] and w.device == x.device and not w.requires_grad))
         and not dispatch.is_exporting()
     )
 

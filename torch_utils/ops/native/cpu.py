@@ -107,21 +107,27 @@ def fma_grad(
 
 def unit_distance(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
     """Return the distance of x and y at each position, `[N, H, W]`; differentiable, in plain torch."""
+    dtype, (x, y) = x.dtype, (_at_least_single(t) for t in (x, y))
     difference = x * _per_length(x) - y * _per_length(y)
     squares = difference.square() if w is None else difference.square() * w.reshape(-1, 1, 1)
-    return squares.sum(1).to(x.dtype)
+    return squares.sum(1).to(dtype)
 
 
 def unit_distance_grad(
     s: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the gradient of x, channels-last, for the gradient s of the distance, in plain torch."""
+    dtype, (s, x, y) = x.dtype, (_at_least_single(t) for t in (s, x, y))
     scale = _per_length(x)
     u = x * scale
     du = 2 * s.unsqueeze(1) * (u - y * _per_length(y))
     du = du if w is None else du * w.reshape(-1, 1, 1)
     dx = scale * (du - u * (du * u).sum(1, keepdim=True))
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(dx)
+    return torch.empty_like(dx, dtype=dtype, memory_format=torch.channels_last).copy_(dx)
+
+
+def _at_least_single(t):
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def _per_length(x):

@@ -276,11 +276,15 @@ def _unit_distance_grad(s, x, y, w):
 
 
 def _unit_distance_grad_setup(ctx, inputs, output) -> None:
-    pass
+    ctx.save_for_backward(*inputs)
 
 
 def _unit_distance_grad_backward(ctx, grad):
-    raise RuntimeError("unit_distance: second gradients exist in plain torch only; set FINETUNE_OPS=ref")
+    *inputs, w = ctx.saved_tensors
+    with torch.enable_grad():  # in plain torch
+        leaves = [each.detach().requires_grad_(True) for each in inputs]
+        dx = cpu.unit_distance_grad(*leaves, w)
+    return *torch.autograd.grad(dx, leaves, grad), None
 
 
 def _unit_distance_grad_fake(s, x, y, w):

@@ -96,8 +96,8 @@ def _product(shape: tuple[int, ...], last: bool, dtype: torch.dtype, addend: int
 
 
 def _unit_distance(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    # LPIPS, in whose maps a thread holds 1, 2 or 4 vectors.
-    for channels in (128, 256, 512) if dtype == torch.float32 else ():
+    # LPIPS, in whose maps a thread holds 1 to 4 vectors.
+    for channels in (128, 256, 384, 512) if dtype == torch.float32 else ():
         for with_s in (False, True):
             p = specs.unit_distance_params(torch.Size((4, channels, 32, 32)), dtype)
             p.w, p.s = ALIGNED, ALIGNED if with_s else None

@@ -11,7 +11,7 @@
 // even rows of the piece, then the odd ones. The odd ones are the even ones for ky + 2, which saves loads.
 //
 // The order of the sums depends on the column in a piece only, and tiles begin at multiples of 8 columns. Zeros of B do not
-// hide NaN: all columns that a piece reads are elements of the grid, and NaN spreads by up to 10 outputs along x.
+// hide NaN: all columns that a piece reads are elements of the grid, and NaN spreads by up to 12 outputs along x.
 #define PIECE_H 16
 #define PIECE_W 8
 #define PITCH THREADS          // elements from a row of the grid to the next, in groups of four rows
