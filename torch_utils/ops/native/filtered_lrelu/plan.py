@@ -26,6 +26,7 @@ SETUP = 100  # instructions of a thread for a tile of any size
 BARRIER = 0.05  # time for each warp of a block, which waits for the others
 RESERVED = 1024  # bytes of shared memory that each block takes for the system
 PIECE_H, PIECE_W = 16, 8  # of outputs that a warp filters at once on tensor cores
+LARGEST_HALF = 65504.0
 RESIDENT = 640  # threads of a multiprocessor then, 5 warps for each scheduler with 96 registers a thread
 WRITTEN_OUT = 4096  # multiplications that compile within a second or two; beyond that they are looped over
 
@@ -123,7 +124,7 @@ class Axes(NamedTuple):
         return _up_to(max(self.quad, load), (wide // run - 1) * self.quad + reads), wide
 
     def resident_blocks(self, width: int) -> int:
-        """Return the blocks whose registers shall fit into a multiprocessor.
+        """Return how many blocks must fit into the registers of a multiprocessor.
 
         The compiler saves registers for it, which it can for published filters without spilling them.
         """
@@ -167,7 +168,7 @@ def best_tile(p: FilteredLrelu, axes: Axes, limit: int) -> tuple[int, int, int]:
                 continue
             warps = axes.threads(width) // WARP
             resident = min((limit + RESERVED) // (shared + RESERVED), axes.resident_blocks(width)) * warps
-            # A fit to the times of benchmarks/bench_tiles.py on an H200.
+            # Fitted to times on an H200; benchmarks/bench_tiles.py measures them.
             time = work(p, axes, width, height) * (1 + BARRIER * warps) / math.sqrt(min(1.0, resident / BUSY))
             if best is None or time < best[0]:
                 best = (time, width, height, shared)
@@ -258,7 +259,7 @@ def _store(p: FilteredLrelu, axes: Axes) -> int:
 
 def _takes_tensor_cores(p: FilteredLrelu, axes: Axes, capability: tuple[int, int]) -> bool:
     """Return whether the down filter runs on tensor cores; a clamp keeps the grid within float16."""
-    clamped = p.mode in (ACTIVATE, RECORD) and 0 <= p.clamp < math.inf
+    clamped = p.mode in (ACTIVATE, RECORD) and 0 <= p.clamp <= LARGEST_HALF
     fits = not axes.separable_d and p.down == 2 and 4 % axes.period == 0 and 8 <= axes.dx <= 18
     written_out = _written_out(p, axes) <= WRITTEN_OUT
     return capability >= (8, 0) and p.dtype == DTYPES[torch.float16] and clamped and fits and written_out
