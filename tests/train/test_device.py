@@ -15,6 +15,7 @@ def switches():
     return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark
 
 
+@pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="torch has no cuDNN")
 def test_float32_math_limits_the_algorithms_that_cudnn_tries():
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark_limit
