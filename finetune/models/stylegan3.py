@@ -74,9 +74,9 @@ def design_lowpass(num_taps, cutoff, width, sampling_rate, radial=False):
 # ---- Layers
 
 
-def products(a, b):
+def batched_matmul(a, b):
     """Multiply the matrices of each sample, [N, M, K] and [N, K, P]."""
-    # Where it exists, in the precision of convolutions. Other code bases have torch's only.
+    # Ours splits float32 as convolutions do. Other code bases have torch's only.
     return getattr(conv2d_gradfix, "bmm", torch.bmm)(a, b)
 
 
@@ -116,7 +116,7 @@ def modulated_conv2d(x, weight, styles, gain, demodulate=True, padding=0, fused=
         if demodulation is not None:
             per_sample = per_sample * demodulation.reshape(batch, channels_out, 1, 1, 1)
         if kernel == 1 and padding == 0:  # a matrix for each sample, in either memory format
-            y = products(per_sample.to(x.dtype).flatten(2), x.flatten(2))
+            y = batched_matmul(per_sample.to(x.dtype).flatten(2), x.flatten(2))
             return y.reshape(batch, channels_out, height, width)
         grouped = per_sample.to(x.dtype).reshape(batch * channels_out, channels_in, kernel, kernel)
         y = x.reshape(1, batch * channels_in, height, width)
@@ -281,7 +281,7 @@ class FourierInput(torch.nn.Module):
         if x.is_cuda:
             # Not `@`, which takes another kernel there if the weight needs gradients: a student and a teacher
             # of equal weights would differ in their last bits.
-            x = products(weight.expand(w.shape[0], -1, -1), x.flatten(2))
+            x = batched_matmul(weight.expand(w.shape[0], -1, -1), x.flatten(2))
         else:
             x = weight @ x.flatten(2)
         return x.reshape(w.shape[0], self.channels, self.size[1], self.size[0])
@@ -376,7 +376,7 @@ class FilteredConv(torch.nn.Module):
         misc.assert_shape(w, [x.shape[0], self.w_dim])
         if update_emas:
             with torch.no_grad():
-                if x.device.type == "cuda":  # one pass over the features, where the other way takes three
+                if x.device.type == "cuda" and x.dtype != torch.float64:  # one pass instead of three
                     magnitude = torch.linalg.vector_norm(x, dtype=torch.float32).square() / x.numel()
                 else:
                     magnitude = x.to(torch.float32).square().mean()
