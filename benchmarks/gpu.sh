@@ -71,7 +71,7 @@ else
     step=(--arms auto) half=(--resolution 16 --cbase 128 --cmax 16 --batch 2)
     ops=(--arms cpu --repeats 1 --budget 1 --match colors)
 fi
-# In the first cycle of 256 px, cuDNN tries algorithms for 15 to 37 s.
+# In the first cycle of 256 px, cuDNN tries algorithms for 10 to 25 s.
 if [[ $part == correctness ]]; then
     stage doctor 60 "$python" -m finetune doctor
     stage build 60 "$python" -m finetune doctor --build
