@@ -31,7 +31,6 @@ BASES: dict[str, dict[str, Any]] = {
 
 PLAIN = "plain:sd_weight=0"
 OURS = "ours:sd_weight=auto:1,sd_interval=4"
-DISTANCES = ("efficientnet-lite0", "st-lpips-alex", "ms-ssim", "l2")
 FIVE, TWO = (0, 1, 2, 3, 4), (0, 1)
 
 
@@ -62,35 +61,19 @@ JOBS = {
     "improve": Job(
         "Is fine-tuning on the checkpoint's own images better with it?", (PLAIN, OURS), half_lives=True
     ),
-    "distances": Job(
-        "Which distance, at which ratio of gradients?",
+    "settings": Job(
+        "Which distance, ratio of gradients and interval, and does paired augmentation help?",
         (
             PLAIN,
             *(
                 f"{name}-{ratio}:sd_backbone={name},sd_weight=auto:{ratio},sd_interval=4"
-                for name in DISTANCES
+                for name in ("efficientnet-lite0", "st-lpips-alex", "ms-ssim")
                 for ratio in (0.3, 1)
             ),
-        ),
-        seeds=TWO,
-    ),
-    "interval": Job(
-        "How often?",
-        (PLAIN, *(f"every-{k}:sd_weight=auto:1,sd_interval={k}" for k in (1, 2, 4, 8))),
-        kimg=4.0,
-        seeds=TWO,
-    ),
-    "augmentation": Job(
-        "Does paired augmentation help, and why did it break a run?",
-        (
-            PLAIN,
-            OURS,
             "augmented:sd_weight=auto:1,sd_interval=4,sd_augment=true",
-            "augmented-0.3:sd_weight=auto:0.3,sd_interval=4,sd_augment=true",
-            "augmented-every-step:sd_weight=auto:1,sd_interval=1,sd_augment=true",
-            "augmented-fixed:sd_weight=0.3,sd_interval=4,sd_augment=true",
+            "every-step:sd_weight=auto:1,sd_interval=1",
         ),
-        kimg=4.0,
+        seeds=TWO,
     ),
     "authors": Job(
         "The authors' settings, with distances that a CPU can compute.",
