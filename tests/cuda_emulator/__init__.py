@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from torch_utils.ops.native import cuda, params
+from torch_utils.ops.native import cuda, library, params
 from torch_utils.ops.native.building.cpu_build import SOURCES
 from torch_utils.ops.native.plan import LaunchPlan
 
@@ -84,3 +84,12 @@ def emulated(monkeypatch):
     monkeypatch.setattr(cuda, "_run", run)
     plans.clear()
     return plans
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the CUDA kernels run; "cpu" is the emulator."""
+    if request.param == "cpu":
+        request.getfixturevalue("emulated")
+        monkeypatch.setattr(library, "kernels", lambda x: cuda)
+    return request.param

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cuda_emulator import device as device
 from cuda_emulator import emulated as emulated
 from op_cases import loss, weights
 
@@ -45,15 +46,6 @@ EACH = pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.id, marks=() if case.id in FAST else pytest.mark.slow) for case in CASES],
 )
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the CUDA kernels run; "cpu" is the emulator."""
-    if request.param == "cpu":
-        request.getfixturevalue("emulated")
-        monkeypatch.setattr(library, "kernels", lambda x: cuda)
-    return request.param
 
 
 def tensors(case, dtype, device):

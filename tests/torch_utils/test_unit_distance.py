@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_emulator import device as device
 from cuda_emulator import emulated as emulated
 from op_cases import loss, weights
 from tolerances import SAME_F32, assert_close
@@ -33,15 +34,6 @@ FAST = ("vgg_deep", "odd", "batch_of_none")
 EACH = pytest.mark.parametrize(
     "case", [pytest.param(id, marks=() if id in FAST else pytest.mark.slow) for id in SHAPES]
 )
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the CUDA kernels run; "cpu" is the emulator."""
-    if request.param == "cpu":
-        request.getfixturevalue("emulated")
-        monkeypatch.setattr(library, "kernels", lambda x: cuda)
-    return request.param
 
 
 def tensors(case, dtype, device, with_w=True):
