@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.decode import decode, height_and_width
 from finetune.data.labels import read_labels
-from finetune.data.problems import Unusable, printable, refusal
+from finetune.data.problems import Problem, Unusable, hint, printable, refusal
 from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
@@ -20,6 +21,7 @@ from finetune.options import CHANNELS, FITS
 
 MAX_NAME = 64  # bytes; run folders are named after the set
 CACHE_BYTES = 256 << 20  # decoded; sets that take no more are read into memory once
+READ_AT_ONCE = 64  # images that a worker hands over together
 
 
 class ImageSet(Dataset):
@@ -109,12 +111,22 @@ class ImageSet(Dataset):
         num_bytes = len(self.names) * self.channels * math.prod(self.size)
         if self._pixels is None and num_bytes <= max_bytes:
             pixels = np.empty((len(self.names), self.channels, *self.size), np.uint8)
-            for index, image in enumerate(in_order(_Images(self), len(self.names), workers)):
-                if isinstance(image, DataError):
-                    raise image
-                pixels[index] = image
+            parts = np.array_split(np.arange(len(self.names)), -(-len(self.names) // READ_AT_ONCE))
+            for part, images in zip(parts, self.batches(parts, workers=workers), strict=True):
+                pixels[part] = images.numpy()
             self._pixels = pixels
         return self._pixels is not None
+
+    def batches(self, parts: Sequence[Sequence[int]], *, workers: int = 0) -> Iterator[torch.Tensor]:
+        """Yield the images of each part (indices of items), uint8 `[N, channels, height, width]`.
+
+        Raises DataError for an image that cannot be used.
+        """
+        num_images = sum(len(part) for part in parts)
+        for images in in_order(_Batches(self, parts), len(parts), workers, num_images=num_images):
+            if isinstance(images, DataError):
+                raise images
+            yield images
 
     def content_hash(self) -> str:
         """Return SHA-256 of all that decides the items: files, their names, labels, channels, fit and so on.
@@ -151,7 +163,7 @@ class ImageSet(Dataset):
         except Unusable as problem:
             raise DataError(
                 f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
-                hint="Every image is checked before training; this one changed since, or was not checked.",
+                hint=hint([Problem(name, problem.kind, problem.detail)], self.path),
             ) from None
 
 
@@ -165,17 +177,15 @@ def choose(source: Source, limit: int | None, seed: int) -> list[str]:
     return [source.names[index] for index in sorted(picked)]
 
 
-class _Images(Dataset):
-    """The unflipped pixels of a set; a problem is an item too, because torch rewords what workers raise."""
+class _Batches(Dataset):
+    """The images of each part; a problem is an item too, because torch rewords what workers raise."""
 
-    def __init__(self, image_set: ImageSet) -> None:
-        self.image_set = image_set
+    def __init__(self, image_set: ImageSet, parts: Sequence[Sequence[int]]) -> None:
+        self.image_set, self.parts = image_set, parts
 
-    def __len__(self) -> int:
-        return len(self.image_set.names)
-
-    def __getitem__(self, index: int) -> np.ndarray | DataError:
+    def __getitem__(self, index: int) -> torch.Tensor | DataError:
         try:
-            return self.image_set._read(index)
+            images = [self.image_set[int(item)][0] for item in self.parts[index]]
         except DataError as error:
             return error
+        return torch.from_numpy(np.stack(images))

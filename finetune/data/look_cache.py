@@ -26,7 +26,6 @@ from torch_utils.files import cache_folder
 
 VERSION = 1  # of the table
 WORTH_SEC = 1.0  # a set that takes less is not kept; later looks are written this often
-PARALLEL_FROM = 64  # images
 COLUMNS = ", ".join(Look._fields)
 
 log = logging.getLogger("finetune.data")
@@ -47,7 +46,7 @@ def look_at_all(
         known = [kept.get(_key(name)) == stamp for name, stamp in zip(names, stamps)]
         del kept
         changed = Looks(source, [name for name, is_known in zip(names, known) if not is_known])
-        looks = in_order(changed, len(changed), workers, PARALLEL_FROM)
+        looks = in_order(changed, len(changed), workers)
         for name, stamp, is_known in zip(names, stamps, known):
             if is_known and (kept_look := cache.get(name, stamp)) is not None:
                 yield kept_look, True

@@ -27,7 +27,6 @@ from finetune.errors import ConfigError, DataError
 from torch_utils.files import lack_of_space, lock, lock_path, replace
 
 FORMAT = 2  # of the journal
-PARALLEL_FROM = 64  # images; preparing one takes longer than looking at it
 # Measured by benchmarks/bench_load.py: without compression, decoding is a copy.
 ENCODINGS: dict[str, dict[str, Any]] = {
     "tiff": {"format": "TIFF"},
@@ -106,7 +105,7 @@ def prepare(
         _check_space(path, len(names) - num_done, settings)
         cores = available_cores() if workers is None else workers
         rest = names[num_done:]
-        encoded = in_order(_Encoded(source, rest, settings), len(rest), cores, PARALLEL_FROM)
+        encoded = in_order(_Encoded(source, rest, settings), len(rest), cores)
         for done, (name, image) in enumerate(zip(rest, encoded), start=num_done + 1):
             draft.add(name, source.stamp(name), targets[name], image)
             if progress is not None:

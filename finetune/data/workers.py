@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.errors import DataError
 
-PARALLEL_FROM = 512  # images; below, starting workers costs more than they save
+PARALLEL_FROM = 64  # images; below, starting workers costs more than they save
 MAX_DEATHS = 3  # of workers, one after the other, without one item in between
 
 log = logging.getLogger("finetune.data")
@@ -78,9 +78,12 @@ def surviving(start: Callable[[], Iterator]) -> Iterator:
         items = start()
 
 
-def in_order(items: Dataset, num_items: int, workers: int, parallel_from: int | None = None) -> Iterator:
-    """Yield the items of a data set in order, from `workers` processes (at most one per core) if it pays."""
-    pays = num_items >= (PARALLEL_FROM if parallel_from is None else parallel_from)
+def in_order(items: Dataset, num_items: int, workers: int, *, num_images: int | None = None) -> Iterator:
+    """Yield the items of a data set in order, from `workers` processes (at most one per core) if it pays.
+
+    num_images: in all items, by default one in each.
+    """
+    pays = (num_items if num_images is None else num_images) >= PARALLEL_FROM
     num_workers = min(workers, available_cores()) if pays else 0
     done = 0
 

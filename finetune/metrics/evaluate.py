@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from finetune.data import ImageSet, images_to_float
-from finetune.data.workers import available_cores, started
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
@@ -236,7 +233,8 @@ class Evaluation:
 
         missing = {name: self._networks[name] for name in self.group.broadcast_result(look, "the cache")}
         if missing:
-            images = _real(self.image_set, self.batch, workers, self.group)
+            parts = self.group.shard(list(torch.arange(len(self.image_set)).split(self.batch)))
+            images = self.image_set.batches(parts, workers=workers)
             new = self._statistics(missing, images, len(self.image_set), progress, self._keeps)
             if self.group.is_first:
                 for name in places.keys() & new.keys():
@@ -336,20 +334,6 @@ def ensure_metric_weights(
             ensure_weights(OF_BACKBONE[METRICS[name][0]], on_message)
         elif name in PPL_BACKBONES:
             ensure_weights(PPL_BACKBONES[name], on_message, wanted_by=name)
-
-
-def _real(
-    image_set: ImageSet, batch: int, workers: int, group: ProcessGroup = SINGLE
-) -> Iterator[torch.Tensor]:
-    """Yield this rank's batches of the images, uint8 `[N, C, H, W]`."""
-    loader: DataLoader[Any] = DataLoader(
-        image_set,
-        batch_sampler=group.shard([part.tolist() for part in torch.arange(len(image_set)).split(batch)]),
-        num_workers=min(workers, available_cores()),
-        generator=torch.Generator(),
-    )
-    for pixels, _ in started(loader):
-        yield pixels
 
 
 def draw_latents(G: Network, image_set: ImageSet, num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.data import ImageSet
+from finetune.data import ImageSet, workers
 from finetune.errors import DataError
 
 
@@ -119,6 +119,15 @@ def test_image_set_preload_reports_unreadable(eight):
     (path / "a/2.png").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"a/2\.png"):
         ImageSet(path, resolution=8, channels=3).preload()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_image_set_batches_name_the_remedy(eight, monkeypatch, num_workers):
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
+    images = ImageSet(eight(), resolution=4, channels=3)
+    with pytest.raises(DataError, match=r"a/0\.png has another size") as caught:
+        list(images.batches([[0, 1], [2]], workers=num_workers))
+    assert "--fit crop" in caught.value.hint
 
 
 def test_image_set_content_hash_covers_all_settings(eight, encode):

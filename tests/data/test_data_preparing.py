@@ -266,7 +266,7 @@ def stopped_after(count, source, path, **options):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_prepare_resumes_after_interrupt(eight, tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr(preparing, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
     monkeypatch.setattr(workers, "available_cores", lambda: 2)
     source = eight()
     (source / "a/2.png").write_bytes(b"junk")

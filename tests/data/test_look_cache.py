@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data import look_cache, looking, scan
+from finetune.data import look_cache, looking, scan, workers
 from finetune.data.problems import UNREADABLE
 from finetune.data.sources import open_source
 
@@ -83,7 +83,7 @@ def test_look_cache_zip_keyed_by_checksums(eight, decoded, encode, noise):
 
 
 def test_look_cache_shared_by_workers(eight, monkeypatch):
-    monkeypatch.setattr(look_cache, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
     monkeypatch.setattr("finetune.data.workers.available_cores", lambda: 2)
     path = eight()
     parallel = scan(path, workers=2)

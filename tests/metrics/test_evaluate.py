@@ -156,7 +156,7 @@ class TestTheOtherMetrics:
             raise AssertionError("the images are read again")
 
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "_real", unread)
+            patch.setattr(ImageSet, "_read", unread)
             assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 6) == first
         files[0].write_bytes(files[0].read_bytes()[:50])
         assert Evaluation(colors, self.WHICH, cache=True).distances(Painter(), 6) == first
