@@ -75,21 +75,15 @@ JOBS = {
         ),
         seeds=TWO,
     ),
-    "authors": Job(
-        "The authors' settings, with distances that a CPU can compute.",
+    "variants": Job(
+        "Other half-lives of the teacher, and the authors' settings with distances that a CPU can compute.",
         (
             PLAIN,
             OURS,
-            *(f"st-lpips-{w}:sd_preset=authors,sd_backbone=st-lpips-alex,sd_weight={w}" for w in (1, 10)),
-            *(f"ms-ssim-{w}:sd_preset=authors,sd_backbone=ms-ssim,sd_weight={w}" for w in (1, 10)),
+            *(f"teacher-{h}:sd_weight=auto:1,sd_interval=4,sd_teacher_kimg={h}" for h in (0.5, 1, 5)),
+            "authors-st-lpips:sd_preset=authors,sd_backbone=st-lpips-alex,sd_weight=1",
+            "authors-ms-ssim:sd_preset=authors,sd_backbone=ms-ssim,sd_weight=1",
         ),
-        kimg=4.0,
-        seeds=TWO,
-    ),
-    "teacher": Job(
-        "Which half-life of the teacher?",
-        (PLAIN, OURS, *(f"teacher-{h}:sd_weight=auto:1,sd_teacher_kimg={h}" for h in (0.5, 1, 5))),
-        kimg=4.0,
         seeds=TWO,
     ),
     "adapt": Job(
