@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import random
 import re
 import time
@@ -222,6 +223,40 @@ def test_whole_modules(port, golden_dir, tmp_path, options):
     assert all(map(torch.equal, source.parameters(), again.G_ema.parameters()))
     again = finetune.load(saved(as_modules(port[0]["g_ema"]), tmp_path / "theirs.pt", options))
     assert torch.equal(again.G_ema.synthesis.b4.const, port[0]["g_ema"]["input.input"][0])
+
+
+UNUSED = [torch.complex64, torch.complex128, torch.uint16, torch.uint64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY, None], ids=["zip", "legacy", "pickle"])
+def test_training_file_with_other_keys_and_types(port, tmp_path, options):
+    """Entries that no network needs: states of optimizers by address, and tensors that no network has."""
+    tensors = [torch.zeros(3, dtype=dtype) for dtype in UNUSED]
+    optimizer = {"state": {139876543210000: {"step": 1.0}}, "by value": {0.5: 1}}
+    content = {
+        "g_ema": port[0]["g_ema"],
+        "g_optim": optimizer,
+        "other": [*tensors, torch.nn.Parameter(tensors[0])],
+    }
+    path = tmp_path / "net.pt"
+    if options is None:
+        path.write_bytes(pickle.dumps(content))
+    else:
+        saved(content, path, options)
+    checkpoint = finetune.load(path)
+    assert torch.equal(checkpoint.G_ema.synthesis.b4.const, port[0]["g_ema"]["input.input"][0])
+    notes = "\n".join(checkpoint.notes)
+    assert (
+        "entry `other` ignored: foreign class torch." in notes and "unknown entries ignored: g_optim" in notes
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", UNUSED[1:3])
+def test_networks_of_other_types_are_refused_alone(port, tmp_path, dtype, options):
+    content = {"g": {"x": torch.zeros(2, dtype=dtype)}, "g_ema": port[0]["g_ema"]}
+    checkpoint = finetune.load(saved(content, tmp_path / "net.pt", options))
+    assert checkpoint.missing == ["G", "D"] and checkpoint.foreign["G"].startswith("torch.")
 
 
 # Refusals.

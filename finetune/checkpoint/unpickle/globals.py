@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune.checkpoint.unpickle.machine import Machine
 from finetune.checkpoint.unpickle.names import DATA_TYPES, acts
-from finetune.checkpoint.unpickle.storage import STORAGES, read_storage
+from finetune.checkpoint.unpickle.storage import STORAGE_NAMES, read_storage
 from finetune.checkpoint.unpickle.stubs import (
     Array,
     Dtype,
@@ -33,7 +33,7 @@ from finetune.checkpoint.unpickle.stubs import (
     expect,
     printable,
 )
-from finetune.checkpoint.unpickle.values import Blob, Budget, Global, Record, is_key, kind
+from finetune.checkpoint.unpickle.values import Blob, Budget, Global, Record, as_key, is_key, kind
 from finetune.errors import PickleRefused
 
 META_VERSION = 6  # of `_reconstruct_persistent_obj`
@@ -47,7 +47,7 @@ TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parame
 DILL = ("_dill", "dill")
 
 # Mentioned by real files as arguments of other calls, and never called themselves.
-ONLY_NAMED = {"numpy.ndarray", *TENSOR_TYPES, *STORAGES}
+ONLY_NAMED = {"numpy.ndarray", *TENSOR_TYPES, *STORAGE_NAMES}
 
 
 def loads(data: bytes | mmap.mmap) -> Any:
@@ -132,15 +132,15 @@ class CheckpointWorld:
         if len(args) == 1 and type(items) is list:
             self.budget.step(len(items), offset)
             if all(type(item) in (list, tuple) and len(item) == 2 and is_key(item[0]) for item in items):
-                return dict(items)
+                return {as_key(key, self.budget, offset): item for key, item in items}
         damaged("a dict made of something else than names and values", offset)
 
     def _set(self, args: tuple, offset: int) -> set:
         items = args[0] if args else []
         expect(len(args) <= 1 and type(items) is list, "a set made of something else than a list", offset)
         self.budget.step(len(items), offset)
-        expect(all(map(is_key, items)), "a set of something else than texts and small numbers", offset)
-        return set(items)
+        expect(all(map(is_key, items)), "a set of something else than texts and numbers", offset)
+        return {as_key(item, self.budget, offset) for item in items}
 
     def _object(self, args: tuple, offset: int) -> PlainObject:
         expect(args == (), "an object made with arguments", offset)
@@ -195,7 +195,7 @@ class CheckpointWorld:
         expect(len(raw) == dtype.value.itemsize, "a numpy number of the wrong size", offset)
         return np.frombuffer(raw.view, dtype.value)[0].item()
 
-    def _storage(self, args: tuple, offset: int) -> Storage:
+    def _storage(self, args: tuple, offset: int) -> Storage | Record:
         blob: Any = args[0] if len(args) == 1 else None
         expect(type(blob) is Blob, "a tensor storage without bytes", offset)
         try:
@@ -207,7 +207,9 @@ class CheckpointWorld:
             what = f"in the tensor storage at byte {offset}: {error.what}"
             raise PickleRefused(what, offset=offset, blocked=error.blocked) from None
 
-    def _tensor(self, args: tuple, offset: int) -> Tensor:
+    def _tensor(self, args: tuple, offset: int) -> Tensor | Record:
+        if args and type(args[0]) is Record:
+            return Record(args[0].name, args[0].offset, args)
         expect(len(args) in (6, 7) and type(args[0]) is Storage, "a tensor without a storage", offset)
         storage, start, size, stride = args[:4]
         check_extents((start,), offset)
@@ -226,19 +228,24 @@ class CheckpointWorld:
             damaged("a tensor of impossible shape", offset)
         return Tensor(view, storage.dtype, offset)
 
-    def _parameter(self, args: tuple, offset: int) -> Tensor:
+    def _parameter(self, args: tuple, offset: int) -> Tensor | Record:
+        if args and type(args[0]) is Record:
+            return Record(args[0].name, args[0].offset, args)
         expect(len(args) in (2, 3) and type(args[0]) is Tensor, "a parameter without a tensor", offset)
         return Tensor(args[0].array, args[0].dtype, offset, is_parameter=True)
 
-    def _parameter_with_state(self, args: tuple, offset: int) -> Tensor:
+    def _parameter_with_state(self, args: tuple, offset: int) -> Tensor | Record:
         expect(len(args) == 4, "a parameter without attributes", offset)
         return self._parameter(args[:3], offset)
 
     def _tensor_of_type(self, args: tuple, offset: int) -> Tensor | Record:
         """Handle `torch._tensor._rebuild_from_type_v2`: tensors with attributes."""
         good = len(args) == 4 and type(args[2]) is tuple and type(args[1]) in (Global, Record)
-        expect(good and type(args[0]) is Global, "a tensor of a class without arguments", offset)
+        is_function = good and type(args[0]) in (Global, Record)
+        expect(is_function, "a tensor of a class without arguments", offset)
         tensor = self.call(args[0], args[2], offset)
+        if type(tensor) is Record:
+            return tensor
         expect(type(tensor) is Tensor, "a tensor of a class without a tensor", offset)
         return tensor if type(args[1]) is Global else Record(args[1].name, args[1].offset, args)
 

@@ -32,6 +32,7 @@ from finetune.checkpoint.unpickle.values import (
     Global,
     Record,
     World,
+    as_key,
     is_key,
     kind,
 )
@@ -163,10 +164,10 @@ class Machine:
         return items
 
     def key(self, value: Any) -> Any:
-        """Return `value` if it may be a key; refuse values that can be slow to hash or to compare."""
+        """Return `value` as a key; refuse values that can be slow to hash or to compare."""
         if is_key(value):
-            return value
-        raise self.refuse(f"a key of a dict or set is neither a text nor a small number but {kind(value)}")
+            return as_key(value, self.budget, self.at)
+        raise self.refuse(f"a key of a dict or set is neither a text nor a number but {kind(value)}")
 
     def pairs(self, items: list[Any]) -> list[tuple[Any, Any]]:
         if len(items) % 2:

@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune.checkpoint.unpickle.machine import Machine
 from finetune.checkpoint.unpickle.stubs import Storage, block, check_extents, damaged, expect
-from finetune.checkpoint.unpickle.values import Blob, Budget, Global, kind
+from finetune.checkpoint.unpickle.values import Blob, Budget, Global, Record, kind
 
 # torch storage -> (torch dtype, numpy dtype of the same bytes); numpy has no bfloat16.
 STORAGES = {
@@ -24,6 +24,16 @@ STORAGES = {
     "torch.ByteStorage": ("uint8", "|u1"),
     "torch.BoolStorage": ("bool", "|u1"),
 }
+# Those that no network has -> bytes per element.
+UNUSED_STORAGES = {
+    "torch.storage.UntypedStorage": 1,  # of uint16, uint32, uint64 and float8
+    "torch.ComplexFloatStorage": 8,
+    "torch.ComplexDoubleStorage": 16,
+    "torch.QInt8Storage": 1,
+    "torch.QUInt8Storage": 1,
+    "torch.QInt32Storage": 4,
+}
+STORAGE_NAMES = frozenset({*STORAGES, *UNUSED_STORAGES})
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -34,12 +44,24 @@ class StorageKey:
     name: str
     count: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return UNUSED_STORAGES.get(self.storage) or np.dtype(STORAGES[self.storage][1]).itemsize
+
+    def view(self, raw: memoryview, offset: int) -> Storage | Record:
+        """Return the elements, `raw`; an inert record if no network has this class."""
+        if self.storage in UNUSED_STORAGES:
+            return Record(self.storage, offset)
+        dtype, code = STORAGES[self.storage]
+        return Storage(np.frombuffer(raw, code) if self.count else np.empty(0, code), dtype)
+
 
 class StorageWorld:
     """The globals of one tensor storage: the names of the storage classes, and one persistent id."""
 
     def find(self, name: Global) -> Global:
-        if name.name not in STORAGES:
+        if name.name not in STORAGE_NAMES:
             block(name.name, name.offset)
         return name
 
@@ -59,7 +81,7 @@ class StorageWorld:
 def storage_key(key: Any, offset: int) -> StorageKey:
     """Return a persistent id as torch makes it for a storage; any other is refused."""
     is_storage = type(key) is tuple and len(key) in (5, 6) and key[0] == "storage" and type(key[1]) is Global
-    is_known = is_storage and type(key[2]) is str and key[1].name in STORAGES
+    is_known = is_storage and type(key[2]) is str and key[1].name in STORAGE_NAMES
     expect(is_known, "a tensor storage of unknown kind", offset)
     expect(len(key) == 5 or key[5] is None, "a tensor storage that is a part of another", offset)
     check_extents((key[4],), offset)
@@ -78,7 +100,7 @@ def check_header(machine: Machine, what: str, offset: int) -> None:
     expect(is_little, f"{what} that is not little-endian", offset)
 
 
-def read_storage(blob: Blob, budget: Budget) -> Storage:
+def read_storage(blob: Blob, budget: Budget) -> Storage | Record:
     """Read what `torch.save` wrote for one storage: five pickles, the number of elements, the elements."""
     base = blob.offset or 0
     machine = Machine(blob.view, StorageWorld(), budget, base=base)
@@ -88,12 +110,10 @@ def read_storage(blob: Blob, budget: Budget) -> Storage:
     key, keys = machine.run(), machine.run()
     is_key = type(key) is StorageKey and type(keys) is list and len(keys) == 1 and type(keys[0]) is str
     expect(is_key and key.name == keys[0], "a tensor storage without its own key", base)
-    dtype, code = STORAGES[key.storage]
-    raw = blob.view[machine.position :]
-    count, itemsize = key.count, np.dtype(code).itemsize
-    if len(raw) != 8 + count * itemsize or int.from_bytes(raw[:8], "little") != count:
+    raw, count = blob.view[machine.position :], key.count
+    if len(raw) != 8 + count * key.itemsize or int.from_bytes(raw[:8], "little") != count:
         damaged(
             f"a tensor storage of {count:,} elements has {max(len(raw) - 8, 0):,} bytes",
             base + machine.position,
         )
-    return Storage(np.frombuffer(raw[8:], code) if count else np.empty(0, code), dtype)
+    return key.view(raw[8:], base)

@@ -14,12 +14,10 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import numpy as np
-
 from finetune.checkpoint.unpickle.globals import CheckpointWorld
 from finetune.checkpoint.unpickle.machine import Machine
-from finetune.checkpoint.unpickle.storage import STORAGES, StorageKey, check_header, storage_key
-from finetune.checkpoint.unpickle.stubs import Storage, block_acting, damaged, expect
+from finetune.checkpoint.unpickle.storage import STORAGE_NAMES, StorageKey, check_header, storage_key
+from finetune.checkpoint.unpickle.stubs import block_acting, damaged, expect
 from finetune.checkpoint.unpickle.values import Budget, Global, Record
 from finetune.sniff import ZIP
 
@@ -42,10 +40,9 @@ class ArchiveWorld(CheckpointWorld):
         raw = self.storages.get(key.name)
         if raw is None:
             damaged(f"tensor storage {key.name[:20]!r} is not in the file", offset)
-        dtype, code = STORAGES[key.storage]
-        if len(raw) != key.count * np.dtype(code).itemsize:
+        if len(raw) != key.count * key.itemsize:
             damaged(f"a tensor storage of {key.count:,} elements has {len(raw):,} bytes", offset)
-        return Storage(np.frombuffer(raw, code) if key.count else np.empty(0, code), dtype)
+        return key.view(raw, offset)
 
 
 class KeysWorld:
@@ -55,7 +52,7 @@ class KeysWorld:
         self.keys: dict[str, StorageKey] = {}
 
     def find(self, name: Global) -> Global | Record:
-        return name if name.name in STORAGES else Record(name.name, name.offset)
+        return name if name.name in STORAGE_NAMES else Record(name.name, name.offset)
 
     def extension(self, code: int, offset: int) -> NoReturn:
         block_acting(f"copyreg extension {code}", offset)
@@ -139,8 +136,8 @@ def _loads_legacy(view: memoryview) -> Any:
     expect(is_order and sorted(order) == sorted(keys.keys), "a file of torch.save without its keys", start)
     storages, position = {}, machine.position
     for name in order:
-        itemsize = np.dtype(STORAGES[keys.keys[name].storage][1]).itemsize
-        end = position + 8 + int.from_bytes(view[position : position + 8], "little") * itemsize
+        count = int.from_bytes(view[position : position + 8], "little")
+        end = position + 8 + count * keys.keys[name].itemsize
         expect(end <= len(view), "a tensor storage reaches beyond the file; it may be cut off", position)
         storages[name] = view[position + 8 : end]
         position = end

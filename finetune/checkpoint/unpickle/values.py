@@ -108,9 +108,20 @@ class World(Protocol):
 
 
 def is_key(value: Any) -> bool:
-    """Return whether `value` may be a key; large integers may not, since they can be made to collide."""
-    is_small = type(value) is int and -(2**31) <= value < 2**31
-    return is_small or value is None or type(value) in (str, bool)
+    """Return whether `value` may be a key of a dict or set, as `as_key` returns it."""
+    return value is None or type(value) in (str, bool, int, float)
+
+
+def as_key(value: Any, budget: Budget, offset: int) -> Any:
+    """Return a key, floats and large integers as text.
+
+    A file can make numbers collide, which takes quadratic time; hashes of text are random.
+    """
+    if type(value) is not float and (type(value) is not int or -(2**31) <= value < 2**31):
+        return value
+    text = str(value)
+    budget.copy(len(text), offset)
+    return text
 
 
 def kind(value: Any) -> str:
