@@ -86,9 +86,13 @@ def _children(module: PersistentObject, group: str, expected: type) -> list[tupl
     return [(name, value) for name, value in table.items() if value is not None]
 
 
-def find_foreign(value: Any) -> Record | None:
-    """Return the first unknown name in `value` that may affect a network, None if there is none."""
-    seen: set[int] = set()
+def find_foreign(value: Any, seen: set[int] | None = None) -> Record | None:
+    """Return the first unknown name in `value` that may affect a network, None if there is none.
+
+    seen: ids of values that are not searched again, to which those of this call are added. One set for all
+    entries of a file bounds the time by its size: entries may share their values.
+    """
+    seen = set() if seen is None else seen
     todo, found = [value], None
     while todo:
         value = todo.pop()

@@ -299,9 +299,10 @@ def _foreign(name: str, record: Record) -> PickleRefused:
 def _entry_notes(extras: dict[Any, Any]) -> list[str]:
     """Return notes on ignored entries."""
     unknown, notes = [], []
+    seen: set[int] = set()
     for key, value in extras.items():
         shown = printable(str(key))
-        record = find_foreign(value)
+        record = find_foreign(value, seen)
         if record is not None:
             notes.append(f"entry `{shown}` ignored: foreign class {record.name} (at byte {record.offset})")
         elif key not in ENTRIES:

@@ -16,6 +16,7 @@ from checkpoint import forge
 from checkpoint.forge import Call, Name, Raw, call
 
 import finetune
+from finetune.checkpoint import describe
 from finetune.checkpoint.unpickle.files import read_pickle
 from finetune.checkpoint.unpickle.globals import loads
 from finetune.errors import CheckpointError, PickleRefused
@@ -390,6 +391,19 @@ def test_load_repeated_storage_takes_no_memory():
     again = b"ctorch._utils\n_rebuild_tensor_v2\n(h\x00K\x00(K\x06t(K\x01t\x89}tR"
     seen = loads(head + again * 1000 + b"e.")
     assert len(seen) == 1001 and all(np.shares_memory(item.array, seen[1].array) for item in seen[1:])
+
+
+def test_load_searches_shared_entries_once(tmp_path, golden_dir, monkeypatch):
+    searched = []
+    monkeypatch.setattr(describe, "is_harmless", lambda name: searched.append(name) is None)
+    shared = forge.emit([call("datetime", "date")] * 20) + b"q\x00"
+    entries = {"a": Raw(shared), **{f"b{index}": Raw(b"h\x00") for index in range(20)}}
+    path = tmp_path / "network.pkl"
+    path.write_bytes(
+        forge.dumps({"D": read_pickle(golden_dir / "stylegan2-ada-32.pkl").root["D"], **entries})
+    )
+    assert "unknown entries ignored" in finetune.load(path).notes[-1]
+    assert searched == ["datetime.date"] * 20
 
 
 OTHER_FILES = {
