@@ -20,7 +20,6 @@ from finetune.checkpoint.arguments import (
     EPILOGUE,
     GENERATOR,
     MAPPING,
-    MAX_TAPS,
     SYNTHESIS2,
     check_arguments,
 )
@@ -251,9 +250,6 @@ def _translated(options: dict[str, Any], table: dict[str, tuple[str, Any]]) -> d
     found = {ours: options.get(theirs, default) for theirs, (ours, default) in table.items()}
     if "channel_base" in found and type(found["channel_base"]) in (int, float):
         found["channel_base"] *= 2  # theirs counts from half the resolution
-    taps: Any = found.get("resample_filter")
-    if type(taps) in (list, tuple) and len(taps) > MAX_TAPS:
-        found["resample_filter"] = MISSING
     return found
 
 

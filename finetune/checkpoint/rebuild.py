@@ -320,7 +320,10 @@ def _differing_attributes(net: Described, module: torch.nn.Module) -> list[str]:
                 lines.append(
                     f"{path + '.' if path else ''}{name} = {shown} in the file and {wanted} in the network"
                 )
-    return lines
+    ours = dict(module.named_modules())
+    return lines + [
+        f"{printable(path)} is in the file and not in the network" for path in net.modules if path not in ours
+    ]
 
 
 def weight_factors(net: Described, module: torch.nn.Module) -> dict[str, float]:

@@ -112,6 +112,14 @@ def test_legacy_tf_every_layer(tmp_path, architecture, c_dim):
     assert checkpoint.G_ema.init_kwargs["mapping_kwargs"]["w_avg_beta"] == 0.9
 
 
+def test_legacy_tf_refuses_long_filter(tmp_path):
+    shape = {"c_dim": 0, "img_resolution": 16, "img_channels": 2, **SMALL}
+    stored = as_tensorflow(stylegan2.Discriminator(**shape), {**OPTIONS, "resample_kernel": [1] * 65})
+    (tmp_path / "tf.pkl").write_bytes(forge.dumps(stored))
+    with pytest.raises(PickleRefused, match=r"cannot be built: resample_filter is \[1, 1"):
+        finetune.load(tmp_path / "tf.pkl")
+
+
 def rename_blocks(network: TFNetwork, base_shape: tuple[int, int]) -> None:
     """Name blocks height x width, where `as_tensorflow` calls them after their longer side."""
 
