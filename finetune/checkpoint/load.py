@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from finetune.checkpoint import rosinality
-from finetune.checkpoint.describe import find_foreign, plain
-from finetune.checkpoint.provenance import Provenance
+from finetune.checkpoint.describe import MAX_DEPTH, find_foreign, plain
+from finetune.checkpoint.provenance import MAX_ANCESTORS, Provenance, drop_old_ancestors
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill, rebuild, rebuild_tf
 from finetune.checkpoint.state_dict import (
     StateDict,
@@ -42,7 +42,7 @@ NAMED_ENTRIES = (
     "Networks are the entries G, D and G_ema, as modules or state dicts. If the file has a StyleGAN2 or "
     "StyleGAN3 network, save it again: torch.save({'G_ema': state_dict}, file)."
 )
-MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before
+MAX_METADATA = 100 * MAX_ANCESTORS  # values
 
 Network = Any  # a torch.nn.Module of finetune.models, whose attributes type checkers cannot know
 
@@ -128,18 +128,17 @@ def load(
         if architecture:
             check_given(architecture, [item for item in networks.values() if type(item) is StateDict])
         rebuilt, refused = _rebuild_all(networks, file.size, architecture)
-        provenance = _provenance(path, file, rebuilt, extras.get("finetune"))
     foreign = {name: _why_foreign(name, error) for name, error in refused.items()}
     notes = [note for item in rebuilt.values() for note in item.notes]
     notes += [_refusal_note(name, error) for name, error in refused.items()]
     notes += _entry_notes({key: value for key, value in extras.items() if key not in networks})
-    options = plain(extras.get("training_set_kwargs"), 0)
+    entry, options = (_metadata(extras, key, notes) for key in ("finetune", "training_set_kwargs"))
     # Last: the values of the file cannot be read any more afterwards.
     fill(rebuilt.values(), file.give_back)
     return Checkpoint(
         **{name: item.module.to(device) for name, item in rebuilt.items()},
-        training_set_kwargs=options if type(options) is dict else {},
-        provenance=provenance,
+        training_set_kwargs=options or {},
+        provenance=_provenance(path, file, rebuilt, entry),
         notes=tuple(notes),
         foreign=foreign,
     )
@@ -206,11 +205,10 @@ def _state_dict(name: str, value: Any, root: dict[Any, Any]) -> StateDict | None
     is_port = tensors is not None and rosinality.is_port(tensors)
     if tensors is None or (type(value) is Record and not (is_port or is_known(tensors))):
         return None
-    stated = plain(root.get("finetune"), 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
-    for key in ("networks", name, "init_kwargs"):
+    stated: Any = root
+    for key in ("finetune", "networks", name, "init_kwargs"):
         stated = stated.get(key) if type(stated) is dict else None
-    if type(stated) is not dict:
-        stated = None
+    stated = plain(stated, 0) if type(stated) is dict else None
     if not is_port:
         return StateDict(tensors, stated)
     means = (root.get(key) for key in (rosinality.G_LATENT_AVG, rosinality.LATENT_AVG)[name != "G" :])
@@ -312,10 +310,25 @@ def _entry_notes(extras: dict[Any, Any]) -> list[str]:
     return notes[-20:]
 
 
-def _provenance(path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: Any) -> Provenance:
+def _metadata(extras: dict[Any, Any], key: str, notes: list[str]) -> dict[str, Any] | None:
+    """Return an entry that no network depends on as plain values; None, with a note, if it is too large."""
+    entry = extras.get(key)
+    if type(entry) is not dict:
+        return None
+    if key == "finetune":
+        drop_old_ancestors(entry)
+    try:
+        return plain(entry, 0, MAX_ANCESTORS + MAX_DEPTH, MAX_METADATA)
+    except PickleRefused:
+        notes.append(f"entry `{key}` ignored: it has too many values")
+        return None
+
+
+def _provenance(
+    path: Path, file: PickleFile, rebuilt: dict[str, Rebuilt], entry: dict[str, Any] | None
+) -> Provenance:
     identity: dict[str, Any] = {"source": path.name, "sha256": file.sha256, "size": file.size}
-    entry = plain(entry, 0, max_depth=MAX_ANCESTORS, max_values=100 * MAX_ANCESTORS)
-    if type(entry) is dict:
+    if entry is not None:
         return Provenance.from_entry(entry, **identity)
     network = next(rebuilt[name] for name in ("G_ema", "G", "D") if name in rebuilt)
     return Provenance(**identity, generation=network.generation)

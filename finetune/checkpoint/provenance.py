@@ -9,6 +9,7 @@ from finetune.checkpoint.unpickle.stubs import printable
 
 Generation = Literal["tf", "ada", "sg3", "rosinality", "state-dict", "finetune"]
 
+MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before; further ones are dropped
 MAX_BLENDS = 20  # blends of blends; further ancestors are dropped
 
 
@@ -58,6 +59,16 @@ class Provenance:
             nimg=stated["nimg"],
             blended_with=stated.get("blended_with"),
         )
+
+
+def drop_old_ancestors(entry: dict[str, Any]) -> None:
+    """Remove from the entry "finetune" what is stated about more than MAX_ANCESTORS ancestors."""
+    for key in ("source", "blended_with"):
+        step: Any = entry.get(key)
+        for _ in range(MAX_ANCESTORS - 1):
+            step = step.get("parent") if type(step) is dict else None
+        if type(step) is dict:
+            step["parent"] = None
 
 
 def _lineage(entry: Any, depth: int = 0) -> dict[str, Any] | None:

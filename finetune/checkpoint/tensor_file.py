@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import torch
 
-from finetune.checkpoint.provenance import Provenance
+from finetune.checkpoint.provenance import Provenance, drop_old_ancestors
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill
 from finetune.checkpoint.state_dict import rebuild_described
 from finetune.checkpoint.unpickle.stubs import Tensor, printable
@@ -62,6 +62,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Proven
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     entry = _read_json(metadata, "finetune")  # as in our pickles
+    drop_old_ancestors(entry)
     provenance = Provenance.from_entry(entry, source=path.name, sha256=digest, size=size)
     return modules, _read_json(metadata, "training_set_kwargs"), provenance
 

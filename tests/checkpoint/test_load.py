@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint import forge
+from checkpoint.forge import Raw
 from conftest import GOLDEN_NETWORKS
 from tolerances import NETWORK_F32, assert_close
 
@@ -21,7 +22,7 @@ import finetune
 from finetune.checkpoint import load
 from finetune.checkpoint.arguments import MAPPING, SYNTHESIS2, SYNTHESIS3
 from finetune.checkpoint.describe import MAX_MODULES, describe
-from finetune.checkpoint.provenance import Provenance
+from finetune.checkpoint.provenance import MAX_ANCESTORS, Provenance
 from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill, rebuild, tensors_of
 from finetune.checkpoint.unpickle import files
 from finetune.checkpoint.unpickle.files import read_pickle
@@ -224,6 +225,14 @@ class TestMismatch:
         with pytest.raises(CheckpointMismatch) as mismatch:
             reload({"D": discriminator})
         assert mismatch.value.differences == ["b4.mbstd (MinibatchStd) is not in the file"]
+
+    def test_load_refuses_additional_module_without_tensors(self, opened, reload):
+        discriminator = opened("stylegan2-ada-32")["D"]
+        state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+        module_at(discriminator, "b4")["_modules"]["tanh"] = PersistentObject("Tanh", state, 7)
+        with pytest.raises(CheckpointMismatch) as mismatch:
+            reload({"D": discriminator})
+        assert mismatch.value.differences == ["b4.tanh is in the file and not in the network"]
 
     @pytest.mark.parametrize(
         "path, name, value",
@@ -529,13 +538,29 @@ class TestProvenance:
             *[None] * 4,
         )
 
-    def test_provenance_many_ancestors(self, opened, reload):
-        network, parent = opened("stylegan2-ada-32")["G_ema"], self.SOURCE
-        for _ in range(60):
-            parent = Provenance(
-                "finetune", "run.pkl", "cd" * 32, 5, "non-commercial", parent, {"kimg": 1}
-            ).to_dict()
-        assert reload({"G_ema": network, "finetune": self.entry(source=parent)}).provenance.parent == parent
+    @pytest.mark.parametrize("number", [MAX_ANCESTORS, MAX_ANCESTORS + 1])
+    def test_provenance_many_ancestors(self, opened, reload, number):
+        network, parent = opened("stylegan2-ada-32")["G_ema"], None
+        for index in reversed(range(number)):
+            step = Provenance("finetune", f"{index}.pkl", "cd" * 32, 5, "L", training={"betas": [0.5]})
+            parent = {**step.to_dict(), "parent": parent}
+        seen = reload({"G_ema": network, "finetune": self.entry(source=parent)}).provenance
+        assert Provenance(**seen.to_dict()) == seen and seen.licence == "L"
+        found, step = [], seen.to_dict()
+        while step := step["parent"]:
+            found.append((step["source"], step["training"]))
+        assert found == [(f"{index}.pkl", {"betas": [0.5]}) for index in range(min(number, MAX_ANCESTORS))]
+
+    def test_load_ignores_metadata_without_end(self, opened, reload):
+        network, options = opened("stylegan2-ada-32")["G_ema"], {"names": ["x"] * 1200}
+        training = forge.emit(["x"] * 200) + b"q\x00"
+        entry = self.entry(
+            training={"a": Raw(training), **{f"b{index}": Raw(b"h\x00") for index in range(99)}}
+        )
+        seen = reload({"G_ema": network, "finetune": entry, "training_set_kwargs": options})
+        assert seen.training_set_kwargs == options
+        assert seen.notes[-1] == "entry `finetune` ignored: it has too many values"
+        assert seen.provenance.generation == "ada" and seen.G_ema is not None
 
     def test_provenance_of_invalid_entry(self, opened, reload):
         network = opened("stylegan2-ada-32")["G_ema"]
