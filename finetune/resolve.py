@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import CheckpointError
 from finetune.hub import huggingface
 from finetune.recipes import Published
+from torch_utils.files import expand_home
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +137,9 @@ def resolve_network(
         from finetune.hub import store
 
         return store.fetch_url(url, on_message=on_message, progress=progress)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = expand_home(text)
+    # os.path: the methods of Path raise OSError for names that are too long.
+    if os.path.isdir(path):
         path = newest_snapshot(path)
     if not path.exists():
         return _named(text, on_message, progress)
@@ -159,7 +161,7 @@ def _named(
 
     entry = catalog.find(text)
     if entry is None:
-        what = f"{Path(text).expanduser()} does not exist"
+        what = f"{expand_home(text)} does not exist"
         if Path(text).name != text:
             raise CheckpointError(what, hint="Pass a checkpoint file, a run folder, a name or a URL.")
         raise CheckpointError(f"{what}, and is not in the catalog", hint=catalog.suggestion(text))

@@ -21,7 +21,7 @@ POLL_SEC = 0.05
 def cache_folder() -> Path:
     """Return the folder of all caches: $FINETUNE_CACHE, else the one that the platform prescribes."""
     if chosen := os.environ.get(VARIABLE, "").strip():
-        return Path(chosen).expanduser()
+        return expand_home(chosen)
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -29,6 +29,11 @@ def cache_folder() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "stylegan-finetune"
+
+
+def expand_home(path: str | os.PathLike) -> Path:
+    """Return a path with `~` or `~user` expanded; unchanged if there is no such user."""
+    return Path(os.path.expanduser(path))
 
 
 def lock_path(path: Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
+from torch_utils.files import expand_home
 
 PREVIEWS = "preview"
 LOCK, STALE_SEC = "run.lock", 300.0  # as finetune/train/run_lock.py has them
@@ -75,7 +76,7 @@ class RunRecord:
 
 def read_run(path: str | Path) -> RunRecord:
     """Read a run folder. Raises ConfigError if it is none."""
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if not path.is_dir():
         what = "is a file, not a run folder" if path.exists() else "no such folder"
         raise ConfigError(f"{path}: {what}. Name a folder that `finetune train` wrote, such as runs/00000-….")

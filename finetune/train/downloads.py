@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from finetune.resolve import as_url
 from finetune.train.facts import gpu_memory_gib
 from finetune.train.progress import print_reasons
 from finetune.train.validation import names_of
+from torch_utils.files import expand_home
 
 
 def missing_checkpoint(resume: str) -> str | None:
@@ -39,7 +39,7 @@ def missing_checkpoint(resume: str) -> str | None:
     if url and entry is None:
         is_here = store.is_kept(store.place_of_url(url))
         return None if is_here else f"checkpoint {url}, {_size(None, [url])}"
-    if not url and (not resume or Path(resume).expanduser().exists()):
+    if not url and (not resume or os.path.exists(expand_home(resume))):
         return None
     if entry is None or store.is_kept(store.place_of(entry)):
         return None

@@ -618,3 +618,9 @@ def test_load_device(golden_dir, device):
     checkpoint = finetune.load(golden_dir / "stylegan2-ada-32.pkl", device=device)
     for network in (checkpoint.G, checkpoint.D, checkpoint.G_ema, checkpoint.augment_pipe):
         assert all(tensor.device.type == device for tensor in tensors_of(network).values())
+    @pytest.mark.parametrize("name", ["~nobody-here/x.pkl", "x" * 300, "x/" + "y" * 300])
+    def test_load_names_that_no_file_can_have(self, name):
+        with pytest.raises(CheckpointError, match=f"{name} does not exist") as caught:
+            finetune.load(name)
+        assert caught.value.hint
+
