@@ -59,16 +59,15 @@ def load(
     path = resolve_network(network)
     checkpoint = load_file(path, device=device, architecture=architecture)
     origin = checkpoint.provenance
-    license = origin.licence
-    if origin.generation != "finetune":
-        license = find_license(
-            sha256=origin.sha256,
-            file_name=origin.source,
-            size=origin.size,
-            resolution=checkpoint.network.img_resolution,
-        )
+    license = origin.licence or find_license(
+        sha256=origin.sha256,
+        # A file of this tool may have the name of a public checkpoint, and is not that checkpoint.
+        file_name=origin.source if origin.generation != "finetune" else None,
+        size=origin.size,
+        resolution=checkpoint.network.img_resolution,
+    )
     if license is None and (address := huggingface.address_of(path)):
-        license = huggingface.license_of(address)
+        license = huggingface.license_of(address, is_local=True)
     return dataclasses.replace(checkpoint, provenance=dataclasses.replace(origin, licence=license))
 
 
@@ -141,7 +140,7 @@ def resolve_network(
     # os.path: the methods of Path raise OSError for names that are too long.
     if os.path.isdir(path):
         path = newest_snapshot(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return _named(text, on_message, progress)
     if not path.is_file():  # a pipe or a device may have no end
         raise CheckpointError(f"{path} is not a file", hint="Pass a regular file.")

@@ -99,9 +99,10 @@ def fetch(address: Address, *, on_message: Callable[[str], None] = log.info) -> 
     where = {"repo_id": address.repo, "revision": address.revision}
     with explained(f"{address}: downloading"):
         name = address.file or choose(address, hub.HfApi().list_repo_files(**where))
+        license = license_of(address)  # which keeps the model card, for later uses of the file
         if not isinstance(hub.try_to_load_from_cache(filename=name, **where), str):
             on_message(f"Fetching hf://{address.repo}/{name}")
-            on_message(f"License: {license_of(address) or 'not stated in the model card'}")
+            on_message(f"License: {license or 'not stated in the model card'}")
         return Path(hub.hf_hub_download(filename=name, **where))
 
 
@@ -111,6 +112,11 @@ def find(address: Address) -> Path:
     with explained(f"{address}: finding it on this machine"):
         folder = Path(hub.snapshot_download(address.repo, revision=address.revision, local_files_only=True))
     kept = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if address.file and address.file not in kept:
+        raise CheckpointError(
+            f"{address} is not on this machine, and {download.OFFLINE} or --offline forbids downloading it",
+            hint=f"On this machine: {', '.join(sorted(kept)[:SHOWN]) or 'none of its files'}.",
+        )
     return folder / choose(address, kept)
 
 
@@ -130,15 +136,16 @@ def choose(address: Address, names: Iterable[str]) -> str:
     )
 
 
-def license_of(address: Address) -> str | None:
-    """Return the license that the model card of a repository states, None if it states none."""
-    hub = library()
+def license_of(address: Address, *, is_local: bool = False) -> str | None:
+    """Return the license that the model card of a repository states, None if it states none.
+
+    is_local: only read a card that is on this machine.
+    """
     try:
-        card = hub.hf_hub_download(
-            address.repo, CARD, revision=address.revision, local_files_only=download.is_offline()
-        )
+        hub = library()
+        card = hub.hf_hub_download(address.repo, CARD, revision=address.revision, local_files_only=is_local)
         data = hub.ModelCard.load(card).data.to_dict()
-    except Exception:  # no card, or one that cannot be read: it states nothing
+    except Exception:  # no library, no card, or one that cannot be read: it states nothing
         return None
     name = data.get("license_name") if data.get("license") == "other" else data.get("license")
     parts = [str(part) for part in (name, data.get("license_link")) if part]

@@ -31,10 +31,11 @@ def entries_of_name(file_name: str, size: int, resolution: int | None = None) ->
     ]
 
 
-def find_license(*, sha256: str, file_name: str, size: int, resolution: int) -> str | None:
+def find_license(*, sha256: str, file_name: str | None, size: int, resolution: int) -> str | None:
     """Return the license of a public checkpoint, found by hash or, with a remark, by name and resolution.
 
-    None if it is unknown, or if entries with this file name state different licenses.
+    file_name: None to search by hash alone. Returns None if the license is unknown, or if entries with this
+    file name state different ones.
     """
     entry = entry_of_hash(sha256)
     if entry is not None and entry.licence is not None:
@@ -42,6 +43,8 @@ def find_license(*, sha256: str, file_name: str, size: int, resolution: int) -> 
     record = store.record_of_hash(sha256)
     if entry is not None or record is not None:
         return record.licence if record else None
+    if file_name is None:
+        return None
     licenses = {str(entry.licence) for entry in entries_of_name(file_name, size, resolution)}
     if len(licenses) != 1 or "None" in licenses:
         return None

@@ -592,6 +592,14 @@ class TestProvenance:
             reload({"G_ema": network}, "b.pkl").provenance.licence == "L2 (recognized by the file name alone)"
         )
         assert reload({"G_ema": network}, "c.pkl").provenance.licence is None
+        # A file of this tool that states no license is identified by its hash only.
+        ours = {"G_ema": network, "finetune": self.entry(source=None)}
+        assert reload(ours, "b.pkl").provenance.licence is None
+        sha256 = hashlib.sha256(forge.dumps(ours)).hexdigest()
+        monkeypatch.setattr(catalog, "entries", lambda: {"a": dataclasses.replace(known, sha256=sha256)})
+        assert reload(ours, "b.pkl").provenance.licence == "L1"
+        stated = {**ours, "finetune": self.entry(source=None, licence="own")}
+        assert reload(stated, "b.pkl").provenance.licence == "own"
         monkeypatch.setattr(catalog, "entries", lambda: {"b": other, "c": third})
         assert reload({"G_ema": network}, "b.pkl").provenance.licence is None, "two files of one name"
 
@@ -612,15 +620,15 @@ class TestRunFolders:
         with pytest.raises(CheckpointError, match="does not exist"):
             finetune.load(tmp_path / "missing.pkl")
 
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_load_device(golden_dir, device):
-    checkpoint = finetune.load(golden_dir / "stylegan2-ada-32.pkl", device=device)
-    for network in (checkpoint.G, checkpoint.D, checkpoint.G_ema, checkpoint.augment_pipe):
-        assert all(tensor.device.type == device for tensor in tensors_of(network).values())
     @pytest.mark.parametrize("name", ["~nobody-here/x.pkl", "x" * 300, "x/" + "y" * 300])
     def test_load_names_that_no_file_can_have(self, name):
         with pytest.raises(CheckpointError, match=f"{name} does not exist") as caught:
             finetune.load(name)
         assert caught.value.hint
 
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_load_device(golden_dir, device):
+    checkpoint = finetune.load(golden_dir / "stylegan2-ada-32.pkl", device=device)
+    for network in (checkpoint.G, checkpoint.D, checkpoint.G_ema, checkpoint.augment_pipe):
+        assert all(tensor.device.type == device for tensor in tensors_of(network).values())

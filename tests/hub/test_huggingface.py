@@ -95,6 +95,8 @@ def test_push_and_load_again(server, run_dir, tmp_path, monkeypatch):
     before = len(server.requests)
     assert finetune.load("hf://me/cats/model.safetensors").missing == ["G", "D"]
     assert finetune.load(Path("hf://me/cats")).missing == ["G", "D"] and len(server.requests) == before
+    with pytest.raises(CheckpointError, match=r"hf://me/cats/other\.pkl is not on this machine, and"):
+        finetune.load("hf://me/cats/other.pkl")
     with pytest.raises(CheckpointError, match="hf://me/dogs: finding it on this machine failed"):
         finetune.load("hf://me/dogs")
     assert missing_checkpoint("hf://me/cats") is None
@@ -128,6 +130,16 @@ def test_foreign_repository_has_the_license_of_its_card(server, golden_dir, run_
     ours = (run_dir / "network-snapshot-000002.pkl").read_bytes()  # states no license
     server.repos["you/ours"] = {"private": False, "files": {"README.md": card.encode(), "x.pkl": ours}}
     assert finetune.load("hf://you/ours").provenance.licence == "cc-by-nc-4.0 (stated by hf://you/ours)"
+
+
+def test_path_in_the_cache_needs_neither_library_nor_network(server, golden_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "models--you--cats" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    path = folder / "net.pkl"
+    path.write_bytes((golden_dir / "stylegan2-ada-32.pkl").read_bytes())
+    assert finetune.load(path).provenance.licence is None and server.requests == []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert finetune.load(path).provenance.licence is None
 
 
 def test_load_refusals(server):
