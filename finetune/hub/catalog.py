@@ -1,6 +1,7 @@
 """Read the catalog of public networks, `checkpoints.json`, which states only what is published about each.
 
-$FINETUNE_CATALOG may name another file in the same format, for networks of your own; its names win.
+$FINETUNE_CATALOG may name another file in the same format, for networks of your own; its names take
+precedence.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib.metadata
 import json
 import os
 import re
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,10 +20,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from finetune.errors import CheckpointError, ConfigError
+from torch_utils.files import expand_home
 
 NAME = "checkpoints.json"
 VARIABLE = "FINETUNE_CATALOG"
 VERSION = 1
+REINSTALL = "Install this package again, or restore the file in the checkout."
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 OPENS = ("stylegan2", "stylegan3-t", "stylegan3-r")  # the architectures that can be loaded
 
@@ -209,16 +212,30 @@ def _shown(value: Any) -> str:
 
 @functools.cache
 def entries() -> dict[str, Entry]:
-    """Return all entries by id. Raises ConfigError if the file of $FINETUNE_CATALOG is not a catalog."""
-    places = (
-        Path(__file__).resolve().parents[2] / NAME,
-        Path(sysconfig.get_path("data")) / "share" / "stylegan-finetune" / NAME,
-    )
+    """Return all entries by id, those of $FINETUNE_CATALOG first, since the first entry of a name is found.
+
+    Raises ConfigError if that file is not a catalog, or if the catalog of this package is missing.
+    """
+    file = os.environ.get(VARIABLE, "").strip()
+    own = read_catalog(expand_home(file)) if file else {}
+    shipped = read_catalog(shipped_catalog(), check=False)
+    return own | {id: entry for id, entry in shipped.items() if id not in own}
+
+
+def shipped_catalog() -> Path:
+    """Return the catalog of this package: in the checkout, or else among the installed files."""
+    root = Path(__file__).resolve().parents[2]
+    # A checkout, and what `pip install --target` makes.
+    places = [root / NAME, root / "share" / "stylegan-finetune" / NAME]
+    try:
+        installed = importlib.metadata.files("stylegan-finetune") or []
+    except importlib.metadata.PackageNotFoundError:
+        installed = []
+    places += [Path(str(file.locate())) for file in installed if file.name == NAME]
     found = next((path for path in places if path.is_file()), None)
-    known = {} if found is None else read_catalog(found, check=False)
-    if own := os.environ.get(VARIABLE, "").strip():
-        known |= read_catalog(Path(own).expanduser())
-    return known
+    if found is None:
+        raise ConfigError(f"{NAME}, the catalog of this package, is missing ({places[0]}).", hint=REINSTALL)
+    return found
 
 
 def read_catalog(path: Path, *, check: bool = True) -> dict[str, Entry]:

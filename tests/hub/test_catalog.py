@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,12 +125,17 @@ def test_conflicts_of_names_and_urls(tmp_path):
 
 def test_entries_include_those_of_a_custom_catalog(tmp_path, monkeypatch):
     path = tmp_path / "mine.json"
-    entries = [Entry("ours", ("https://a.org/a.pkl",), "stylegan2", sources=("us",))]
+    entries = [
+        Entry("ours", ("https://a.org/a.pkl",), "stylegan2", sources=("us",), aliases=("ffhq256",)),
+        Entry("stylegan3-r-ffhq-1024x1024", ("https://a.org/b.pkl",), "stylegan2", sources=("us",)),
+    ]
     path.write_text(catalog.to_text(entries))
     monkeypatch.setenv("FINETUNE_CATALOG", str(path))
     catalog.entries.cache_clear()
     try:
-        assert catalog.find("ours") == entries[0] and catalog.find("ffhq256") is not None
+        assert catalog.find("ours") == entries[0] and catalog.find("ffhq-256-stylegan2") is not None
+        for entry in entries:  # names of the shipped catalog too
+            assert all(catalog.find(name) == entry for name in (entry.id, *entry.aliases))
         path.write_text("{")
         catalog.entries.cache_clear()
         with pytest.raises(ConfigError, match=r"mine\.json: the catalog is not JSON"):
@@ -137,6 +143,27 @@ def test_entries_include_those_of_a_custom_catalog(tmp_path, monkeypatch):
     finally:
         monkeypatch.delenv("FINETUNE_CATALOG")
         catalog.entries.cache_clear()
+
+
+def test_shipped_catalog_is_found_where_pip_puts_it(tmp_path, monkeypatch):
+    assert catalog.shipped_catalog() == FILE
+    package = tmp_path / "lib" / "finetune" / "hub" / "catalog.py"
+    monkeypatch.setattr(catalog, "__file__", str(package))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "lib")])
+    with pytest.raises(ConfigError, match=r"checkpoints\.json, the catalog .* is missing.*\nInstall"):
+        catalog.shipped_catalog()
+    info = tmp_path / "lib" / "stylegan_finetune-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: stylegan-finetune\nVersion: 1.0\n")
+    (info / "RECORD").write_text(
+        "finetune/__init__.py,,\n../user/share/stylegan-finetune/checkpoints.json,,\n"
+    )
+    by_record = tmp_path / "user" / "share" / "stylegan-finetune" / "checkpoints.json"
+    by_target = tmp_path / "lib" / "share" / "stylegan-finetune" / "checkpoints.json"
+    for path in (by_record, by_target):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert catalog.shipped_catalog().resolve() == path.resolve()
 
 
 @pytest.mark.parametrize(
