@@ -226,7 +226,7 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
 @click.option("--kimg", type=click.FloatRange(min=0), help="Length of its training in thousands of images.")
 @click.option("--notes", metavar="TEXT", help="Notes.")
 @offline_option()
-def add_command(url: str, into: Path | None, **said: Any) -> None:
+def add_command(url: str, into: Path | None, **given: Any) -> None:
     """Download the checkpoint at URL, open it safely, and print its entry for checkpoints.json.
 
     Architecture, resolution, classes, size and hash come from the file, the rest from the options;
@@ -235,15 +235,16 @@ def add_command(url: str, into: Path | None, **said: Any) -> None:
     from finetune.hub import catalog, contribute
     from finetune.resolve import as_url, facts_of
 
-    if not as_url(url):
+    address = as_url(url)
+    if address is None:
         raise ConfigError(f"{url}: not a URL. Pass one that begins with https://.")
-    if said["license_page"] and not said["license"]:
+    if given["license_page"] and not given["license"]:
         raise ConfigError("--license-page: the license itself is missing. Set it with --license.")
-    trained = {name: value for name in ("gamma", "batch", "kimg") if (value := said.pop(name)) is not None}
-    page, license = said.pop("license_page"), said.pop("license")
-    said["licence"] = catalog.License(license, page) if license else None
-    said["published"] = {"trained": trained} if trained else None
-    entry = contribute.new_entry(url, facts_of(network_file(url)), **said)
+    trained = {name: value for name in ("gamma", "batch", "kimg") if (value := given.pop(name)) is not None}
+    page, license = given.pop("license_page"), given.pop("license")
+    given["licence"] = catalog.License(license, page) if license else None
+    given["published"] = {"trained": trained} if trained else None
+    entry = contribute.new_entry(address, facts_of(network_file(address)), **given)
     if into is None:
         click.echo(catalog.entry_text(entry.to_json()))
         return

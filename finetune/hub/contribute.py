@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.errors import CheckpointError, ConfigError
 from finetune.hub import catalog
-from finetune.hub.catalog import Entry
+from finetune.hub.catalog import Entry, License
 from torch_utils.files import atomic_write
 
 
@@ -26,23 +26,21 @@ def check_fits(path: Path, entry: Entry, facts: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} is not {entry.id}: {', '.join(wrong)}")
 
 
-def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
+def new_entry(url: str, facts: dict[str, Any], **given: Any) -> Entry:
     """Return an entry for the file of a URL, or the entry of the catalog completed with these facts.
 
-    said: further fields of an Entry. Raises ConfigError if they do not match the schema.
+    given: further fields of an Entry. Raises ConfigError if they do not match the schema, or contradict what
+    the catalog states.
     """
     stated_by = f"the file, as it was on {time.strftime('%Y-%m-%d')}"
     known = catalog.find_url(url)
-    said = {name: value for name, value in said.items() if value}
+    given = {name: value for name, value in given.items() if value}
     if known is not None:
-        inferred = tuple(name for name in known.inferred if name not in facts)
-        source = known.sha256_from if known.sha256 else stated_by
-        entry = dataclasses.replace(known, **facts, inferred=inferred, sha256_from=source, size_about=None)
-        entry = dataclasses.replace(entry, **{k: v for k, v in said.items() if k != "id"})
+        entry = _completed(known, {"sha256_from": stated_by, **facts, **given}, set(facts))
     else:
         name = PurePosixPath(catalog.file_name_of(url)).stem
         entry = Entry(
-            **{"id": name, "urls": (url,), "sources": (url,), **facts, "sha256_from": stated_by, **said}
+            **{"id": name, "urls": (url,), "sources": (url,), **facts, "sha256_from": stated_by, **given}
         )
     problems = catalog.problems_of_entry(entry.to_json())
     others = [other for other in catalog.entries().values() if known is None or other.id != known.id]
@@ -50,6 +48,43 @@ def new_entry(url: str, facts: dict[str, Any], **said: Any) -> Entry:
     if problems:
         raise ConfigError([f"{entry.id}: {problem}." for problem in problems])
     return entry
+
+
+def _completed(known: Entry, more: dict[str, Any], certain: set[str]) -> Entry:
+    """Return an entry whose empty fields are those of `more`, and whose lists are continued.
+
+    certain: fields whose inferred values are replaced. Raises ConfigError for a value that contradicts the
+    entry.
+    """
+    changes: dict[str, Any] = {"size_about": None}
+    wrong = []
+    for name, value in more.items():
+        stated = getattr(known, name)
+        if name in ("aliases", "sources"):
+            changes[name] = tuple(dict.fromkeys((*stated, *value)))
+        elif name == "published":
+            trained = stated.get("trained", {})
+            wrong += [
+                f"{known.id}: {key} is {trained[key]} in the catalog, not {item}."
+                for key, item in value["trained"].items()
+                if trained.get(key, item) != item
+            ]
+            changes[name] = {**stated, "trained": {**trained, **value["trained"]}}
+        elif name == "sha256_from" or (name == "licence" and _is_same(stated, value)):
+            changes[name] = stated or value
+        elif stated in (None, value) or (name in certain and name in known.inferred):
+            changes[name] = value
+        else:
+            shown = name.replace("licence", "license")
+            wrong.append(f"{known.id}: {shown} is {stated} in the catalog, not {value}.")
+    if wrong:
+        raise ConfigError(wrong, hint="Omit what the catalog states, or correct the catalog first.")
+    inferred = tuple(name for name in known.inferred if name not in certain)
+    return dataclasses.replace(known, **changes, inferred=inferred)
+
+
+def _is_same(stated: License | None, given: License) -> bool:
+    return stated is not None and stated.name == given.name and given.page in (None, stated.page)
 
 
 def write_into(path: Path, entry: Entry) -> None:

@@ -188,6 +188,29 @@ class TestAdd:
         done("add", url, "--name", "prettier", "--into", mine)
         assert list(catalog.read_catalog(mine)) == ["pretty-32", "prettier"]
 
+    def test_add_completes_known_entry(self, server, content, tmp_path):
+        settings = {"finetune": {"gamma": 2}, "trained": {"batch": 8}}
+        server.state("ours", dataset="dots", published=settings, resolution=64, inferred=("resolution",))
+        url = server.entries["ours"].urls[0].replace("http://", "HTTP:/")  # as typed, or from a path
+        options = ("--alias", "short", "--source", "me", "--gamma", 0.5, "--data", "dots")
+        options += ("--license", LICENSE.name)
+        entry = json.loads(done("add", url, *options).stdout)
+        assert (entry["id"], entry["aliases"], entry["sources"]) == ("ours", ["short"], ["a test", "me"])
+        assert entry["published"] == {"finetune": {"gamma": 2}, "trained": {"batch": 8, "gamma": 0.5}}
+        assert entry["licence"]["page"] == LICENSE.page and entry["dataset"] == "dots"
+        assert (entry["resolution"], entry["inferred"], entry["size"]) == (32, [], len(content))
+        server.state("ours", classes=3)
+        options = ("--license", "CC0", "--data", "cats", "--batch", 16, "--name", "theirs")
+        result = refused("Omit what the catalog states", "add", url, *options)
+        for words in (
+            f"license is {LICENSE} in the catalog, not CC0.",
+            "dataset is dots in the catalog, not cats.",
+            "batch is 8 in the catalog, not 16.",
+            "id is ours in the catalog, not theirs.",
+            "classes is 3 in the catalog, not 0.",
+        ):
+            assert f"ours: {words}" in result.stderr
+
     def test_add_mistakes(self, server, content, tmp_path):
         refused("not a URL", "add", "ours.pkl")
         refused("Set it with --license", "add", "https://a.org/a.pkl", "--license-page", "https://a.org")
