@@ -6,6 +6,7 @@ import mmap
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import CheckpointError, PickleRefused
 
@@ -45,36 +46,32 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def is_torch_save(data: mmap.mmap) -> bool:
-    """Return whether a file is one of torch.save: a zip archive with NAME/data.pkl, or the legacy format."""
-    names = _names_in_zip(data) if _starts_with(data, ZIP) else []
-    return _starts_with(data, TORCH_SAVE) or any(name.endswith("/data.pkl") for name in names or ())
+    """Return whether a file that passed `refuse_other_formats` is one of torch.save, zip or legacy."""
+    return data[: len(TORCH_SAVE)] == TORCH_SAVE or data[: len(ZIP)] == ZIP
 
 
-def refuse_other_formats(path: Path, data: mmap.mmap) -> None:
-    """Raise CheckpointError if the content of the file at `path` is neither a pickle nor of torch.save."""
-    found = None
-    if _starts_with(data, ZIP):
-        found = _describe_zip(_names_in_zip(data))
-    elif not _starts_with(data, TORCH_SAVE):
-        matches = (
-            (what, hint) for head, what, hint in OTHER_FORMATS if re.match(head, data[:512], re.DOTALL)
-        )
+def refuse_other_formats(path: Path, stream: Any) -> None:
+    """Raise CheckpointError if the file at `path` is neither a pickle nor of torch.save.
+
+    stream: the file, open at its beginning, of which only the beginning and a zip's directory are read.
+    """
+    start, found = stream.read(HEAD), None
+    if start.startswith(ZIP):
+        found = _describe_zip(_names_in_zip(stream))
+    elif not start.startswith(TORCH_SAVE):
+        matches = ((what, hint) for head, what, hint in OTHER_FORMATS if re.match(head, start, re.DOTALL))
         found = next(matches, None)
     if found is not None:
         raise CheckpointError(f"{path} is not a checkpoint: it looks like {found[0]}", hint=found[1])
-    text = describe_text(data[:HEAD])
+    text = describe_text(start)
     if text is not None and not text.startswith("text: "):  # which some pickles are, of protocol 0
         raise CheckpointError(f"{path} is not a checkpoint: it is {text}", hint=TEXT_HINT)
 
 
-def _starts_with(data: mmap.mmap, head: bytes) -> bool:
-    return data[: len(head)] == head
-
-
-def _names_in_zip(data: mmap.mmap) -> list[str] | None:
+def _names_in_zip(stream: Any) -> list[str] | None:
     """Return the names of the members of a zip archive, None if it is damaged."""
     try:
-        with zipfile.ZipFile(data) as archive:  # type: ignore[call-overload]  # can seek and read
+        with zipfile.ZipFile(stream) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError):
         return None

@@ -43,12 +43,6 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Proven
     not exactly those of the networks that its header describes.
     """
     metadata, found = _read(path)
-    if (found_format := metadata.get("format")) != FORMAT:
-        raise CheckpointError(
-            f"not a safetensors file of this tool (format {found_format!r:.80}, expected {FORMAT!r})",
-            hint="Only files of `finetune export --format safetensors` describe their networks. "
-            "Pass the checkpoint that it was made from (.pkl or .pt).",
-        )
     networks = _read_json(metadata, "networks")
     stray = sorted(name for name in found if name.split(".", 1)[0] not in networks)
     if unknown := sorted(set(networks) - set(NETWORKS)) or stray:
@@ -68,19 +62,26 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Proven
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Return the strings of the header, and the tensors by name."""
+    """Return the strings of the header, and the tensors by name; CheckpointError for a file of others."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            found = {}
+            metadata, found = file.metadata() or {}, {}
+            if (seen := metadata.get("format")) != FORMAT:
+                raise CheckpointError(
+                    f"not a safetensors file of this tool (format {seen!r:.80}, expected {FORMAT!r})",
+                    hint="Only files of `finetune export --format safetensors` describe their networks. "
+                    "Pass the checkpoint that it was made from (.pkl or .pt).",
+                )
             for name in file.keys():
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in DTYPES:
                     raise CheckpointError(f"{printable(name)} has dtype {dtype}, expected F32")
                 found[name] = file.get_tensor(name)
-            return file.metadata() or {}, found
+            return metadata, found
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is a damaged safetensors file ({error})", hint="Download or copy it again."
+            f"{path} is a damaged safetensors file ({printable(str(error))})",
+            hint="Download or copy it again.",
         ) from None
 
 

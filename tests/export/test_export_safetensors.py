@@ -167,6 +167,10 @@ def test_safetensors_no_such_file_and_no_such_format(exported, tmp_path):
         (tmp_path / "x.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match=words):
             finetune.load(tmp_path / "x.safetensors")
+    header = rb'{"\u001b[2J":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'.ljust(64)
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"invalid offset for tensor `\?\[2J`"):
+        finetune.load(tmp_path / "x.safetensors")
 
 
 def test_safetensors_of_others_are_refused(tmp_path):

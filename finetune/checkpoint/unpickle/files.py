@@ -54,7 +54,6 @@ def read_pickle(path: Path) -> PickleFile:
     digest, hashing = hashlib.sha256(), ThreadPoolExecutor(1)
     try:
         memory = _read(path, lambda part: hashing.submit(digest.update, part))
-        refuse_other_formats(path, memory)
         try:
             root = loads_torch_save(memory) if is_torch_save(memory) else loads(memory)
         except PickleRefused as error:
@@ -76,6 +75,8 @@ def _read(path: Path, each_part: Callable[[memoryview], Any]) -> mmap.mmap:
                 raise CheckpointError(f"{path} is too large for a checkpoint ({size:,} bytes)")
             if size == 0:
                 raise CheckpointError(f"{path} is empty", hint="Download or copy it again.")
+            refuse_other_formats(path, stream)  # before all of it is read
+            stream.seek(0)
             memory, position = mmap.mmap(-1, size, **private), 0
             while count := stream.readinto(memoryview(memory)[position : position + CHUNK]):
                 each_part(memoryview(memory)[position : position + count])
