@@ -14,7 +14,7 @@ import torch
 from finetune.checkpoint import rosinality
 from finetune.checkpoint.describe import MAX_DEPTH, find_foreign, plain
 from finetune.checkpoint.provenance import MAX_ANCESTORS, Provenance, drop_old_ancestors
-from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill, rebuild, rebuild_tf
+from finetune.checkpoint.rebuild import Rebuilt, check_growth, fill, rebuild, rebuild_tf
 from finetune.checkpoint.state_dict import (
     StateDict,
     check_given,
@@ -121,7 +121,7 @@ def load(
     path = Path(path)
     if is_tensor_file(path):
         with _naming(path):
-            return _load_tensor_file(path, device)
+            return _load_tensor_file(path, device, architecture)
     with _naming(path):
         file = read_pickle(path)
         networks, extras = _entries(file)
@@ -144,10 +144,18 @@ def load(
     )
 
 
-def _load_tensor_file(path: Path, device: str | torch.device) -> Checkpoint:
-    modules, training_set_kwargs, provenance = read_tensor_file(path)
-    modules = {name: module.to(device) for name, module in modules.items()}
-    return Checkpoint(**modules, training_set_kwargs=training_set_kwargs, provenance=provenance)
+def _load_tensor_file(
+    path: Path, device: str | torch.device, architecture: Mapping[str, Any] | None
+) -> Checkpoint:
+    if architecture:
+        check_given(architecture, [])  # the header states how its networks are built
+    rebuilt, training_set_kwargs, provenance = read_tensor_file(path)
+    return Checkpoint(
+        **{name: item.module.to(device) for name, item in rebuilt.items()},
+        training_set_kwargs=training_set_kwargs,
+        provenance=provenance,
+        notes=tuple(note for item in rebuilt.values() for note in item.notes),
+    )
 
 
 @contextmanager
@@ -224,7 +232,6 @@ def _rebuild_all(
     Refused alone, if there is a generator, are networks of foreign classes, entries that are no networks, and
     a discriminator whose tensors do not fit. Raises PickleRefused if no generator of the file can be rebuilt.
     """
-    allowance = Allowance.for_file(size)
     rebuilt: dict[str, Rebuilt] = {}
     refused: dict[str, CheckpointError] = {}
     of_tensors = functools.partial(rebuild_state, given=architecture)
@@ -239,7 +246,7 @@ def _rebuild_all(
             if record is not None:
                 raise _foreign(name, record)
             build: Any = builders[type(network)]
-            rebuilt[name] = build(name, network, allowance, base_shape)
+            rebuilt[name] = build(name, network, base_shape)
             base_shape = base_shape or getattr(rebuilt[name].module, "base_shape", None)
         except CheckpointError as error:
             is_damaged = isinstance(error, PickleRefused) and error.blocked is None
@@ -250,6 +257,7 @@ def _rebuild_all(
     needed = networks.keys() & {"G", "G_ema"} or {"D"}
     if not needed & rebuilt.keys():
         raise next(refused[name] for name in ("G_ema", "G", "D") if name in refused)
+    check_growth(rebuilt.values(), size)
     return {name: rebuilt[name] for name in networks if name in rebuilt}, refused
 
 

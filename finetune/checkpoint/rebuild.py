@@ -64,17 +64,6 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(slots=True)
-class Allowance:
-    """Memory in bytes that the networks of one file may still use."""
-
-    left: int
-
-    @classmethod
-    def for_file(cls, size: int) -> Allowance:
-        return cls(MAX_GROWTH * size + SLACK)
-
-
-@dataclass(slots=True)
 class Rebuilt:
     """A module, the tensors that `fill` gives it, and notes on what is ignored, one sentence each.
 
@@ -89,9 +78,7 @@ class Rebuilt:
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
-def rebuild(
-    name: str, network: PersistentObject, allowance: Allowance, base_shape: list[int] | None = None
-) -> Rebuilt:
+def rebuild(name: str, network: PersistentObject, base_shape: list[int] | None = None) -> Rebuilt:
     """Build the network that the entry `name` of a checkpoint describes, not filled yet.
 
     base_shape: that of the generator in the file, if there is one.
@@ -105,7 +92,7 @@ def rebuild(
     differences = compare(net.tensors, module)
     if not differences:  # of another shape, every attribute would differ too
         differences = _differing_attributes(net, module)
-    notes = check_tensors(name, net, module, differences, allowance) + _notes(name, net, module)
+    notes = check_tensors(name, net, module, differences) + _notes(name, net, module)
     factors = weight_factors(net, module)
     if factors:
         which = ", ".join(sorted(factors)[:3]) + (", …" if len(factors) > 3 else "")
@@ -113,26 +100,22 @@ def rebuild(
     return Rebuilt(module, notes, _generation(net), net.tensors, factors=factors)
 
 
-def rebuild_tf(
-    name: str, network: TFNetwork, allowance: Allowance, base_shape: list[int] | None = None
-) -> Rebuilt:
+def rebuild_tf(name: str, network: TFNetwork, base_shape: list[int] | None = None) -> Rebuilt:
     """Rebuild a network of the TensorFlow generation, like `rebuild`."""
     net, kwargs = describe_tf(network)
     kwargs |= arguments.base_shape(net, base_shape)
     module = build_on_meta(getattr(stylegan2, net.class_name), kwargs, net)
     options = kwargs if net.class_name == "Generator" else kwargs["block_kwargs"]
     add_filters(net, tensors_of(module), options["resample_filter"])
-    notes = check_tensors(name, net, module, compare(net.tensors, module), allowance)
+    notes = check_tensors(name, net, module, compare(net.tensors, module))
     return Rebuilt(module, notes, "tf", net.tensors)
 
 
-def check_tensors(
-    name: str, net: Described, module: torch.nn.Module, differences: list[str], allowance: Allowance
-) -> list[str]:
-    """Take the memory of the module from the allowance; return notes on converted types.
+def check_tensors(name: str, net: Described, module: torch.nn.Module, differences: list[str]) -> list[str]:
+    """Return notes on converted types.
 
     Raises CheckpointMismatch with the `differences` if there are any, PickleRefused for a rectangle of
-    another kind or if the allowance does not suffice.
+    another kind.
     """
     if differences and (why := _unknown_rectangle(net, module)):
         raise net.refusal(
@@ -145,9 +128,6 @@ def check_tensors(
             differences,
             hint="The file was changed after it was written, or comes from a code base with other networks.",
         )
-    allowance.left -= sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(module).values())
-    if allowance.left < 0:
-        raise net.refusal("the networks of the pickle would take several times its size on disk")
     counts = Counter(tensor.dtype for tensor in net.tensors.values() if tensor.dtype in CONVERTED)
     return [f"{name}: {count} tensors {CONVERTED[dtype]}" for dtype, count in sorted(counts.items())]
 
@@ -250,6 +230,13 @@ def compare(found: dict[str, Tensor], module: torch.nn.Module) -> list[str]:
             elif has_shape and seen.dtype == "float64" and (peak := _peak(seen.array)) > MAX_FLOAT32:
                 lines.append(f"{name} has a value of {peak:.3g}, too large for float32")
     return lines
+
+
+def check_growth(networks: Iterable[Rebuilt], size: int) -> None:
+    """Raise PickleRefused if networks, which may share tensors in a file, take much more than its bytes."""
+    tensors = [tensor for network in networks for tensor in tensors_of(network.module).values()]
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MAX_GROWTH * size + SLACK:
+        raise PickleRefused("the networks of the pickle would take several times its size on disk", offset=0)
 
 
 def _peak(values: np.ndarray) -> float:

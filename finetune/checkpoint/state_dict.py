@@ -19,7 +19,6 @@ from finetune.checkpoint.describe import MAX_DEPTH, MAX_ENTRIES, Described
 from finetune.checkpoint.provenance import Generation
 from finetune.checkpoint.rebuild import (
     MEAN_SAMPLES,
-    Allowance,
     Rebuilt,
     build_on_meta,
     check_tensors,
@@ -119,7 +118,6 @@ def is_known(tensors: Tensors) -> bool:
 def rebuild_state(
     name: str,
     state: StateDict,
-    allowance: Allowance,
     base_shape: list[int] | None = None,
     *,
     given: Mapping[str, Any] | None = None,
@@ -147,7 +145,7 @@ def rebuild_state(
             note += f"; assumed {', '.join(assumed)}"
         notes.append(note)
     check_bands = state.stated is None
-    module, more = rebuild_described(name, tensors, kwargs, allowance, base_shape, check_bands=check_bands)
+    module, more = rebuild_described(name, tensors, kwargs, base_shape, check_bands=check_bands)
     notes += more
     if state.lacks_w_avg:
         notes.append(f"{name}: no mean w in the file; estimated from {MEAN_SAMPLES:,} z")
@@ -158,7 +156,6 @@ def rebuild_described(
     name: str,
     tensors: Tensors,
     kwargs: Mapping[str, Any],
-    allowance: Allowance,
     base_shape: list[int] | None = None,
     *,
     check_bands: bool = False,
@@ -188,7 +185,7 @@ def rebuild_described(
     differences = compare(net.tensors, module)
     if check_bands and net.has("synthesis.input"):
         _check_bands(name, net, module, differences)
-    return module, check_tensors(name, net, module, differences, allowance)
+    return module, check_tensors(name, net, module, differences)
 
 
 def _check_bands(name: str, net: Described, module: Any, differences: list[str]) -> None:

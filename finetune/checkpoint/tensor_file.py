@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import torch
 
 from finetune.checkpoint.provenance import Provenance, drop_old_ancestors
-from finetune.checkpoint.rebuild import Allowance, Rebuilt, fill
+from finetune.checkpoint.rebuild import Rebuilt, fill
 from finetune.checkpoint.state_dict import rebuild_described
 from finetune.checkpoint.unpickle.stubs import Tensor, printable
 from finetune.errors import CheckpointError, PickleRefused
@@ -35,10 +34,10 @@ def is_tensor_file(path: Path) -> bool:
         return False
 
 
-def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Provenance]:
+def read_tensor_file(path: Path) -> tuple[dict[str, Rebuilt], dict[str, Any], Provenance]:
     """Rebuild the networks of a safetensors file, with the same checks as for a pickle.
 
-    Returns the networks by name, in eval mode without gradients, the options of the data set, and the origin.
+    Returns the networks by name, filled, the options of the data set, and the origin.
     Raises CheckpointError if the file is damaged or not of this tool, CheckpointMismatch if its tensors are
     not exactly those of the networks that its header describes.
     """
@@ -51,14 +50,14 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], Proven
     if not networks:
         raise CheckpointError("has none of G, D and G_ema")
     size = path.stat().st_size
-    allowance = Allowance.for_file(size)
-    modules = {name: _rebuild(name, networks[name], found, allowance) for name in networks}
+    rebuilt = {name: _rebuild(name, networks[name], found) for name in networks}
+    fill(rebuilt.values())
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     entry = _read_json(metadata, "finetune")  # as in our pickles
     drop_old_ancestors(entry)
     provenance = Provenance.from_entry(entry, source=path.name, sha256=digest, size=size)
-    return modules, _read_json(metadata, "training_set_kwargs"), provenance
+    return rebuilt, _read_json(metadata, "training_set_kwargs"), provenance
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -97,9 +96,7 @@ def _read_json(metadata: dict[str, str], key: str) -> dict[str, Any]:
     return value
 
 
-def _rebuild(
-    name: str, constructor: Any, found: dict[str, np.ndarray], allowance: Allowance
-) -> torch.nn.Module:
+def _rebuild(name: str, constructor: Any, found: dict[str, np.ndarray]) -> Rebuilt:
     """Build one network, checking its arguments, then names, shapes and dtypes of its tensors."""
     given = constructor.get("init_kwargs") if type(constructor) is dict else None
     if type(given) is not dict:
@@ -111,8 +108,7 @@ def _rebuild(
         if key.startswith(prefix)
     }
     try:
-        module, notes = rebuild_described(name, tensors, given, allowance)
+        module, notes = rebuild_described(name, tensors, given)
     except PickleRefused as error:
         raise CheckpointError(f"{name} cannot be built as the header describes ({error.what})") from None
-    fill([Rebuilt(module, notes, "finetune", tensors)])
-    return module
+    return Rebuilt(module, notes, "finetune", tensors)

@@ -13,7 +13,7 @@ import torch
 
 from finetune.checkpoint import rosinality as layout
 from finetune.checkpoint.load import NETWORKS, Checkpoint
-from finetune.checkpoint.rebuild import Allowance, fill, tensors_of
+from finetune.checkpoint.rebuild import fill, tensors_of
 from finetune.checkpoint.state_dict import rebuild_state
 from finetune.checkpoint.unpickle.stubs import Tensor
 from finetune.errors import ExportError
@@ -94,14 +94,13 @@ def _problems(network: Network) -> list[str]:
 def reopen(path: Path, device: torch.device) -> dict[str, Network]:
     """Read a file as the port does, with torch.load, without the entries of this package."""
     content = torch.load(path, map_location="cpu", weights_only=True)
-    allowance = Allowance.for_file(path.stat().st_size)
     found = {}
     for name, theirs in layout.NAMES.items():
         if theirs in content:
             tensors = {key: _stub(tensor) for key, tensor in content[theirs].items()}
             mean = content.get(layout.G_LATENT_AVG if name == "G" else "", content.get(layout.LATENT_AVG))
             state = layout.read_state(tensors, None if mean is None else _stub(mean), stated=None)
-            found[name] = rebuild_state(name, state, allowance)
+            found[name] = rebuild_state(name, state)
     fill(found.values())
     return {name: network.module.to(device) for name, network in found.items()}
 

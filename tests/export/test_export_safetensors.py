@@ -173,6 +173,16 @@ def test_safetensors_no_such_file_and_no_such_format(exported, tmp_path):
         finetune.load(tmp_path / "x.safetensors")
 
 
+def test_safetensors_float16_is_reported_and_states_its_architecture(exported, tmp_path):
+    def change(tensors):
+        tensors["G.synthesis.b4.const"] = tensors["G.synthesis.b4.const"].astype(np.float16)
+
+    path = rewrite(exported, tmp_path / "x.safetensors", change)
+    assert finetune.load(path).notes == ("G: 1 tensors stored as float16 were widened to float32 (exact)",)
+    with pytest.raises(CheckpointError, match="states how its networks are built"):
+        finetune.load(path, architecture={"conv_clamp": 1})
+
+
 def test_safetensors_of_others_are_refused(tmp_path):
     safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / "x.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="format 'pt'"):
