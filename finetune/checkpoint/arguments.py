@@ -145,7 +145,7 @@ def _check_square(net: Described, given: dict[str, Any]) -> None:
             f"the {net.class_name} in the pickle is a rectangular StyleGAN3 network (object at byte "
             f"{net.offset}), and those of StyleGAN3 are square here",
             offset=net.offset,
-            hint="The file may be honest and whole. Rectangular StyleGAN2 networks can be used.",
+            hint="The file is not necessarily damaged. Rectangular StyleGAN2 networks can be used.",
         )
 
 

@@ -290,7 +290,7 @@ def _no_network(name: str, value: Any) -> CheckpointError:
 
 def _foreign(name: str, record: Record) -> PickleRefused:
     """Return the error for a network that contains an unknown name."""
-    hint = f"The file may be honest. {NOT_OPENED} {SAVE_AGAIN}"
+    hint = f"The file may be harmless. {NOT_OPENED} {SAVE_AGAIN}"
     if record.name.startswith("dill."):
         hint = WRITTEN_BY_DILL
     return PickleRefused(

@@ -120,7 +120,7 @@ def check_tensors(name: str, net: Described, module: torch.nn.Module, difference
     if differences and (why := _unknown_rectangle(net, module)):
         raise net.refusal(
             f"{name} in the pickle is a rectangular network that cannot be used here: {why}",
-            hint="The file may be honest and whole.",
+            hint="The file is not necessarily damaged.",
         )
     if differences:
         raise CheckpointMismatch(

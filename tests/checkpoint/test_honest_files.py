@@ -258,11 +258,11 @@ def test_load_refuses_foreign_generators(ada, opened, vision_head):
         PickleRefused, match=r"G_ema in the pickle needs vision_module\.VisionHead"
     ) as refusal:
         opened(ada)
-    assert refusal.value.blocked == "vision_module.VisionHead" and "may be honest" in str(refusal.value)
+    assert refusal.value.blocked == "vision_module.VisionHead" and "may be harmless" in str(refusal.value)
 
 
 def test_load_refuses_foreign_class(opened, vision_head):
-    with pytest.raises(PickleRefused, match="may be honest"):
+    with pytest.raises(PickleRefused, match="may be harmless"):
         opened(vision_head)
 
 

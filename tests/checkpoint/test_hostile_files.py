@@ -164,7 +164,7 @@ def test_load_never_calls_setstate(trap, tmp_path):
     HasState.called = False
     path = tmp_path / "network.pkl"
     path.write_bytes(data)
-    with pytest.raises(PickleRefused, match="may be honest") as refusal:
+    with pytest.raises(PickleRefused, match="may be harmless") as refusal:
         finetune.load(path)
     error = refusal.value
     assert error.blocked == f"{HasState.__module__}.HasState"
@@ -261,14 +261,14 @@ LIES = {
     "tensor of 2^40 elements, stride 0": (forge.tensor(F4, size=(2**40,), stride=(0,)), "beyond its storage"),
     "tensor past its storage": (forge.tensor(F4, size=(3,), stride=(3,)), "beyond its storage"),
     "tensor of strides too long": (forge.tensor(F4, size=(2, 2), stride=(2**40, 1)), "beyond its storage"),
-    "tensor of huge strides": (forge.tensor(F4, size=(2,), stride=(2**62,)), "no shape"),
-    "tensor before its storage": (forge.tensor(F4, size=(2,), stride=(1,), offset=-1), "no shape"),
-    "tensor of negative stride": (forge.tensor(F4, size=(2,), stride=(-1,), offset=3), "no shape"),
-    "tensor of negative size": (forge.tensor(F4, size=(-2, -3), stride=(1, 1)), "no shape"),
-    "tensor of 20 axes": (forge.tensor(F4, size=(1,) * 20, stride=(1,) * 20), "no shape"),
-    "tensor of fractions": (forge.tensor(F4, size=(2.0,), stride=(1,)), "no shape"),
-    "tensor of truths": (forge.tensor(F4, size=(True,), stride=(1,)), "no shape"),
-    "tensor of a list": (call(*REBUILD, LOADED, 0, [6], [1], False, {}), "no shape"),
+    "tensor of huge strides": (forge.tensor(F4, size=(2,), stride=(2**62,)), "an invalid shape"),
+    "tensor before its storage": (forge.tensor(F4, size=(2,), stride=(1,), offset=-1), "an invalid shape"),
+    "tensor of negative stride": (forge.tensor(F4, size=(2,), stride=(-1,), offset=3), "an invalid shape"),
+    "tensor of negative size": (forge.tensor(F4, size=(-2, -3), stride=(1, 1)), "an invalid shape"),
+    "tensor of 20 axes": (forge.tensor(F4, size=(1,) * 20, stride=(1,) * 20), "an invalid shape"),
+    "tensor of fractions": (forge.tensor(F4, size=(2.0,), stride=(1,)), "an invalid shape"),
+    "tensor of truths": (forge.tensor(F4, size=(True,), stride=(1,)), "an invalid shape"),
+    "tensor of a list": (call(*REBUILD, LOADED, 0, [6], [1], False, {}), "an invalid shape"),
     "tensor of more axes than strides": (
         forge.tensor(F4, size=(2, 3), stride=(1,)),
         "more strides than axes",

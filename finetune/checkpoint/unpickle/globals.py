@@ -1,7 +1,7 @@
 """Represent the names in checkpoints by inert stubs, and any other by a record of name and arguments.
 
 Nothing of the file is imported, called or executed: `machine` reads the opcodes, and `CheckpointWorld` below
-answers every global with plain data. Arrays and tensors are read-only views of the bytes of the file, checked
+returns plain data for every global. Arrays and tensors are read-only views of the bytes of the file, checked
 against what the file really holds. Nested storages (`torch.storage._load_from_bytes`) go through the same
 machine (`storage`). `PickleRefused` has the refused global and its position.
 """

@@ -2,7 +2,7 @@
 
 Python's own unpickler calls what a file names. This one computes plain values only (None, bool, int, float,
 str, list, tuple, dict, set, `Blob`) and hands every global, call and state of the file to a `World`, which
-answers with inert stubs or refuses. All errors are `PickleRefused` with the position of the opcode in the
+returns inert stubs or refuses. All errors are `PickleRefused` with the position of the opcode in the
 file.
 
 Time and memory are bounded by the size of the file: a `Budget` counts opcodes and copied bytes, big bytes

@@ -1,4 +1,4 @@
-"""Names that refuse a whole file, and unknown names that are ignored.
+"""Names for which a whole file is refused, and unknown names that are ignored.
 
 Safety does not rest on these lists: nothing in a file is imported or called, whatever its name. They decide
 what the message says, and what a file still opens with.
@@ -46,7 +46,7 @@ HARMLESS = re.compile(
 
 
 def acts(name: Global) -> bool:
-    """Return whether a name refuses the whole file."""
+    """Return whether the whole file is refused for a name."""
     if name.name in DATA_TYPES:
         return False
     is_hidden = "." in name.attribute or re.fullmatch(r"__.*__", name.attribute) is not None

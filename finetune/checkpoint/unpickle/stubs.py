@@ -123,4 +123,4 @@ def expect(condition: bool, why: str, offset: int) -> None:
 def check_extents(extents: Any, offset: int) -> None:
     is_short = type(extents) is tuple and len(extents) <= MAX_DIMENSIONS
     good = is_short and all(type(extent) is int and 0 <= extent <= MAX_EXTENT for extent in extents)
-    expect(good, "a shape that is no shape", offset)
+    expect(good, "an invalid shape", offset)
