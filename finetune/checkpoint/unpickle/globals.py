@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from finetune.checkpoint.unpickle.stubs import (
     Storage,
     Tensor,
     TFNetwork,
+    World,
     block,
     block_acting,
     check_extents,
@@ -64,7 +65,7 @@ def loads(data: bytes | mmap.mmap) -> Any:
     return root
 
 
-class CheckpointWorld:
+class CheckpointWorld(World):
     """The globals of StyleGAN checkpoints."""
 
     def __init__(self, budget: Budget) -> None:
@@ -78,9 +79,6 @@ class CheckpointWorld:
         if acts(name):
             block_acting(name.name, name.offset, self.is_dill)
         return Record(printable(name.name), name.offset)
-
-    def extension(self, code: int, offset: int) -> NoReturn:
-        block_acting(f"copyreg extension {code}", offset)
 
     def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Any:
         if type(function) is Record:
@@ -103,10 +101,7 @@ class CheckpointWorld:
         elif type(target) is Record:
             target.state = state
         elif type(target) not in (dict, PlainObject):  # attributes of dicts carry nothing that is needed
-            damaged(f"it sets the state of {kind(target)}", offset)
-
-    def persistent(self, key: Any, offset: int) -> NoReturn:
-        block("a persistent id", offset)
+            super().set_state(target, state, offset)
 
     # The stubs of functions and classes; each takes the arguments that the file gives.
 

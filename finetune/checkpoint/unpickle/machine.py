@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from finetune.checkpoint.unpickle.stubs import World
 from finetune.checkpoint.unpickle.values import (
     DAMAGED,
     MAX_LONG,
@@ -31,7 +32,6 @@ from finetune.checkpoint.unpickle.values import (
     Budget,
     Global,
     Record,
-    World,
     as_key,
     is_key,
     kind,

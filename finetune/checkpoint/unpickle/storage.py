@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from finetune.checkpoint.unpickle.machine import Machine
-from finetune.checkpoint.unpickle.stubs import Storage, block, check_extents, damaged, expect
-from finetune.checkpoint.unpickle.values import Blob, Budget, Global, Record, kind
+from finetune.checkpoint.unpickle.stubs import Storage, World, check_extents, damaged, expect
+from finetune.checkpoint.unpickle.values import Blob, Budget, Global, Record
 
 # torch storage -> (torch dtype, numpy dtype of the same bytes); numpy has no bfloat16.
 STORAGES = {
@@ -57,22 +57,11 @@ class StorageKey:
         return Storage(np.frombuffer(raw, code) if self.count else np.empty(0, code), dtype)
 
 
-class StorageWorld:
+class StorageWorld(World):
     """The globals of one tensor storage: the names of the storage classes, and one persistent id."""
 
     def find(self, name: Global) -> Global:
-        if name.name not in STORAGE_NAMES:
-            block(name.name, name.offset)
-        return name
-
-    def extension(self, code: int, offset: int) -> NoReturn:
-        block(f"copyreg extension {code}", offset)
-
-    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> NoReturn:
-        block(function.name if type(function) is Global else kind(function), offset, "is called")
-
-    def set_state(self, target: Any, state: Any, offset: int) -> NoReturn:
-        damaged("a state inside a tensor storage", offset)
+        return name if name.name in STORAGE_NAMES else super().find(name)
 
     def persistent(self, key: Any, offset: int) -> StorageKey:
         return storage_key(key, offset)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from finetune.checkpoint.unpickle.values import DAMAGED
+from finetune.checkpoint.unpickle.values import DAMAGED, Global, kind
 from finetune.errors import PickleRefused
 
 MAX_DIMENSIONS = 8
@@ -113,6 +113,30 @@ def damaged(why: str, offset: int) -> NoReturn:
     raise PickleRefused(
         f"the pickle is damaged or not a checkpoint: {why} (at byte {offset})", offset=offset, hint=DAMAGED
     )
+
+
+class World:
+    """Maps the names in a file to values. Every method refuses the file; subclasses allow what they need."""
+
+    def find(self, name: Global) -> Any:
+        """Return the stub for the global `name`."""
+        block(name.name, name.offset)
+
+    def extension(self, code: int, offset: int) -> Any:
+        """Return the stub for a global that copyreg has numbered."""
+        block_acting(f"copyreg extension {code}", offset)
+
+    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Any:
+        """Return the value of `function(*args, **keywords)` (REDUCE, NEWOBJ, NEWOBJ_EX, OBJ and INST)."""
+        block(function.name if type(function) is Global else kind(function), offset, "is called")
+
+    def set_state(self, target: Any, state: Any, offset: int) -> None:
+        """Change `target` as the opcode BUILD does."""
+        damaged(f"it sets the state of {kind(target)}", offset)
+
+    def persistent(self, key: Any, offset: int) -> Any:
+        """Return the object with the persistent id `key`."""
+        block("a persistent id", offset)
 
 
 def expect(condition: bool, why: str, offset: int) -> None:

@@ -12,12 +12,12 @@ import mmap
 import re
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from finetune.checkpoint.unpickle.globals import CheckpointWorld
 from finetune.checkpoint.unpickle.machine import Machine
 from finetune.checkpoint.unpickle.storage import STORAGE_NAMES, StorageKey, check_header, storage_key
-from finetune.checkpoint.unpickle.stubs import block_acting, damaged, expect
+from finetune.checkpoint.unpickle.stubs import World, damaged, expect
 from finetune.checkpoint.unpickle.values import Budget, Global, Record
 from finetune.sniff import ZIP
 
@@ -45,7 +45,7 @@ class ArchiveWorld(CheckpointWorld):
         return key.view(raw, offset)
 
 
-class KeysWorld:
+class KeysWorld(World):
     """Collects the storages that a pickle names, and ignores everything else."""
 
     def __init__(self) -> None:
@@ -53,9 +53,6 @@ class KeysWorld:
 
     def find(self, name: Global) -> Global | Record:
         return name if name.name in STORAGE_NAMES else Record(name.name, name.offset)
-
-    def extension(self, code: int, offset: int) -> NoReturn:
-        block_acting(f"copyreg extension {code}", offset)
 
     def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Record:
         return Record("", offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.errors import PickleRefused
 
@@ -86,25 +86,6 @@ class Budget:
             raise PickleRefused(
                 f"the pickle grows to several times its size on disk (at byte {offset})", offset=offset
             )
-
-
-class World(Protocol):
-    """Maps the names in a file to values. Every method may raise PickleRefused."""
-
-    def find(self, name: Global) -> Any:
-        """Return the stub for the global `name`."""
-
-    def extension(self, code: int, offset: int) -> Any:
-        """Return the stub for a global that copyreg has numbered."""
-
-    def call(self, function: Any, args: tuple, offset: int, keywords: dict | None = None) -> Any:
-        """Return the value of `function(*args, **keywords)` (REDUCE, NEWOBJ, NEWOBJ_EX, OBJ and INST)."""
-
-    def set_state(self, target: Any, state: Any, offset: int) -> Any:
-        """Change `target` as the opcode BUILD does."""
-
-    def persistent(self, key: Any, offset: int) -> Any:
-        """Return the object with the persistent id `key`."""
 
 
 def is_key(value: Any) -> bool:
