@@ -32,49 +32,30 @@ UNUSED = {"lod"}  # left over from progressive growing; codespell:ignore lod
 MAX_COMPONENTS = 16
 MAX_VARIABLES = 10_000  # of a component; the largest has about 200
 
-# Option in the file -> (our argument, default value).
-GENERATOR_OPTIONS: dict[str, tuple[str, Any]] = {
-    "latent_size": ("z_dim", 512),
-    "label_size": ("c_dim", 0),
-    "dlatent_size": ("w_dim", 512),
-    "resolution": ("img_resolution", 1024),
-    "num_channels": ("img_channels", 3),
-}
-SYNTHESIS_OPTIONS: dict[str, tuple[str, Any]] = {
-    "fmap_base": ("channel_base", 16384),
-    "fmap_max": ("channel_max", 512),
+# Our argument -> (option in the file, default value); `architecture` and the mapping differ for D.
+OPTIONS: dict[str, tuple[str, Any]] = {
+    "z_dim": ("latent_size", 512),
+    "c_dim": ("label_size", 0),
+    "w_dim": ("dlatent_size", 512),
+    "img_resolution": ("resolution", 1024),
+    "img_channels": ("num_channels", 3),
+    "channel_base": ("fmap_base", 16384),
+    "channel_max": ("fmap_max", 512),
     "num_fp16_res": ("num_fp16_res", 0),
     "conv_clamp": ("conv_clamp", None),
     "architecture": ("architecture", "skip"),
-    "resample_kernel": ("resample_filter", [1, 3, 3, 1]),
+    "resample_filter": ("resample_kernel", [1, 3, 3, 1]),
     "use_noise": ("use_noise", True),
-    "nonlinearity": ("activation", "lrelu"),
+    "activation": ("nonlinearity", "lrelu"),
+    "mbstd_group_size": ("mbstd_group_size", 4),
+    "mbstd_num_channels": ("mbstd_num_features", 1),
 }
 MAPPING_OPTIONS: dict[str, tuple[str, Any]] = {
-    "mapping_layers": ("num_layers", 8),
-    "mapping_fmaps": ("layer_features", None),
-    "mapping_nonlinearity": ("activation", "lrelu"),
-    "mapping_lrmul": ("lr_multiplier", 0.01),
-    "dlatent_avg_beta": ("w_avg_beta", 0.995),
-}
-DISCRIMINATOR_OPTIONS: dict[str, tuple[str, Any]] = {
-    "label_size": ("c_dim", 0),
-    "resolution": ("img_resolution", 1024),
-    "num_channels": ("img_channels", 3),
-    "architecture": ("architecture", "resnet"),
-    "fmap_base": ("channel_base", 16384),
-    "fmap_max": ("channel_max", 512),
-    "num_fp16_res": ("num_fp16_res", 0),
-    "conv_clamp": ("conv_clamp", None),
-}
-EPILOGUE_OPTIONS: dict[str, tuple[str, Any]] = {
-    "mbstd_group_size": ("mbstd_group_size", 4),
-    "mbstd_num_features": ("mbstd_num_channels", 1),
-    "nonlinearity": ("activation", "lrelu"),
-}
-BLOCK_OPTIONS: dict[str, tuple[str, Any]] = {
-    "nonlinearity": ("activation", "lrelu"),
-    "resample_kernel": ("resample_filter", [1, 3, 3, 1]),
+    "num_layers": ("mapping_layers", 8),
+    "layer_features": ("mapping_fmaps", None),
+    "activation": ("mapping_nonlinearity", "lrelu"),
+    "lr_multiplier": ("mapping_lrmul", 0.01),
+    "w_avg_beta": ("dlatent_avg_beta", 0.995),
 }
 
 # Layer in the file -> our module in block b{r}.
@@ -247,32 +228,29 @@ def _unknown(net: Described, name: str) -> NoReturn:
 
 
 def _translated(options: dict[str, Any], table: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-    found = {ours: options.get(theirs, default) for theirs, (ours, default) in table.items()}
-    if "channel_base" in found and type(found["channel_base"]) in (int, float):
+    found = {ours: options.get(theirs, default) for ours, (theirs, default) in table.items()}
+    if type(found.get("channel_base")) in (int, float):
         found["channel_base"] *= 2  # theirs counts from half the resolution
     return found
 
 
 def _generator_arguments(net: Described, options: dict[str, Any]) -> dict[str, Any]:
-    mapping = _translated(options, MAPPING_OPTIONS)
-    if not mapping["num_layers"]:
-        mapping["num_layers"] = 0
-    base, synthesis = _translated(options, GENERATOR_OPTIONS), _translated(options, SYNTHESIS_OPTIONS)
+    own, mapping = _translated(options, OPTIONS), _translated(options, MAPPING_OPTIONS)
+    mapping["num_layers"] = mapping["num_layers"] or 0
     return {
-        **check_arguments(net, base, GENERATOR[:5], required=True),
+        **check_arguments(net, own, GENERATOR[:5], required=True),
         "mapping_kwargs": check_arguments(net, mapping, MAPPING),
-        **check_arguments(net, synthesis, SYNTHESIS2),
+        **check_arguments(net, own, SYNTHESIS2),
     }
 
 
 def _discriminator_arguments(net: Described, options: dict[str, Any]) -> dict[str, Any]:
-    top = _translated(options, DISCRIMINATOR_OPTIONS)
-    mapping = {**_translated(options, MAPPING_OPTIONS), "num_layers": options.get("mapping_layers", 0)}
-    mapping["lr_multiplier"] = options.get("mapping_lrmul", 0.1)
+    options = {"architecture": "resnet", "mapping_layers": 0, "mapping_lrmul": 0.1, **options}
+    own, mapping = _translated(options, OPTIONS), _translated(options, MAPPING_OPTIONS)
     return {
-        **check_arguments(net, top, DISCRIMINATOR[:3], required=True),
-        **check_arguments(net, top, (*DISCRIMINATOR[3:], "num_fp16_res", "conv_clamp")),
-        "block_kwargs": check_arguments(net, _translated(options, BLOCK_OPTIONS), BLOCK),
+        **check_arguments(net, own, DISCRIMINATOR[:3], required=True),
+        **check_arguments(net, own, (*DISCRIMINATOR[3:], "num_fp16_res", "conv_clamp")),
+        "block_kwargs": check_arguments(net, own, BLOCK),
         "mapping_kwargs": check_arguments(net, mapping, MAPPING[:-1]),
-        "epilogue_kwargs": check_arguments(net, _translated(options, EPILOGUE_OPTIONS), EPILOGUE),
+        "epilogue_kwargs": check_arguments(net, own, EPILOGUE),
     }
