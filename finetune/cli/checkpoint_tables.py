@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from finetune.hub.catalog import Entry
 
 WIDTH = 180  # of a table that goes to a file
+PUBLISHED = {"trained": "trained with", "finetune": "to fine-tune", "one_gpu": "on one GPU"}
 
 
 def as_values(entry: Entry) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def print_table(entries: Iterable[Entry]) -> None:
     table.add_column("here", no_wrap=True)
     for entry in entries:
         table.add_row(
-            short_name(entry),
+            entry.short_name,
             "" if entry.resolution is None else str(entry.resolution),
             entry.architecture + (" (TF)" if entry.format == "tensorflow-pickle" else ""),
             (entry.dataset or "") + (f", {entry.classes} classes" if entry.classes else ""),
@@ -49,11 +50,6 @@ def print_table(entries: Iterable[Entry]) -> None:
             "yes" if store.place_of(entry).is_file() else "",
         )
     console.print(table, markup=False, highlight=False)
-
-
-def short_name(entry: Entry) -> str:
-    """Return the shortest name of an entry."""
-    return min((entry.id, *entry.aliases[:1]), key=len)
 
 
 def size_text(entry: Entry) -> str:
@@ -88,7 +84,7 @@ def as_text(entry: Entry) -> str:
         ("license", license),
         ("size", f"{entry.size:,} bytes" if entry.size else size_text(entry)),
         ("sha256", hashed or "not stated; recorded at the first download"),
-        *((name, settings_text(values)) for name, values in published_lines(entry)),
+        *((PUBLISHED[name], settings_text(values)) for name, values in entry.published.items()),
         ("inferred", ", ".join(entry.inferred)),
         ("notes", entry.notes),
         *(("address" if index == 0 else "or", url) for index, url in enumerate(entry.urls)),
@@ -96,12 +92,6 @@ def as_text(entry: Entry) -> str:
         ("here", str(place) if place.is_file() else "no"),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in lines if value not in (None, ""))
-
-
-def published_lines(entry: Entry) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the published settings, each with its origin."""
-    words = {"trained": "trained with", "finetune": "to fine-tune", "one_gpu": "on one GPU"}
-    return [(words[name], values) for name, values in entry.published.items()]
 
 
 def settings_text(values: Mapping[str, Any]) -> str:

@@ -96,24 +96,16 @@ def fetch_command(names: tuple[str, ...]) -> None:
     An interrupted download is resumed, also by the next call. Size and hash are compared with the
     catalog; if it has none, the hash of the first download is recorded and must stay the same.
     """
-    from finetune.hub import catalog
-    from finetune.resolve import as_url
-
-    wanted = [name if as_url(name) else catalog.get(name).id for name in names]
-    for name in wanted:
-        click.echo(fetched(name))
-
-
-def fetched(name: str) -> Path:
-    """Return the file of a name or URL, of networks for metrics as well."""
     from finetune.hub import catalog, store
     from finetune.progress import download_bar
     from finetune.resolve import as_url
 
-    with download_bar() as (on_message, progress):
-        if url := as_url(name):
-            return store.fetch_url(url, on_message=on_message, progress=progress)
-        return store.fetch_entry(catalog.get(name), on_message=on_message, progress=progress)
+    wanted = [as_url(name) or catalog.get(name) for name in names]  # all names are known before the first
+    for item in wanted:
+        fetch: Any = store.fetch_url if isinstance(item, str) else store.fetch_entry
+        with download_bar() as (on_message, progress):
+            path = fetch(item, on_message=on_message, progress=progress)
+        click.echo(path)
 
 
 @command.command("verify", short_help="Verify the hashes of downloaded files.")
@@ -137,7 +129,9 @@ def verify_command(names: tuple[str, ...], as_json: bool) -> None:
         raise CheckpointError(
             f"{len(bad)} of {len(verdicts)} files are changed or missing: "
             + ", ".join(str(verdict.path) for verdict in bad),
-            hint="Delete changed files; `finetune checkpoints fetch` downloads them again.",
+            hint="`finetune checkpoints fetch` downloads missing files."
+            if all(verdict.state == "missing" for verdict in bad)
+            else "Delete changed files; `finetune checkpoints fetch` downloads them again.",
         )
 
 

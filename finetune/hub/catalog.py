@@ -93,6 +93,11 @@ class Entry:
         """The name of the file at its first URL."""
         return file_name_of(self.urls[0])
 
+    @property
+    def short_name(self) -> str:
+        """The id or the first alias, whichever is shorter."""
+        return min((self.id, *self.aliases[:1]), key=len)
+
 
 def file_name_of(url: str) -> str:
     """Return the last part of the path of a URL, or of the path that its query names."""
@@ -313,8 +318,7 @@ def close_names(name: str) -> list[str]:
     """Return three names similar to `name` at most, most similar first, one per entry."""
     names: dict[str, str] = {}
     for entry in entries().values():
-        short = min((entry.id, *entry.aliases[:1]), key=len)
-        names |= {text.lower(): short for text in (entry.id, *entry.aliases)}
+        names |= {text.lower(): entry.short_name for text in (entry.id, *entry.aliases)}
     wanted = name.strip().lower().removesuffix(".pkl")
     parts = set(wanted.replace("_", "-").split("-"))
     # Shared words count besides the similarity of letters: `stylegan2-ffhq-256` has another order.

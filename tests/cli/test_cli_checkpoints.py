@@ -125,6 +125,7 @@ class TestFetching:
 class TestVerify:
     def test_verify_ok_changed_missing(self, server):
         assert "has no checkpoints" in done("verify").stdout
+        assert "Delete" not in refused("fetch` downloads missing files", "verify", "ours").stderr
         done("fetch", "ours")
         assert "ok " in done("verify").stdout
         path = store.place_of(catalog.get("ours"))
