@@ -111,13 +111,13 @@ class ImageSet(Dataset):
         num_bytes = len(self.names) * self.channels * math.prod(self.size)
         if self._pixels is None and num_bytes <= max_bytes:
             pixels = np.empty((len(self.names), self.channels, *self.size), np.uint8)
-            parts = np.array_split(np.arange(len(self.names)), -(-len(self.names) // READ_AT_ONCE))
+            parts = torch.arange(len(self.names)).split(READ_AT_ONCE)
             for part, images in zip(parts, self.batches(parts, workers=workers), strict=True):
-                pixels[part] = images.numpy()
+                pixels[part.numpy()] = images.numpy()
             self._pixels = pixels
         return self._pixels is not None
 
-    def batches(self, parts: Sequence[Sequence[int]], *, workers: int = 0) -> Iterator[torch.Tensor]:
+    def batches(self, parts: Sequence[torch.Tensor], *, workers: int = 0) -> Iterator[torch.Tensor]:
         """Yield the images of each part (indices of items), uint8 `[N, channels, height, width]`.
 
         Raises DataError for an image that cannot be used.
@@ -180,12 +180,12 @@ def choose(source: Source, limit: int | None, seed: int) -> list[str]:
 class _Batches(Dataset):
     """The images of each part; a problem is an item too, because torch rewords what workers raise."""
 
-    def __init__(self, image_set: ImageSet, parts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, image_set: ImageSet, parts: Sequence[torch.Tensor]) -> None:
         self.image_set, self.parts = image_set, parts
 
     def __getitem__(self, index: int) -> torch.Tensor | DataError:
         try:
-            images = [self.image_set[int(item)][0] for item in self.parts[index]]
+            images = [self.image_set[item][0] for item in self.parts[index].tolist()]
         except DataError as error:
             return error
         return torch.from_numpy(np.stack(images))

@@ -126,7 +126,7 @@ def test_image_set_batches_name_the_remedy(eight, monkeypatch, num_workers):
     monkeypatch.setattr(workers, "PARALLEL_FROM", 1)
     images = ImageSet(eight(), resolution=4, channels=3)
     with pytest.raises(DataError, match=r"a/0\.png has another size") as caught:
-        list(images.batches([[0, 1], [2]], workers=num_workers))
+        list(images.batches(torch.arange(4).split(2), workers=num_workers))
     assert "--fit crop" in caught.value.hint
 
 
