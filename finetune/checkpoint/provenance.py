@@ -10,6 +10,7 @@ from finetune.checkpoint.unpickle.stubs import printable
 Generation = Literal["tf", "ada", "sg3", "rosinality", "state-dict", "finetune"]
 
 MAX_ANCESTORS = 200  # runs, each started from the checkpoint of the one before; further ones are dropped
+NOT_KNOWN = "not known"  # in the license of a blend, for a side without one
 MAX_BLENDS = 20  # blends of blends; further ancestors are dropped
 
 

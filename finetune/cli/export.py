@@ -198,12 +198,12 @@ def write_web(
 
 def with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
     """Return the checkpoint with the license that the user states; a known one is not replaced."""
-    from finetune.hub.identify import BY_NAME
+    from finetune.export.publish import is_uncertain
 
     origin = checkpoint.provenance
     if not license or license == origin.licence:
         return checkpoint
-    if origin.licence and not origin.licence.endswith(BY_NAME):
+    if origin.licence and not is_uncertain(origin.licence):
         raise ConfigError(
             f"--license {license}: {origin.source} has one ({origin.licence}). Omit the option."
         )

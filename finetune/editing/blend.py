@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from finetune.checkpoint.load import NETWORKS, Checkpoint
-from finetune.checkpoint.provenance import Provenance
+from finetune.checkpoint.provenance import NOT_KNOWN, Provenance
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.editing.interpolate import Interpolation, difference, resolution_of
 from finetune.errors import ConfigError
@@ -76,14 +76,14 @@ def blend(A: Checkpoint, B: Checkpoint, alpha: Alpha) -> Checkpoint:
     if networks["G"] is None and networks["G_ema"] is None:
         raise ConfigError("The checkpoints have no generator in common: one has G, the other G_ema.")
     first, second = A.provenance, B.provenance
-    licenses = dict.fromkeys(origin.licence for origin in (first, second) if origin.licence)
+    licenses = dict.fromkeys(origin.licence or NOT_KNOWN for origin in (first, second))
     shown = alpha if isinstance(alpha, float) else {str(key): value for key, value in alpha.items()}
     provenance = Provenance(
         generation="finetune",
         source=f"blend of {first.source} and {second.source}",
         sha256="",
         size=0,
-        licence="; ".join(licenses) or None,
+        licence="; ".join(licenses) if first.licence or second.licence else None,
         parent=first.to_dict(),
         blended_with=second.to_dict(),
         training={"alpha": shown},

@@ -8,25 +8,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.provenance import NOT_KNOWN
 from finetune.checkpoint.unpickle.stubs import printable
 from finetune.errors import ConfigError
 from finetune.export.save import save
 from finetune.hub import download
 from finetune.hub.huggingface import explained, library
 from finetune.hub.identify import BY_NAME
-from finetune.models import image_size
+from finetune.models import Network, image_size
 from finetune.sampling import generate, save_grid
 
 FILE, SAMPLES, CARD = "model.safetensors", "samples.png", "README.md"
 NUM_SAMPLES = 16
 PSI = 0.7
 # Licenses that the Hub has an identifier for, and that checkpoints have; any other is "other".
-IDENTIFIERS = re.compile(r"(?i)(mit|apache-2\.0|cc0-1\.0|unlicense|cc-by(-nc)?(-sa|-nd)?-[34]\.0)\b")
+IDENTIFIERS = re.compile(r"(?i)(mit|apache-2\.0|cc0-1\.0|unlicense|cc-by(-nc)?(-sa|-nd)?-[34]\.0)(?![\w-])")
+SEVERAL = "; "  # between the licenses of a blend
 USAGE = """## Usage
 
 ```bash
-finetune generate --network hf://{repo} --seeds 0-15 --trunc {psi} --outdir out
+finetune generate --network hf://{repo} --seeds 0-15 --trunc {psi}{label} --outdir out
 finetune convert hf://{repo} network.pkl    # for the StyleGAN2-ADA and StyleGAN3 code bases
 ```
 
@@ -40,13 +44,18 @@ G = finetune.load("hf://{repo}").best    # G(z, c) -> images in -1 to 1
 def check_license(checkpoint: Checkpoint) -> str:
     """Return the license under which a checkpoint would be published; ConfigError if it is not known."""
     license = checkpoint.provenance.licence
-    if not license or license.endswith(BY_NAME):
-        what = f"only guessed: {license}" if license else "not known"
+    if not license or is_uncertain(license):
+        what = f"not certain: {license}" if license else NOT_KNOWN
         raise ConfigError(
             f"{checkpoint.provenance.source}: its license is {what}. State it with --license TEXT, as the "
             "source of the weights does."
         )
     return license
+
+
+def is_uncertain(license: str) -> bool:
+    """Return whether a license, or one of those of a blend, was guessed from a file name or is not known."""
+    return BY_NAME in license or NOT_KNOWN in license.split(SEVERAL)
 
 
 def push(
@@ -71,9 +80,8 @@ def push(
     api = hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save(checkpoint, Path(folder) / FILE, which=which, progress=progress)
-        if checkpoint.best is not None:
-            images = [image for _, image in generate(checkpoint.best, range(NUM_SAMPLES), truncation_psi=PSI)]
-            save_grid(images, Path(folder) / SAMPLES)
+        if has_samples(checkpoint):
+            save_grid(sample_images(checkpoint.generator), Path(folder) / SAMPLES)
         (Path(folder) / CARD).write_text(model_card(checkpoint, repo, metrics), encoding="utf-8")
         with explained(f"hf://{repo}: publishing"):
             api.create_repo(repo, private=not public, exist_ok=True)
@@ -84,22 +92,40 @@ def push(
     return str(getattr(commit, "repo_url", None) or commit.commit_url)
 
 
+def has_samples(checkpoint: Checkpoint) -> bool:
+    """Return whether sample images can be made: no label vector is typical of a network that takes them."""
+    return checkpoint.best is not None and checkpoint.label_kind != "vectors"
+
+
+def sample_images(G: Network) -> list[np.ndarray]:
+    """Return an image of each of the first seeds; with classes, seed i has class i modulo their number."""
+    found = []
+    for seed in range(NUM_SAMPLES):
+        class_index = seed % G.c_dim if G.c_dim else None
+        found += [image for _, image in generate(G, [seed], class_index=class_index, truncation_psi=PSI)]
+    return found
+
+
 def model_card(checkpoint: Checkpoint, repo: str, metrics: Mapping[str, Any] | None = None) -> str:
     """Return the model card: metadata, images, usage, license, data, metrics, origin of the weights."""
     origin = checkpoint.provenance
     network, license = checkpoint.network, check_license(checkpoint)
     height, width = image_size(network)
     what = f"{checkpoint.family} at {width} x {height} px"
-    what += f", {network.c_dim} classes" if network.c_dim else ""
+    is_vector = checkpoint.label_kind == "vectors"
+    what += f", labels of {network.c_dim} numbers" if is_vector else ""
+    what += f", {network.c_dim} classes" if network.c_dim and not is_vector else ""
+    label = f" --label {','.join(['0'] * network.c_dim)}" if is_vector else " --class 0"
     what += f", trained for {origin.nimg / 1000:g} kimg" if origin.nimg else ""
     data = (origin.training or {}).get("data") or "Not stated."
     metadata = _metadata(checkpoint, license).to_yaml()
     sections = [f"---\n{metadata}\n---", f"# {repo.partition('/')[2]}", f"{what}."]
-    if checkpoint.best is not None:
+    if has_samples(checkpoint):
         caption = f"{NUM_SAMPLES} images: seeds 0 to {NUM_SAMPLES - 1}, truncation psi {PSI}"
+        caption += f", class = seed mod {network.c_dim}" if network.c_dim else ""
         sections.append(f"![{caption}]({SAMPLES})")
     sections += [
-        USAGE.format(repo=repo, psi=PSI),
+        USAGE.format(repo=repo, psi=PSI, label=label if network.c_dim else ""),
         f"## License\n\n{_text(license)}",
         f"## Data\n\n{_text(data)}",
         f"## Metrics\n\n{_metrics(metrics)}",
@@ -115,7 +141,7 @@ def _metadata(checkpoint: Checkpoint, license: str) -> Any:
         tags=["gan", checkpoint.family],
     )
     found, link = IDENTIFIERS.match(license), re.search(r"https?://\S+", license)
-    if found:
+    if found and SEVERAL not in license:
         data.license = found[0].lower()
     else:
         data.license, data.license_name = "other", _text(license.partition(",")[0])

@@ -99,6 +99,9 @@ def test_blend_keeps_both_parents(small, tmp_path):
         assert again.provenance.blended_with["sha256"] == B.provenance.sha256
         assert again.provenance.blended_with["parent"]["sha256"] == A.provenance.sha256
         assert again.provenance.training == {"alpha": 0.25} and again.provenance.licence == "MIT; CC0"
+    unknown = dataclasses.replace(B, provenance=dataclasses.replace(B.provenance, licence=None))
+    assert blend(unknown, A, 0.5).provenance.licence == "not known; MIT"
+    assert blend(unknown, unknown, 0.5).provenance.licence is None
     save(blend(again, A, 0.5), tmp_path / "d.pkl")
     twice = finetune.load(tmp_path / "d.pkl").provenance
     assert twice.parent["blended_with"]["sha256"] == B.provenance.sha256

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub.hub_server import HubServer
+from PIL import Image
 
 import finetune
 from finetune.cli import cli
+from finetune.cli.export import with_license
 from finetune.errors import CheckpointError, ConfigError
+from finetune.export.publish import model_card, push
 from finetune.hub import huggingface
 from finetune.hub.huggingface import Address, choose, parse
+from finetune.sampling import generate
 from finetune.train.downloads import missing_checkpoint
 
 pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (extra hub)")
@@ -119,6 +126,47 @@ def test_push_refusals(server, run_dir):
     assert "license: other" in card and "license_name: House rules" in card
 
 
+@pytest.mark.parametrize(
+    ("license", "word"),
+    [
+        ("MIT License", "mit"),
+        ("cc-by-nc-4.0 (stated by hf://you/cats)", "cc-by-nc-4.0"),
+        ("MIT-0", "other"),
+        ("MIT; NVIDIA Source Code License (non-commercial)", "other"),
+        ("not known; MIT", None),
+        ("CC0-1.0 (recognized by the file name alone); MIT", None),
+    ],
+)
+def test_model_card_states_a_license_that_is_certain(golden_dir, license, word):
+    checkpoint = finetune.load(golden_dir / "stylegan2-32.pkl")
+    origin = dataclasses.replace(checkpoint.provenance, licence=license)
+    checkpoint = dataclasses.replace(checkpoint, provenance=origin)
+    if word is not None:
+        assert f"\nlicense: {word}\n" in model_card(checkpoint, "me/cats")
+        return
+    with pytest.raises(ConfigError, match="license is not certain"):
+        model_card(checkpoint, "me/cats")
+    assert with_license(checkpoint, "House rules").provenance.licence == "House rules"
+
+
+def test_push_with_labels(server, golden_dir):
+    checkpoint = finetune.load(golden_dir / "stylegan2-64-cond.pkl")
+    checkpoint = dataclasses.replace(
+        checkpoint, provenance=dataclasses.replace(checkpoint.provenance, licence="MIT")
+    )
+    number = checkpoint.network.c_dim
+    push(checkpoint, "me/classes", which="G_ema")
+    files = server.repos["me/classes"]["files"]
+    card = files["README.md"].decode()
+    assert f"class = seed mod {number}](samples.png)" in card and "--class 0 --outdir" in card
+    sheet = np.asarray(Image.open(io.BytesIO(files["samples.png"])))
+    first = next(generate(checkpoint.G_ema, [1], class_index=1 % number, truncation_psi=0.7))
+    assert np.array_equal(sheet[:64, 64:128], first[1])
+    vectors = dataclasses.replace(checkpoint, training_set_kwargs={"labels": "vectors"})
+    card = model_card(vectors, "me/vectors")
+    assert "samples.png" not in card and f"--label {','.join('0' * number)} --outdir" in card
+
+
 def test_foreign_repository_has_the_license_of_its_card(server, golden_dir, run_dir, tmp_path):
     card = "---\nlicense: cc-by-nc-4.0\n---\n# cats\n"
     content = (golden_dir / "rosinality-32.pt").read_bytes()
@@ -173,7 +221,5 @@ def test_missing_package_is_named(monkeypatch):
 
 
 def test_push_in_python_needs_a_license(golden_dir):
-    from finetune.export.publish import push
-
     with pytest.raises(ConfigError, match="license is not known"):
         push(finetune.load(golden_dir / "stylegan2-32.pkl"), "me/cats")
