@@ -140,8 +140,8 @@ class ImageSet(Dataset):
         for index, name in enumerate(self.names):
             try:
                 digest.update(repr((name, *self.source.checksum(name))).encode("utf-8", "backslashreplace"))
-            except OSError as error:
-                raise DataError(f"{self.path}: {printable(name)}: {error.strerror or error}.") from None
+            except Unusable as problem:
+                raise self._refusal(name, problem) from None
             digest.update(self._label_of(index).tobytes())
         return digest.hexdigest()
 
@@ -161,10 +161,13 @@ class ImageSet(Dataset):
             data = self.source.read(name)
             return decode(data, resolution=self.size, channels=self.channels, fit=self.fit)
         except Unusable as problem:
-            raise DataError(
-                f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
-                hint=hint([Problem(name, problem.kind, problem.detail)], self.path),
-            ) from None
+            raise self._refusal(name, problem) from None
+
+    def _refusal(self, name: str, problem: Unusable) -> DataError:
+        return DataError(
+            f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
+            hint=hint([Problem(name, problem.kind, problem.detail)], self.path),
+        )
 
 
 def choose(source: Source, limit: int | None, seed: int) -> list[str]:

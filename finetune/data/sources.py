@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
 import posixpath
@@ -11,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from finetune.data.problems import UNREADABLE, Unusable
 from finetune.errors import DataError
@@ -56,7 +58,10 @@ class Source:
         raise NotImplementedError
 
     def checksum(self, name: str) -> tuple[int, int]:
-        """Return size in bytes and CRC-32 of one file: equal for a folder and for a zip made of it."""
+        """Return size in bytes and CRC-32 of one file: equal for a folder and for a zip made of it.
+
+        Raises Unusable if it cannot be read.
+        """
         raise NotImplementedError
 
     def stamp(self, name: str) -> tuple[int, int]:
@@ -98,24 +103,30 @@ class FolderSource(Source):
             yield from names if inside == "." else (f"{inside}/{name}" for name in names)
 
     def read(self, name: str) -> bytes:
-        path = self.path / name
-        try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
-                raise Unusable(UNREADABLE, "not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
+        with self._open(name) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
                 raise Unusable(UNREADABLE, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
-            return path.read_bytes()
-        except OSError as error:
-            raise Unusable(UNREADABLE, error.strerror or str(error)) from None
+            return file.read()
 
     def checksum(self, name: str) -> tuple[int, int]:
         size = crc = 0
-        with open(self.path / name, "rb") as file:
+        with self._open(name) as file:
             while block := file.read(1 << 20):
                 crc = zlib.crc32(block, crc)
                 size += len(block)
         return size, crc
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
+        """Open a regular file; another one and every OSError are Unusable."""
+        path = self.path / name
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+                raise Unusable(UNREADABLE, "not a regular file")
+            with open(path, "rb") as file:
+                yield file
+        except OSError as error:
+            raise Unusable(UNREADABLE, error.strerror or str(error)) from None
 
     def stamp(self, name: str) -> tuple[int, int]:
         try:

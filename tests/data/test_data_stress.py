@@ -81,6 +81,8 @@ def test_source_does_not_block_on_pipe(tmp_path):
     os.mkfifo(folder / "pipe.png")
     (problem,) = scan(folder).problems
     assert (problem.name, problem.detail) == ("pipe.png", "not a regular file")
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read: not a regular file"):
+        ImageSet(folder, resolution=8, channels=3).content_hash()
 
 
 def test_decode_refuses_decompression_bomb(tmp_path):
