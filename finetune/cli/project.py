@@ -120,7 +120,7 @@ def command(
         def progress() -> None:
             bar(next(count), total)
 
-        distance = build_distance(backbone, G.img_channels, device_of(G))
+        distance = build_distance(backbone, G.img_channels, device_of(G), checked=False)
         projector = Projector(G, distance, seed=seed)
         pivots = [projector.project(target, steps, space, progress) for target in targets]
         makers = [G, projector.tune(targets, pivots, tune, progress)] if tune else [G]

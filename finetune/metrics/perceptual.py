@@ -96,13 +96,22 @@ def weights_path(backbone: str) -> Path:
 
 
 def build_distance(
-    backbone: str, channels: int, device: torch.device, *, random_trunk: bool = False
+    backbone: str, channels: int, device: torch.device, *, checked: bool = True, random_trunk: bool = False
 ) -> Distance:
-    """Build the distance `backbone` for images of `channels` channels; `random_trunk` is for tests."""
+    """Build the distance `backbone` for images of `channels` channels.
+
+    checked: refuse images that seem to be outside of -1 to 1, not for images that may well be white.
+    random_trunk: for tests.
+    """
+    distance = _build(backbone, channels, device, random_trunk)
+    return Checked(distance) if checked else distance
+
+
+def _build(backbone: str, channels: int, device: torch.device, random_trunk: bool) -> Distance:
     if backbone in ("l2", "ms-ssim"):
         from finetune.metrics.ms_ssim import ms_ssim_distance
 
-        return Checked(mean_squared if backbone == "l2" else ms_ssim_distance)
+        return mean_squared if backbone == "l2" else ms_ssim_distance
     if channels not in (1, 3, 4):
         raise ConfigError(
             f"--sd-backbone {backbone}: the network makes {channels}-channel images. Only l2 and ms-ssim "
@@ -112,13 +121,13 @@ def build_distance(
         from finetune.metrics.st_lpips import StLpips
 
         trunk = fast_on_cuda(StLpips(backbone.removeprefix("st-lpips-"), device), device)
-        return Checked(FeatureDistance(trunk.stages, trunk.heads))
+        return FeatureDistance(trunk.stages, trunk.heads)
     if backbone == "efficientnet-lite0":
         from finetune.metrics.features import EfficientNetLite0
 
         network = fast_on_cuda(EfficientNetLite0(device), device)
-        return Checked(FeatureDistance(network.stages))
-    return Checked(lpips_distance(backbone.removeprefix("lpips-"), device, random_trunk=random_trunk))
+        return FeatureDistance(network.stages)
+    return lpips_distance(backbone.removeprefix("lpips-"), device, random_trunk=random_trunk)
 
 
 def mean_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
