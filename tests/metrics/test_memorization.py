@@ -7,6 +7,7 @@ from PIL import Image
 
 from finetune.data import ImageSet, images_to_float
 from finetune.demo.run import IMAGES
+from finetune.errors import ConfigError
 from finetune.metrics.evaluate import Evaluation
 from finetune.metrics.memorization import find_near_copies
 
@@ -65,6 +66,10 @@ def test_find_near_copies_ignores_the_own_mirror_image():
     assert float(found.distance) == pytest.approx(0.5 / 2**0.5, abs=0.02)
 
 
-def test_find_near_copies_of_equal_images():
-    real = torch.ones(4, 3)
-    assert find_near_copies(torch.zeros(2, 3), real, 4).share == 0
+def test_find_near_copies_leaves_exact_duplicates_out_of_the_median():
+    real = torch.rand(80, 16)
+    doubled = torch.cat([real, real[:60]])
+    found = find_near_copies(real[:10] + 0.01, doubled, len(doubled))
+    assert found.share == 1 and 0 < found.distance.max() < 0.2
+    with pytest.raises(ConfigError, match="every real image has an exact duplicate"):
+        find_near_copies(real[:2], real[:1].expand(80, -1), 80)
