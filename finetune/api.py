@@ -73,7 +73,6 @@ def evaluate(
     seed: int = 0,
     fit: str | None = None,
     labels: str = "file",
-    cond: bool | None = None,
     mirror: bool = False,
     batch: int = 16,
     workers: int = 2,
@@ -85,7 +84,10 @@ def evaluate(
     The arguments are those of `finetune evaluate`, and so are the numbers.
     """
     G = _generator(network, device)
-    image_set = real_images(G, data, fit=fit, labels_from=labels, cond=cond, mirror=mirror)
+    with progress_bar("reading images", 0) as progress:
+        image_set = real_images(
+            G, data, fit=fit, labels_from=labels, mirror=mirror, workers=workers, progress=progress
+        )
     with float32_math(), progress_bar("looking at the images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,

@@ -125,12 +125,17 @@ def synthesize(G: Network, ws: torch.Tensor, *, noise_mode: str = "const", seed:
     device = device_of(G)
     with _random_state_of(seed, device) if noise_mode == "random" else contextlib.nullcontext():
         img = G.synthesis(ws.unsqueeze(0).to(device), noise_mode=noise_mode)
+    check_finite(img, f"seed {seed}: the image")
+    return to_uint8(img)[0]
+
+
+def check_finite(img: torch.Tensor, what: str) -> None:
+    """Raise CheckpointError if generated images have values that are not finite; what: begins its message."""
     if not bool(torch.isfinite(img).all()):
         raise CheckpointError(
-            f"seed {seed}: the image has non-finite values.",
+            f"{what} has non-finite values.",
             hint="The weights are damaged, or training had diverged. Use an earlier snapshot.",
         )
-    return to_uint8(img)[0]
 
 
 @torch.no_grad()

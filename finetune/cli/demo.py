@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.options import device_option, ops_option, outdir_option
+from finetune.cli.options import device_option, ops_option, outdir_option, seed_option
 from finetune.demo import KIMG
 
 
@@ -19,7 +19,7 @@ from finetune.demo import KIMG
     show_default=True,
     help="Thousands of images of each of the two runs.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of both runs.")
+@seed_option("Seed of both runs.")
 @device_option(default="cpu")
 @ops_option()
 def command(outdir: Path, kimg: float, seed: int, device: str) -> None:

@@ -16,6 +16,7 @@ from finetune.cli.options import (
     ops_option,
     outdir_option,
     refuse_existing,
+    seed_option,
 )
 from finetune.progress import progress_bar
 
@@ -26,13 +27,7 @@ AMOUNTS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations, the columns of the co
 @network_option()
 @outdir_option()
 @click.option("--num", type=click.IntRange(min=1), default=10, show_default=True, help="Directions.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed of the image that is edited.",
-)
+@seed_option("Seed of the image that is edited.")
 @click.option(
     "--class",
     "class_index",

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import device_option, force_option, offline_option, ops_option, refuse_existing
+from finetune.cli.options import (
+    device_option,
+    force_option,
+    offline_option,
+    ops_option,
+    refuse_existing,
+    seed_option,
+)
 from finetune.errors import ConfigError
 from finetune.progress import progress_bar
 
@@ -30,7 +37,7 @@ NAME = "network-ema.pkl"
     type=click.IntRange(min=2),
     help="Images to generate for each.  [default: 1000 on a CPU, 5000 on a GPU]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the latents.")
+@seed_option("Seed of the latents.")
 @click.option("--data", type=click.Path(), metavar="DIR|ZIP", help="The real images.  [default: as trained]")
 @force_option(NAME)
 @offline_option()
@@ -115,20 +122,18 @@ def parse_half_lives(text: str | None) -> list[float]:
 
 def measurement(config: Any, data: str, name: str, num: int, seed: int, device: Any, G: Any):
     """Return a function that measures a network: its value and standard error."""
-    from finetune.data import ImageSet
-    from finetune.metrics.evaluate import Evaluation
-    from finetune.models import image_size
+    from finetune.metrics.evaluate import Evaluation, real_images
 
-    image_set = ImageSet(
-        data,
-        resolution=image_size(G),
-        channels=G.img_channels,
-        fit=config.fit,
-        use_labels=G.c_dim > 0,
-        labels_from=config.labels,
-        num_classes=G.c_dim or None,
-        mirror=config.mirror,
-    )
+    with progress_bar("reading images", 0) as progress:
+        image_set = real_images(
+            G,
+            data,
+            fit=config.fit,
+            labels_from=config.labels,
+            mirror=config.mirror,
+            workers=config.workers,
+            progress=progress,
+        )
     with progress_bar("looking at the images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,

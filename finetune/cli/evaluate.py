@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune.cli.options import (
     network_option,
     offline_option,
     ops_option,
+    seed_option,
     start_ranks,
 )
 from finetune.errors import ConfigError
@@ -41,7 +42,7 @@ DEFAULT = "fd-effnet,random-fid"
 @click.option(
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the latents.")
+@seed_option("Seed of the latents.")
 @click.option(
     "--fit",
     type=click.Choice(FITS),
@@ -55,7 +56,6 @@ DEFAULT = "fd-effnet,random-fid"
     show_default=True,
     help="Labels from dataset.json, or one class for each folder of images.",
 )
-@click.option("--cond/--no-cond", default=None, help="Use labels.  [default: as the network]")
 @click.option(
     "--mirror", is_flag=True, help="Compare with mirrored images as well, as after training with --mirror."
 )
@@ -99,7 +99,6 @@ def command(
     seed: int,
     fit: str | None,
     labels_from: str,
-    cond: bool | None,
     mirror: bool,
     batch: int,
     workers: int,
@@ -116,7 +115,7 @@ def command(
     the resizing: compare only results measured with the same settings.
     """
     from finetune.cli.train import report_errors_on_rank0
-    from finetune.distributed import env_rank
+    from finetune.data.sources import open_source
     from finetune.metrics.evaluate import check_names
 
     names = check_names([name.strip() for name in metrics.split(",") if name.strip()])
@@ -126,25 +125,30 @@ def command(
         raise ConfigError(f"--pairs {pairs}: has no effect without --metrics memorization.")
     if inception is not None and not {"fid", "kid", "prc"} & set(names):
         raise ConfigError(f"--inception {inception}: has no effect without --metrics fid, kid or prc.")
+    open_source(data)  # raises before anything is downloaded
     file = network_file(network)
     start_ranks(gpus, device)
-    with report_errors_on_rank0():
-        found, facts = measure(
-            file, names, data, num, device, seed=seed, fit=fit, labels_from=labels_from, cond=cond,
-            mirror=mirror, batch=batch, workers=workers, cache=not no_cache, inception=inception,
-            pairs=pairs,
-        )  # fmt: skip
-    if not env_rank():
-        facts = {"network": network, **facts, "metrics": found}
+
+    def show(facts: dict[str, Any]) -> None:
+        facts = {"network": network, **facts}
         click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
+
+    with report_errors_on_rank0():
+        measure(
+            file, names, data, num, device, show, seed=seed, fit=fit, labels_from=labels_from, mirror=mirror,
+            batch=batch, workers=workers, cache=not no_cache, inception=inception, pairs=pairs,
+        )  # fmt: skip
 
 
 def measure(
-    file: Path, names: tuple[str, ...], data: str, num: int, device: str, *, seed: int, fit: str | None,
-    labels_from: str, cond: bool | None, mirror: bool, batch: int, workers: int, cache: bool,
-    inception: Path | None, pairs: Path | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Return the metrics and what they were measured on; on several ranks if torchrun started them."""
+    file: Path, names: tuple[str, ...], data: str, num: int, device: str,
+    show: Callable[[dict[str, Any]], None], *, seed: int, fit: str | None, labels_from: str, mirror: bool,
+    batch: int, workers: int, cache: bool, inception: Path | None, pairs: Path | None = None,
+) -> None:  # fmt: skip
+    """Measure, on several ranks if torchrun started them, and write the pairs of images.
+
+    Rank 0 passes the metrics and what they were measured on to `show`, before the pairs are written.
+    """
     from finetune.device import float32_math, resolve_device
     from finetune.distributed import init, shutdown
     from finetune.metrics.evaluate import Evaluation, real_images
@@ -154,8 +158,12 @@ def measure(
     group, target = init(resolve_device(device))
     checkpoint = load(file, device=target)
     G = checkpoint.generator
-    image_set = real_images(G, data, fit=fit, labels_from=labels_from, cond=cond, mirror=mirror)
     bar = progress_bar if group.is_first else no_bar
+    with bar("reading images", 0) as progress:
+        image_set = real_images(
+            G, data, fit=fit, labels_from=labels_from, mirror=mirror, workers=workers, group=group,
+            progress=progress,
+        )  # fmt: skip
     with float32_math(), bar("looking at the images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
@@ -171,9 +179,6 @@ def measure(
         )
     with float32_math(), bar("generating", num) as progress:
         found = evaluation.distances(G, num, seed, progress=progress)
-        if pairs is not None:
-            evaluation.write_pairs(G, num, seed, pairs)
-    shutdown()
     facts = {
         "sha256": checkpoint.provenance.sha256,
         "data": Path(data).name,
@@ -182,8 +187,14 @@ def measure(
         "seed": seed,
         "processes": group.world_size,
         "sec": round(time.perf_counter() - started, 1),
+        "metrics": {name: {"value": each.value, "spread": each.spread} for name, each in found.items()},
     }
-    return {name: {"value": each.value, "spread": each.spread} for name, each in found.items()}, facts
+    if group.is_first:
+        show(facts)
+    if pairs is not None:
+        with float32_math():
+            evaluation.write_pairs(G, num, seed, pairs)
+    shutdown()
 
 
 @contextlib.contextmanager

@@ -255,6 +255,11 @@ def refuse_existing(*paths: Path, force: bool) -> None:
             raise ConfigError(f"{path}: exists. Move it, write elsewhere, or use --force to replace it.")
 
 
+def seed_option(help: str = "Random seed."):
+    """Add `--seed`: one number that all generators of random numbers take."""
+    return click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help=help)
+
+
 def seeds_option(**overrides: Any):
     """Add `--seeds`: a list of ints."""
     settings: dict[str, Any] = {

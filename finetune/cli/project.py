@@ -20,6 +20,7 @@ from finetune.cli.options import (
     ops_option,
     outdir_option,
     refuse_existing,
+    seed_option,
 )
 from finetune.errors import ConfigError, DataError
 from finetune.options import BACKBONES
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Perceptual distance to the image.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
+@seed_option()
 @force_option("NAME.npz and tuned.pkl")
 @offline_option()
 @device_option()

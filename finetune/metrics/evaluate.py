@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
-from finetune.data import ImageSet, images_to_float
+from finetune.data import ImageSet, images_to_float, scan
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
@@ -24,7 +25,7 @@ from finetune.metrics.real_side import Features
 from finetune.metrics.st_lpips import FILES, StLpips
 from finetune.metrics.st_lpips import POOLED_SIZE as POOLED_PIXELS
 from finetune.models import Network, image_size
-from finetune.sampling import image_grid, run_network_chunked, to_uint8
+from finetune.sampling import check_finite, image_grid, run_network_chunked, to_uint8
 from torch_utils.files import atomic_write
 
 PAIRS_PER_ROW = 8
@@ -61,7 +62,7 @@ class Evaluation:
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`,
     with `-stlpips` those of ST-LPIPS's VGG16. `ppl`: perceptual path length. `memorization`: share of near
     copies of real images, in the features of EfficientNet-Lite0. workers: processes that decode images.
-    cache: keep what is found out about the images. inception: the file of its weights, fetched if None.
+    cache: of the statistics of the real images. inception: the file of its weights, fetched if None.
     group: this process among others that do the same; each processes its part of the images, in batches that
     do not depend on their number, and all get the same distances. with_error: also compute the standard error
     of the first of `which` if it is a Fréchet distance (eight more distances). Raises ConfigError for unknown
@@ -86,8 +87,10 @@ class Evaluation:
         self.group = group
         self.with_error = with_error
         self.which = check_names(which)
-        if len(image_set) < 2:
+        if len(image_set.names) < 2:  # mirrored, it would be two: equal in all that metrics compare
             raise ConfigError(f"{image_set.path}: one image, and a distance needs at least 2.")
+        if len(image_set) <= NEIGHBORS and any(METRICS[name][1] == "prc" for name in self.which):
+            raise too_few()
         self.device = torch.device(device)
         self.image_set = image_set
         self.batch = BATCH if batch is None else batch
@@ -123,7 +126,7 @@ class Evaluation:
             if name in PPL_BACKBONES:
                 ensure_weights(PPL_BACKBONES[name], on_message, wanted_by=name)
                 self._distances[name] = build_distance(
-                    PPL_BACKBONES[name], self.image_set.channels, self.device
+                    PPL_BACKBONES[name], self.image_set.channels, self.device, checked=False
                 )
 
     def _add(self, name: str, identity: str, network: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -288,28 +291,33 @@ def real_images(
     *,
     fit: str | None = None,
     labels_from: str = "file",
-    cond: bool | None = None,
     mirror: bool = False,
+    workers: int = 0,
+    group: ProcessGroup = SINGLE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
-    """Open the real images to compare `G` with, in its size; `cond` None: with labels if it has them.
+    """Scan the real images to compare `G` with, and open them in its size, with labels if it has them.
 
-    Raises ConfigError for options that do not fit the network, and what ImageSet raises.
+    workers: processes that decode images in the scan, on rank 0 of `group`; `progress(done, total)` counts
+    them. Raises ConfigError for options that do not fit the network, DataError that lists every image that
+    cannot be used, as in training, and what ImageSet raises.
     """
-    use_labels = G.c_dim > 0 if cond is None else cond
+    use_labels = G.c_dim > 0
     if labels_from == "folders" and not use_labels:
-        raise ConfigError("--labels folders: has no effect on a network without classes, or with --no-cond.")
-    if use_labels != (G.c_dim > 0):
-        raise ConfigError(f"--{'cond' if use_labels else 'no-cond'}: the network has {G.c_dim} classes.")
-    return ImageSet(
-        data,
+        raise ConfigError("--labels folders: has no effect on a network without classes. Omit it.")
+    asked: dict[str, Any] = dict(
         resolution=image_size(G),
-        channels=G.img_channels,
         fit=fit,
         use_labels=use_labels,
         labels_from=labels_from,
         num_classes=G.c_dim if use_labels else None,
-        mirror=mirror,
     )
+
+    def check() -> None:
+        scan(data, **asked, workers=workers, progress=progress).raise_for_problems()
+
+    group.broadcast_result(check, "the scan of the data")
+    return ImageSet(data, **asked, channels=G.img_channels, mirror=mirror)
 
 
 def check_names(which: Sequence[str]) -> tuple[str, ...]:
@@ -352,4 +360,5 @@ def _generated(
     z, c = draw_latents(G, image_set, num, seed)
     for z_part, c_part in group.shard(list(zip(z.split(batch), c.split(batch), strict=True))):
         img = G(z_part.to(device), c_part.to(device), noise_mode="const")
+        check_finite(img, "A generated image")
         yield torch.from_numpy(to_uint8(img)).movedim(-1, 1)

@@ -1,7 +1,7 @@
 """The feature spaces that need no download: EfficientNet-Lite0 (weights in a package) and random networks.
 
 Both take float images `[N, C, H, W]` in [-1, 1]; one channel is repeated to three, channels beyond the third
-are left out. Callers that cannot vouch for the range check it first.
+are left out. The range is not checked.
 """
 
 from __future__ import annotations

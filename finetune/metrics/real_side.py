@@ -75,7 +75,7 @@ def read(path: Path, keep: bool) -> Features | None:
 
 
 def write(path: Path, features: Features) -> None:
-    """Keep it for the next time; a folder that cannot be written is no reason to stop."""
+    """Write statistics to the cache; a folder that cannot be written is a warning."""
     try:
         with atomic_write(path) as stream:
             torch.save(features.state(), stream)

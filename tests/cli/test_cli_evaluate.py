@@ -61,7 +61,7 @@ def test_evaluate_every_option_has_effect(images, golden_dir, tmp_path):
     plain, value = facts("--no-cache")
     assert not cache.exists()
     assert facts("--seed", 1)[1] != value and len(list(cache.iterdir())) == 3
-    assert facts("--no-cond", "--workers", 1, "--no-cache")[1] == value
+    assert facts("--workers", 1, "--no-cache")[1] == value
     mirrored, _ = facts("--mirror")
     assert (plain["real"], mirrored["real"]) == (6, 12) and len(list(cache.iterdir())) == 6
     large = tmp_path / "large"
@@ -69,7 +69,8 @@ def test_evaluate_every_option_has_effect(images, golden_dir, tmp_path):
     for i in range(3):
         Image.new("RGB", (48, 40), (9, 70 * i, 0)).save(large / f"{i}.png")
     refused = call(large, golden_dir, "--metrics", "random-fid", "--num", 4)
-    assert refused.exit_code == 2 and "48" in refused.stderr
+    assert refused.exit_code == 2 and "3 of 3 images cannot be used" in refused.stderr
+    assert "48×40 instead of 32×32: 3 (0.png, 1.png, 2.png)" in refused.stderr
     cropped, padded = (facts("--data", large, "--fit", fit)[1] for fit in ("crop", "pad"))
     assert cropped != padded
 
@@ -80,6 +81,10 @@ def test_evaluate_memorization_writes_pairs(images, golden_dir, tmp_path):
     assert result.exit_code == 0 and "memorization      0\n" in result.output, result.output
     with Image.open(tmp_path / "new" / "pairs.png") as sheet:
         assert sheet.size == (8 * 32, 2 * 32)
+    (tmp_path / "file").write_text("")
+    result = call(images, golden_dir, *options[:-1], tmp_path / "file" / "pairs.png")
+    assert result.exit_code == 2 and "part of its path is a file" in result.stderr
+    assert "memorization      0\n" in result.stdout  # the measurement is not lost
 
 
 @pytest.mark.slow  # three processes load torch
@@ -114,8 +119,9 @@ def test_evaluate_two_ranks_equal_one(images, golden_dir, tmp_path):
         (("--inception", "w.pth", "--num", 4), "has no effect without --metrics fid, kid or prc"),
         (("--metrics", "fid", "--offline"), "is not on this machine"),
         (("--metrics", "prc-effnet", "--num", 2), "need more than 3 real"),
-        (("--cond",), "the network has 0 classes"),
-        (("--data", "nowhere"), "nowhere"),
+        (("--labels", "folders"), "has no effect on a network without classes"),
+        (("--data", "nowhere", "--network", "ffhq-256-stylegan2", "--offline"), "nowhere: no such folder"),
+        (("--seed", 1 << 32), "0<=x<=4294967295"),
     ],
 )
 def test_evaluate_mistakes(arguments, words, images, golden_dir):

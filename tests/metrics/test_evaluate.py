@@ -12,11 +12,12 @@ from PIL import Image
 
 from finetune.data import ImageSet
 from finetune.distributed import ProcessGroup
-from finetune.errors import ConfigError, FinetuneError, WeightsMissing
+from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, WeightsMissing
 from finetune.metrics import evaluate
 from finetune.metrics.evaluate import Distance, Evaluation
 from finetune.metrics.features import RandomFeatures
 from finetune.metrics.frechet import FeatureStatistics
+from finetune.models.stylegan2 import Generator
 
 
 class Painter(torch.nn.Module):
@@ -102,6 +103,20 @@ def test_evaluation_wrong_requests(colors):
         Evaluation(colors, ["fd"])
     with pytest.raises(ConfigError, match="a distance needs at least 2 generated images"):
         Evaluation(colors, ["random-fid"]).distances(Painter(), 1)
+    with pytest.raises(CheckpointError, match="A generated image has non-finite values"):
+        Evaluation(colors, ["random-fid"]).distances(Painter(float("nan")), 4)
+
+
+def test_real_images_names_all_that_training_refuses(tmp_path):
+    G = Generator(z_dim=4, c_dim=0, w_dim=4, img_resolution=16, img_channels=3, channel_base=64)
+    for i in range(2):
+        pixels = np.full((16, 16), 4000 + i, np.uint16)  # of a device with 12 bits: nearly black
+        Image.fromarray(pixels).save(tmp_path / f"deep{i}.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match="3 of 3 images cannot be used") as caught:
+        evaluate.real_images(G, tmp_path)
+    assert "no value above 4095 (12 bits): 2 (deep0.png, deep1.png)" in str(caught.value)
+    assert "text.png: is no image" in str(caught.value)
 
 
 class TestTheOtherMetrics:
@@ -303,7 +318,10 @@ class TestWhatNetworksThereAre:
     def test_evaluation_refuses_one_image(self, tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / "only.png")
         with pytest.raises(ConfigError, match=r"one image, and a distance needs at least 2"):
-            Evaluation(ImageSet(tmp_path, resolution=16, channels=3), ["random-fid"])
+            Evaluation(ImageSet(tmp_path, resolution=16, channels=3, mirror=True), ["random-fid"])
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "second.png")
+        with pytest.raises(ConfigError, match=r"need more than 3 real and generated images"):
+            Evaluation(ImageSet(tmp_path, resolution=16, channels=3), ["prc-effnet"])
 
     def test_evaluation_missing_weights_name_metric(self, colors, tmp_path, monkeypatch):
         monkeypatch.setenv("FINETUNE_OFFLINE", "1")
