@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from finetune.cli.options import network_file, offline_option, refuse_existing
+from finetune.cli.options import LocalPath, network_file, offline_option, refuse_existing
 from finetune.progress import progress_bar
 
 
@@ -53,7 +53,7 @@ class AlphaType(click.ParamType):
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=LocalPath(path_type=Path),
     metavar="FILE",
     help="File to write, with a suffix of `finetune export`: .pkl and others.",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import license_option, network_file, offline_option
+from finetune.cli.options import LocalPath, license_option, network_file, offline_option
 from finetune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def where_command(name: str | None) -> None:
 
 
 @command.command("add-file", short_help="Add a file that you downloaded yourself.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath(path_type=Path))
 @click.option("--name", metavar="NAME", help="Its name, if neither hash nor file name identifies it.")
 @license_option(help="Its license, if the catalog states none.")
 def add_file_command(file: Path, name: str | None, license: str | None) -> None:
@@ -204,7 +204,7 @@ def add_file_command(file: Path, name: str | None, license: str | None) -> None:
 @click.argument("url")
 @click.option(
     "--into",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Catalog to write the entry to.  [default: print it]",
 )

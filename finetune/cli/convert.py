@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from finetune.cli.export import write, write_options
-from finetune.cli.options import NETWORK, network_file
+from finetune.cli.options import NETWORK, LocalPath, network_file
 from finetune.export.formats import FORMATS
 
 
@@ -32,7 +32,7 @@ class ArgumentType(click.ParamType):
 
 @click.command("convert", short_help="Convert a checkpoint from one format to another.")
 @click.argument("source", metavar=f"IN ({NETWORK})")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=LocalPath(path_type=Path))
 @click.option(
     "--format",
     "file_format",

@@ -12,6 +12,7 @@ import click
 from finetune.cli.options import (
     NETWORK,
     ImageSize,
+    LocalPath,
     force_option,
     network_file,
     offline_option,
@@ -39,7 +40,7 @@ def command() -> None:
 
 
 @command.command("check", short_help="Decode every image and list all problems.")
-@click.argument("path", type=click.Path(path_type=Path), metavar="DIR|ZIP")
+@click.argument("path", type=LocalPath(path_type=Path), metavar="DIR|ZIP")
 @click.option(
     "--network",
     metavar=NETWORK,
@@ -136,8 +137,8 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
 
 
 @command.command("prepare", short_help="Resize images into a zip that loads fastest.")
-@click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
-@click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
+@click.argument("src", type=LocalPath(path_type=Path), metavar="SRC")
+@click.argument("dest", type=LocalPath(path_type=Path), metavar="DEST")
 @click.option(
     "--resolution",
     type=ImageSize(),

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from finetune.cli.options import (
+    LocalPath,
     device_option,
     force_option,
     offline_option,
@@ -23,7 +24,7 @@ NAME = "network-ema.pkl"
 
 
 @click.command("ema", short_help="Choose the half-life of G_ema after training.")
-@click.argument("run", metavar="RUN|SNAPSHOT", type=click.Path(exists=True, path_type=Path))
+@click.argument("run", metavar="RUN|SNAPSHOT", type=LocalPath(exists=True, path_type=Path))
 @click.option(
     "--metric", default="fd-effnet", show_default=True, help="Metric to optimize (see `finetune evaluate`)."
 )
@@ -38,7 +39,7 @@ NAME = "network-ema.pkl"
     help="Images to generate for each.  [default: 1000 on a CPU, 5000 on a GPU]",
 )
 @seed_option("Seed of the latents.")
-@click.option("--data", type=click.Path(), metavar="DIR|ZIP", help="The real images.  [default: as trained]")
+@click.option("--data", type=LocalPath(), metavar="DIR|ZIP", help="The real images.  [default: as trained]")
 @force_option(NAME)
 @offline_option()
 @device_option()

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from finetune.cli.options import (
+    LocalPath,
     device_option,
     network_file,
     network_option,
@@ -29,7 +30,7 @@ DEFAULT = "fd-effnet,random-fid"
 
 @click.command("evaluate", short_help="Measure a generator against a data set.")
 @network_option()
-@click.option("--data", required=True, type=click.Path(), metavar="DIR|ZIP", help="The real images.")
+@click.option("--data", required=True, type=LocalPath(), metavar="DIR|ZIP", help="The real images.")
 @click.option(
     "--metrics",
     default=DEFAULT,
@@ -76,13 +77,13 @@ DEFAULT = "fd-effnet,random-fid"
 )
 @click.option(
     "--inception",
-    type=click.Path(path_type=Path),
+    type=LocalPath(path_type=Path),
     metavar="FILE",
     help="File of the Inception weights.  [default: downloaded]",
 )
 @click.option(
     "--pairs",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalPath(dir_okay=False, path_type=Path),
     metavar="PNG",
     help="With memorization: write the generated images nearest to real ones, above those.",
 )

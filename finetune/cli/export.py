@@ -10,6 +10,7 @@ import click
 
 from finetune.cli.options import (
     NETWORK,
+    LocalPath,
     force_option,
     license_option,
     network_file,
@@ -64,7 +65,7 @@ def write_options(command):
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=LocalPath(path_type=Path),
     metavar="FILE",
     help="File (web: folder) to write.",
 )
@@ -75,7 +76,7 @@ def write_options(command):
 )
 @click.option(
     "--runtime",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=LocalPath(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
     help="web: folder with the files of onnxruntime-web.  [default: fetched with npm, and cached]",
 )

@@ -17,6 +17,7 @@ from finetune.cli.latent_options import (
 )
 from finetune.cli.options import (
     GridSize,
+    LocalPath,
     NumberRange,
     device_option,
     force_option,
@@ -54,7 +55,7 @@ MAX_SHEET_PIXELS = 1 << 27  # of a sheet that nobody asked for: 400 MB in memory
 @click.option("--grid", type=GridSize(), help="Also write grid.png, columns x rows, like 8x4.")
 @click.option(
     "--save-w",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LocalPath(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Also write the w of all images, for --w (.npz).",
 )

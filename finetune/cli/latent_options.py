@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.options import NumberRange, Vector, seeds_option
+from finetune.cli.options import LocalPath, NumberRange, Vector, seeds_option
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ LATENT_OPTIONS = (
         "--w",
         "w_files",
         multiple=True,
-        type=click.Path(path_type=Path),
+        type=LocalPath(path_type=Path),
         metavar="FILE",
         help="Saved w (.npz of --save-w or `finetune project`) in place of seeds; may be repeated.",
     ),
@@ -99,7 +99,7 @@ LATENT_OPTIONS = (
     ),
     click.option(
         "--directions",
-        type=click.Path(path_type=Path),
+        type=LocalPath(path_type=Path),
         metavar="FILE",
         help="Directions for --edit, written by `finetune directions`.  [default: those of the network]",
     ),

@@ -44,6 +44,13 @@ def parse_numbers(text: str, noun: str = "seed") -> list[int]:
     return found
 
 
+class LocalPath(click.Path):
+    """A path; `~` is expanded, which shells leave to programs in `--out=~/file`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 class NumberRange(click.ParamType):
     """Numbers written like `0-15,42`; the value is a list of ints. noun: what they are, such as seed."""
 
@@ -231,7 +238,7 @@ def outdir_option(**overrides: Any):
     """Add `--outdir`: the folder a command writes to; created if missing."""
     settings: dict[str, Any] = {
         "required": True,
-        "type": click.Path(file_okay=False, path_type=Path),
+        "type": LocalPath(file_okay=False, path_type=Path),
         "metavar": "DIR",
         "help": "Folder to write to.",
     }

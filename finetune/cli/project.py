@@ -12,6 +12,7 @@ import click
 
 from finetune.cli.latent_options import generator_of
 from finetune.cli.options import (
+    LocalPath,
     device_option,
     force_option,
     network_file,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     nargs=-1,
     required=True,
     metavar="IMAGE…",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=LocalPath(exists=True, dir_okay=False, path_type=Path),
 )
 @network_option()
 @outdir_option()

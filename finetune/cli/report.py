@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
+from finetune.cli.options import LocalPath
+
 
 @click.command("report", short_help="Write the page of a run, or of several runs side by side.")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=LocalPath(path_type=Path))
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="The page to write.  [default: report.html in the run folder; here for several runs]",
 )

@@ -17,6 +17,7 @@ from finetune.cli.latent_options import (
 from finetune.cli.options import (
     NETWORK,
     GridSize,
+    LocalPath,
     device_option,
     force_option,
     network_file,
@@ -40,7 +41,7 @@ from finetune.progress import progress_bar
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=LocalPath(path_type=Path),
     metavar="FILE|DIR",
     help="File to write: .mp4 (needs the extra `video`), .gif or .webp; or a folder for frames as PNG.",
 )

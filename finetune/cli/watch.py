@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.cli.options import LocalPath
+
 if TYPE_CHECKING:
     from finetune.report import RunRecord
 
@@ -21,7 +23,7 @@ CURVES = {
 
 
 @click.command("watch", short_help="Follow a run from another terminal: progress, curves, events.")
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN", type=LocalPath(path_type=Path))
 def command(run: Path) -> None:
     """Follow a run from another terminal or over ssh, until it ends or Ctrl-C.
 

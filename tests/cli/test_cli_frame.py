@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import finetune.cli
 from finetune.cli import COMMANDS, cli
-from finetune.cli.options import GridSize, NumberRange, parse_numbers
+from finetune.cli.options import GridSize, LocalPath, NumberRange, parse_numbers
 from finetune.errors import ConfigError, FinetuneError
 from finetune.version import __version__
 
@@ -184,6 +184,21 @@ def test_grid_size_convert():
     for wrong in ("8", "8x", "x4", "0x4", "8x-1", "8*4"):
         with pytest.raises(click.BadParameter, match="columns x rows, like 8x4"):
             GridSize().convert(wrong, None, None)
+
+
+def test_paths_expand_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert LocalPath(path_type=Path).convert("~/runs", None, None) == Path("/home/me/runs")
+    assert LocalPath().convert(Path("~none-such/runs"), None, None) == "~none-such/runs"
+
+    def parameters(command):
+        yield from command.params
+        for each in getattr(command, "commands", {}).values():
+            yield from parameters(each)
+
+    for name in COMMANDS:
+        for parameter in parameters(importlib.import_module(f"finetune.cli.{name}").command):
+            assert isinstance(parameter.type, LocalPath) or not isinstance(parameter.type, click.Path), name
 
 
 def test_openmp_wait_policy_default():
