@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -83,6 +84,7 @@ def check_command(
     """
     from finetune.cli import dataset_report
     from finetune.data import scan
+    from finetune.data.image_set import check_channels
     from finetune.data.labels import has_labels
     from finetune.data.problems import hint
     from finetune.data.sources import open_source
@@ -92,6 +94,7 @@ def check_command(
         if resolution is not None:
             raise ConfigError("--resolution: already given by --network. Give one of the two.")
         resolution, channels, c_dim = shape_of(network)
+        check_channels(channels)
         cond = c_dim > 0 if cond is None else cond
         num_classes = c_dim or None
     if fit is not None and resolution is None:
@@ -115,6 +118,8 @@ def check_command(
             thorough=True,
             **options,
         )
+    if channels is not None:
+        found = dataclasses.replace(found, notes=[*found.notes, *found.against(channels)])
     training = dataset_report.what_training_does(found, resolution, channels, fit)
     if as_json:
         values = dataset_report.as_values(found, use_labels, training)

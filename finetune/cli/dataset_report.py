@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.data.image_set import CACHE_BYTES
 from finetune.data.problems import KINDS, REFUSED, REMARKS, Problem, listed, printable
-from finetune.data.scanning import Scan, tally
+from finetune.data.scanning import Scan, enlargement, tally
 
 SHOWN_CLASSES = 20
 KIND_IDS = REFUSED | REMARKS
@@ -32,8 +32,8 @@ def what_training_does(
     counts = {
         "as_they_are": found.sizes.get((width, height), 0),
         "other_aspect": count(lambda w, h: w * height != h * width),
-        "enlarged": count(lambda w, h: w < width or h < height),
-        "shrunk": count(lambda w, h: w > width and h > height),
+        "enlarged": count(lambda w, h: enlargement((w, h), (width, height), fit) > 1),
+        "shrunk": count(lambda w, h: enlargement((w, h), (width, height), fit) < 1),
         "other_sizes": sum(others.values()),
     }
     num_bytes = sum(found.sizes.values()) * (channels or 3) * height * width
@@ -94,7 +94,7 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
 def _training(found: Scan, training: dict[str, Any]) -> str:
     if not training:
         if len(found.sizes) == 1 and (size := next(iter(found.sizes)))[0] == size[1]:
-            return f"as they are, with a checkpoint of {size[0]} pixels; with others, as --fit says"
+            return f"as they are, with a checkpoint of {size[0]} pixels; others are resized by --fit"
         return "use --resolution or --network to see how these sizes are handled"
     others = training["other_sizes"]
     parts = [f"at {training['width']}×{training['height']}: {training['as_they_are']} as they are"]

@@ -141,10 +141,12 @@ def read_target(path: Path, G: Network) -> torch.Tensor:
 
     from finetune.data import images_to_float
     from finetune.data.decode import decode
+    from finetune.data.image_set import check_channels
     from finetune.data.problems import Unusable
     from finetune.models import image_size
     from finetune.sampling import device_of
 
+    check_channels(G.img_channels)
     try:
         pixels = decode(path.read_bytes(), resolution=image_size(G), channels=G.img_channels, fit="crop")
     except Unusable as error:

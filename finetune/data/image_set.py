@@ -48,11 +48,7 @@ class ImageSet(Dataset):
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        if channels not in CHANNELS:
-            known = "1 (gray), 3 (color) and 4 (color with alpha)"
-            raise DataError(
-                f"The network has {channels} image channels, which is not supported ({known} are)."
-            )
+        check_channels(channels)
         if fit is not None and fit not in FITS:
             raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
         self.size = height_and_width(resolution)
@@ -168,6 +164,13 @@ class ImageSet(Dataset):
             f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
             hint=hint([Problem(name, problem.kind, problem.detail)], self.path),
         )
+
+
+def check_channels(channels: int) -> None:
+    """Raise DataError unless images can be converted to this number of channels."""
+    if channels not in CHANNELS:
+        known = "1 (gray), 3 (color) and 4 (color with alpha)"
+        raise DataError(f"The network has {channels} image channels, which is not supported ({known} are).")
 
 
 def choose(source: Source, limit: int | None, seed: int) -> list[str]:

@@ -303,8 +303,8 @@ def _first_resolution(source: Source, fit: str | None) -> int:
                 return width
             raise ConfigError(
                 f"{source.path}: the first image is {width}×{height}, not square.",
-                hint="Set a size with --resolution (256, or width x height like 512x1024); --fit says how "
-                "images are brought to it (default: crop).",
+                hint="Set a size with --resolution (256, or width x height like 512x1024); --fit determines "
+                "how images are brought to it (default: crop).",
             )
     raise DataError(f"{source.path}: none of the {len(source.names)} images can be read.")
 

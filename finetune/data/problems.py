@@ -38,7 +38,7 @@ UNUSUAL = "is stored in an unusual way"
 FRAMES = "has several frames, of which the first counts"
 DUPLICATE = "shows the same as another one"
 NO_IMAGE = "has a label, but is not there"
-SAME_NAME = "file name collides on case-insensitive file systems"
+SAME_NAME = "file name is not unique on every file system"
 # Problems that training accepts, with a remark.
 REMARKS = {
     OTHER_ASPECT: "other-aspect",

@@ -13,8 +13,8 @@ class InfiniteSampler(Sampler[int]):
 
     The order is one stream that depends on `seed` and `num_items` alone; `num_replicas` replicas take turns
     with `block` items each (their batch), so that together they see what a single one would have seen, in
-    the same batches. `position` counts the items that all replicas together have drawn; with it, `state_dict`
-    says everything.
+    the same batches. `position` counts the items that all replicas together have drawn; it is all that
+    changes.
     """
 
     def __init__(

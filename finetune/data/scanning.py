@@ -45,7 +45,6 @@ HOW_FITTED = {
     "pad": "resized, with white margins, to",
     "stretch": "stretched to",
 }
-ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 GRAY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -55,14 +54,16 @@ class Scan:
 
     `sizes` counts images by (width, height) upright, `modes` by Pillow's mode, both without the unreadable
     ones; `class_counts` is the number of images of each class (empty without labels, and for vectors);
-    `num_ignored` counts files that are no images. `problems` is what training refuses, `remarks` (of a
-    thorough scan) what it accepts with a remark, image by image. `has_labels`: whether there are labels,
-    used or not; `num_known` counts images that had not changed since the last scan.
+    `num_ignored` counts files that are no images, `num_transparent` images with alpha or a transparent
+    color. `problems` is what training refuses, `remarks` (of a thorough scan) what it accepts with a
+    remark, image by image. `has_labels`: whether there are labels, used or not; `num_known` counts images
+    that had not changed since the last scan.
     """
 
     path: Path
     num_images: int
     num_ignored: int = 0
+    num_transparent: int = 0
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
     modes: dict[str, int] = field(default_factory=dict)
     num_classes: int = 0
@@ -75,14 +76,13 @@ class Scan:
 
     def against(self, channels: int) -> list[str]:
         """Describe mismatches between images and the `channels` of a network, with the option to use."""
-        alpha = sum(count for mode, count in self.modes.items() if mode in ALPHA)
         gray = sum(count for mode, count in self.modes.items() if mode in GRAY)
         colors = self.num_images - gray
         notes = []
-        if alpha and channels < 4:
+        if self.num_transparent and channels < 4:
             notes.append(
-                f"{alpha} images are transparent and are put on white: the network has {channels} channels. "
-                "Use --channels 4 to keep alpha."
+                f"{self.num_transparent} images are transparent and are put on white: the network has "
+                f"{channels} channels. Use --channels 4 to keep alpha."
             )
         if colors and channels == 1:
             notes.append(
@@ -115,6 +115,12 @@ class Scan:
         """Raise one DataError that lists every image that cannot be used, with a hint."""
         if self.problems:
             raise refusal(self.path, self.num_images, self.problems)
+
+
+def enlargement(size: tuple[int, int], wanted: tuple[int, int], fit: str | None) -> float:
+    """Return the factor by which an image of (width, height) is resized to `wanted`, the larger of two."""
+    scales = (wanted[0] / size[0], wanted[1] / size[1])
+    return min(scales) if fit == "pad" else max(scales)
 
 
 def tally(counts: dict[str, int], shown: int = 12) -> str:
@@ -170,6 +176,7 @@ def scan(
         path=source.path,
         num_images=len(names),
         num_ignored=source.num_ignored,
+        num_transparent=findings.num_transparent,
         num_known=findings.num_known,
         sizes=dict(findings.sizes.most_common()),
         modes=dict(findings.modes.most_common()),
@@ -193,7 +200,7 @@ class Findings:
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.modes: Counter[str] = Counter()
         self.remarks: list[Problem] = []
-        self.num_known = 0
+        self.num_known = self.num_transparent = 0
         self.peaks: dict[str, int] = {}
         self._first_of: dict[bytes, str] = {}
 
@@ -204,6 +211,7 @@ class Findings:
         size = (look.width, look.height)
         self.sizes[size] += 1
         self.modes[look.mode] += 1
+        self.num_transparent += "transparency" in (look.unusual or "")
         if look.peak is not None:
             self.peaks[name] = look.peak
         wanted = self.wanted
@@ -233,8 +241,7 @@ class Findings:
 
     def _enlargement(self, size: tuple[int, int]) -> float:
         assert self.wanted is not None
-        scales = (self.wanted[0] / size[0], self.wanted[1] / size[1])
-        return min(scales) if self.fit == "pad" else max(scales)
+        return enlargement(size, self.wanted, self.fit)
 
     def check_ranges(self) -> None:
         """Make it a problem if no 16-bit image has a value above 12 bits: all would be nearly black."""

@@ -62,7 +62,7 @@ def test_check_lists_all_problems_and_exits_2(folder):
     assert "differs in aspect ratio by more than a factor of 2: 1\n    20×8: 1 (a/wide.png)" in result.stdout
     assert result.stderr.startswith(f"Error: {folder}: training would refuse this data set (130 problems).\n")
     fitted = call("check", folder, "--resolution", 16, "--no-cond", "--fit", "pad")
-    assert "1 of other sizes (1 enlarged, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
+    assert "1 of other sizes (1 shrunk, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
 
 
 def test_check_json_is_complete(folder):
@@ -97,6 +97,9 @@ def test_check_labels_if_present(folder):
 def test_check_uses_network_size(folder, golden_dir):
     result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl", "--fit", "stretch")
     assert result.exit_code == 0 and "at 64×64: 0 as they are, 6 of other sizes (6 enlarged)" in result.stdout
+    Image.new("P", (64, 64)).save(folder / "a/0.png", transparency=0)
+    result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl")
+    assert "1 images are transparent and are put on white: the network has 3 channels." in result.stdout
     (folder / "dataset.json").write_text(
         json.dumps({"labels": [[f"{'ab'[i % 2]}/{i}.png", 999] for i in range(6)]})
     )
@@ -116,6 +119,12 @@ def test_check_uses_network_size(folder, golden_dir):
 def test_check_refuses_options(folder, options, words):
     result = call("check", folder, *options)
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output
+
+
+def test_check_refuses_networks_of_other_channels(folder, monkeypatch):
+    monkeypatch.setattr("finetune.cli.dataset.shape_of", lambda network: ((16, 16), 2, 0))
+    result = call("check", folder, "--network", "two.pkl")
+    assert result.exit_code == 2 and "The network has 2 image channels, which is not supported" in result.stderr
 
 
 @pytest.mark.parametrize("command", [("check",), ("prepare", "OUT")])

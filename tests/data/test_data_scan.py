@@ -243,5 +243,6 @@ def test_scan_duplicate_name_in_zip(tmp_path, encode, noise):
     ],
 )
 def test_scan_against_other_channels(modes, channels, said):
-    notes = "\n".join(Scan(Path("set.zip"), 3, modes=modes).against(channels))
+    found = Scan(Path("set.zip"), 3, modes=modes, num_transparent=modes.get("RGBA", 0))
+    notes = "\n".join(found.against(channels))
     assert all(words in notes for words in said) and bool(notes) == bool(said)
