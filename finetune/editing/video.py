@@ -124,13 +124,17 @@ def full_grid(count: int) -> tuple[int, int]:
     return (columns, count // columns) if columns <= 3 * (count // columns) else near_square(count)
 
 
-def check_kind(path: Path, fps: int) -> None:
-    """Raise ConfigError if no video of `fps` can be written under this name on this machine."""
-    if path.suffix.lower() not in ("", *KINDS):
+def check_kind(path: Path, fps: int) -> str:
+    """Return one of KINDS, or "" for a folder: one that exists, or a name without suffix.
+
+    Raises ConfigError if no video of `fps` can be written under this name on this machine.
+    """
+    kind = "" if path.is_dir() else path.suffix.lower()
+    if kind not in ("", *KINDS):
         raise ConfigError(f"{path} has no video suffix. Use {', '.join(KINDS)}, or a folder.")
-    if path.suffix.lower() == ".gif" and fps > GIF_MAX_FPS:
+    if kind == ".gif" and fps > GIF_MAX_FPS:
         raise ConfigError(f"--fps {fps}: GIF has at most {GIF_MAX_FPS}. Use {GIF_MAX_FPS} or less.")
-    if path.suffix.lower() == ".mp4":
+    if kind == ".mp4":
         try:
             import av  # noqa: F401
         except ImportError:
@@ -138,6 +142,7 @@ def check_kind(path: Path, fps: int) -> None:
                 f"{path}: mp4 needs PyAV, which is not installed.",
                 hint="pip install 'stylegan-finetune[video]', or use .gif or .webp.",
             ) from None
+    return kind
 
 
 def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: int) -> None:
@@ -147,8 +152,7 @@ def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: i
     file cannot be written; a file that was at `path` before is then untouched. In a folder, frames of an
     earlier video are replaced.
     """
-    check_kind(path, fps)
-    kind = path.suffix.lower()
+    kind = check_kind(path, fps)
     if kind == "":
         path.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
@@ -161,14 +165,15 @@ def write_video(path: Path, images: Iterable[Image.Image], *, fps: int, count: i
         if kind == ".mp4":
             _write_mp4(stream, images, fps)
             return
-        options: dict = {"format": kind[1:], "save_all": True, "loop": 0}
+        # Round the times, not the delays, whose errors would add up.
+        unit = 10 if kind == ".gif" else 1  # milliseconds
+        times = [round(1000 * index / fps / unit) * unit for index in range(count + 1)]
+        delays = [end - start for start, end in itertools.pairwise(times)]
+        options: dict = {"format": kind[1:], "save_all": True, "loop": 0, "duration": delays}
         if kind == ".gif":
-            # Delays are counted in 1/100 s: round the times, not the delays.
-            times = [round(100 * index / fps) * 10 for index in range(count + 1)]
-            options |= {"duration": [end - start for start, end in itertools.pairwise(times)]}
             images = (to_channels(image, 3) for image in images)
         else:
-            options |= {"duration": round(1000 / fps), "quality": WEBP_QUALITY}
+            options |= {"quality": WEBP_QUALITY}
         rest = iter(images)
         next(rest).save(stream, append_images=rest, **options)
 

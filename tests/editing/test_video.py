@@ -150,7 +150,11 @@ def test_video_written_by_pillow(run, smooth, tmp_path, kind):
     assert f"6 frames, 0.2 seconds: {out}" in result.output
     with Image.open(out) as video:
         assert video.n_frames == 6 and video.info.get("loop") == 0
-        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(video)]
+        frames, delays = [], []
+        for frame in ImageSequence.Iterator(video):
+            frames.append(np.asarray(frame.convert("RGB")).astype(int))
+            delays.append(frame.info["duration"])
+    assert sum(delays) == 200 and max(delays) <= min(delays) + 10
     for frame, expected in zip(frames[::2], images_of(smooth, [0, 1, 2]), strict=True):
         assert np.abs(frame - expected).mean() < 8
 
@@ -169,15 +173,17 @@ def test_video_written_by_pyav(run, smooth, tmp_path):
 
 
 def test_video_written_as_folder(run, smooth, tmp_path):
-    run("--seeds", "3,4", "--steps", "2", "--no-loop", "--out", str(tmp_path / "frames"))
-    files = sorted((tmp_path / "frames").iterdir())
+    out = tmp_path / "v1.5"  # a folder, since it is there
+    out.mkdir()
+    run("--seeds", "3,4", "--steps", "2", "--no-loop", "--out", str(out))
+    files = sorted(out.iterdir())
     assert [path.name for path in files] == ["frame00000.png", "frame00001.png", "frame00002.png"]
     with Image.open(files[-1]) as image:
         np.testing.assert_array_equal(np.asarray(image), images_of(smooth, [4])[0])
     for name in ("frame_notes.png", "frame7.png", "frame1².png"):  # of another program
-        (tmp_path / "frames" / name).touch()
-    run("--seeds", "3,4", "--steps", "1", "--no-loop", "--out", str(tmp_path / "frames"), "--force")
-    left = sorted(path.name for path in (tmp_path / "frames").iterdir())
+        (out / name).touch()
+    run("--seeds", "3,4", "--steps", "1", "--no-loop", "--out", str(out), "--force")
+    left = sorted(path.name for path in out.iterdir())
     assert left == ["frame00000.png", "frame00001.png", "frame1².png", "frame7.png", "frame_notes.png"]
 
 
