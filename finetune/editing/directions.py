@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from finetune.directions import Directions, principal_directions
-from finetune.editing.latents import read_arrays
+from finetune.editing.latents import NAMES, read_arrays
 from finetune.errors import ConfigError
 from finetune.models import Network
 from torch_utils.files import atomic_write
@@ -62,11 +62,11 @@ def save_directions(path: str | os.PathLike, directions: Directions) -> None:
 
 
 def _read(path: Path, G: Network) -> dict[str, torch.Tensor]:
-    arrays = read_arrays(path, "names", "vectors", "std")
-    names, vectors, std = (arrays[key] for key in ("names", "vectors", "std"))
-    if vectors.shape != (len(names), G.w_dim) or std.shape != (len(names),):
+    arrays = read_arrays(path, NAMES, "vectors", "std")
+    names, vectors, std = (arrays[key] for key in (NAMES, "vectors", "std"))
+    if vectors.shape != (names.size, G.w_dim) or std.shape != names.shape or names.ndim != 1:
         raise ConfigError(
-            f"{path}: vectors have the shape {list(vectors.shape)}, expected [{len(names)}, {G.w_dim}]: "
+            f"{path}: vectors have the shape {list(vectors.shape)}, expected [{names.size}, {G.w_dim}]: "
             f"the number of names and the w_dim of this network."
         )
     return {str(name): torch.from_numpy(row * scale) for name, row, scale in zip(names, vectors, std)}

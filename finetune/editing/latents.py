@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune.sampling import device_of, z_from_seeds
 from torch_utils.files import atomic_write
 
 MAX_COLUMNS = 10_000
+NAMES = "names"  # the array of a file of directions that holds text
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ def load_ws(path: str | os.PathLike, G: Network) -> list[torch.Tensor]:
 
 
 def read_arrays(path: str | os.PathLike, *names: str) -> dict[str, np.ndarray]:
-    """Read arrays of an .npz file, numbers as float32; ConfigError if one is missing or not finite."""
+    """Read arrays of an .npz file as float32, that called NAMES as it is.
+
+    ConfigError if one is missing, has other values than real numbers, or is not finite.
+    """
     found = {}
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -178,10 +183,12 @@ def read_arrays(path: str | os.PathLike, *names: str) -> dict[str, np.ndarray]:
                     array = array.astype(np.float32)
                     if not np.isfinite(array).all():
                         raise ValueError(f"{name} is not finite")
+                elif name != NAMES:
+                    raise ValueError(f"{name} holds no real numbers")
                 found[name] = array
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist.") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{Path(path)} is not an .npz file with {', '.join(names)} ({error}).") from None
     return found
 

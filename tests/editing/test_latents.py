@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -67,15 +69,26 @@ def test_ws_file_round_trip(G, tmp_path):
     assert torch.equal(load_ws(tmp_path / "b.npz", G)[1], ws[1, :1].expand(G.num_ws, -1))
 
 
+def damaged_archive():
+    stream = io.BytesIO()
+    np.savez_compressed(stream, w=np.zeros([1, 8]))
+    data = bytearray(stream.getvalue())
+    start = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+    data[start] ^= 0xFF  # the first byte of the compressed array
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"w": np.zeros([1, 2, 3])}, r"w has the shape \[1, 2, 3\]; this network takes \[N, "),
-        ({"w": np.array(["a"])}, r"w has the shape \[1\]"),
+        ({"w": np.array(["a"])}, "w holds no real numbers"),
+        ({"w": np.full([1, 1, 1], "a")}, "w holds no real numbers"),
         ({"x": np.zeros(1)}, r"not an \.npz file with w \(no array called w\)"),
         ({"w": np.array([np.nan])}, "w is not finite"),
         ({"w": np.array([{}])}, "allow_pickle"),
         (b"no archive", r"not an \.npz file"),
+        (damaged_archive(), r"not an \.npz file with w \(Error -3 while decompressing"),
         (None, "does not exist"),
     ],
 )
