@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from finetune.cli.export import write, write_options
-from finetune.cli.options import NETWORK, LocalPath, network_file
+from finetune.cli.options import NETWORK, LocalPath
 from finetune.export.formats import FORMATS
 
 
@@ -58,4 +58,4 @@ def command(
     IN is anything that can be opened: official pickles, state dicts and modules written by torch.save, files
     of the StyleGAN2 port by rosinality, and safetensors of this package.
     """
-    write(network_file(source), out, file_format, architecture=dict(arch), **options)
+    write(source, out, file_format, architecture=dict(arch), **options)

@@ -19,7 +19,7 @@ from finetune.cli.options import (
     refuse_existing,
 )
 from finetune.errors import ConfigError
-from finetune.export.formats import FORMATS, HALF, WHICH, format_of
+from finetune.export.formats import FORMATS, HALF, WHICH, format_of, half_refused
 from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -93,18 +93,17 @@ def command(
 
     FILE is created only if all agree. It also states the source of the weights and their license.
     """
-    source = network_file(network)
     if file_format == WEB:
-        write_web(source, out, original, runtime, **options)
+        write_web(network, out, original, runtime, **options)
         return
     for name, value in (("--original", original), ("--runtime", runtime)):
         if value:
             raise ConfigError(f"{name} {value}: has no effect without --format web. Omit it, or add that.")
-    write(source, out, file_format, **options)
+    write(network, out, file_format, **options)
 
 
 def write(
-    source: Path,
+    network: str,
     out: Path,
     format_name: str | None,
     *,
@@ -115,9 +114,10 @@ def write(
     force: bool,
     license: str | None,
 ) -> None:
-    """Write the checkpoint `source` as `out` and print what was compared, and its provenance.
+    """Write the checkpoint `network` as `out` and print what was compared, and its provenance.
 
-    format_name: one of FORMATS, by default that of the suffix of `out`.
+    format_name: one of FORMATS, by default that of the suffix of `out`. Mistakes in the options are refused
+    before anything is downloaded.
     """
     from finetune.export.save import save
     from finetune.resolve import load
@@ -125,11 +125,14 @@ def write(
     if out.is_dir():
         raise ConfigError(f"{out}: this is a folder. Pass the name of a file.")
     file_format = format_of(out, format_name, option="--format")
+    if half and not file_format.half:
+        raise half_refused(file_format.name)
+    if slim and which not in (None, "G_ema"):
+        raise ConfigError(f"--slim: has no effect with --which {which}. Use one of the two.")
+    source = network_file(network)
     if out.exists() and out.samefile(source):
         raise ConfigError(f"{out}: this is the checkpoint itself. Choose another name.")
     refuse_existing(out, force=force)
-    if slim and which not in (None, "G_ema"):
-        raise ConfigError(f"--slim: has no effect with --which {which}. Use one of the two.")
     checkpoint = with_license(load(source, architecture=architecture), license)
     with progress_bar("comparing images", 1) as progress:
         result = save(
@@ -161,7 +164,7 @@ def write(
 
 
 def write_web(
-    source: Path,
+    network: str,
     out: Path,
     original: str | None,
     runtime: Path | None,
@@ -172,17 +175,17 @@ def write_web(
     force: bool,
     license: str | None,
 ) -> None:
-    """Write the page of the checkpoint `source` to the folder `out`."""
+    """Write the page of the checkpoint `network` to the folder `out`."""
     from finetune.export.save import select
     from finetune.export.web import write_page
     from finetune.resolve import load
 
     if half:
-        raise ConfigError(f"web with half: needs float32 weights. Use one of {HALF}, or omit half.")
+        raise half_refused(WEB)
     if which in ("D", "all"):
         raise ConfigError(f"--format web with --which {which}: a page has one generator. Use G_ema or G.")
     refuse_existing(out, force=force)
-    checkpoint = with_license(load(source), license)
+    checkpoint = with_license(load(network_file(network)), license)
     if which or slim:
         checkpoint = select(checkpoint, which or "G_ema")
     first = None if original is None else load(network_file(original))

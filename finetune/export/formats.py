@@ -74,6 +74,11 @@ FORMATS: dict[str, Format] = {
 HALF = ", ".join(row.name for row in FORMATS.values() if row.half)  # whose readers accept float16
 
 
+def half_refused(name: str) -> ConfigError:
+    """Return the error for float16 weights in a format whose readers do not accept them."""
+    return ConfigError(f"{name} with half: needs float32 weights. Use one of {HALF}, or omit half.")
+
+
 def format_of(path: str | os.PathLike, name: str | None = None, *, option: str = "format") -> Format:
     """Return the format called `name`, by default that of the suffix of `path`.
 

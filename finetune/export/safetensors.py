@@ -20,7 +20,7 @@ from finetune.checkpoint.load import NETWORKS, Checkpoint
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.checkpoint.tensor_file import FORMAT
 from finetune.export.provenance import entry_of
-from finetune.export.stylegan_pickle import plain
+from finetune.export.stylegan_pickle import constructor_arguments, plain
 from finetune.version import __version__
 from torch_utils.files import atomic_write
 
@@ -58,5 +58,6 @@ def write(
 
 
 def _constructor_of(network: torch.nn.Module) -> dict[str, Any]:
-    arguments = plain(network.init_kwargs, type(network).__name__)
-    return {"module": type(network).__module__, "class": type(network).__name__, "init_kwargs": arguments}
+    name = type(network).__name__
+    arguments = constructor_arguments(network, name)
+    return {"module": type(network).__module__, "class": name, "init_kwargs": arguments}

@@ -14,7 +14,7 @@ import torch
 from finetune.checkpoint.load import NETWORKS, Checkpoint
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.errors import ConfigError, ExportError
-from finetune.export.formats import HALF, WHICH, format_of
+from finetune.export.formats import WHICH, format_of, half_refused
 from finetune.export.verify import Progress, Verification, verify_export
 
 LARGE_BUFFER = "noise_const"  # filters and averages, which are small, keep float32
@@ -38,7 +38,7 @@ def save(
     """
     row = format_of(path, format)
     if half and not row.half:
-        raise ConfigError(f"{row.name} with half: needs float32 weights. Use one of {HALF}, or omit half.")
+        raise half_refused(row.name)
     original = select(checkpoint, which or _default(checkpoint, row.which))
     written = _halved(original) if half else original
     module = importlib.import_module(row.module)

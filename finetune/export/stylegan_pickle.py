@@ -134,7 +134,8 @@ def _describe(module: Network, shared: dict, where: str) -> _Record:
             hint="Only the networks of finetune.models can be written to a pickle.",
         )
     own = module.__reduce__()[1][0]
-    state: dict[str, Any] = _constructor_arguments(module, where)
+    arguments = constructor_arguments(module, where)
+    state: dict[str, Any] = {"_init_args": (), "_init_kwargs": arguments}
     for name, value in vars(module).items():
         if name in _HOOK_FIELDS:
             state[name] = OrderedDict()
@@ -153,13 +154,10 @@ def _describe(module: Network, shared: dict, where: str) -> _Record:
     return _Record({**meta, "module_name": type(module).__module__, "state": state})
 
 
-def _constructor_arguments(module: Network, where: str) -> dict[str, Any]:
+def constructor_arguments(module: Network, where: str) -> dict[str, Any]:
     """Return all constructor arguments by name, so that readers without our classes can identify them."""
     by_name = inspect.signature(type(module)).bind_partial(*module.init_args).arguments
-    return {
-        "_init_args": (),
-        "_init_kwargs": plain({**by_name, **module.init_kwargs}, f"{where}.init_kwargs"),
-    }
+    return plain({**by_name, **module.init_kwargs}, f"{where}.init_kwargs")
 
 
 def _tensor(tensor: torch.Tensor | None, shared: dict) -> torch.Tensor | None:

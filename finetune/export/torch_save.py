@@ -11,7 +11,7 @@ import torch
 
 from finetune.checkpoint.load import NETWORKS, Checkpoint
 from finetune.export.provenance import entry_of
-from finetune.export.stylegan_pickle import plain
+from finetune.export.stylegan_pickle import constructor_arguments, plain
 from torch_utils.files import atomic_write
 
 Check = Callable[[Path], None]
@@ -26,7 +26,7 @@ def save_tensors(
     before it takes its name. Raises WriteError if the file cannot be written.
     """
     networks = {
-        name: {"class": type(network).__name__, "init_kwargs": plain(network.init_kwargs, name)}
+        name: {"class": type(network).__name__, "init_kwargs": constructor_arguments(network, name)}
         for name in NETWORKS
         if (network := getattr(checkpoint, name)) is not None
     }

@@ -148,6 +148,7 @@ def test_export_full_disk(source, tmp_path, monkeypatch):
         (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),
         (["--network", "{source}", "--out", "x.pkl", "--half"], "stylegan-pkl with half"),
         (["--network", "{source}", "--out", "x.pkl", "--slim", "--which", "D"], "no effect with --which D"),
+        (["--network", "ffhq-256-stylegan2", "--offline", "--out", "x.pickle"], "unknown suffix '.pickle'"),
         (["--network", "/dev/null", "--out", "x.pkl"], "is not a file"),
     ],
 )

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import finetune
+from finetune.checkpoint.load import Checkpoint
+from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.rebuild import tensors_of
 from finetune.errors import ExportError
 from finetune.export.formats import FORMATS
+from finetune.models.stylegan2 import Generator
 
 LOADABLE = ("stylegan-pkl", "safetensors", "rosinality-pt", "state-dict")
 NAME = "stylegan2-32"  # the port has no labels, and needs the skip generator
@@ -65,6 +68,16 @@ def test_round_trip_of_other_networks(golden_checkpoint, tmp_path, name):
     assert all(map(torch.equal, tensors_of(source.G_ema).values(), tensors_of(again.G_ema).values()))
     with pytest.raises(ExportError, match="G_ema is not supported by the StyleGAN2 port"):
         finetune.save(source, tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize("name", ["stylegan-pkl", "safetensors", "state-dict"])
+def test_round_trip_of_positional_arguments(tmp_path, name):
+    G = Generator(16, 0, 16, 16, 3, channel_base=128, channel_max=8).eval().requires_grad_(False)
+    path = tmp_path / f"net{FORMATS[name].suffix}"
+    write(path, Checkpoint(G_ema=G, provenance=Provenance("finetune", "made here", "", 0)), name)
+    again = finetune.load(path).G_ema
+    assert (again.z_dim, again.img_resolution) == (16, 16)
+    assert all(map(torch.equal, tensors_of(G).values(), tensors_of(again).values()))
 
 
 def test_rosinality_keeps_two_means(files, tmp_path):
