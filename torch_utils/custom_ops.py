@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,31 @@ def build_for_next_start() -> bool:
         _library = NativeUnavailable("the kernels are being built in the background, for the next start")
     _start_detached([sys.executable, "-P", "-c", BUILD])
     return True
+
+
+NOT_BUILT = "not built yet"
+
+
+@contextlib.contextmanager
+def without_build() -> Iterator[None]:
+    """Let `cpu_library` raise NativeUnavailable inside the block where it would build."""
+    from torch_utils.ops.native.building import cache, compilers, cpu_build
+
+    global _library
+    with _lock:
+        before = _library
+        try:
+            # An empty cache stays empty: to look for a build would store which compiler is used.
+            if before is None and (not cache.size(cache.ops_folder())[0] or cpu_build.find() is None):
+                compilers.cxx()
+                _library = NativeUnavailable(NOT_BUILT, "To build now: finetune doctor --build")
+        except (NativeUnavailable, OSError):
+            pass  # `cpu_library` raises the reason
+        try:
+            yield
+        finally:
+            if before is None and isinstance(_library, NativeUnavailable):
+                _library = None
 
 
 def _start_detached(command: list[str]) -> None:

@@ -30,6 +30,7 @@ def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> N
     built, the ops run in plain torch, which is correct but slower.
     """
     from finetune.errors import ConfigError
+    from torch_utils import custom_ops
 
     if arch and not build:
         raise ConfigError(f"--arch {arch[0]}: has an effect only with --build. Use --build --arch {arch[0]}.")
@@ -43,7 +44,8 @@ def command(as_json: bool, clean: bool, build: bool, arch: tuple[str, ...]) -> N
     if build:
         sentences, built = build_everything(capabilities(arch))
         done += sentences
-    facts = describe()
+    with custom_ops.without_build():
+        facts = describe()
     facts["done"] = done
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))
     if not built:  # what --build promises a script
@@ -138,6 +140,10 @@ def describe() -> dict[str, Any]:
         "asked_for": {"variable": os.environ.get(impl.VARIABLE, ""), "impl": impl.default_impl()},
     }
     facts["ops"] = impl.explain(devices)
+    if facts["cpu_library"].get("cause") == custom_ops.NOT_BUILT:
+        for op in facts["ops"]:
+            if op["why"].startswith(custom_ops.NOT_BUILT):
+                op |= {"runs": "native kernels", "why": "built at first use"}
     return facts
 
 
@@ -152,7 +158,7 @@ def caches() -> dict[str, dict[str, Any]]:
     from torch_utils.ops.native.building import cache
 
     found = {}
-    for name in ("ops", "checkpoints", "metrics"):
+    for name in ("ops", "checkpoints", "metrics", "scans", "onnxruntime-web", "locks"):
         folder = cache_folder() / name
         files, size = cache.size(folder)
         found[name] = {"folder": str(folder), "files": files, "bytes": size, "writable": is_writable(folder)}
@@ -219,7 +225,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append((f"cache: {name}", f"{kept['folder']} ({size})"))
         if not kept["writable"]:
             remedy = "FINETUNE_CACHE=/another/folder moves it"
-            lines.append(("", f"cannot be written: builds are not kept; {remedy}"))
+            lines.append(("", f"cannot be written: nothing is kept; {remedy}"))
     if facts["asked_for"]["impl"] != "auto":
         lines.append(("requested", facts["asked_for"]["impl"]))
     for op in facts["ops"]:

@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from finetune.cli import cli
 from torch_utils import custom_ops
 from torch_utils.ops import impl
-from torch_utils.ops.native.building import NativeUnavailable, cache, cuda_build
+from torch_utils.ops.native.building import NativeUnavailable, cache, compilers, cpu_build, cuda_build
+
+LIBRARY_INFO = custom_ops.cpu_library_info
 
 
 def doctor(*options):
@@ -44,7 +46,7 @@ def test_doctor_text_and_json(own_cache):
     }
     assert facts.keys() >= {"architectures", "caches", "packages", "asked_for", "cpu_library", "done"}
     assert facts["packages"].keys() == {"finetune", "dnnlib", "torch_utils"}
-    assert facts["caches"].keys() == {"ops", "checkpoints", "metrics"}
+    assert facts["caches"].keys() == {"ops", "checkpoints", "metrics", "scans", "onnxruntime-web", "locks"}
     text = doctor().output
     for said in (
         "driver",
@@ -57,11 +59,26 @@ def test_doctor_text_and_json(own_cache):
     assert "cannot be written" not in text
 
 
+def test_doctor_builds_only_if_asked(own_cache, monkeypatch):
+    monkeypatch.setattr(custom_ops, "cpu_library_info", LIBRARY_INFO)
+    monkeypatch.setattr(custom_ops, "_library", None)
+    monkeypatch.setattr(compilers, "cxx", lambda: compilers.Compiler("/bin/c++", "c++ 1"))
+    monkeypatch.setattr(cpu_build, "build", lambda: pytest.fail("the library is built"))
+    cache.ops_folder().mkdir(parents=True)
+    (cache.ops_folder() / "old").touch()
+    text = doctor("--clean").output
+    assert "CPU kernels             not built yet. To build now: finetune doctor --build" in text
+    assert "upfirdn2d on cpu        native kernels: built at first use" in text
+    assert f"{own_cache / 'ops'} (0 files" in text and not list(cache.ops_folder().rglob("*.txt"))
+    with pytest.raises(pytest.fail.Exception):  # afterwards it would be built
+        custom_ops.cpu_library()
+
+
 def test_doctor_reports_read_only_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
     assert json.loads(doctor("--json").output)["caches"]["ops"]["writable"] is False
-    assert "cannot be written: builds are not kept; FINETUNE_CACHE=" in doctor().output
+    assert "cannot be written: nothing is kept; FINETUNE_CACHE=" in doctor().output
 
 
 def test_doctor_arch_requires_build():
