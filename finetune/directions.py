@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from finetune.errors import ConfigError
 from finetune.models import Network
-from finetune.sampling import device_of, label_from_class
+from finetune.sampling import device_of, label_from_class, label_from_vector
 
 CHUNK = 1024  # latents that pass through the mapping network at once
 
@@ -29,22 +30,31 @@ class Directions:
 
 @torch.no_grad()
 def principal_directions(
-    G: Network, n: int = 10, *, class_index: int | None = None, num_samples: int = 10_000, seed: int = 0
+    G: Network,
+    n: int = 10,
+    *,
+    class_index: int | None = None,
+    label: Sequence[float] | None = None,
+    num_samples: int = 10_000,
+    seed: int = 0,
 ) -> Directions:
     """Return the first `n` principal directions of `num_samples` w's of `G`, without truncation.
 
     In a network with classes, `class_index` chooses one; None takes all in turn and leaves out how their
-    means differ, so that a direction serves every class. Equal arguments give equal directions and signs.
-    ConfigError if `n` is not from 1 to w_dim or the class does not exist.
+    means differ, so that a direction serves every class. `label`: the label of all, for a network whose
+    labels are vectors. Equal arguments give equal directions and signs. ConfigError if `n` is not from 1 to
+    w_dim or the class does not exist.
     Source: GANSpace (2004.02546), section 3.1.
     """
     if not 1 <= n <= G.w_dim:
         raise ConfigError(f"{n} directions of w cannot be computed: choose 1 to {G.w_dim} (w_dim).")
     device = device_of(G)
-    classes = max(int(G.c_dim), 1) if class_index is None else 1
+    classes = max(int(G.c_dim), 1) if class_index is None and label is None else 1
     num_samples = -(-num_samples // classes) * classes  # as many of each class
     z = torch.from_numpy(np.random.RandomState(seed).randn(num_samples, G.z_dim).astype(np.float32))
-    if classes > 1:
+    if label is not None:
+        c = label_from_vector(G, label).expand(num_samples, -1)
+    elif classes > 1:
         c = torch.eye(classes).repeat(num_samples // classes, 1)
     else:
         c = label_from_class(G, 0 if class_index is None and G.c_dim == 1 else class_index, num_samples)

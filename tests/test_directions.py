@@ -38,6 +38,8 @@ def test_directions_leave_out_differences_between_classes():
     torch.testing.assert_close(found.std, torch.tensor([5.0, 3.0]), rtol=0.03, atol=0)
     assert found.mean[1] == pytest.approx(102, abs=0.1)
     assert principal_directions(FakeG(c_dim=3), 1, class_index=2).mean[1] == pytest.approx(202, abs=0.1)
+    one = principal_directions(FakeG(c_dim=3), 1, label=[0, 0.5, 0])
+    assert one.mean[1] == pytest.approx(102, abs=0.1) and one.std == pytest.approx(5, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["stylegan2-32", "stylegan2-64-cond"])

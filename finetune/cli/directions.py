@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.latent_options import generator_of, start_without_build
+from finetune.cli.latent_options import generator_of, label_option, labels_of, start_without_build
 from finetune.cli.options import (
     device_option,
     force_option,
@@ -35,12 +35,20 @@ AMOUNTS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations, the columns of the co
     metavar="N",
     help="Directions and image of one class.  [default: directions of all classes, image of class 0]",
 )
+@label_option("Label of directions and image, like 1,180, for a checkpoint whose labels are vectors.")
 @force_option("directions.npz")
 @offline_option()
 @device_option()
 @ops_option()
 def command(
-    network: str, outdir: Path, num: int, seed: int, class_index: int | None, force: bool, device: str
+    network: str,
+    outdir: Path,
+    num: int,
+    seed: int,
+    class_index: int | None,
+    label: list[float] | None,
+    force: bool,
+    device: str,
 ) -> None:
     """Find the directions in which w varies most.
 
@@ -52,20 +60,23 @@ def command(
     from finetune.editing.directions import save_directions
     from finetune.editing.latents import Edit, LatentTable, columns
     from finetune.resolve import load
-    from finetune.sampling import label_from_class, save_grid, synthesize
+    from finetune.sampling import save_grid, synthesize
 
     out = outdir / "directions.npz"
     refuse_existing(out, force=force)
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint)
-    label = label_from_class(G, 0 if class_index is None and G.c_dim else class_index)
+    classes = None if class_index is None else [class_index]
+    if classes is None and label is None and G.c_dim and checkpoint.label_kind != "vectors":
+        classes = [0]  # of the image alone
+    labels = labels_of(checkpoint, classes, label)
     start_without_build(checkpoint, num * len(AMOUNTS))
     with float32_math(), progress_bar("images", num * len(AMOUNTS)) as progress:
-        found = principal_directions(G, num, class_index=class_index)
+        found = principal_directions(G, num, class_index=class_index, label=label)
         images = []
         for vector, std in zip(found.vectors, found.std):
             edit = Edit("", vector * std, AMOUNTS, slice(None))
-            for ws in next(iter(LatentTable(G, [seed], columns(G, [("", label)], edits=[edit])))):
+            for ws in next(iter(LatentTable(G, [seed], columns(G, labels, edits=[edit])))):
                 images.append(synthesize(G, ws))
                 progress(len(images), num * len(AMOUNTS))
     save_directions(out, found)

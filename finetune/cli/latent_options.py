@@ -55,6 +55,11 @@ class EditType(click.ParamType):
         return match[1], tuple(Vector().convert(match[2], param, ctx)), match[3]
 
 
+def label_option(help: str = "Label, like 1,180, for a checkpoint whose labels are vectors."):
+    """Add `--label`: a list of floats."""
+    return click.option("--label", type=Vector(), help=help)
+
+
 LATENT_OPTIONS = (
     seeds_option(required=False, help="Seeds, like 0-15,42; a seed always gives the same image."),
     click.option(
@@ -85,9 +90,7 @@ LATENT_OPTIONS = (
         type=NumberRange("class"),
         help="Classes, like 2 or 0-4, for a checkpoint that has classes.",
     ),
-    click.option(
-        "--label", type=Vector(), help="Label, like 1,180, for a checkpoint whose labels are vectors."
-    ),
+    label_option(),
     click.option(
         "--edit",
         "edits",
@@ -173,7 +176,12 @@ def latent_table(
         labels = labels_of(checkpoint, classes, label)
     else:
         labels = [("", torch.zeros(1, G.c_dim))]  # not used
-    found = find_directions(G, dict.fromkeys(name for name, _, _ in edits), directions)
+    if edits and directions is None and label is None and checkpoint.label_kind == "vectors":
+        raise ConfigError(
+            "--edit: the principal directions of this network depend on the label. Use --directions with a "
+            "file of `finetune directions --label`."
+        )
+    found = find_directions(G, dict.fromkeys(name for name, _, _ in edits), directions, label)
     moves = [
         Edit(name, found[name], amounts, slice(None) if layers is None else parse_layers(layers, G.num_ws))
         for name, amounts, layers in edits

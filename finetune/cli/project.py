@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.latent_options import generator_of
+from finetune.cli.latent_options import generator_of, label_option, labels_of
 from finetune.cli.options import (
     LocalPath,
     device_option,
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Perceptual distance to the image.",
 )
+@label_option("Label to start from, like 1,180, for a checkpoint whose labels are vectors.")
 @seed_option()
 @force_option("NAME.npz and tuned.pkl")
 @offline_option()
@@ -87,6 +88,7 @@ def command(
     steps: int,
     tune: int,
     backbone: str,
+    label: list[float] | None,
     seed: int,
     force: bool,
     device: str,
@@ -113,6 +115,10 @@ def command(
     refuse_existing(*(outdir / name for name in kept), force=force)
     checkpoint = load(network_file(network), device=resolve_device(device))
     G = generator_of(checkpoint)
+    if label is not None and checkpoint.label_kind == "classes":
+        raise ConfigError("--label: the labels of this network are classes, and none is needed. Omit it.")
+    if label is not None or checkpoint.label_kind == "vectors":
+        labels_of(checkpoint, None, label)  # raises for a label that does not fit
     targets = [read_target(path, G) for path in images]
     ensure_weights(backbone, lambda text: click.echo(text, err=True), option="--backbone")
     total = len(images) * (steps * (2 if space == "w+" else 1) + tune)
@@ -123,13 +129,14 @@ def command(
             bar(next(count), total)
 
         distance = build_distance(backbone, G.img_channels, device_of(G), checked=False)
-        projector = Projector(G, distance, seed=seed)
+        projector = Projector(G, distance, seed=seed, label=label)
         pivots = [projector.project(target, steps, space, progress) for target in targets]
         makers = [G, projector.tune(targets, pivots, tune, progress)] if tune else [G]
         results = [
             [projector.result(maker, ws, target) for maker in makers] for ws, target in zip(pivots, targets)
         ]
     options = {"network": network, "space": space, "steps": steps, "tune": tune, "backbone": backbone}
+    options |= {} if label is None else {"label": label}
     write_results(outdir, names, targets, results, {**options, "seed": seed})
     if tune:
         write_tuned(outdir / "tuned.pkl", checkpoint, makers[-1], options)

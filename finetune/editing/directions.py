@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,13 @@ from torch_utils.files import atomic_write
 PRINCIPAL = re.compile(r"pc([1-9]\d*)")
 
 
-def find_directions(G: Network, names: Iterable[str], file: Path | None = None) -> dict[str, torch.Tensor]:
+def find_directions(
+    G: Network, names: Iterable[str], file: Path | None = None, label: Sequence[float] | None = None
+) -> dict[str, torch.Tensor]:
     """Return directions `[w_dim]` by name, each one standard deviation long.
 
-    They are those of `file` or, if that is None, the principal directions `pc1`, `pc2` … of `G` over all its
-    classes. ConfigError names a direction that does not exist.
+    They are those of `file` or, if that is None, the principal directions `pc1`, `pc2` … of `G` with `label`,
+    or over all its classes. ConfigError names a direction that does not exist.
     """
     names = list(names)
     if not names:
@@ -41,7 +43,7 @@ def find_directions(G: Network, names: Iterable[str], file: Path | None = None) 
                 f"--edit {name}: not a principal direction; this network has pc1 to pc{G.w_dim}. "
                 "Name the file of other directions with --directions."
             )
-    found = principal_directions(G, max(numbers))
+    found = principal_directions(G, max(numbers), label=label)
     return {name: found.vectors[i - 1] * found.std[i - 1] for name, i in zip(names, numbers)}
 
 

@@ -50,15 +50,18 @@ class Projection:
 class Projector:
     """Project images `[1, C, H, W]`, -1 to 1, of the output size of `G` into its w.
 
-    distance: of two batches of images. The same seed gives the same result.
+    distance: of two batches of images. label: of the w's that the search starts from, by default all classes.
+    The same seed gives the same result.
     """
 
-    def __init__(self, G: Network, distance: Distance, *, seed: int = 0) -> None:
+    def __init__(
+        self, G: Network, distance: Distance, *, seed: int = 0, label: Sequence[float] | None = None
+    ) -> None:
         self.G = G
         self.distance = distance
         self.seed = seed
         self.device = device_of(G)
-        statistics = principal_directions(G, G.w_dim)
+        statistics = principal_directions(G, G.w_dim, label=label)
         self.mean = statistics.mean.to(self.device)
         self.std = float(statistics.std.square().sum().sqrt())
 

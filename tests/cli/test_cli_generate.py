@@ -106,6 +106,28 @@ def test_generate_label_vector(of_kind, run, tmp_path):
     assert not np.array_equal(pixels(outdir / "seed0000.png"), vector)
 
 
+def test_directions_and_projections_with_label_vectors(of_kind, tmp_path):
+    network, label = of_kind("vectors")[1:3], ["--label", "0,1,2,0,0"]
+
+    def call(*words, code=0):
+        result = CliRunner().invoke(cli, [*words, *network, "--outdir", str(tmp_path / "out")])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    project = ["project", str(tmp_path / "red.png"), "--steps", "1", "--space", "w", "--backbone", "l2"]
+    for words in (["directions"], project):
+        assert "Use --label 0,0,0,0,0" in call(*words, code=2)
+    assert "--class: the labels of this network are vectors" in call("directions", "--class", "0", code=2)
+    call("directions", "--num", "1", *label)
+    call(*project, *label)
+    call("generate", "--seeds", "0", "--edit", "pc1=3", *label)
+    sheet = pixels(tmp_path / "out" / "directions.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / "seed0000.png"), sheet[:, -64:])
+    saved = ["--w", str(tmp_path / "out" / "red.npz"), "--edit", "pc1=1"]
+    assert "depend on the label. Use --directions" in call("generate", *saved, code=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "args", "message"),
     [
