@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import math
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from finetune.checkpoint.load import load
 from finetune.config import TrainConfig
 from finetune.data import images_to_float
-from finetune.errors import ConfigError, TrainingError
+from finetune.errors import ConfigError, FinetuneError, TrainingError
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.models import Network
 from finetune.sampling import run_network_chunked, save_grid, z_from_seeds
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("finetune.train")
 
 BEST = "network-best.pkl"
+ABANDONED = ".abandoned"  # after the names of files that are later than the state that a run goes on from
+DATED = re.compile(
+    r"(?:training-state|network-snapshot|averages|memorization|fakes)-?"
+    r"(?P<stem>\d{6,}(?:\.\d{3})?)\.(?:pt|pkl|safetensors|png)"
+)
 
 
 def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Module], nimg: int) -> None:
@@ -234,6 +241,34 @@ class RunDir:
         except OSError as error:
             log.warning("%s: a line could not be written: %s", self.path / name, error.strerror or error)
 
+    def set_aside_later(self, nimg: int) -> list[str]:
+        """Rename states, snapshots and what belongs to them after `nimg` images; return their names.
+
+        Training continues from there, and they would be taken for newer ones. Raises TrainingError.
+        """
+        later = [path for path in self.path.iterdir() if self._is_later(path.name, nimg)]
+        if later and _nimg_of(self.path / BEST) > nimg:
+            later.append(self.path / BEST)
+        for path in later:
+            names = (f"{path.name}{ABANDONED}{number or ''}" for number in itertools.count())
+            target = next(each for name in names if not (each := path.with_name(name)).exists())
+            try:
+                path.rename(target)
+            except OSError as error:
+                raise TrainingError(
+                    f"{path} is later than {nimg / 1000:g} kimg, where training continues, and cannot be "
+                    f"renamed to {target.name}: {error.strerror or error}. Move it to another folder."
+                ) from None
+        return sorted(path.name for path in later)
+
+    def _is_later(self, name: str, nimg: int) -> bool:
+        """Return whether a file is of after `nimg` images; names in whole kimg are looked up."""
+        if (found := DATED.fullmatch(name)) is None:
+            return False
+        kimg, _, rest = found["stem"].partition(".")
+        latest = int(kimg) * 1000 + int(rest or 999)
+        return self.written.get(f"network-snapshot-{found['stem']}.pkl", latest) > nimg
+
     def drop_later_lines(self, nimg: int) -> None:
         """Remove the lines after `nimg` images, and a half-written one, from `log.jsonl`: they come again."""
         path = self.path / "log.jsonl"
@@ -262,6 +297,9 @@ class NullRunDir(RunDir):
     def keep_newest(self, count: int) -> None:
         pass
 
+    def set_aside_later(self, nimg: int) -> list[str]:
+        return []
+
     def drop_later_lines(self, nimg: int) -> None:
         pass
 
@@ -277,6 +315,14 @@ def public_options(config: TrainConfig) -> dict:
     options = config.to_dict()
     del options["outdir"]
     return options | {name: Path(options[name]).name for name in ("data", "resume") if options[name]}
+
+
+def _nimg_of(path: Path) -> int:
+    """Return the images seen at a snapshot, 0 if it cannot be read."""
+    try:
+        return load(path).provenance.nimg or 0
+    except (FinetuneError, OSError):
+        return 0
 
 
 def _rounded(value):

@@ -28,7 +28,7 @@ from finetune.train.optim import set_learning_rate
 from finetune.train.page import RunPage
 from finetune.train.prepare import Prepared, prepare, show
 from finetune.train.progress import Display
-from finetune.train.run_dir import NullRunDir, RunDir, make_run_dir
+from finetune.train.run_dir import ABANDONED, NullRunDir, RunDir, make_run_dir
 from finetune.train.selection import Recommendation, follow, is_better, measurement, recommend
 from finetune.train.signals import StopSignal
 from finetune.train.state import Plan, RunCounters, TrainState
@@ -135,6 +135,8 @@ def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
             saved.check_unchanged()
             run = build_run(prepared, display, path)
             run.checkpointer.load_state_dict(saved.content)
+            if later := run.run_dir.set_aside_later(state.nimg):
+                display.say(f"Set aside {len(later)} later files: their names end in {ABANDONED} now.")
             run.run_dir.drop_later_lines(state.nimg)
         stack.callback(run.batches.close)  # else workers wait for 5 s each until the garbage is collected
         run.page.start(prepared)

@@ -20,9 +20,11 @@ from tiny_runs import after_each_step, options, quiet
 from finetune.cli import cli
 from finetune.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from finetune.options import OPTIONS, TrainOptions
+from finetune.resolve import newest_snapshot
 from finetune.train import checkpointing, prepare, run
 from finetune.train.divergence import DivergenceMonitor
 from finetune.train.prepare import show
+from finetune.train.run_dir import RunDir
 from finetune.train.stats import Stats
 from finetune.train.train import start
 
@@ -122,6 +124,34 @@ def test_resume_with_own_teacher_and_changed_rates(images, tmp_path, monkeypatch
     assert prepared.state.opt_G.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
     assert prepared.state.opt_D.param_groups[0]["lr"] == content["opt_D"]["param_groups"][0]["lr"]
     assert prepared.plan.total_nimg == 40
+
+
+def test_resume_earlier_state_sets_later_files_aside(finished_dir, monkeypatch):
+    newest, before = checkpointing.states_of(finished_dir)
+    shutil.copy(finished_dir / "network-snapshot-000000.032.pkl", finished_dir / "network-best.pkl")
+    left = {
+        name: (finished_dir / name).read_bytes()
+        for name in (newest.name, "network-best.pkl", "network-snapshot-000000.032.pkl",
+                     "averages-000000.032.safetensors", "fakes000000.032.png")
+    }  # fmt: skip
+    kept = (finished_dir / "network-snapshot-000000.016.pkl").read_bytes()
+    (finished_dir / f"{newest.name}.abandoned").touch()  # of an earlier time
+    run_until(TrainOptions(resume=str(before), glr=0.0001), 20, monkeypatch)
+    assert checkpointing.find_state(finished_dir).nimg == 20
+    assert newest_snapshot(finished_dir).name == "network-snapshot-000000.020.pkl"
+    assert (finished_dir / "network-snapshot-000000.016.pkl").read_bytes() == kept
+    aside = {path.name: path.read_bytes() for path in finished_dir.glob("*.abandoned*")}
+    assert aside.pop(f"{newest.name}.abandoned") == b""
+    assert {name.removesuffix("1").removesuffix(".abandoned"): each for name, each in aside.items()} == left
+
+
+def test_set_aside_looks_up_names_in_whole_kimg(tmp_path):
+    folder = object.__new__(RunDir)
+    folder.path, folder.written = tmp_path, {"network-snapshot-000001.pkl": 1004}
+    names = ["fakes000001.png", "fakes000002.png", "memorization-000001.005.png", "reals.png"]
+    for name in (*names, "averages-000001.safetensors", "network-snapshot-000000.pkl"):
+        (tmp_path / name).touch()
+    assert folder.set_aside_later(1004) == ["fakes000002.png", "memorization-000001.005.png"]
 
 
 def test_resume_classifies_every_option():
