@@ -84,7 +84,9 @@ class Distillation:
         if self.ratio is not None:
             assert adversarial is not None and norms is not None, "a ratio needs something to compare with"
             unit = gradient.norm() / self.scale
-            norms.lerp_(torch.stack([adversarial.norm(), unit]).float(), NORMS_DECAY)
+            newest = torch.stack([adversarial.norm(), unit]).float()
+            # An overflow in float16 costs this step; in the averages it would stay.
+            norms.copy_(torch.where(newest.isfinite().all(), norms.lerp(newest, NORMS_DECAY), norms))
             gradient = gradient * self.auto_weight(norms)
             # Bound the step: the running norms lag when the distance starts near 0.
             most = MAX_GRAD_RATIO * self.ratio * adversarial.norm() * self.scale

@@ -56,8 +56,12 @@ def path_lengths(img: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
 def path_penalty(
     lengths: torch.Tensor, mean: torch.Tensor, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the squared deviation of path lengths `[N]` from their running mean, and the updated mean."""
-    mean = mean.lerp(lengths.detach().mean(), decay)
+    """Return the squared deviation of path lengths `[N]` from their running mean, and the updated mean.
+
+    Lengths that are not finite (an overflow in float16) leave the mean as it is.
+    """
+    newest = lengths.detach().mean()
+    mean = torch.where(newest.isfinite(), mean.lerp(newest, decay), mean)
     return (lengths - mean).square(), mean
 
 

@@ -128,6 +128,19 @@ def test_distillation_of_weight_zero_measures_only():
     assert gradient is None and torch.equal(distances, expected) and not distances.requires_grad
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_distillation_averages_leave_out_what_is_not_finite(bad):
+    G, teacher = generator("stylegan2"), generator("stylegan2").eval()
+    draw = draw_latents(G, torch.zeros(2, 0), mixing=0)
+    img, replay = student_images(G, draw)
+    distil, norms = distillation(ratio=1.0), torch.tensor([1.0, 2.0])
+    adversarial = torch.full_like(img, bad)
+    distil.image_gradient(teacher, img, draw, replay, SYNTHESIS, adversarial, norms)
+    assert norms.tolist() == [1, 2]
+    distil.image_gradient(teacher, img, draw, replay, SYNTHESIS, torch.zeros_like(img), norms)
+    assert float(norms[0]) == pytest.approx(0.95) and norms[1] != 2
+
+
 def test_distillation_keeps_random_state():
     G = generator("stylegan2")
     draw = draw_latents(G, torch.zeros(2, 0), mixing=0.9)

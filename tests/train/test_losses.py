@@ -53,6 +53,8 @@ def test_path_penalty_uses_running_mean():
     assert_close(mean, 0.02, 1e-6)
     assert_close(penalty, [0.98**2, 2.98**2], 1e-6)
     assert not mean.requires_grad
+    _, mean = losses.path_penalty(torch.tensor([1.0, float("inf")]), torch.tensor(0.5), decay=0.01)
+    assert mean == 0.5
 
 
 def test_blur_width_and_brightness():
