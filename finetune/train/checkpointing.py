@@ -23,6 +23,7 @@ from finetune.errors import CheckpointError, ConfigError, ExportError, FinetuneE
 from finetune.options import AUTO, TrainOptions, flag
 from finetune.train import run_lock
 from finetune.train.allocator import freed_at_once
+from finetune.train.diagnostics import Diagnostics
 from finetune.train.divergence import Alarm, Diverged
 from finetune.train.progress import Display
 from finetune.train.run_dir import RunDir, exact_kimg, size_of
@@ -137,6 +138,8 @@ class Checkpointer:
         self.stats.restart(content["nimg"])
         self.plan.graphs.clear()
         self.state.load_state_dict(content)
+        if self.stats.diagnostics is not None:  # a rollback: they compare with the weights of the last tick
+            self.stats.diagnostics = Diagnostics(self.state)
 
     def count_unreadable(self) -> int:
         """Return how many items all ranks had to replace so far."""
@@ -177,7 +180,7 @@ class Checkpointer:
 
     def save_by_the_clock(self) -> None:
         """Write the state if the last save was `save_every_min` ago, and never one that is not finite."""
-        minutes = self.config.save_every_min
+        minutes = self.config.save_every_min if self.run_dir.is_writable else 0
         if minutes and time.monotonic() - self.last_save > minutes * 60 and self.stats.is_finite():
             self.save_state()
 

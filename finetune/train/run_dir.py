@@ -58,10 +58,15 @@ def check_place(place: Path, config: TrainConfig, networks: Iterable[torch.nn.Mo
         raise ConfigError(f"{what}: {place} is not writable. Choose another folder.")
     size = size_of(networks)
     between = config.tick * config.snap  # kimg
-    needed = size * max(1, math.ceil((config.kimg - nimg / 1000) / between))
+    count = max(1, math.ceil((config.kimg - nimg / 1000) / between))
+    if config.keep:
+        count = min(count, config.keep + 1)  # the oldest is deleted after the newest is written
+    needed = size * count
     if lack := lack_of_space(place, needed, f"the snapshots of this run, {size / 2**20:.4g} MiB each"):
         raise ConfigError(
-            lack, hint="Free some space, choose another --outdir, or save less often with a larger --snap."
+            lack,
+            hint="Free some space, choose another --outdir, save less often with a larger --snap, or keep "
+            "fewer snapshots with --keep.",
         )
 
 
@@ -74,9 +79,10 @@ def make_run_dir(outdir: str | Path, desc: str) -> Path:
     """Make and return the next run folder, `outdir/00000-desc`, `outdir/00001-desc`, …"""
     outdir = Path(outdir)
     outdir.mkdir(parents=True, exist_ok=True)
-    numbers = [int(found[1]) for path in outdir.iterdir() if (found := re.match(r"(\d{5,})(-|$)", path.name))]
+    # Five digits: a date at the start of a name is no run number.
+    numbers = [int(found[1]) for path in outdir.iterdir() if (found := re.match(r"(\d{5})(-|$)", path.name))]
     name = re.sub(r"[^\w.+-]+", "-", desc).strip("-")
-    for number in range(max(numbers, default=-1) + 1, 10**6):
+    for number in range(max(numbers, default=-1) + 1, 10**5):
         try:
             run_dir = outdir / f"{number:05d}-{name}"
             run_dir.mkdir()
@@ -123,9 +129,14 @@ class RunDir:
         self.started = time.monotonic()
         spacing = self.config.tick * self.config.snap
         self.has_decimals = spacing < 1 or not float(self.config.kimg).is_integer()
-        self.board = Board(self.path if self.is_writable else None, self.config.to_dict())
-        if self.is_writable:
-            (self.path / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+        self.board = Board(None, {})
+
+    def open(self) -> None:
+        """Write the options and `reals.png`, and begin a record for TensorBoard."""
+        with atomic_write(self.path / "config.json") as stream:
+            stream.write(self.config.to_json().encode())
+        self.board = Board(self.path, self.config.to_dict())
+        self.write_reals()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the time that the run has taken and the snapshots that it has written."""
@@ -185,13 +196,20 @@ class RunDir:
         self._write(self.path / BEST, state)
 
     def keep_newest(self, count: int) -> None:
-        """Delete the oldest snapshots of this run, and their sheets, until there are `count` (0: all)."""
+        """Delete the oldest snapshots of this run, and their sheets, until there are `count` (0: all).
+
+        One that cannot be deleted is a warning, and the next call tries again.
+        """
         for name in sorted(self.written, key=lambda name: -self.written[name])[count:] if count else ():
             stem = name.removeprefix("network-snapshot-").removesuffix(".pkl")
             snapshot = self.path / name
-            for path in (snapshot, averages_beside(snapshot), self.path / f"fakes{stem}.png"):
-                path.unlink(missing_ok=True)
-            del self.written[name]
+            try:
+                for path in (averages_beside(snapshot), self.path / f"fakes{stem}.png", snapshot):
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("--keep %d: %s cannot be deleted: %s", count, path, error.strerror or error)
+            else:
+                del self.written[name]
 
     @freed_at_once()
     def _write(self, path: Path, state: TrainState) -> None:
@@ -275,7 +293,7 @@ class RunDir:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if line.endswith("\n") and json.loads(line)["nimg"] <= nimg:
                     kept.append(line)
@@ -288,7 +306,7 @@ class NullRunDir(RunDir):
 
     is_writable = False
 
-    def write_reals(self) -> None:
+    def open(self) -> None:
         pass
 
     def write_fakes(self, G_ema: Network, stem: str) -> None:

@@ -127,6 +127,7 @@ def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
             path = new_run_dir(prepared)
             stack.enter_context(own(path))
             run = build_run(prepared, display, path)
+            run.run_dir.open()
             run.run_dir.write_fakes(state.G_ema, "-init")
             run.checkpointer.save_state()  # a rollback needs one
         else:
@@ -138,6 +139,7 @@ def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
             if later := run.run_dir.set_aside_later(state.nimg):
                 display.say(f"Set aside {len(later)} later files: their names end in {ABANDONED} now.")
             run.run_dir.drop_later_lines(state.nimg)
+            run.run_dir.open()
         stack.callback(run.batches.close)  # else workers wait for 5 s each until the garbage is collected
         run.page.start(prepared)
         display.start_at(state.nimg)
@@ -162,7 +164,6 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
     kind = RunDir if group.is_first else NullRunDir
     source = prepared.origin.source
     run_dir = kind(path, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
-    run_dir.write_reals()
     display.say(f"Run folder: {path}")
     display.say(f"Page: {path / 'report.html'}. To watch: finetune watch {shlex.quote(str(path))}")
     counters, stats = RunCounters(), Stats(plan.device, plan.tick_nimg, group=group)

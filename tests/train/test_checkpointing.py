@@ -10,6 +10,7 @@ import shutil
 import signal
 import zipfile
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -181,8 +182,10 @@ class TestRefused:
             for name in archive.namelist()[1:]:
                 copy.writestr(name, archive.read(name))
         asked = TrainOptions(resume=str(finished_dir), data=str(other), kimg=0.036)
+        before = {path.name: path.stat().st_mtime_ns for path in finished_dir.iterdir()}
         with pytest.raises(ConfigError, match="not the images of the run"):
             run(asked, console=quiet())
+        assert {path.name: path.stat().st_mtime_ns for path in finished_dir.iterdir()} == before
 
 
 class TestDamage:
@@ -273,6 +276,16 @@ class TestSaving:
         run(options(images, tmp_path, save_every_min=1, snap=100, kimg=0.016), console=quiet())
         assert saves[0] == 0 and {4, 8, 12} <= set(saves)
 
+    def test_save_every_min_waits_for_no_device_on_other_ranks(self):
+        stats = Mock(is_finite=Mock(return_value=False))
+        config, folder = Mock(save_every_min=1e-9), Mock(is_writable=False)
+        other = checkpointing.Checkpointer(config, *[Mock()] * 4, stats, folder, Mock())
+        other.save_by_the_clock()
+        stats.is_finite.assert_not_called()
+        folder.is_writable = True
+        other.save_by_the_clock()
+        stats.is_finite.assert_called_once()
+
     def test_save_every_min_skips_non_finite_state(self, images, tmp_path, monkeypatch):
         now = iter(range(0, 10**9, 61))
         monkeypatch.setattr(checkpointing.time, "monotonic", lambda: next(now))
@@ -321,8 +334,9 @@ class TestDivergence:
         assert self.events(tmp_path)[0]["event"] == "not-finite"
 
     def test_divergence_rollback_halves_rates(self, images, tmp_path, monkeypatch):
-        self.poisoned(20, monkeypatch)
-        result = run(options(images, tmp_path, on_divergence="rollback"), console=quiet())
+        self.poisoned(28, monkeypatch)  # after another tick
+        changes = dict(on_divergence="rollback", tick=0.008, snap=2)
+        result = run(options(images, tmp_path, **changes), console=quiet())
         assert result.nimg == 32
         rollback = self.events(tmp_path)[1]
         assert (rollback["event"], rollback["nimg"], rollback["lr_D"]) == (
@@ -332,6 +346,8 @@ class TestDivergence:
         )
         content = state_of(result.run_dir)
         assert content["counters"]["rollbacks"] == 1
+        lines = (result.run_dir / "log.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["path_per_kimg_G"] > 0 for line in lines)
         assert content["opt_D"]["param_groups"][0]["lr"] == pytest.approx(0.001 * 16 / 17)
 
     def test_divergence_rollbacks_are_limited(self, images, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from finetune.options import PRECISIONS, DistillWeight
 from finetune.sampling import to_uint8, z_from_seeds
 from finetune.train import prepare, run, steps
 from finetune.train.build import build_plan
-from finetune.train.run_dir import RunDir
+from finetune.train.run_dir import RunDir, make_run_dir
 from finetune.train.stats import Stats
 
 FAMILIES = ["stylegan2", "stylegan3-t", "stylegan3-r"]
@@ -409,13 +409,14 @@ def test_prepare_checks_free_space(images, tmp_path, monkeypatch):
     networks = (state.G, state.D, state.G_ema, *state.power_averages.values())
     tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     needed = 2 * sum(tensor.nbytes for tensor in tensors)  # at 16 and 32 images
-    for free, fits in ((needed, True), (needed - 1, False)):
+    for free, fits, keep in ((needed, True, 0), (needed - 1, False, 0), (needed, True, 1)):
+        config = dataclasses.replace(config, keep=keep, kimg=0.032 if not keep else 1)
         usage = SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         if fits:
             prepare(config)
             continue
-        with pytest.raises(ConfigError, match="larger --snap"):
+        with pytest.raises(ConfigError, match=r"larger --snap.* --keep"):
             prepare(config)
 
 
@@ -438,6 +439,22 @@ def test_resume_folder_without_snapshots(images, tmp_path):
 def test_run_on_cuda(family, precision, images, tmp_path):
     result = run(options(images, tmp_path, family, device="cuda", precision=precision), console=quiet())
     assert finetune.load(result.snapshot).missing == []
+
+
+def test_make_run_dir_ignores_dates(tmp_path):
+    for name in ("20240101-old", "00003-faces", "0007-short"):
+        (tmp_path / name).mkdir()
+    assert make_run_dir(tmp_path, "new").name == "00004-new"
+
+
+def test_drop_later_lines_skips_damaged_ones(tmp_path):
+    folder = object.__new__(RunDir)
+    folder.path = tmp_path
+    (tmp_path / "log.jsonl").write_bytes(
+        b'{"nimg": 1}\n\xff\n{"nimg": 3}\n{"nimg": 4}\n{"nimg": 3'
+    )
+    folder.drop_later_lines(3)
+    assert (tmp_path / "log.jsonl").read_text() == '{"nimg": 1}\n{"nimg": 3}\n'
 
 
 def test_write_snapshot_never_overwrites_other(images, tmp_path):
