@@ -25,7 +25,8 @@ STALE_SEC = 300.0  # without a heartbeat
 def own(run_dir: Path) -> Iterator[None]:
     """Hold the lock file of a run folder: host, pid and start time, with its modification time as heartbeat.
 
-    A lock without a heartbeat for STALE_SEC, or of a process of this machine that has ended, is replaced.
+    A lock without a heartbeat for STALE_SEC, or of a process of this machine and container that has ended, is
+    replaced.
     Raises ConfigError if another process has it.
     """
     path = run_dir / NAME
@@ -79,7 +80,15 @@ def confirm(run_dir: Path) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    return {"host": socket.gethostname(), "pid_namespace": _pid_namespace(), "pid": os.getpid()}
+
+
+def _pid_namespace() -> str:
+    """Return in which namespace this process has its id: containers may share a host name. '' if unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _is_ours(owner: dict[str, Any] | None) -> bool:
@@ -87,9 +96,10 @@ def _is_ours(owner: dict[str, Any] | None) -> bool:
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Return whether the owner is a process of this machine that no longer exists."""
-    if os.name == "nt" or owner.get("host") != socket.gethostname():  # os.kill would end it on Windows
-        return False
+    """Return whether the owner is a process of this machine and container that no longer exists."""
+    ours = _this_process()
+    if os.name == "nt" or any(owner.get(name) != ours[name] for name in ("host", "pid_namespace")):
+        return False  # on Windows, os.kill would end it
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:

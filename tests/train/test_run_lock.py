@@ -73,6 +73,16 @@ def test_run_lock_of_another_host(unfinished):
     assert run(asked, console=quiet()).nimg == 36 and not path.exists()
 
 
+def test_run_lock_of_another_container(tmp_path):
+    ours = {"host": socket.gethostname(), "pid_namespace": run_lock._pid_namespace()}
+    write_lock(tmp_path, **ours, pid=2**22 + 1)  # above the largest id: ended
+    run_lock.check_free(tmp_path)
+    for pid in (2**22 + 1, os.getpid()):
+        write_lock(tmp_path, **ours | {"pid_namespace": "pid:[1]"}, pid=pid)
+        with pytest.raises(ConfigError, match="is being trained by process"):
+            run_lock.check_free(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])
 def test_run_lock_that_is_damaged_counts_until_it_is_stale(tmp_path, content):
     path = tmp_path / run_lock.NAME
