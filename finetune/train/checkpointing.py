@@ -243,18 +243,21 @@ class Checkpointer:
 def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions, list[str]]:
     """Return the options of the run with those asked for now, and lines on what changed.
 
+    Options that are to be chosen as for a new run are None: those of a distillation that is switched on.
     Raises ConfigError that lists what cannot be changed; RunFinished if the run has reached its length.
     """
     before = TrainConfig.from_json(saved.content["config"])
+    # What the distance was for the log alone, at weight 0, need not fit a loss: it is reset.
+    reset = ("sd_backbone", "sd_interval") if asked.sd_weight and not before.sd_weight else ()
     new = {name: value for name, value in asked.given().items() if value != getattr(before, name)}
     if problems := [
         f"{flag(name)} {value}: an exact resume cannot change this ({getattr(before, name)} in the run). "
         "Start a new run from its snapshot instead."
         for name, value in new.items()
-        if name in FIXED
+        if name in FIXED and name not in reset
     ]:
         raise ConfigError(problems)
-    changes = {name: value for name, value in new.items() if name in CHANGEABLE}
+    changes = {name: value for name, value in new.items() if name in CHANGEABLE or name in reset}
     kimg = changes.get("kimg", before.kimg)
     if saved.nimg >= round(kimg * 1000):
         raise RunFinished(saved, before, kimg)
@@ -263,7 +266,7 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
     lines = [f"Changed: {'; '.join(changed)}" if changed else "All options as before."]
     ignored = {name: value for name, value in new.items() if name in ("outdir", "recipe")}
     lines += [f"{flag(name)} {value} has no effect on a resumed run." for name, value in ignored.items()]
-    return before.as_options(**changes), lines
+    return before.as_options(**{name: getattr(asked, name) for name in reset} | changes), lines
 
 
 @freed_at_once()

@@ -23,7 +23,7 @@ from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.metrics.evaluate import ensure_metric_weights
 from finetune.metrics.perceptual import build_distance, ensure_weights
 from finetune.models import image_size
-from finetune.options import TrainOptions
+from finetune.options import TrainOptions, flag
 from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot
 from finetune.train import memory, run_lock, validation
@@ -105,6 +105,9 @@ def _prepare(asked: TrainOptions, on_message: Callable[[str], None], dry_run: bo
         notes += [line for operation in operations for line in operation.lines()]
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))
     config, reasons = recipes.resolve(origin.options, facts)
+    if origin.saved is not None:
+        reset = (each for each in reasons if getattr(origin.options, each.name) is None)
+        notes += [f"{flag(each.name)} {each.value}: {each.why}." for each in reset]
     check_batch(config, facts)
     if not dry_run:  # after all other checks: these may be half a gigabyte to download
         on_message(f"Checking the weights of {config.sd_backbone} …")

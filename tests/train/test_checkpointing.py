@@ -155,6 +155,25 @@ def test_set_aside_looks_up_names_in_whole_kimg(tmp_path):
     assert folder.set_aside_later(1004) == ["fakes000002.png", "memorization-000001.005.png"]
 
 
+@pytest.mark.parametrize(
+    "asked, backbone, interval", [({}, "lpips-vgg", 4), ({"sd_backbone": "l2", "sd_interval": 2}, "l2", 2)]
+)
+def test_resume_that_switches_distillation_on(asked, backbone, interval, finished_dir):
+    content = state_of(finished_dir)
+    off = {"sd_weight": 0.0, "sd_backbone": "ms-ssim", "sd_interval": 64}
+    content["config"] = json.dumps(json.loads(content["config"]) | off)
+    checkpointing.write_state(checkpointing.states_of(finished_dir)[0], content)
+    again = TrainOptions(resume=str(finished_dir), kimg=0.036)
+    before = prepare(again).config
+    assert (before.sd_backbone, before.sd_interval) == ("ms-ssim", 64)
+    with pytest.raises(ConfigError, match="--sd-backbone l2: an exact resume cannot change this"):
+        prepare(dataclasses.replace(again, sd_backbone="l2"))
+    prepared = prepare(dataclasses.replace(again, sd_weight="auto:1", **asked), dry_run=True)
+    assert (prepared.config.sd_backbone, prepared.config.sd_interval) == (backbone, interval)
+    said = " ".join((*prepared.notes, *prepared.origin.lines))
+    assert f"--sd-backbone {backbone}: " in said or f"--sd-backbone: ms-ssim -> {backbone}" in said
+
+
 def test_resume_classifies_every_option():
     lists = (checkpointing.CHANGEABLE, checkpointing.FIXED, checkpointing.IGNORED_ON_RESUME)
     assert sorted(itertools.chain(*lists)) == sorted(OPTIONS)
