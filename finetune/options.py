@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,6 +280,9 @@ class TrainOptions:
     # fmt: on
 
     def __post_init__(self) -> None:
+        for name in ("data", "resume", "outdir"):  # shells leave the ~ of `--resume=~/run` alone
+            if path := getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(path))
         if self.sd_weight is not None:
             object.__setattr__(self, "sd_weight", DistillWeight.parse(self.sd_weight))
         if self.batch_gpu is not None:
@@ -353,6 +357,8 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
             problems.append("--labels folders: has no effect with --no-cond, which trains without labels.")
     if run.new_d:
         problems += each(("freezed",), "would freeze random layers with --new-d.", zero=False)
+    elif not run.scratch:
+        problems += each(("d_warmup_kimg",), "has no effect without --new-d.", zero=False)
     if run.sd_teacher == "initial":
         problems += each(("sd_teacher_kimg",), "no effect with --sd-teacher initial.", zero=False)
     if run.aug == "fixed" and run.p is None:

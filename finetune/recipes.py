@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune.config import TrainConfig
+from finetune.errors import ConfigError
 from finetune.options import OPTIONS, DistillWeight, TrainOptions
 
 # Sources of the numbers.
@@ -365,7 +366,10 @@ def micro_batch_sizes(batch: int, group_size: int) -> list[int]:
 
 
 def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Reason]]:
-    """Give every option of valid options a value, and return why each that has an effect has its value."""
+    """Give every option of valid options a value, and return why each that has an effect has its value.
+
+    Raises ConfigError if a new D would train alone for the whole run.
+    """
     job, why = job_of(asked, facts)
     reasons = [Reason("recipe", job, why)] if why else []
     given = asked.given() | {"recipe": job, "resolution": facts.resolution, "channels": facts.channels}
@@ -382,6 +386,11 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
             why = "no effect: CUDA graphs need a GPU"
         if why:
             reasons.append(Reason(name, value, why))
+    if run.new_d and run.d_warmup_kimg >= run.kimg:
+        raise ConfigError(
+            f"--d-warmup-kimg {run.d_warmup_kimg:g}: D would train alone for all {run.kimg:g} kimg. "
+            "Choose fewer, or a larger --kimg."
+        )
     return TrainConfig(**{name: getattr(run, name) for name in OPTIONS}), reasons
 
 

@@ -99,6 +99,7 @@ def test_config_lists_all_problems():
         ({"resume": None, "scratch": "stylegan2", "resolution": 64, "recipe": "adapt"}, "--recipe adapt"),
         ({"fit": "squeeze"}, "--fit squeeze"),
         ({"sd_teacher": "initial", "sd_teacher_kimg": 5.0}, "--sd-teacher-kimg"),
+        ({"d_warmup_kimg": 5.0}, "--d-warmup-kimg 5.0: has no effect without --new-d"),
         ({"resume": ""}, "--resume: empty. Pass the checkpoint"),
         ({"seed": 2**32}, "--seed 4294967296: must be at most 4294967295"),
     ],
@@ -176,6 +177,27 @@ def test_config_batch_gpu_fits_groups_of_d(batch, group_size, part):
     assert config.batch_gpu == part
     why = next(reason.why for reason in reasons if reason.name == "batch_gpu")
     assert ("does not divide" in why) == (part < min(batch, group_size))
+
+
+@pytest.mark.parametrize("kimg, length", [(None, 200), (5, 5)])
+def test_config_refuses_a_run_in_which_d_trains_alone(kimg, length):
+    asked = TrainOptions(data="x", resume="a", new_d=True, kimg=kimg, d_warmup_kimg=length)
+    asked.validate()
+    with pytest.raises(ConfigError, match=f"--d-warmup-kimg {length}: D would train alone for all {length}"):
+        recipes.resolve(asked, FACTS)
+    shorter = dataclasses.replace(asked, d_warmup_kimg=length - 1)
+    assert recipes.resolve(shorter, FACTS)[0].d_warmup_kimg == length - 1
+
+
+def test_options_expand_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    asked = TrainOptions(data="~/images", resume="~/runs/00000-x", outdir="~/runs")
+    assert (asked.data, asked.resume, asked.outdir) == (
+        "/home/anna/images",
+        "/home/anna/runs/00000-x",
+        "/home/anna/runs",
+    )
+    assert TrainOptions(resume="https://x.org/~anna/a.pkl").resume == "https://x.org/~anna/a.pkl"
 
 
 def test_config_flags_match_fields():

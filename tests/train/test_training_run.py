@@ -450,9 +450,7 @@ def test_make_run_dir_ignores_dates(tmp_path):
 def test_drop_later_lines_skips_damaged_ones(tmp_path):
     folder = object.__new__(RunDir)
     folder.path = tmp_path
-    (tmp_path / "log.jsonl").write_bytes(
-        b'{"nimg": 1}\n\xff\n{"nimg": 3}\n{"nimg": 4}\n{"nimg": 3'
-    )
+    (tmp_path / "log.jsonl").write_bytes(b'{"nimg": 1}\n\xff\n{"nimg": 3}\n{"nimg": 4}\n{"nimg": 3')
     folder.drop_later_lines(3)
     assert (tmp_path / "log.jsonl").read_text() == '{"nimg": 1}\n{"nimg": 3}\n'
 
