@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from finetune.checkpoint.load import Checkpoint
     from finetune.checkpoint.provenance import Provenance
+    from finetune.hub.catalog import Entry
 
 log = logging.getLogger("finetune.hub")
 
@@ -153,6 +154,17 @@ def as_url(text: str) -> str | None:
     return f"{match[1].lower()}://{text[match.end() :]}" if match else None
 
 
+def check_architecture(entry: Entry) -> None:
+    """Raise CheckpointError if a checkpoint of the catalog cannot be loaded."""
+    from finetune.hub import catalog
+
+    if entry.architecture not in catalog.OPENS:
+        raise CheckpointError(
+            f"{entry.id}: a network of architecture {entry.architecture} cannot be used here",
+            hint=f"Supported: {', '.join(catalog.OPENS)}. {entry.notes or ''}".strip(),
+        )
+
+
 def _named(
     text: str, on_message: Callable[[str], None], progress: Callable[[int, int | None], None] | None
 ) -> Path:
@@ -164,9 +176,5 @@ def _named(
         if Path(text).name != text:
             raise CheckpointError(what, hint="Pass a checkpoint file, a run folder, a name or a URL.")
         raise CheckpointError(f"{what}, and is not in the catalog", hint=catalog.suggestion(text))
-    if entry.architecture not in catalog.OPENS:
-        raise CheckpointError(
-            f"{entry.id}: a network of architecture {entry.architecture} cannot be used here",
-            hint=f"Supported: {', '.join(catalog.OPENS)}. {entry.notes or ''}".strip(),
-        )
+    check_architecture(entry)
     return store.fetch_entry(entry, on_message=on_message, progress=progress)

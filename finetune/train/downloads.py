@@ -12,22 +12,25 @@ from finetune.config import TrainConfig
 from finetune.data import scan
 from finetune.device import resolve_device
 from finetune.errors import CheckpointError
-from finetune.hub import catalog, huggingface, store
+from finetune.hub import catalog, huggingface, identify, store
 from finetune.hub.download import stated_size
 from finetune.metrics import inception
 from finetune.metrics.evaluate import METRICS, PPL_BACKBONES
 from finetune.metrics.perceptual import WEIGHTS, WEIGHTS_MB, weights_path
 from finetune.options import TrainOptions
-from finetune.recipes import RunFacts
-from finetune.resolve import as_url
-from finetune.train.facts import gpu_memory_gib
+from finetune.recipes import Reason, RunFacts
+from finetune.resolve import as_url, check_architecture
+from finetune.train.facts import gpu_memory_gib, has_effnet
 from finetune.train.progress import print_reasons
 from finetune.train.validation import names_of
 from torch_utils.files import expand_home
 
 
 def missing_checkpoint(resume: str) -> str | None:
-    """Return what would be downloaded for `--resume`, with its size; None if nothing."""
+    """Return what would be downloaded for `--resume`, with its size; None if nothing.
+
+    Raises CheckpointError if it could not be loaded then.
+    """
     if address := huggingface.parse(resume):
         try:
             huggingface.find(address)
@@ -43,6 +46,7 @@ def missing_checkpoint(resume: str) -> str | None:
         return None
     if entry is None or store.is_kept(store.place_of(entry)):
         return None
+    check_architecture(entry)
     return f"checkpoint {entry.id}, {_size(entry.size, entry.urls)}"
 
 
@@ -86,12 +90,17 @@ def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
         cpu_count=os.cpu_count() or 1,
         from_scratch=False,
         gpu_memory_gib=gpu_memory_gib(device),
+        published=identify.published(entry) if resolution == entry.resolution else None,
+        has_effnet=has_effnet(),
     )
     config, reasons = recipes.resolve(asked, facts)
+    if config.recipe == "few-shot" and asked.freezed is None and not config.new_d:
+        counted = Reason("freezed", "40 %", "of the layers of D, counted when the checkpoint is here")
+        reasons = [counted if reason.name == "freezed" else reason for reason in reasons]
     print_reasons(console, reasons)
     for each in missing_weights(config):
         console.print(f"Would download: {each}.", highlight=False)
-    console.print("The checkpoint itself may change settings, such as --freezed.", highlight=False)
+    console.print("The checkpoint itself may change settings.", highlight=False)
 
 
 def _size(known: int | None, urls: Sequence[str]) -> str:

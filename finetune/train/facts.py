@@ -70,7 +70,7 @@ def read_data(
         from_scratch=bool(options.scratch),
         gpu_memory_gib=gpu_memory_gib(device),
         num_processes=group.world_size,
-        has_effnet=importlib.util.find_spec(features.WEIGHTS_PACKAGE) is not None,
+        has_effnet=has_effnet(),
     )
     return image_set, facts, notes, overview
 
@@ -143,6 +143,11 @@ def suggest_label_options(num_classes: int | None) -> Iterator[None]:
             )
             error.hint = f"{error.hint}\n{hint}" if error.hint else hint
         raise
+
+
+def has_effnet() -> bool:
+    """Return whether the weights of EfficientNet-Lite0 are installed."""
+    return importlib.util.find_spec(features.WEIGHTS_PACKAGE) is not None
 
 
 def gpu_memory_gib(device: torch.device) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -261,6 +262,21 @@ def test_dry_run_states_downloads_and_settings_without_a_network(invoke):
     for words in ("checkpoint stylegan2-ffhq-256x256, of a size", "lpips-vgg, 528 MB", "Inception, 96 MB"):
         assert words in result.output, words
     assert "6 images from images." in result.output and "--gamma " in result.output
+
+
+def test_dry_run_without_the_checkpoint_has_its_published_settings(invoke):
+    result = invoke(f"{WITH} ffhq-256-stylegan2 --recipe few-shot --dry-run")
+    for row in (
+        r"--gamma +4 +as this checkpoint is fine-tuned",
+        r"--glr +0\.0025 ",
+        r"--freezed +40 % ",
+    ):
+        assert re.search(row, result.output), result.output
+
+
+def test_dry_run_refuses_an_architecture_before_a_download(invoke):
+    result = invoke(f"{WITH} tf-stylegan2-ffhq-config-a --dry-run")
+    assert result.exit_code == 2 and "architecture stylegan1 cannot be used here" in result.output
 
 
 def test_dry_run_of_a_url_checks_options_and_images(invoke):
