@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from finetune.train.ema import EMA_RAMPUP, POWERS
 from finetune.train.state import TrainState
 from torch_utils.files import atomic_write
 
-SNAPSHOT = re.compile(r"network-snapshot-([\d.]+)\.pkl")
 MAX_ERROR = 0.02  # of a profile, see `fit`; above, a half-life is out of reach of the averages
 POINTS = 2048  # where profiles are compared: so many spread evenly, and as many toward the end
 FRACTIONS = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # of the run: half-lives of the grid
@@ -73,10 +71,11 @@ def saved_averages(snapshot: Path) -> list[SavedAverages]:
             raise CheckpointError(f"{path}: not the averages of a snapshot ({error}). Delete it.") from None
     last = next((each for each in found if each.path == averages_beside(snapshot)), None)
     if last is None:
-        raise CheckpointError(
-            f"{snapshot}: its averages {averages_beside(snapshot).name} are missing.",
-            hint="Runs of earlier versions have none. `finetune train` writes them with every snapshot.",
-        )
+        stems = sorted(each.path.stem.replace("averages", "network-snapshot") for each in found)
+        hint = "`finetune train` writes them with every snapshot; runs of earlier versions have none."
+        if stems:
+            hint = f"Use one that has: {', '.join(f'{stem}.pkl' for stem in stems)}."
+        raise CheckpointError(f"{snapshot} has no averages of G beside it.", hint=hint)
     return sorted((each for each in found if 0 < each.updates <= last.updates), key=lambda each: each.updates)
 
 

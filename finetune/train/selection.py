@@ -33,7 +33,7 @@ def measurement(metrics: dict[str, Any], nimg: int) -> dict[str, Any]:
 
 
 def is_better(found: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Return whether a measurement beats the best so far; one of another metric, or none, always loses."""
+    """Return whether a measurement beats the best so far: any does if there is none of the same metric."""
     return best.get("metric") != found["metric"] or worsening(best, found) > 0
 
 
@@ -71,12 +71,15 @@ def recommend(counters: RunCounters, last: Path, nimg: int) -> Recommendation:
     if not best:
         return Recommendation(last, nimg, "the last snapshot: no metric was measured (--metrics)")
     if final.get("nimg") != nimg:
-        return Recommendation(last, nimg, "the last snapshot: its metric could not be measured")
+        return Recommendation(last, nimg, f"the last snapshot: it was not measured, {_shown(best)} was best")
     if best["nimg"] == nimg:
         return Recommendation(last, nimg, f"the best snapshot: {_shown(best)}")
-    if is_clearly_worse(final, best) and (path := last.with_name(BEST)).is_file():
-        why = f"the best snapshot: {_shown(best)}. The last one is clearly worse: {_shown(final)}"
-        return Recommendation(path, best["nimg"], why)
+    if is_clearly_worse(final, best):
+        if (path := last.with_name(BEST)).is_file():
+            why = f"the best snapshot: {_shown(best)}. The last one is clearly worse: {_shown(final)}"
+            return Recommendation(path, best["nimg"], why)
+        why = f"the last snapshot: {_shown(final)}. {BEST} is missing, which was better: {_shown(best)}"
+        return Recommendation(last, nimg, why)
     why = f"the last snapshot: {_shown(final)}. It is not clearly worse than the best: {_shown(best)}"
     return Recommendation(last, nimg, why)
 

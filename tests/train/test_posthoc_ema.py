@@ -89,8 +89,12 @@ def test_saved_averages_of_an_earlier_snapshot(finished):
 
 def test_saved_averages_missing_and_damaged(finished, tmp_path):
     snapshot = tmp_path / finished.snapshot.name
-    with pytest.raises(CheckpointError, match=r"its averages averages-.*\.safetensors are missing"):
+    with pytest.raises(CheckpointError, match=r"has no averages of G(?s:.*)runs of earlier versions"):
         saved_averages(snapshot)
+    with pytest.raises(
+        CheckpointError, match=r"has no averages(?s:.*)-000000\.032\.pkl, .*000000\.160\.pkl\."
+    ):
+        saved_averages(finished.run_dir / "network-best.pkl")
     averages_beside(snapshot).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not the averages of a snapshot"):
         saved_averages(snapshot)

@@ -54,7 +54,7 @@ def test_passing_the_best_is_reported_once():
         ((2.0, 1.0), "last.pkl", 2000, "the best snapshot: random-fid 1 ± 0.1 at 2 kimg"),
         ((1.0, 1.1), "last.pkl", 2000, "not clearly worse than the best"),
         ((1.0, 1.5), "network-best.pkl", 1000, "The last one is clearly worse: random-fid 1.5 ± 0.1"),
-        ((1.0,), "last.pkl", 2000, "could not be measured"),
+        ((1.0,), "last.pkl", 2000, "it was not measured, random-fid 1 ± 0.1 at 1 kimg was best"),
     ],
 )
 def test_recommend(values, name, nimg, why, tmp_path):
@@ -66,7 +66,8 @@ def test_recommend(values, name, nimg, why, tmp_path):
 
 def test_recommend_without_the_file_of_the_best(tmp_path):
     counters, _ = counters_after(1.0, 1.5)
-    assert recommend(counters, tmp_path / "last.pkl", 2000).path.name == "last.pkl"
+    recommended = recommend(counters, tmp_path / "last.pkl", 2000)
+    assert recommended.path.name == "last.pkl" and "network-best.pkl is missing" in recommended.why
 
 
 def test_frechet_error_is_deviation_of_repeated_measurements():
