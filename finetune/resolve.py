@@ -7,6 +7,7 @@ This is the only module that uses both `finetune.hub` (names and URLs to files) 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -118,6 +119,16 @@ def newest_snapshot(run_dir: Path) -> Path:
     return max(found)[1]
 
 
+def recommended_by(run_dir: Path) -> Path | None:
+    """Return the snapshot that a run recommended at its end, None if it did not, or if it is gone."""
+    try:
+        about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
+        path = run_dir / Path(about["recommended"]["file"]).name
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return path if path.is_file() else None
+
+
 def resolve_network(
     network: str | Path,
     *,
@@ -127,8 +138,9 @@ def resolve_network(
     """Return the checkpoint file that `network` means: a file, run folder, catalog name or URL (hf:// too).
 
     The file of a run folder is its newest snapshot; that of a name or URL is downloaded if it is not on this
-    machine. `on_message` is called with what is downloaded and its license, `progress` with the bytes so far
-    and in total. Raises CheckpointError if `network` is none of these, and what `hub.download.fetch` raises.
+    machine. `on_message` is called with what is downloaded and its license, and with the file that a run
+    recommends in place of its newest one; `progress` with the bytes so far and in total. Raises
+    CheckpointError if `network` is none of these, and what `hub.download.fetch` raises.
     """
     text = os.fspath(network)
     if address := huggingface.parse(text):
@@ -140,7 +152,9 @@ def resolve_network(
     path = expand_home(text)
     # os.path: the methods of Path raise OSError for names that are too long.
     if os.path.isdir(path):
-        path = newest_snapshot(path)
+        run_dir, path = path, newest_snapshot(path)
+        if (other := recommended_by(run_dir)) and other != path:
+            on_message(f"Using {path}, the newest snapshot. The run recommends {other}.")
     if not os.path.exists(path):
         return _named(text, on_message, progress)
     if not path.is_file():  # a pipe or a device may have no end

@@ -162,7 +162,7 @@ def find_origin(asked: TrainOptions, on_message: Callable[[str], None]) -> Origi
         return Origin(asked, None, shape, place, None, ())
     on_message(f"Loading {asked.resume} …")
     checkpoint = load_for_training(asked.resume, new_d=bool(asked.new_d))
-    line = "Loaded weights only; optimizer, ADA and EMA state are reset."
+    line = "Loaded weights only, G_ema included; optimizer and ADA state start new."
     if missing := [name for name in checkpoint.missing if name in ("G", "G_ema")]:
         line += f" The file has no {missing[0]}; the other generator is used in its place."
     return Origin(asked, checkpoint, shape, place, checkpoint.provenance.to_dict(), (line,))

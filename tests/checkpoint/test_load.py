@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import mmap
 import pickle
@@ -31,7 +32,7 @@ from finetune.checkpoint.unpickle.stubs import PersistentObject, Tensor
 from finetune.errors import CheckpointError, CheckpointMismatch, PickleRefused
 from finetune.hub import catalog
 from finetune.models import stylegan2
-from finetune.resolve import newest_snapshot
+from finetune.resolve import newest_snapshot, resolve_network
 
 
 def module_at(network: PersistentObject, path: str) -> dict:
@@ -613,6 +614,26 @@ class TestRunFolders:
         assert newest.name == "network-snapshot-000020.pkl"
         newest.write_bytes((golden_dir / "stylegan2-ada-32.pkl").read_bytes())
         assert finetune.load(tmp_path).provenance.source == newest.name
+
+    @pytest.mark.parametrize(
+        "about, is_named",
+        [
+            ({"recommended": {"file": "network-best.pkl"}}, True),
+            ({"recommended": {"file": "network-snapshot-000020.pkl"}}, False),
+            ({"recommended": {"file": "gone.pkl"}}, False),
+            ({"recommended": None}, False),
+            ([], False),
+        ],
+    )
+    def test_resolve_run_folder_names_recommended_snapshot(self, about, is_named, tmp_path):
+        for name in ("network-snapshot-000020.pkl", "network-best.pkl"):
+            (tmp_path / name).touch()
+        (tmp_path / "about.json").write_text(json.dumps(about))
+        notes = []
+        newest = resolve_network(tmp_path, on_message=notes.append)
+        assert newest.name == "network-snapshot-000020.pkl"
+        said = f"Using {newest}, the newest snapshot. The run recommends {tmp_path / 'network-best.pkl'}."
+        assert notes == ([said] if is_named else [])
 
     def test_load_run_folder_without_snapshot(self, tmp_path):
         with pytest.raises(CheckpointError, match="has no network-snapshot"):
