@@ -191,7 +191,8 @@ class TrainOptions:
         RECIPE, "The images: the checkpoint's own (improve), others (adapt), very few (few-shot); "
         "custom uses published formulas alone.", default="auto", choices=RECIPES)
     kimg: float | None = _option(
-        RECIPE, "Training length in thousands of images.", shown="200 to 5000 by data set size", above=0)
+        RECIPE, "Training length in thousands of images.",
+        shown="1000; 200 below 2,000 images; 5000 with --scratch", above=0)
     batch: int | None = _option(RECIPE, "Total batch size.", shown="by resolution", above=0)
     batch_gpu: int | None = _option(
         RECIPE, "Per-device micro-batch size (gradient accumulation); auto: the largest that fits, found by "
@@ -209,7 +210,8 @@ class TrainOptions:
         RECIPE, "Freeze this many layers of the discriminator (FreezeD).", shown="0; few-shot: 40 %",
         at_least=0)
     aug: str | None = _option(
-        RECIPE, "Augmentation: adaptive (ADA), none, or with the fixed probability --p.", shown="ada",
+        RECIPE, "Augmentation: adaptive (ADA), none, or with the fixed probability --p.",
+        shown="ada; improve with 50,000 images: noaug",
         choices=("ada", "noaug", "fixed"))
     target: float | None = _option(
         RECIPE, "ADA target.", shown="0.6, or as published", at_least=0, at_most=1)

@@ -54,7 +54,7 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     (
         "Distance to the teacher",
         {"loss_sd": "distance"},
-        "Starts at 0, rises and levels off; ten times its previous maximum is divergence.",
+        "Rises and levels off; ten times the largest of the last ten ticks is divergence.",
     ),
     (
         "Distillation weight λ",

@@ -23,7 +23,7 @@ LAYER = re.compile(r"(mapping|synthesis\.(?:b\d+|L\d+|input))")
 class Diagnostics:
     """Collects numbers between ticks; `due`: whether gradients are still to be compared in this tick.
 
-    Weights are copied to the CPU once a tick: four copies of the generator are kept there.
+    Weights are copied to the CPU once a tick: six copies of the generator are kept there.
     """
 
     def __init__(self, state: TrainState) -> None:

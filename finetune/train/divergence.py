@@ -43,8 +43,8 @@ class Alarm:
 class DivergenceMonitor:
     """Checks the averages of each tick. A lasting condition is reported once, and again if it returns.
 
-    ema_nimg: half-life of G_ema. Student and teacher begin equal, so their distance is compared only after
-    three half-lives.
+    ema_nimg: half-life of G_ema. The distance between student and teacher is compared only after three
+    half-lives: it starts at 0 from scratch, and at that between G and G_ema of a checkpoint.
     """
 
     def __init__(self, ema_nimg: float = 0.0) -> None:
@@ -77,8 +77,8 @@ class DivergenceMonitor:
         }
         if not scores or max(map(abs, scores.values())) <= MAX_SCORE:
             return []
-        said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        return [Alarm("score-explosion", f"The scores of D exploded: {said}.", scores, True)]
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        return [Alarm("score-explosion", f"The scores of D exploded: {text}.", scores, True)]
 
     def _overflows(self, numbers: dict[str, Any]) -> list[Alarm]:
         shares: dict[str, Any] = {

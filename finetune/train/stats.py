@@ -88,10 +88,11 @@ class Stats:
         return {name: (total, count) for name, total, count in found if count}
 
     def due_diagnostics(self, nimg: int) -> Diagnostics | None:
-        """Return what compares gradients, once in the second half of each tick (the networks begin equal)."""
+        """Return what compares gradients, once in the second half of each tick: at the start,
+        student and teacher may be equal."""
         middle = (self.tick_nimg // self.interval_nimg + 0.5) * self.interval_nimg
-        seen = self.diagnostics
-        return seen if seen is not None and seen.due and nimg >= middle else None
+        found = self.diagnostics
+        return found if found is not None and found.due and nimg >= middle else None
 
     def find_not_finite(self, step: int, *, at_tick: bool) -> list[Alarm]:
         """Return an alarm for each recorded value that is not finite, and forget the value.
