@@ -34,7 +34,7 @@ ADA_TARGET = 0.6
 WARMUP_STEPS = 100
 FEW_IMAGES, SOME_IMAGES, MANY_IMAGES = 1000, 2000, 50_000
 
-# The purposes. A run without a checkpoint has its own.
+# The recipes. A run without a checkpoint has its own.
 SCRATCH = "scratch"
 IMPROVE, TRANSFER = ("improve",), ("adapt", "few-shot")
 CHECKPOINT = (*IMPROVE, *TRANSFER, "custom")
@@ -106,7 +106,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Rule:
-    """The value of an option for some purposes. The first rule that applies to an option determines it.
+    """The value of an option in some recipes. The first rule that applies to an option determines it.
 
     value: a constant, or a function of the facts and of the options decided before; None passes on to the
     next rule. why: the reason, a template over the same names; empty if the option has no effect. source:
@@ -114,7 +114,7 @@ class Rule:
     """
 
     option: str
-    jobs: tuple[str, ...]
+    recipes: tuple[str, ...]
     value: Any
     why: str | Callable[[Any], str]
     source: str = ""
@@ -122,7 +122,7 @@ class Rule:
 
     def decide(self, run: SimpleNamespace) -> tuple[Any, str] | None:
         """Return value and reason for a run, None if the rule does not apply."""
-        if run.job not in self.jobs or not self.when(run):
+        if run.recipe not in self.recipes or not self.when(run):
             return None
         value = self.value(run) if callable(self.value) else self.value
         if value is None:
@@ -328,8 +328,8 @@ RULES = (
 # fmt: on
 
 
-def job_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
-    """Return the job of a run (`--recipe`, or "scratch"), and why; no reason if there is no choice."""
+def recipe_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
+    """Return the recipe of a run, "scratch" without a checkpoint, and why; no reason without a choice."""
     if facts.from_scratch:
         return SCRATCH, ""
     if asked.recipe not in (None, "auto"):
@@ -370,11 +370,11 @@ def resolve(asked: TrainOptions, facts: RunFacts) -> tuple[TrainConfig, list[Rea
 
     Raises ConfigError if a new D would train alone for the whole run.
     """
-    job, why = job_of(asked, facts)
-    reasons = [Reason("recipe", job, why)] if why else []
-    given = asked.given() | {"recipe": job, "resolution": facts.resolution, "channels": facts.channels}
+    recipe, why = recipe_of(asked, facts)
+    reasons = [Reason("recipe", recipe, why)] if why else []
+    given = asked.given() | {"recipe": recipe, "resolution": facts.resolution, "channels": facts.channels}
     name_published = facts.published.name if facts.published else ""
-    run = SimpleNamespace(**vars(facts), num_pixels=facts.num_pixels, job=job, name_published=name_published)
+    run = SimpleNamespace(**vars(facts), num_pixels=facts.num_pixels, name_published=name_published)
     for name, value in (vars(asked.with_defaults()) | given).items():
         setattr(run, name, value)
     for name in dict.fromkeys(rule.option for rule in RULES):
@@ -399,7 +399,7 @@ def derive(option: str, run: SimpleNamespace) -> tuple[Any, str]:
     for rule in RULES:
         if rule.option == option and (decided := rule.decide(run)) is not None:
             return decided
-    raise AssertionError(f"no rule gives {option} a value for {run.job}")
+    raise AssertionError(f"no rule gives {option} a value in {run.recipe}")
 
 
 def _gpu_batch(run: Any) -> int:

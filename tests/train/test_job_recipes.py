@@ -1,4 +1,4 @@
-"""--recipe: which numbers a job gets, from where, and that a flag overrides its row."""
+"""--recipe: which numbers a recipe gives, from where, and that a flag overrides its row."""
 
 import dataclasses
 
@@ -21,10 +21,10 @@ def settle(facts=BASE, **options):
     return config, {reason.name: reason for reason in reasons}
 
 
-@pytest.mark.parametrize("num_images, job", [(999, "few-shot"), (1000, "adapt"), (70_000, "adapt")])
-def test_recipe_auto_by_number_of_images(num_images, job):
+@pytest.mark.parametrize("num_images, recipe", [(999, "few-shot"), (1000, "adapt"), (70_000, "adapt")])
+def test_recipe_auto_by_number_of_images(num_images, recipe):
     config, table = settle(dataclasses.replace(BASE, num_images=num_images))
-    assert config.recipe == job == table["recipe"].value
+    assert config.recipe == recipe == table["recipe"].value
     assert str(num_images) in table["recipe"].why or "--recipe improve" in table["recipe"].why
 
 
@@ -91,9 +91,9 @@ def test_recipe_values_have_rules_with_sources(family, scratch):
     start = {"resume": None, "scratch": family} if scratch else {}
     config, table = settle(facts, **start)
     for name in BY_RECIPE - {"freezed"} if scratch else BY_RECIPE:
-        job = recipes.SCRATCH if scratch else config.recipe
-        assert config.recipe == job and table[name].value == getattr(config, name)
-        sources = [rule.source for rule in recipes.RULES if rule.option == name and job in rule.jobs]
+        recipe = recipes.SCRATCH if scratch else config.recipe
+        assert config.recipe == recipe and table[name].value == getattr(config, name)
+        sources = [rule.source for rule in recipes.RULES if rule.option == name and recipe in rule.recipes]
         assert any(table[name].why.endswith(f"; {source}") for source in sources if source)
 
 
@@ -133,7 +133,7 @@ def test_recipe_batch_gpu_follows_memory(family, resolution, memory, size):
 
 def test_rules_cover_options():
     for rule in recipes.RULES:
-        assert set(rule.jobs) <= {*RECIPES, recipes.SCRATCH}
+        assert set(rule.recipes) <= {*RECIPES, recipes.SCRATCH}
         if rule.option in BY_RECIPE and rule.why and rule.value != 0:
             assert rule.source, f"{rule.option}: where does {rule.value} come from?"
     ruled = {rule.option for rule in recipes.RULES}

@@ -14,7 +14,7 @@ FACTS = recipes.RunFacts("stylegan2", 256, 3, 0, 1500, "cpu", 2, from_scratch=Fa
 
 
 def assert_in_range(config):
-    """Every value is one that a user can ask for; empty and 0 mean none, "scratch" is a job of its own."""
+    """Every value is one that a user can ask for; empty and 0 mean none, "scratch" is a recipe of its own."""
     for name, value in vars(config).items():
         if value not in ("", 0, recipes.SCRATCH):
             assert OPTIONS[name].problem(name, value) is None
