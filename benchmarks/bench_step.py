@@ -164,7 +164,7 @@ def bare(config: TrainConfig, state: Any, plan: Any, batches: Iterator, cycles: 
         batches=batches,
         stats=Stats(plan.device, plan.tick_nimg),
         monitor=DivergenceMonitor(),
-        validation=Mock(is_due=Mock(return_value=False)),
+        validation=Mock(measure=Mock(return_value=None)),
         checkpointer=Mock(count_unreadable=Mock(return_value=0)),
         run_dir=Mock(),
         page=Mock(),

@@ -76,7 +76,7 @@ def train_alone(state, plan, batches, display=None):
             batches=batches,
             stats=stats,
             monitor=DivergenceMonitor(),
-            validation=Mock(is_due=Mock(return_value=False)),
+            validation=Mock(measure=Mock(return_value=None)),
             checkpointer=Mock(count_unreadable=Mock(return_value=0)),
             run_dir=Mock(),
             page=Mock(),

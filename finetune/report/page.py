@@ -96,7 +96,6 @@ def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict
     if snapshot is None or not snapshot.is_file():
         snapshot = list(run.snapshots.values())[-1] if run.snapshots else None
     shown = run.path.resolve()
-    events = sorted([*run.events, *run.about.get("resumed", [])], key=lambda event: str(event.get("time")))
     longer = None if not run.is_finished else 2 * run.total_kimg
     return {
         "label": label_of(run, number) if num_runs > 1 else "",
@@ -110,8 +109,8 @@ def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict
         "metrics": next((metrics(line) for line in reversed(run.log) if line.get("metrics")), ""),
         "recommended": recommended,
         "snapshot": snapshot,
-        "events": [_event(event) for event in events[: -MAX_EVENTS - 1 : -1]],
-        "num_events": len(events),
+        "events": [_event(event) for event in run.events[: -MAX_EVENTS - 1 : -1]],
+        "num_events": len(run.events),
         "data": run.about.get("data") or {},
         "notes": run.about.get("notes") or [],
         "lineage": _lineage(run.about.get("source")),

@@ -74,7 +74,7 @@ def build_state(
 def use_channels_last(network: torch.nn.Module) -> None:
     """Let float16 blocks work on channels-last features, which cuDNN's convolutions need not transpose.
 
-    StyleGAN2's blocks and the discriminator have the switch; it is no part of what a checkpoint says.
+    StyleGAN2's blocks and the discriminator have the switch; checkpoints do not contain it.
     """
     for module in network.modules():
         if getattr(module, "use_fp16", False) and hasattr(module, "channels_last"):

@@ -7,7 +7,6 @@ carries a CRC-32, which is checked before anything is used.
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import time
 import zipfile
@@ -49,8 +48,6 @@ FIXED = (
     "sd_preset", "sd_backbone", "sd_teacher", "sd_teacher_kimg", "precision", "seed",
 )  # fmt: skip
 IGNORED_ON_RESUME = ("resume", "outdir", "recipe")
-
-log = logging.getLogger("finetune.train")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def map_latents(G: Network, latents: Latents, update_emas: bool = False) -> torc
 
 
 class NoiseReplay(TorchFunctionMode):
-    """The noise maps that one network draws, for another network to use in the same order."""
+    """The noise maps that one network draws in a block, for another network to use in the same order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +73,6 @@ class NoiseReplay(TorchFunctionMode):
             return next(self.replayed)
         self.drawn.append(func(*args, **(kwargs or {})))
         return self.drawn[-1]
-
-    def recording(self) -> NoiseReplay:
-        """Keep what `torch.randn` returns inside the block."""
-        self.replayed = None
-        return self
 
     def again(self) -> NoiseReplay:
         """Return it again, in the same order, inside the block; nothing is drawn."""

@@ -58,11 +58,11 @@ class RunPage:
             return
         with self._warning():
             write_about(self.run_dir.path, prepared, self.run_dir.source)
-        self.restart(prepared.state.nimg)
+        self.drop_later_previews(prepared.state.nimg)
         self.last_nimg = -1  # a preview is due
         self.update(prepared.state)
 
-    def restart(self, nimg: int) -> None:
+    def drop_later_previews(self, nimg: int) -> None:
         """Delete previews after `nimg` images: training continues from there."""
         if not self.run_dir.is_writable:
             return
@@ -149,20 +149,17 @@ def save_small(images: torch.Tensor, columns: int, path: Path) -> None:
 
 
 def write_about(folder: Path, prepared: Prepared, source: dict[str, Any] | None) -> None:
-    """Write `about.json`: data, device, origin, and the reason for each option; a resume adds a line."""
-    path, origin = folder / "about.json", prepared.origin
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    """Write `about.json`: data, device, origin, and the reason for each option."""
+    path = folder / "about.json"
     about: dict[str, Any]
     if path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8"))
-        resumed = {"event": "resume", "time": now, "nimg": origin.nimg, "what": " ".join(origin.lines)}
-        about |= {"recommended": None, "resumed": [*about.get("resumed", []), resumed]}
+        about = json.loads(path.read_text(encoding="utf-8")) | {"recommended": None}
     else:
         values = prepared.config.to_dict()
         reasons = {each.name: {"value": values[each.name], "why": each.why} for each in prepared.reasons}
         about = {
             "finetune": __version__,
-            "started": now,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": device_name(prepared.plan.device),
             "reasons": reasons,
             "data": prepared.overview,

@@ -30,19 +30,16 @@ GDISTILL, DIAGNOSE = "Gdistill", "diagnose"  # in the log only
 
 def update_averages(state: TrainState, plan: Plan) -> None:
     """Move G_ema, the teacher if it is a separate EMA, and the power-function averages toward G."""
-    update_average_of("G_ema", plan.ema_nimg, state, plan)
-    if plan.teacher_nimg is not None:
-        update_average_of("teacher", plan.teacher_nimg, state, plan)
+    half_lives = {"G_ema": plan.ema_nimg, "teacher": plan.teacher_nimg}
+    for name, half_life_nimg in half_lives.items():
+        if half_life_nimg is None:
+            continue
+        decay = ema_decay(plan.batch, half_life_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
+        key = (name, decay) if plan.ema_rampup is None else None
+        plan.graphs.run(key, partial(update_average, getattr(state, name), state.G, decay))
     for name, average in state.power_averages.items():
         updates = num_updates(state.nimg, plan.batch, plan.d_warmup_nimg)
         update_average(average, state.G, power_decay(updates, POWERS[name]))
-
-
-def update_average_of(name: str, half_life_nimg: float, state: TrainState, plan: Plan) -> None:
-    """Move the network `name` toward G."""
-    decay = ema_decay(plan.batch, half_life_nimg, nimg=state.nimg, rampup=plan.ema_rampup)
-    key = (name, decay) if plan.ema_rampup is None else None
-    plan.graphs.run(key, partial(update_average, getattr(state, name), state.G, decay))
 
 
 # Functions `…_micro_batch` run as CUDA graphs: tensors in, a tensor out, no draw from the CPU, and
@@ -61,7 +58,7 @@ def generator_step(state: TrainState, plan: Plan, stats: Stats) -> None:
             key = (GMAIN, bool(distillation), augmented) if diagnostics is None else None
             part = partial(generator_micro_batch, state, plan, stats, distillation, diagnostics)
             norms.append(plan.graphs.run(key, part, **draw_inputs(state, plan, plan.batch_gpu)))
-    if plan.distillation and plan.distillation.ratio is not None:
+    if distillation is not None and distillation.ratio is not None:
         state.sd_norms.copy_(average(norms, plan, f"{GMAIN} (step {state.step})"))
 
 
@@ -76,7 +73,7 @@ def generator_micro_batch(
     """Add the gradients of one micro-batch to those of G; return `sd_norms` as moved by it."""
     latents, replay = Latents(**inputs), NoiseReplay()
     ws = map_latents(state.G, latents)
-    with replay.recording():
+    with replay:
         img = state.G.synthesis(ws, **plan.synthesis)
 
     leaf = img.detach().requires_grad_()

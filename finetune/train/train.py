@@ -140,6 +140,7 @@ def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
                 display.say(f"Set aside {len(later)} later files: their names end in {ABANDONED} now.")
             run.run_dir.drop_later_lines(state.nimg)
             run.run_dir.open()
+            run.run_dir.event("resume", state, what=" ".join(prepared.origin.lines))
         stack.callback(run.batches.close)  # else workers wait for 5 s each until the garbage is collected
         run.page.start(prepared)
         display.start_at(state.nimg)
@@ -231,12 +232,11 @@ def train(run: Run) -> Path:
         alarms = stats.find_not_finite(state.step, at_tick=is_tick)
         diverged = report(run, alarms)
         if is_tick and diverged is None:
-            is_snapshot = stats.passed(plan.snap_nimg, state.nimg) and not is_end and not stopping
-            is_validation = run.validation.is_due(stats, state.nimg, is_end=is_end)
+            is_due = stats.passed(plan.snap_nimg, state.nimg)
 
             # Statistics, diagnostics, metrics.
             numbers = stats.read(state)
-            if is_validation and (metrics := run.validation.measure(state)) is not None:
+            if (is_due or is_end) and (metrics := run.validation.measure(state)) is not None:
                 numbers["metrics"] = metrics
             if unreadable := checkpointer.count_unreadable():
                 numbers["unreadable"] = unreadable
@@ -249,7 +249,7 @@ def train(run: Run) -> Path:
             diverged = report(run, run.monitor.check(state, numbers))
             if diverged is None:
                 report(run, keep_best(run, numbers.get("metrics")))
-                if is_snapshot:
+                if is_due and not is_end and not stopping:
                     checkpointer.save()
                 run.page.update(state)
 
@@ -258,7 +258,7 @@ def train(run: Run) -> Path:
             checkpointer.roll_back(diverged)
             run.monitor.restart(state.nimg)
             run.display.start_at(state.nimg)
-            run.page.restart(state.nimg)
+            run.page.drop_later_previews(state.nimg)
         elif not is_end and not alarms:
             checkpointer.save_by_the_clock()
         if is_tick:

@@ -20,7 +20,6 @@ from finetune.metrics.evaluate import Evaluation, check_names
 from finetune.options import TrainOptions
 from finetune.train.run_dir import exact_kimg
 from finetune.train.state import TrainState
-from finetune.train.stats import Stats
 from torch_utils.files import WriteError
 
 log = logging.getLogger("finetune.train")
@@ -50,18 +49,15 @@ class Validation:
 
     def __post_init__(self) -> None:
         self.names = names_of(self.config)
-        self.interval_nimg = self.config.tick * 1000 * self.config.snap
         self._evaluation: Evaluation | None = None
-
-    def is_due(self, stats: Stats, nimg: int, *, is_end: bool) -> bool:
-        """Return whether a multiple of the interval was passed since the last tick, or training is over."""
-        return bool(self.names) and (is_end or stats.passed(self.interval_nimg, nimg))
 
     def measure(self, state: TrainState) -> dict[str, Any] | None:
         """Return `{"num": …, name: value, name_spread: …, name_error: …, "sec": …}`, None if it failed.
 
-        Spread and standard error are left out where they are 0.
+        Also None without metrics. Spread and standard error are left out where they are 0.
         """
+        if not self.names:
+            return None
         started = time.perf_counter()
         try:
             if self._evaluation is None:

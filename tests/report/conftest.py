@@ -24,7 +24,6 @@ def make_run(tmp_path):
             "data": {"images": "213"},
             "notes": ["All images are gray & small."],
             "source": {"source": "ffhq.pkl", "licence": "Some License 1.0", "sha256": "ab" * 32},
-            "resumed": [{"event": "resume", "time": "2026-01-02", "nimg": 8000, "what": "Resumed."}],
         }
         (path / "about.json").write_text(json.dumps(about))
         with open(path / "log.jsonl", "w") as file:
@@ -51,7 +50,8 @@ def make_run(tmp_path):
             "step": 3,
             "what": "ADA is at <its> limit.",
         }
-        (path / "events.jsonl").write_text(json.dumps(event) + "\n")
+        resumed = {"event": "resume", "time": "2026-01-02", "nimg": 8000, "what": "Resumed."}
+        (path / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps(resumed) + "\n")
         noise = Image.effect_noise(tile, 60).convert("RGB")
         for index in range(num_frames):
             stem = f"{index * kimg / max(1, num_frames - 1):010.3f}"

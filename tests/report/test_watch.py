@@ -16,12 +16,12 @@ from finetune.report import read_run
 def test_watch_prints_lines_and_ends_with_the_run(make_run):
     result = CliRunner().invoke(cli, ["watch", str(make_run())])
     lines = result.output.splitlines()
-    assert result.exit_code == 0 and len(lines) == 51
+    assert result.exit_code == 0 and len(lines) == 52
     assert (
         lines[9].split()
         == "40.00 kimg 66.7 img/s 10:00 elapsed G 1.946 D 0.700 SD 1.100 random-fid@1000 0.6".split()
     )
-    assert lines[-1] == "    4.00 kimg  ADA is at <its> limit."
+    assert lines[-2:] == ["    4.00 kimg  ADA is at <its> limit.", "    8.00 kimg  Resumed."]
 
 
 def test_watch_follows_a_growing_log(make_run, monkeypatch):

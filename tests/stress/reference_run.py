@@ -180,7 +180,8 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     return {
         "state": state,
         "log": log,
-        "events": [{key: event.get(key) for key in EVENT} for event in happened],
+        # Resumes were recorded in about.json before they became events.
+        "events": [{key: each.get(key) for key in EVENT} for each in happened if each["event"] != "resume"],
     }
 
 

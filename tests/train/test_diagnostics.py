@@ -131,7 +131,7 @@ class TestWeightByRatio:
         )
         draw = draw_latents(state.G, plan.labels(4), 0.0)
         replay = NoiseReplay()
-        with torch.no_grad(), replay.recording():
+        with torch.no_grad(), replay:
             img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
         adversarial = torch.randn(img.shape, generator=torch.Generator().manual_seed(3))
         norms, wanted = torch.zeros(2), 0.1 * float(adversarial.norm()) * interval
@@ -156,7 +156,7 @@ class TestWeightByRatio:
         prepared = prepare(options(images, tmp_path, sd_weight="auto:0.1", sd_interval=1))
         state, plan = prepared.state, prepared.plan
         draw, replay = draw_latents(state.G, plan.labels(4), 0.0), NoiseReplay()
-        with torch.no_grad(), replay.recording():
+        with torch.no_grad(), replay:
             img = state.G.synthesis(map_latents(state.G, draw), **plan.synthesis)
         adversarial, norms = torch.ones_like(img), torch.zeros(2)
         for _ in range(10):

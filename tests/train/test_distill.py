@@ -43,7 +43,7 @@ def distillation(**changes):
 def student_images(G, draw):
     replay = NoiseReplay()
     G.requires_grad_(True)
-    with replay.recording():
+    with replay:
         img = G.synthesis(map_latents(G, draw), **SYNTHESIS)
     G.requires_grad_(False)
     return img.detach(), replay

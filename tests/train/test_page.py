@@ -42,7 +42,7 @@ def test_train_writes_previews_reasons_and_page(images, tmp_path):
 def test_rollback_deletes_later_previews(images, tmp_path, monkeypatch):
     result = run(options(images, tmp_path, kimg=0.016, tick=0.008), console=quiet())
     written = page.RunPage(Mock(path=result.run_dir, is_writable=True), result.config)
-    written.restart(8)
+    written.drop_later_previews(8)
     names = sorted(path.name for path in (result.run_dir / "preview").glob("samples-*"))
     assert names == ["samples-000000.000.webp", "samples-000000.008.webp"]
     assert written.last_nimg == 8
