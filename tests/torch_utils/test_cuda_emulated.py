@@ -120,6 +120,15 @@ def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypa
 
     monkeypatch.setattr(cuda, "_run", wrong)
     assert impl.problem("upfirdn2d", cpu).startswith("upfirdn2d is wrong on cpu, by ")
+
+    def nan_in_gradient(op, x, pointers, numbers):
+        right(op, x, pointers, numbers)
+        if pointers.keys() & {"db", "s"}:
+            ctypes.memset(pointers.get("db", pointers["out"]), 255, 4)
+
+    monkeypatch.setattr(cuda, "_run", nan_in_gradient)
+    for op in ("bias_act", "fma", "unit_distance"):
+        assert impl.problem(op, cpu) == f"{op} is wrong on cpu, by nan"
     monkeypatch.setattr(cuda, "_run", lambda *args: 1 / 0)
     assert impl.problem("bias_act", cpu) == "bias_act fails on cpu: division by zero"
 

@@ -49,7 +49,10 @@ _lock = threading.RLock()
 def register(
     op: str, trial: Callable[[torch.device], float], devices: tuple[str, ...] = ("cpu", "cuda")
 ) -> None:
-    """Register `op`; `trial` returns how far its kernels on one of `devices` are from the reference."""
+    """Register `op`; `trial` returns how far its kernels on one of `devices` are from the reference.
+
+    Differences are to be added: unlike Python's max, a sum keeps a NaN.
+    """
     _trials[op], _devices[op] = trial, devices
 
 
