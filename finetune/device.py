@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,27 +50,24 @@ def float32_math(*, tf32: bool = False, split: bool = False, benchmark: bool | N
 
     In float32 by default, as the original networks were trained and their golden numbers require; torch
     itself leaves cuDNN's convolutions in TF32, which keeps 10 bits of mantissa. `tf32` allows it for
-    convolutions and matrix products. `split` computes convolutions as `conv2d_gradfix.split_float32`
-    does. Products of float16 matrices are summed in float32, as their convolutions are: in float16,
-    torch's default, partial sums can overflow. `benchmark` sets `torch.backends.cudnn.benchmark`, with a
-    few algorithms to try; None leaves it as it is.
+    convolutions and matrix products. `split` computes convolutions, and products by `conv2d_gradfix.bmm`,
+    as `conv2d_gradfix.split_float32` does. Products of float16 matrices are summed in float32, as their
+    convolutions are: in float16, torch's default, partial sums can overflow. `benchmark` sets
+    `torch.backends.cudnn.benchmark`, with a few algorithms to try; None leaves it as it is.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    with _old_switches():
-        before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-        cudnn.allow_tf32 = matmul.allow_tf32 = tf32
-    sums_in_half, limit = matmul.allow_fp16_reduced_precision_reduction, cudnn.benchmark_limit
+    before, limit = cudnn.benchmark, cudnn.benchmark_limit
+    sums_in_half = matmul.allow_fp16_reduced_precision_reduction
     matmul.allow_fp16_reduced_precision_reduction = False
     if benchmark is not None:
         cudnn.benchmark = benchmark
-        if limit is not None:  # as it is in a torch without cuDNN
+        if limit is not None:  # None in a torch without cuDNN
             cudnn.benchmark_limit = ALGORITHMS
     try:
-        with conv2d_gradfix.split_float32(split):
+        with conv2d_gradfix.tf32(tf32), conv2d_gradfix.split_float32(split):
             yield
     finally:
-        with _old_switches():
-            cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+        cudnn.benchmark = before
         matmul.allow_fp16_reduced_precision_reduction = sums_in_half
         if limit is not None:
             cudnn.benchmark_limit = limit
@@ -110,15 +106,3 @@ def fix_workspace() -> None:
     """Set the variable that deterministic matrix products need; without effect after the first product."""
     if os.environ.get(WORKSPACE_VARIABLE) not in WORKSPACES:
         os.environ[WORKSPACE_VARIABLE] = WORKSPACES[0]
-
-
-@contextlib.contextmanager
-def _old_switches() -> Iterator[None]:
-    """Silence the advice of torch 2.9 and later to set `fp32_precision` in place of `allow_tf32`.
-
-    The new names do not exist in torch 2.6, and once they are set, torch refuses to read the old ones, which
-    torch.compile does.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TF32", category=UserWarning)
-        yield

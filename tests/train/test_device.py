@@ -37,6 +37,36 @@ def test_float32_math_disables_tf32():
     assert switches() == before
 
 
+@pytest.fixture
+def precision_names():
+    """The objects with `fp32_precision` of torch 2.9 and later, restored after the test."""
+    backends = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        pytest.skip("torch has no fp32_precision")
+    objects = backends, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    before, (convolutions, products, _) = [each.fp32_precision for each in objects], switches()
+    yield objects
+    backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = convolutions, products
+    for each, value in zip(objects, before):
+        each.fp32_precision = value
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2], ids=["all", "products", "convolutions"])
+def test_float32_math_overrides_and_restores_fp32_precision(changed, precision_names):
+    """Once these names were used, torch may refuse to read `allow_tf32`."""
+    precision_names[changed].fp32_precision = "ieee" if changed == 2 else "tf32"
+    before = [each.fp32_precision for each in precision_names]
+    for _ in range(2):
+        with float32_math():
+            assert [each.fp32_precision for each in precision_names[1:]] == ["ieee"] * 3
+            assert switches()[:2] == (False, False), "torch.compile reads these"
+            with float32_math(tf32=True):
+                assert [each.fp32_precision for each in precision_names[1:]] == ["tf32"] * 3
+        assert [each.fp32_precision for each in precision_names] == before
+    if changed == 1:
+        assert torch.backends.cudnn.allow_tf32, "it could be read before, and still can"
+
+
 def test_float32_math_sums_float16_in_float32():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ def split_float32(enable: bool = True) -> Iterator[None]:
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> torch.Tensor:
-    """Convolve as `torch.nn.functional.conv2d` does, with respect for `no_weight_gradients`."""
+    """Convolve as `torch.nn.functional.conv2d` does; `no_weight_gradients` applies."""
     if _is_bilinear(input, weight):
         y = _Convolution.apply(input, weight, _geometry(stride, padding, dilation, groups))
         return y if bias is None else y + bias.reshape(1, -1, 1, 1)
@@ -82,7 +82,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) 
 def conv_transpose2d(
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ) -> torch.Tensor:
-    """Convolve as `torch.nn.functional.conv_transpose2d` does, with respect for `no_weight_gradients`."""
+    """Convolve as `torch.nn.functional.conv_transpose2d` does; `no_weight_gradients` applies."""
     if _is_bilinear(input, weight):
         geometry = _geometry(stride, padding, dilation, groups)
         sizes = zip(input.shape[2:], weight.shape[2:], _pair(output_padding), *geometry[:3], strict=True)
@@ -93,7 +93,7 @@ def conv_transpose2d(
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Multiply matrices as `torch.bmm` does, with respect for `split_float32`."""
+    """Multiply matrices as `torch.bmm` does; `split_float32` applies."""
     return _MatrixProduct.apply(a, b) if _splits_matrices(a, b) else torch.bmm(a, b)
 
 
@@ -134,7 +134,7 @@ class _Convolution(torch.autograd.Function):
         ctx.geometry, ctx.x_size, ctx.w_size = geometry, x.shape, w.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
         if _splits(x, w, geometry.groups):
-            with _tf32():
+            with tf32(True):
                 return F.conv2d(_parts(x, 1), _counterparts(w, 1), None, *geometry)
         return F.conv2d(x, w, None, *geometry)
 
@@ -161,7 +161,7 @@ class _TransposedConvolution(torch.autograd.Function):
         stride, padding, dilation, groups = geometry
         if _splits(y, w, groups):
             y, w = _parts(y, 1), _counterparts(w, 0)
-            with _tf32():
+            with tf32(True):
                 return F.conv_transpose2d(y, w, None, stride, padding, extra, groups, dilation)
         return F.conv_transpose2d(y, w, None, stride, padding, extra, groups, dilation)
 
@@ -225,7 +225,7 @@ class _MatrixProduct(torch.autograd.Function):
     def forward(ctx, a, b):
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
         a_leading, b_leading = _leading_bits(a), _leading_bits(b)
-        with _tf32():
+        with tf32(True):
             y = torch.bmm(a - a_leading, b_leading)  # the small parts first
             y.baddbmm_(a_leading, b - b_leading)
             return y.baddbmm_(a_leading, b_leading)
@@ -259,17 +259,47 @@ def _leading_bits(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    """Allow cuDNN and cuBLAS to compute in TF32."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+def tf32(allow: bool) -> Iterator[None]:
+    """Compute float32 convolutions and products on CUDA in TF32 or in float32 inside the block.
+
+    torch 2.9 and later have `fp32_precision` beside `allow_tf32`, and refuse to read the latter where the two
+    differ, as after a caller set the former. torch.compile reads it, so both are set.
+    """
+    backends: Any = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn, matmul = backends
+    settings = (cudnn.conv, cudnn.rnn, matmul) if hasattr(matmul, "fp32_precision") else ()
+    precisions = [each.fp32_precision for each in settings]
+    with _no_advice():
+        switches = [_switch(each) for each in backends]
+        for each in backends:
+            each.allow_tf32 = allow
+    for each in settings:  # `allow_tf32` leaves a convolution to the value for all backends
+        each.fp32_precision = "tf32" if allow else "ieee"
+    try:
+        yield
+    finally:
+        with _no_advice():
+            for each, switch in zip(backends, switches, strict=True):
+                if switch is not None:
+                    each.allow_tf32 = switch
+        for each, precision in zip(settings, precisions, strict=True):
+            each.fp32_precision = precision
+
+
+def _switch(backend: Any) -> bool | None:
+    """Return `allow_tf32`, or None if torch refuses to read it."""
+    try:
+        return backend.allow_tf32
+    except RuntimeError:
+        return None
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Silence the advice of some versions of torch to set `fp32_precision`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*TF32", category=UserWarning)
-        before = cudnn.allow_tf32, matmul.allow_tf32
-        cudnn.allow_tf32 = matmul.allow_tf32 = True
-        try:
-            yield
-        finally:
-            cudnn.allow_tf32, matmul.allow_tf32 = before
+        yield
 
 
 # ---- torch's own convolutions, for devices other than CUDA
