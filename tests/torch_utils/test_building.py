@@ -141,11 +141,24 @@ def test_building_compilers_nvcc_error_is_quoted(tmp_path):
         compilers._first((broken,), "nvcc", "trial.cu", "", ["-o", "t.cubin"], "t.cubin", "")
 
 
-def test_building_cpu_build_quotes_compiler(sources):
+def test_building_cpu_build_quotes_compiler_once(sources, monkeypatch):
+    sources = sources.rename(sources.with_name("native"))  # as the folder of our own sources
     (sources / "answer.cpp").write_text("int answer( { return 42; }\n")
+    run, builds = cpu_build._run, []
+    monkeypatch.setattr(cpu_build, "_run", lambda *args: (builds.append(args), run(*args))[1])
     with pytest.raises(NativeUnavailable, match=r"cannot compile the CPU ops: .*error: .*CXX="):
         cpu_build.build(sources)
-    assert entries() == []
+    assert entries() == [] and len(builds) == 1
+
+
+def test_building_cpu_build_passes_over_old_compiler(sources, tmp_path, monkeypatch):
+    """The next one is in a folder whose name has a space."""
+    real, folder = compilers.cxx().path, tmp_path / "my tools"
+    folder.mkdir()
+    old = script(tmp_path / "old", f'case "$*" in *c++17*) exit 1;; esac\nexec {real} "$@"\n')
+    monkeypatch.setattr(compilers, "CXX_NAMES", (old, script(folder / "new", f'exec {real} "$@"\n')))
+    compilers.cxx.cache_clear()
+    assert compilers.cxx().path == str(folder / "new") and cpu_build.build(sources).is_file()
 
 
 def test_building_cpu_build_without_march_native(sources, tmp_path, monkeypatch):

@@ -14,7 +14,11 @@ from typing import NamedTuple
 from . import NativeUnavailable
 
 CXX_NAMES = ("c++", "g++", "clang++")
-TRIAL_CXX = 'extern "C" int sg_trial(int a) {\n    return a + 1;\n}\n'
+STANDARD = "-std=c++17"
+TRIAL_CXX = """#include <cmath>
+namespace trial::cpp17 {}
+extern "C" double sg_trial(double a) { return std::sqrt(a); }
+"""
 TRIAL_CUDA = 'extern "C" __global__ void sg_trial(float* x) {\n    x[threadIdx.x] += 1.0f;\n}\n'
 TIME_OUT = 120  # seconds for a trial; a compiler that hangs is one that does not work
 
@@ -38,9 +42,8 @@ def cxx() -> Compiler:
     chosen = os.environ.get("CXX", "").strip()
     names = (chosen,) if chosen else CXX_NAMES
     library = "trial.dll" if sys.platform == "win32" else "trial.so"
-    return _first(
-        names, "C++ compiler", "trial.cpp", TRIAL_CXX, ["-shared", "-fPIC", "-o", library], library, NO_CXX
-    )
+    options = [STANDARD, "-shared", "-fPIC", "-o", library]
+    return _first(names, "C++ compiler", "trial.cpp", TRIAL_CXX, options, library, NO_CXX)
 
 
 @functools.cache
@@ -69,10 +72,10 @@ def _first(
             continue
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / source).write_text(text)
-            said = run([path, source, *options], folder)
-            if said is None and (Path(folder) / made).is_file() and (Path(folder) / made).stat().st_size:
+            error = run([path, source, *options], folder)
+            if error is None and (Path(folder) / made).is_file() and (Path(folder) / made).stat().st_size:
                 return Compiler(path, _version(path, folder))
-        failures.append(f"{path} cannot compile three lines: {said or 'no message and no output file'}")
+        failures.append(f"{path} cannot compile three lines: {error or 'no message and no output file'}")
     raise NativeUnavailable(f"no {kind} that works ({'; '.join(failures)})", remedy)
 
 
@@ -93,9 +96,9 @@ def run(command: list[str], folder: str | Path, time_out: float = TIME_OUT) -> s
     return None if done.returncode == 0 else first_error(done.stdout + "\n" + done.stderr, done.returncode)
 
 
-def first_error(said: str, code: int) -> str:
+def first_error(output: str, code: int) -> str:
     """Return the first line that mentions an error, else the last, else the exit code."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line] or [
         line for line in lines if "error" in line.lower()
     ]

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -18,7 +19,7 @@ from . import NativeUnavailable, cache, compilers
 SOURCES = Path(__file__).resolve().parents[1]
 NAME = "libsg_ops.dll" if sys.platform == "win32" else "libsg_ops.so"
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
+    *(compilers.STANDARD, "-O3", "-fPIC", "-fvisibility=hidden"),
     # Sums may become fused products and sums; nothing else that changes results is allowed.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
@@ -88,7 +89,9 @@ def compiler_of_last_time() -> compilers.Compiler | None:
 
 def _note_key(path: str) -> str:
     real = os.stat(path)
-    return cache.key_of(["compiler", path, os.path.realpath(path), str(real.st_size), str(real.st_mtime_ns)])
+    trial = compilers.TRIAL_CXX  # which the compiler has passed
+    parts = ["compiler", trial, path, os.path.realpath(path), str(real.st_size), str(real.st_mtime_ns)]
+    return cache.key_of(parts)
 
 
 @functools.cache
@@ -108,13 +111,12 @@ def _compile(sources: Path, compiler: compilers.Compiler) -> bytes:
     for architecture in (["-march=native"], ["-mcpu=native"], []):
         with tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder:
             made = Path(folder) / NAME
-            said = _run(Path(folder), sources, compiler, [*FLAGS, *architecture])
-            if said is None and made.is_file():
+            error = _run(Path(folder), sources, compiler, [*FLAGS, *architecture])
+            if error is None and made.is_file():
                 return made.read_bytes()
-            failures.append(said or "no message and no output file")
-            if architecture and not any(
-                word in failures[-1] for word in ("march", "mcpu", "native", "target")
-            ):
+            failures.append(error or "no message and no output file")
+            # Not just native: the paths of the sources contain it.
+            if not any(word in failures[-1] for word in ("-march", "-mcpu", "'native'")):
                 break
     raise NativeUnavailable(
         f"{compiler.path} ({compiler.version}) cannot compile the CPU ops: {failures[0]}",
@@ -136,6 +138,8 @@ def _run(folder: Path, sources: Path, compiler: compilers.Compiler, flags: list[
 def ninja_file(compiler: str, flags: list[str], files: list[Path]) -> str:
     """Return the build file for ninja: one object per file, one library."""
     objects = [f"{number}_{path.stem}.o" for number, path in enumerate(files)]
+    if os.name == "posix":  # where ninja calls a shell
+        compiler = shlex.quote(compiler)
     lines = [
         f"cxx = {_escaped(compiler)}",
         f"flags = {' '.join(flags)}",
