@@ -52,7 +52,7 @@ def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[La
         for name in pointers:
             setattr(p, name, SOME_ADDRESS)
         plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(p, capability)
-        plans.add(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0))
+        plans.add(plan.specialization())
 
     before = cuda._run, library.kernels
     cuda._run, library.kernels = record, lambda x: cuda

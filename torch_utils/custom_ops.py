@@ -31,12 +31,24 @@ def cpu_library() -> ctypes.CDLL:
     with _lock:
         if _library is None:
             try:
-                _library = _load_library()
+                with _os_errors_explained():
+                    _library = _load_library()
             except NativeUnavailable as error:
                 _library = error
         if isinstance(_library, NativeUnavailable):
             raise _library
         return _library
+
+
+@contextlib.contextmanager
+def _os_errors_explained() -> Iterator[None]:
+    """Turn an OSError of a build, as without space for temporary files, into NativeUnavailable."""
+    try:
+        yield
+    except OSError as error:
+        raise NativeUnavailable(
+            f"the kernels cannot be built: {error}", "Free some space, or set TMPDIR."
+        ) from error
 
 
 BUILD = "from torch_utils.ops.native.building import cpu_build; cpu_build.build()"
@@ -52,7 +64,10 @@ def build_for_next_start() -> bool:
 
     global _library
     with _lock:
-        if _library is not None or cpu_build.compiler_of_last_time() is None or cpu_build.find() is not None:
+        try:
+            if _library is not None or cpu_build.compiler_of_last_time() is None or cpu_build.find():
+                return False
+        except OSError:
             return False
         if not os.access(cache.ops_folder(), os.W_OK):  # which the look for a compiler has made
             return False
@@ -132,10 +147,12 @@ def _cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes | NativeUnava
     if (found := cuda_build.find(plan, capability)) is not None:
         return found
     try:
-        return cuda_build.nvrtc(plan, capability)
+        with _os_errors_explained():
+            return cuda_build.nvrtc(plan, capability)
     except NativeUnavailable as first:
         try:
-            return cuda_build.nvcc([plan], capability)[0]
+            with _os_errors_explained():
+                return cuda_build.nvcc([plan], capability)[0]
         except NativeUnavailable as second:
             return NativeUnavailable(f"{first.cause}; {second.cause}", first.remedy)
 
@@ -145,10 +162,18 @@ def cubin(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
 
     NVRTC makes it, or nvcc if there is no NVRTC. Raises NativeUnavailable with the compilers' messages.
     """
-    found = _cubin(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0), capability)
+    found = _cubin(plan.specialization(), capability)
     if isinstance(found, NativeUnavailable):
         raise found
     return found
+
+
+def recompiled(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
+    """Return a binary by NVRTC in place of one that the driver refuses. Raises NativeUnavailable."""
+    from torch_utils.ops.native.building import cuda_build
+
+    with _os_errors_explained():
+        return cuda_build.nvrtc(plan.specialization(), capability, replace=True)
 
 
 def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int], maker: str = "auto") -> str:
@@ -171,20 +196,14 @@ def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int], maker: 
 
 def have_cuda_kernels() -> None:
     """Raise NativeUnavailable if the ops have no CUDA kernels that could be built here."""
-    from torch_utils.ops.native.building import compilers, cpu_build, cuda_build
+    from torch_utils.ops.native.building import compilers, cuda_build
 
-    missing = [
-        op
-        for op in ("bias_act", "fma", "upfirdn2d", "filtered_lrelu")
-        if not (cpu_build.SOURCES / op / f"{op}.cu").is_file()
-    ]
-    if missing:
-        raise NativeUnavailable(f"there are no CUDA kernels of {', '.join(missing)} in this version")
     try:
         cuda_build.nvrtc_version()
     except NativeUnavailable as first:
         try:
-            compilers.nvcc()
+            with _os_errors_explained():
+                compilers.nvcc()
         except NativeUnavailable as second:
             raise NativeUnavailable(f"{first.cause}; {second.cause}", first.remedy) from None
 
@@ -193,17 +212,18 @@ def explain() -> dict[str, Any]:
     """Return, in plain values, what is needed to find out why the ops do not run as expected."""
     from torch_utils.ops.native.building import compilers, cpu_build, cuda_build
 
-    def said(find: Any) -> dict[str, Any]:
+    def result_of(find: Any) -> dict[str, Any]:
         try:
-            found = find()
+            with _os_errors_explained():
+                found = find()
             return {"works": True, **(found if isinstance(found, dict) else {"version": str(found)})}
         except NativeUnavailable as error:
             return {"works": False, "cause": error.cause, "remedy": error.remedy}
 
     return {
-        "cxx": said(lambda: compilers.cxx()._asdict()),
-        "nvcc": said(lambda: compilers.nvcc()._asdict()),
-        "nvrtc": said(cuda_build.nvrtc_version),
+        "cxx": result_of(lambda: compilers.cxx()._asdict()),
+        "nvcc": result_of(lambda: compilers.nvcc()._asdict()),
+        "nvrtc": result_of(cuda_build.nvrtc_version),
         "ninja": cpu_build.find_ninja() or "",
-        "cpu_library": said(cpu_library_info),
+        "cpu_library": result_of(cpu_library_info),
     }

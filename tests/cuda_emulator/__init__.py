@@ -68,7 +68,7 @@ def run(op: str, x, pointers: dict[str, int], numbers: tuple) -> None:
         setattr(p, name, pointer)
     plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(p, CAPABILITY)
     plans.append(plan)
-    library = _compiled(plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0))
+    library = _compiled(plan.specialization())
     grid, block = (ctypes.c_uint * 3)(*plan.grid), (ctypes.c_uint * 3)(*plan.block)
     error = library.sg_emulate(ctypes.byref(p), grid, block, plan.shared_bytes)
     assert error is None, error.decode()

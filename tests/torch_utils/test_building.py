@@ -9,15 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from torch_utils import custom_ops
 from torch_utils.ops import bias_act, impl
+from torch_utils.ops import upfirdn2d as upfirdn2d
+from torch_utils.ops.native import cuda, driver
 from torch_utils.ops.native.building import NativeUnavailable, cache, compilers, cpu_build, cuda_build
 from torch_utils.ops.native.plan import LaunchPlan
 
@@ -40,7 +44,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def forget():
-    for remembers in (compilers.cxx, compilers.nvcc, cache._private_folder):
+    for remembers in (compilers.cxx, compilers.nvcc):
         if hasattr(remembers, "cache_clear"):
             remembers.cache_clear()
     cache._private.clear()
@@ -62,6 +66,10 @@ def script(path: Path, text: str) -> str:
     path.write_text("#!/bin/sh\n" + text)
     path.chmod(0o755)
     return str(path)
+
+
+def _raise(error: Exception):
+    raise error
 
 
 def entries() -> list[str]:
@@ -261,14 +269,64 @@ def test_building_cache_not_writable(sources, tmp_path, caplog):
     (tmp_path / "cache").mkdir(mode=0o555)
     path = cpu_build.build(sources)
     assert path.is_file() and tmp_path not in path.parents
-    assert "cannot be written" in caplog.text and "FINETUNE_CACHE" in caplog.text
+    assert "cannot be used" in caplog.text and "FINETUNE_CACHE" in caplog.text
 
 
 def test_building_cache_is_a_file(sources, tmp_path, caplog):
     (tmp_path / "cache").write_text("not a folder")
     path = cpu_build.build(sources)
     assert path.is_file() and tmp_path not in path.parents
-    assert "cannot be written" in caplog.text and "FINETUNE_CACHE" in caplog.text
+    assert cache.find(path.parent.name, path.name) == path
+    cache.publish("other", "kernel", b"binary")
+    assert caplog.text.count("cannot be used") == 1 and "FINETUNE_CACHE" in caplog.text
+
+
+def test_building_cache_is_readable_by_other_users():
+    before = os.umask(0o077)
+    try:
+        path = cache.publish("key", "kernel", b"binary")
+    finally:
+        os.umask(before)
+    assert [each.stat().st_mode & 0o777 for each in (path, path.parent)] == [0o644, 0o755]
+
+
+def test_building_cache_with_unreadable_file_of_another_user(tmp_path, monkeypatch, caplog):
+    theirs, read = cache.publish("key", "kernel", b"binary"), Path.read_bytes
+
+    def refuse(path):
+        if path == theirs:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(cache, "_remove", lambda folder: None)  # it belongs to that user, too
+    path = cache.publish("key", "kernel", b"binary")
+    assert path.read_bytes() == b"binary" and tmp_path not in path.parents
+    assert "cannot be used (Permission denied)" in caplog.text
+    assert cache.find("key", "kernel") == path
+
+
+def test_building_cache_replaces_only_on_request():
+    for data, replace, expected in ((b"1", False, b"1"), (b"2", False, b"1"), (b"2", True, b"2")):
+        assert cache.publish("key", "kernel", data, replace=replace).read_bytes() == expected
+
+
+def test_building_without_space_for_temporary_files(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(cuda_build, "nvrtc_version", lambda: _raise(NativeUnavailable("no NVRTC", "x")))
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: f"/usr/bin/{name}")
+    cause = "the kernels cannot be built: .*No space left on device"
+    assert not custom_ops.build_for_next_start()
+    with pytest.raises(NativeUnavailable, match=f"{cause}; Free some space, or set TMPDIR"):
+        custom_ops.cpu_library()
+    with pytest.raises(NativeUnavailable, match=f"no NVRTC; {cause}"):
+        custom_ops.have_cuda_kernels()
+    assert "No space" in custom_ops.explain()["cxx"]["cause"]
+    with pytest.warns(impl.SlowOpsWarning, match="TMPDIR"):
+        assert impl.choose("bias_act", "auto", "cpu") == "ref"
 
 
 def test_building_cache_read_only_is_used(sources):
@@ -313,6 +371,58 @@ def test_building_cuda_build_nvrtc_and_nvcc_give_cubin(tmp_path):
         assert binary[:4] == b"\x7fELF" and b"sg_k" in binary
     assert cuda_build.find(PLAN, (8, 0), folder) in made
     assert cuda_build.find(PLAN, (9, 0), folder) is None
+
+
+def test_building_cuda_build_targets_nearest_architecture(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(bindings, "nvrtcGetSupportedArchs", lambda: (0, [75, 80, 86, 90, 100, 120]))
+    wanted = [(8, 6), (8, 9), (10, 3), (12, 1), (11, 0), (7, 0)]
+    assert [cuda_build._nearest(each) for each in wanted] == [
+        *((8, 6), (8, 6), (10, 0), (12, 0)),
+        *((11, 0), (7, 0)),  # NVRTC reports that it does not support them
+    ]
+
+
+def test_building_cuda_build_without_cuda_core_names_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    monkeypatch.setitem(sys.modules, "cuda.core.experimental", None)
+    for version, package in (("13.0", "'cuda-core[cu13]'"), (None, "'cuda-core'")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(NativeUnavailable) as raised:
+            cuda_build._cuda_core.__wrapped__()
+        assert raised.value.remedy.endswith(f"pip install {package}")
+
+
+def test_building_cuda_build_replaces_binary_that_driver_refuses(tmp_path, monkeypatch):
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "k.cu").write_text(KERNEL)
+    key = cuda_build.key(PLAN, (8, 0), "nvrtc", folder)
+    cache.publish(key, cuda_build.NAME, b"old")
+    compiled = SimpleNamespace(code=b"new")
+    program = SimpleNamespace(compile=lambda kind: compiled)
+    classes = (lambda *args: program), (lambda **options: None)
+    monkeypatch.setattr(cuda_build, "_cuda_core", lambda: classes)
+    monkeypatch.setattr(cuda_build.find, "__defaults__", (folder,))
+    monkeypatch.setattr(cuda_build.nvrtc, "__defaults__", (folder,))
+    takes = [b"new"]
+
+    def load_function(context, binary, entry):
+        if binary not in takes:
+            raise driver.BinaryRefused(f"refused {binary}")
+        return 7
+
+    monkeypatch.setattr(driver, "load_function", load_function)
+    custom_ops._cubin.cache_clear()
+    assert cuda._load(0, PLAN, (8, 0)) == 7
+    assert cache.find(key, cuda_build.NAME).read_bytes() == b"new"
+    takes.clear()
+    with pytest.raises(NativeUnavailable, match="refused b'new'"):
+        cuda._load(0, PLAN, (8, 0))
+    monkeypatch.setattr(cuda_build, "_cuda_core", lambda: _raise(NativeUnavailable("no cuda-core")))
+    with pytest.raises(NativeUnavailable, match="refused b'old'"):
+        cuda._load(0, PLAN, (8, 0))
+    custom_ops._cubin.cache_clear()
 
 
 def test_building_cuda_build_uses_prebuilt_kernels(tmp_path, monkeypatch):

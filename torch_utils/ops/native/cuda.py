@@ -21,6 +21,8 @@ import torch
 from torch_utils import custom_ops
 
 from . import driver, params, specs
+from .building import NativeUnavailable
+from .plan import LaunchPlan
 from .sums import Images, biased_images
 
 
@@ -261,10 +263,21 @@ def _prepare(op: str, device: int, pointers: dict[str, int], numbers: tuple[Any,
     key = (device, plan.source, plan.entry, plan.defines)
     function = _functions.get(key)
     if function is None:
-        binary = custom_ops.cubin(plan, capability)
-        function = _functions[key] = driver.load_function(context, binary, plan.entry)
+        function = _functions[key] = _load(context, plan, capability)
     driver.allow_shared_bytes(context, function, plan.shared_bytes)
     return _Launch(p, context, function, plan.grid, plan.block, plan.shared_bytes)
+
+
+def _load(context: int, plan: LaunchPlan, capability: tuple[int, int]) -> int:
+    """Load a kernel; compile it again if the driver refuses a cached binary, as that of a newer compiler."""
+    try:
+        return driver.load_function(context, custom_ops.cubin(plan, capability), plan.entry)
+    except driver.BinaryRefused as refusal:
+        try:
+            binary = custom_ops.recompiled(plan, capability)
+        except NativeUnavailable:
+            raise refusal from None
+        return driver.load_function(context, binary, plan.entry)
 
 
 _ones: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}

@@ -42,6 +42,10 @@ class DriverError(RuntimeError):
     """The CUDA driver refused a call."""
 
 
+class BinaryRefused(NativeUnavailable):
+    """The CUDA driver does not take a binary."""
+
+
 @functools.cache
 def _library() -> Any:
     try:
@@ -98,7 +102,7 @@ def _current(context: int) -> Iterator[None]:
 def load_function(context: int, binary: bytes, entry: str) -> int:
     """Load a binary, which stays loaded, and return the handle of one of its kernels.
 
-    Raises NativeUnavailable if the driver does not take it.
+    Raises BinaryRefused if the driver does not take it.
     """
     module, function = _p(), _p()
     with _current(context):
@@ -107,9 +111,8 @@ def load_function(context: int, binary: bytes, entry: str) -> int:
             _call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
         except DriverError as error:
             remedy = "A newer driver, or `finetune doctor --clean`, may help."
-            raise NativeUnavailable(
-                f"the driver does not take the binary of {entry}: {error}", remedy
-            ) from error
+            cause = f"the driver does not take the binary of {entry}: {error}"
+            raise BinaryRefused(cause, remedy) from error
     assert function.value
     return function.value
 

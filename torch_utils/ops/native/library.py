@@ -182,12 +182,8 @@ def _fma_backward(ctx, dy):
     with_dc = with_c and ctx.c_shape == (dy.shape[0], 1, *dy.shape[2:])
     da, db, dc = FMA_GRAD(dy, a, b, with_db, with_dc)
     if not with_dc:
-        dc = _summed_to(dy, ctx.c_shape) if with_c else None
+        dc = dy.sum_to_size(ctx.c_shape) if with_c else None
     return da, db if with_db else None, dc
-
-
-def _summed_to(dy, shape):
-    return dy.sum_to_size(shape) if len(shape) else dy.sum()
 
 
 def _fma_fake(a, b, c):

@@ -21,6 +21,10 @@ class LaunchPlan(NamedTuple):
     block: tuple[int, int, int]
     shared_bytes: int = 0
 
+    def specialization(self) -> LaunchPlan:
+        """Return the plan without the shape of a launch, on which a binary does not depend."""
+        return self._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0)
+
 
 MAX_GRID = 2**31 - 1
 ITEM_BYTES = (4, 8, 2, 2)  # by the numbers of params.DTYPES

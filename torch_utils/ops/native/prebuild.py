@@ -42,8 +42,7 @@ def specializations(
                 if hasattr(struct, name):
                     setattr(struct, name, ALIGNED)
             plan = importlib.import_module(f"{__package__}.{op}.plan").plan(struct, capability)
-            plan = plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0)
-            found[plan] = None
+            found[plan.specialization()] = None
     return list(found)
 
 

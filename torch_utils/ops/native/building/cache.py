@@ -1,14 +1,14 @@
 """Cache of binaries: one folder per key, written atomically, verified whenever it is read.
 
-A key covers everything that a binary depends on (sources, flags, compiler, architecture), so entries are
-never stale, and processes, versions and machines can share a cache.
+A key covers sources, flags and architecture, and for the CPU also compiler and processor, so processes,
+versions and machines can share a cache. The key of a CUDA binary lacks the version of the compiler: one that
+a driver refuses is replaced (`cuda_build.nvrtc`).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import hashlib
 import logging
 import os
@@ -60,7 +60,7 @@ def key_of(parts: Iterable[str | bytes]) -> str:
 
 def find(key: str, name: str) -> Path | None:
     """Return the file `name` of a key, or None; a file that has changed is removed, with a warning."""
-    for folder in (ops_folder(), *_private_folders()):
+    for folder in (ops_folder(), *_private):
         path = folder / key / name
         try:
             data = path.read_bytes()
@@ -77,21 +77,30 @@ def find(key: str, name: str) -> Path | None:
     return None
 
 
-def publish(key: str, name: str, data: bytes) -> Path:
-    """Store a file for `find`, atomically; in a folder of this process alone if the cache cannot
-    be written."""
+def publish(key: str, name: str, data: bytes, *, replace: bool = False) -> Path:
+    """Store a file for `find`, atomically; in a folder of this process alone if the cache cannot be used.
+
+    An intact file of that key and name stays, unless `replace` is set. Raises OSError if there is no folder
+    for temporary files or no space in it.
+    """
     try:
-        return _publish(ops_folder(), key, name, data)
+        return _publish(ops_folder(), key, name, data, replace)
     except OSError as error:
-        private = _private_folder()
-        log.warning(
-            "The cache %s cannot be written (%s): builds are not kept. Set %s to another folder.",
-            *(ops_folder(), error.strerror or error, VARIABLE),
-        )
-        return _publish(private, key, name, data)
+        if not _private:
+            folder = Path(tempfile.mkdtemp(prefix="stylegan-finetune-ops-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            _private.append(folder)
+            log.warning(
+                "The cache %s cannot be used (%s): builds are not kept. Set %s to another folder.",
+                *(ops_folder(), error.strerror or error, VARIABLE),
+            )
+        return _publish(_private[0], key, name, data, replace)
 
 
-def _publish(folder: Path, key: str, name: str, data: bytes) -> Path:
+_private: list[Path] = []  # the folder of this process, once there is one
+
+
+def _publish(folder: Path, key: str, name: str, data: bytes, replace: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
     try:
@@ -103,15 +112,17 @@ def _publish(folder: Path, key: str, name: str, data: bytes) -> Path:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            path.chmod(0o644)  # other users may share the cache
         making.chmod(0o755)
         target = folder / key
-        if target.exists() and find(key, name) is None:
+        if target.exists() and (replace or find(key, name) is None):
             _remove(target)
         with contextlib.suppress(OSError):  # another process was faster, with the same binary
             making.rename(target)
         path = target / name
         if not path.is_file():
             raise FileNotFoundError(2, "it could not be renamed", str(target))
+        path.read_bytes()  # PermissionError for the file of a user with a narrow umask
         return path
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -123,21 +134,6 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-_private: list[Path] = []
-
-
-def _private_folders() -> tuple[Path, ...]:
-    return tuple(_private)
-
-
-@functools.cache
-def _private_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="stylegan-finetune-ops-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _private.append(folder)
-    return folder
 
 
 def size(folder: Path | None = None) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from . import NativeUnavailable, cache, compilers
 from .cpu_build import SOURCES, _escaped, find_ninja
 
 NAME = "kernel.cubin"
-OPTIONS = ("-std=c++17",)
+OPTIONS = (compilers.STANDARD,)
 TIME_OUT = 900.0  # seconds
 
 log = logging.getLogger("torch_utils.ops")
@@ -33,19 +35,22 @@ def find(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES)
 
 def key(plan: LaunchPlan, capability: tuple[int, int], maker: str, sources: Path = SOURCES) -> str:
     """Return the key of a specialization: everything the compiler reads."""
-    said = _own_texts() if sources == SOURCES else _texts(sources)
-    return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, said])
+    sources_hash = _own_texts() if sources == SOURCES else _texts(sources)
+    return cache.key_of([maker, *OPTIONS, *_macros(plan), _arch(capability), plan.source, sources_hash])
 
 
-def nvrtc(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES) -> bytes:
+def nvrtc(
+    plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES, *, replace: bool = False
+) -> bytes:
     """Compile one specialization with NVRTC, which needs no toolkit and no compiler on the machine.
 
-    Raises NativeUnavailable: cuda-core or NVRTC is missing, or the error of the compiler.
+    `replace` replaces what the cache has for it. Raises NativeUnavailable: cuda-core or NVRTC is missing, or
+    the error of the compiler.
     """
     program, program_options = _cuda_core()
     options = program_options(
         name=plan.source,
-        arch=_arch(capability),
+        arch=_arch(_nearest(capability)),
         std="c++17",
         define_macro=[(name, str(value)) for name, value in plan.defines],
         include_path=[str(sources), str((sources / plan.source).parent)],
@@ -54,12 +59,28 @@ def nvrtc(plan: LaunchPlan, capability: tuple[int, int], sources: Path = SOURCES
     try:
         code = program(text, "c++", options).compile("cubin").code
     except Exception as error:
-        said = compilers.first_error(str(error), 1)
+        cause = compilers.first_error(str(error), 1)
         raise NativeUnavailable(
-            f"NVRTC cannot compile {plan.source} for {_arch(capability)}: {said}", "Please report this."
+            f"NVRTC cannot compile {plan.source} for {_arch(capability)}: {cause}", "Please report this."
         ) from None
-    path = cache.publish(key(plan, capability, "nvrtc", sources), NAME, bytes(code))
-    return path.read_bytes()
+    with contextlib.suppress(OSError):  # no space: it is compiled again at the next start
+        cache.publish(key(plan, capability, "nvrtc", sources), NAME, bytes(code), replace=replace)
+    return bytes(code)
+
+
+def _nearest(capability: tuple[int, int]) -> tuple[int, int]:
+    """Return the compute capability to compile for.
+
+    For a GPU newer than NVRTC, it is the highest one of the same major version below it: such binaries run.
+    """
+    try:
+        from cuda.bindings import nvrtc as bindings
+
+        supported = [divmod(number, 10) for number in bindings.nvrtcGetSupportedArchs()[1]]
+    except Exception:  # NVRTC reports what it does not support
+        supported = []
+    older = [each for each in supported if each[0] == capability[0] and each <= capability]
+    return max(older, default=capability)
 
 
 def nvcc(plans: Sequence[LaunchPlan], capability: tuple[int, int], sources: Path = SOURCES) -> list[bytes]:
@@ -68,7 +89,7 @@ def nvcc(plans: Sequence[LaunchPlan], capability: tuple[int, int], sources: Path
     Raises NativeUnavailable likewise.
     """
     compiler = compilers.nvcc()
-    plans = [plan._replace(grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=0) for plan in plans]
+    plans = [plan.specialization() for plan in plans]
     keys = {plan: key(plan, capability, "nvcc", sources) for plan in plans}
     found = {plan: cache.find(keys[plan], NAME) for plan in keys}
     if None in found.values():
@@ -84,11 +105,10 @@ def _make_with_nvcc(
     plans: list[LaunchPlan], capability: tuple[int, int], compiler: compilers.Compiler, sources: Path
 ) -> list[bytes]:
     with tempfile.TemporaryDirectory(prefix="stylegan-finetune-build-") as folder:
-        said = _run_nvcc(Path(folder), plans, capability, compiler, sources) if plans else None
-        if said is not None:
-            raise NativeUnavailable(
-                f"{compiler.path} ({compiler.version}) cannot compile the CUDA ops: {said}", compilers.NO_NVCC
-            )
+        error = _run_nvcc(Path(folder), plans, capability, compiler, sources) if plans else None
+        if error is not None:
+            cause = f"{compiler.path} ({compiler.version}) cannot compile the CUDA ops: {error}"
+            raise NativeUnavailable(cause, compilers.NO_NVCC)
         return [(Path(folder) / f"{number}.cubin").read_bytes() for number in range(len(plans))]
 
 
@@ -117,14 +137,13 @@ def _run_nvcc(
     ]
     ninja = find_ninja()
     if ninja is None:
-        said = (compilers.run(command, folder, TIME_OUT) for command in commands)
-        return next((words for words in said if words is not None), None)
+        errors = (compilers.run(command, folder, TIME_OUT) for command in commands)
+        return next((error for error in errors if error is not None), None)
     lines = ["rule nvcc", "  command = $line"]
     for number, command in enumerate(commands):
-        quoted = " ".join(f"'{word}'" if not word.isidentifier() else word for word in command)
         lines += [
             f"build {number}.cubin: nvcc {_escaped(command[-3])}",
-            f"  line = {quoted.replace('$', '$$')}",
+            f"  line = {shlex.join(command).replace('$', '$$')}",
         ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     return compilers.run([ninja], folder, TIME_OUT)
@@ -154,7 +173,10 @@ def _own_texts() -> str:
 @functools.cache
 def _cuda_core() -> tuple[Any, Any]:
     """Return the two classes of cuda-core that compile. Raises NativeUnavailable without them or NVRTC."""
-    remedy = "Install it with the bindings for your CUDA, such as: pip install 'cuda-core[cu12]'"
+    import torch
+
+    extra = f"[cu{torch.version.cuda.partition('.')[0]}]" if torch.version.cuda else ""
+    remedy = f"Install it: pip install 'cuda-core{extra}'"
     try:
         try:
             from cuda.core import Program, ProgramOptions
