@@ -116,14 +116,17 @@ def test_unit_distance_gradients(kernels, emulated, monkeypatch):
     assert torch.autograd.gradcheck(library.unit_distance, (*leaves, w))
 
 
-def test_unit_distance_second_gradients(emulated, monkeypatch):
+def test_unit_distance_second_and_third_gradients(emulated, monkeypatch):
     monkeypatch.setattr(library, "kernels", lambda x: cuda)
     x, y, w = tensors("odd", torch.float64, "cpu")
     results = []
     for run in (library.unit_distance, formula):
         leaves = x.detach().requires_grad_(True), (y + 0.5).requires_grad_(True)
         gradients = torch.autograd.grad(run(*leaves, w).square().sum(), leaves, create_graph=True)
-        results.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), leaves))
+        total = sum(each.square().sum() for each in gradients)
+        seconds = torch.autograd.grad(total, leaves, create_graph=True)
+        thirds = torch.autograd.grad(sum(each.square().sum() for each in seconds), leaves)
+        results.append([each.detach() for each in (*seconds, *thirds)])
     assert max(loss(*results)) < 1e-12
 
 

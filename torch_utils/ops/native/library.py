@@ -277,10 +277,12 @@ def _unit_distance_grad_setup(ctx, inputs, output) -> None:
 
 def _unit_distance_grad_backward(ctx, grad):
     *inputs, w = ctx.saved_tensors
-    with torch.enable_grad():  # in plain torch
-        leaves = [each.detach().requires_grad_(True) for each in inputs]
-        dx = cpu.unit_distance_grad(*leaves, w)
-    return *torch.autograd.grad(dx, leaves, grad), None
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # in plain torch, which has the gradients of every order
+        views = [each.view_as(each) if each.requires_grad else each.detach() for each in inputs]
+        views = [each.requires_grad_(True) for each in views]
+        dx = cpu.unit_distance_grad(*views, w)
+    return *torch.autograd.grad(dx, views, grad, create_graph=create_graph), None
 
 
 def _unit_distance_grad_fake(s, x, y, w):
