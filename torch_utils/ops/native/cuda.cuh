@@ -101,7 +101,8 @@ __device__ __forceinline__ sg_bf16 from_acc<sg_bf16>(acc v) {
     return b;
 }
 
-// a * b + c, rounded once. (The emulator rounds twice: without instructions for it, a CPU takes a hundred times longer.)
+// a * b + c, rounded once. (The emulator rounds twice: without instructions for it, a CPU takes a hundred times
+// longer.)
 __device__ __forceinline__ acc mul_add(acc a, acc b, acc c) {
 #ifdef SG_EMULATED
     return a * b + c;
@@ -204,7 +205,9 @@ __device__ __forceinline__ elements<N> read_if(bool exists, const scalar* from) 
     if constexpr (bytes == 2)
         asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}" : "+h"(half) : "l"(from), "r"(flag));
     if constexpr (bytes == 4)
-        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}" : "+r"(words[0]) : "l"(from), "r"(flag));
+        asm("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
+            : "+r"(words[0])
+            : "l"(from), "r"(flag));
     if constexpr (bytes == 8)
         asm("{.reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
             : "+r"(words[0]), "+r"(words[1])
@@ -241,7 +244,8 @@ __device__ __forceinline__ void read_shared(const acc* from, acc* to) {
 
 #define QUAD (16 / static_cast<int>(sizeof(acc)))  // accs per load from shared memory
 #define UP_TO(multiple, n) (((n) + (multiple) - 1) / (multiple) * (multiple))
-#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)  // accs per load for threads with this distance
+// accs per load for threads with this distance
+#define WIDEST(step) ((step) % QUAD == 0 ? QUAD : (step) % 2 == 0 ? 2 : 1)
 
 __device__ __forceinline__ constexpr bool in_range(int i, int size) {
     return static_cast<unsigned>(i) < static_cast<unsigned>(size);

@@ -1,4 +1,5 @@
-// The thread pool of parallel_for: that of OpenMP if the process has one, else our own. Also, information on the library.
+// The thread pool of parallel_for: that of OpenMP if the process has one, else our own. Also, information on the
+// library.
 #include "parallel.h"
 
 #include <atomic>

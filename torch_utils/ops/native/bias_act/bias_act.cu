@@ -90,7 +90,8 @@ __device__ __forceinline__ acc element(acc in, acc in2, acc ref, acc b, acc gain
     const acc a = ref + b;
     const acc y = SG_CLAMP ? activated(a, alpha) * gain : acc(0);
 #else
-    const acc a = SG_ACT == SG_RELU || SG_ACT == SG_LRELU ? ref : ref / gain;  // only the sign matters for these, and gain > 0
+    // Only the sign matters for these two, and gain > 0.
+    const acc a = SG_ACT == SG_RELU || SG_ACT == SG_LRELU ? ref : ref / gain;
     const acc y = ref;
 #endif
 #if SG_ORDER == 1
@@ -126,7 +127,8 @@ __device__ __forceinline__ void with_sums(
     const sg_bias_act_params& p, const scalar* in, const scalar* ref, scalar* out, acc gain, acc alpha, acc clamp) {
     const offset_t plane = static_cast<offset_t>(p.bias_size == 1 ? p.size : p.bias_step);
     const offset_t size = SG_PLANAR ? plane : static_cast<offset_t>(p.size / p.bias_size);
-    const part_t w = part_of(SG_PLANAR ? static_cast<offset_t>(p.size) / plane : 1, size, static_cast<int>(p.bias_size));
+    const part_t w =
+        part_of(SG_PLANAR ? static_cast<offset_t>(p.size) / plane : 1, size, static_cast<int>(p.bias_size));
     acc sums[SG_CHUNKS][SG_VECTOR] = {};
     for_each_position<value_t>(
         w,

@@ -1,9 +1,9 @@
 // filtered_lrelu on the CPU: strips of rows that fit into the cache, polyphase filters, whole vectors throughout.
 //
-// One task is a strip of output rows of one (sample, channel). It reads its input rows once (bias, zero padding, columns
-// split into planes), filters along x, and then processes each column of vectors: upsampling along y, activation and
-// downsampling along y are done in registers, so the upsampled image is never in memory. Non-separable filters need
-// neighbors along x, and read the activated rows of the strip from a buffer.
+// One task is a strip of output rows of one (sample, channel). It reads its input rows once (bias, zero padding,
+// columns split into planes), filters along x, and then processes each column of vectors: upsampling along y,
+// activation and downsampling along y are done in registers, so the upsampled image is never in memory. Non-separable
+// filters need neighbors along x, and read the activated rows of the strip from a buffer.
 #include "filtered_lrelu.h"
 
 #include <atomic>
@@ -318,8 +318,8 @@ void upsample_2d(const Geometry<T>& g, const Strip<T>& s, sg_int64 plane) {
     }
 }
 
-// Compute output rows from rows of the grid; ROWS of them share their loads. FOLDED: the filter is symmetric along x, so
-// columns left and right of its center are added before they are multiplied.
+// Compute output rows from rows of the grid; ROWS of them share their loads. FOLDED: the filter is symmetric along x,
+// so columns left and right of its center are added before they are multiplied.
 template <class T, int DOWN, int TAPS, int ROWS, bool FOLDED>
 void downsample_2d(const Geometry<T>& g, const Strip<T>& s, T* y, T* spare) {
     constexpr int lanes = simd<T>::lanes;

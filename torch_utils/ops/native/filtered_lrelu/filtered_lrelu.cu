@@ -34,8 +34,8 @@
 // (whose registers must fit into a multiprocessor), SG_INDEX_64.
 //
 // SG_ACTIVATE and SG_RECORD give bit-identical outputs for all tiles: sums are in the order of the taps, and
-// multiply-adds are explicit, so the compiler does not decide which products are rounded. On tensor cores, the order of the
-// sums depends on the column modulo 8.
+// multiply-adds are explicit, so the compiler does not decide which products are rounded. On tensor cores, the order of
+// the sums depends on the column modulo 8.
 //
 // A row of the mask: for each 32 columns a word "not clamped" and a word "above zero" (warp ballots). With SG_RECORD,
 // tiles begin at multiples of 32 columns of the grid, so each word has one writer.
@@ -58,7 +58,8 @@
 #endif
 #define THREADS UP_TO(32, GRID_W(SG_TILE_W))
 #define STEPS_X ((SG_TAPS_UX + SG_UP - 1) / SG_UP)  // taps per input pixel
-#define FIRST_X(column) (((column) - SG_PHASE_X + SG_UP - 1) / SG_UP)  // input of a column, relative to the tile's first
+// Input of a column, relative to the tile's first.
+#define FIRST_X(column) (((column) - SG_PHASE_X + SG_UP - 1) / SG_UP)
 #define RUN (SG_UP * QUAD)                          // columns per thread in the filter along x
 #define WIDE_P UP_TO(RUN, THREADS)
 #define READS_X UP_TO(QUAD, SG_SHIFT + FIRST_X(RUN - 1) + STEPS_X)
@@ -71,7 +72,8 @@
 #define OUTPUTS (SG_PERIOD / SG_DOWN)
 // Input rows that the first block needs before its own.
 #define EARLY ((SG_PERIOD + SG_TAPS_UY - 2 - SG_PHASE_Y) / SG_UP + 1 - INPUTS)
-#define OPEN_U LARGER(SG_PERIOD, (EARLY + INPUTS - 1) * SG_UP + SG_PHASE_Y + 1)  // rows that the current inputs contribute to
+// Rows that the current inputs contribute to.
+#define OPEN_U LARGER(SG_PERIOD, (EARLY + INPUTS - 1) * SG_UP + SG_PHASE_Y + 1)
 #define LATE ((SG_TAPS_DY + SG_DOWN - 1) / SG_DOWN - 1)  // incomplete rows of outputs from earlier blocks
 #define OPEN_D (OUTPUTS + LATE)
 #define BLOCKS(rows) ((((rows) - 1) * SG_DOWN + SG_TAPS_DY + SG_PERIOD - 1) / SG_PERIOD)
@@ -422,7 +424,8 @@ __device__ __forceinline__ void write_outputs(
     constexpr int groups = SG_TILE_W / COLUMNS, step = THREADS / groups, at_once = WIDEST(COLUMNS * SG_DOWN);
     constexpr int reads = UP_TO(at_once, (COLUMNS - 1) * SG_DOWN + SG_TAPS_DX);
     static_assert(step >= 1, "a thread has outputs of one column group");
-    const int first_row = static_cast<int>(threadIdx.x) / groups, column = static_cast<int>(threadIdx.x) % groups * COLUMNS;
+    const int first_row = static_cast<int>(threadIdx.x) / groups;
+    const int column = static_cast<int>(threadIdx.x) % groups * COLUMNS;
     if (first_row >= step || column >= tile.columns) return;
     const offset_t stride_y = static_cast<offset_t>(p.y_stride[2]);
     const acc* from = tall + first_row * THREADS + column * SG_DOWN;
@@ -502,7 +505,8 @@ UNROLL
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS) sg_filtered_lrelu_cuda(const sg_filtered_lrelu_params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS)
+    sg_filtered_lrelu_cuda(const sg_filtered_lrelu_params p) {
     SG_SHARED_MEMORY;
     const int all_blocks = BLOCKS(p.tile_h), all_inputs = EARLY + all_blocks * INPUTS;
 #if SG_SEPARABLE_D
@@ -530,15 +534,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS) sg_filtered_lre
     for (unsigned_t work = blockIdx.x; work < total; work += gridDim.x) {
         const unsigned_t strip = work / tiles_x, plane = strip / tiles_y;
         const int tile_x = static_cast<int>(work - strip * tiles_x), tile_y = static_cast<int>(strip - plane * tiles_y);
-        const offset_t n = static_cast<offset_t>(plane / p.c), c = static_cast<offset_t>(plane - n * static_cast<unsigned_t>(p.c));
+        const offset_t n = static_cast<offset_t>(plane / p.c);
+        const offset_t c = static_cast<offset_t>(plane - n * static_cast<unsigned_t>(p.c));
         const int ox = tile_x * SG_TILE_W, oy = tile_y * p.tile_h;
         tile_t tile;
-        tile.x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) + c * static_cast<offset_t>(p.x_stride[1]);
-        tile.mask = SG_MODE == SG_ACTIVATE ? p.mask : p.mask + static_cast<long long>(plane) * p.mask_h * p.mask_row_bytes;
+        tile.x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) +
+                 c * static_cast<offset_t>(p.x_stride[1]);
+        tile.mask =
+            SG_MODE == SG_ACTIVATE ? p.mask : p.mask + static_cast<long long>(plane) * p.mask_h * p.mask_row_bytes;
         tile.bias = p.b && SG_MODE != SG_GATE ? load_acc(static_cast<const scalar*>(p.b) + c) : acc(0);
         tile.gx = ox * SG_DOWN, tile.gy = oy * SG_DOWN;
         // Exact divisions: tiles begin where the phase is the same.
-        tile.ix = (tile.gx - p.pad_x0 + SG_PHASE_X) / SG_UP - SG_SHIFT, tile.iy = (tile.gy - p.pad_y0 + SG_PHASE_Y) / SG_UP;
+        tile.ix = (tile.gx - p.pad_x0 + SG_PHASE_X) / SG_UP - SG_SHIFT;
+        tile.iy = (tile.gy - p.pad_y0 + SG_PHASE_Y) / SG_UP;
         tile.columns = p.out_w - ox < SG_TILE_W ? p.out_w - ox : SG_TILE_W;
         tile.rows = p.out_h - oy < p.tile_h ? p.out_h - oy : p.tile_h;
         // Mask bits of rows and columns shared with the next tile are written by the next tile.

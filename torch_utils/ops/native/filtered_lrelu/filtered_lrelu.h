@@ -16,7 +16,8 @@
 // outputs need: (out - 1) * down + taps_d. Element (h, w) of the grid has its bits at row
 // h + mask_off_y, column w + mask_off_x of the mask; SG_GATE uses zero outside [mask_h, mask_w].
 // So the backward pass is the same op: filters exchanged and flipped, up and down exchanged,
-// pad0' = (taps_u - 1) + (taps_d - 1) - pad0, mask_off = pad0 - (taps_u - 1). Its own backward pass gates with offset 0.
+// pad0' = (taps_u - 1) + (taps_d - 1) - pad0, mask_off = pad0 - (taps_u - 1).
+// Its own backward pass gates with offset 0.
 //
 // mask: [n, c, mask_h, mask_row_bytes] bytes, dense, two bits per element; the layout of a row depends on the
 // implementation (it is read by the process that wrote it). Rows that no output needs may be uninitialized.

@@ -1,17 +1,17 @@
 // The 2-D down filter of filtered_lrelu on tensor cores: float16 images, down 2, compute capability 8.0 or higher.
 //
-// The grid is stored as float16. A warp computes pieces of 16 rows and 8 columns of outputs as sums of matrix products in
-// float32, one for each row ky of taps:
+// The grid is stored as float16. A warp computes pieces of 16 rows and 8 columns of outputs as sums of matrix products
+// in float32, one for each row ky of taps:
 //
 //   piece[16 x 8] += A[16 x 32] * B[32 x 8]
 //   A[m][k] = grid[2 * row(m) + ky][2 * column + k],  B[k][n] = taps[ky][k - 2 * n]
 //
-// B has zeros where there is no such tap. It is the same for all pieces, and a warp keeps it in registers. The product is
-// taken in two halves of k; the second half of A is the first half for the next piece to the right. Rows m of A are first the
-// even rows of the piece, then the odd ones. The odd ones are the even ones for ky + 2, which saves loads.
+// B has zeros where there is no such tap. It is the same for all pieces, and a warp keeps it in registers. The product
+// is taken in two halves of k; the second half of A is the first half for the next piece to the right. Rows m of A are
+// first the even rows of the piece, then the odd ones. The odd ones are the even ones for ky + 2, which saves loads.
 //
-// The order of the sums depends on the column in a piece only, and tiles begin at multiples of 8 columns. Zeros of B do not
-// hide NaN: all columns that a piece reads are elements of the grid, and NaN spreads by up to 12 outputs along x.
+// The order of the sums depends on the column in a piece only, and tiles begin at multiples of 8 columns. Zeros of B do
+// not hide NaN: all columns that a piece reads are elements of the grid, and NaN spreads by up to 12 outputs along x.
 #define PIECE_H 16
 #define PIECE_W 8
 #define PITCH THREADS          // elements from a row of the grid to the next, in groups of four rows
@@ -83,8 +83,8 @@ struct filtered_t {
 
 // ---- Outputs
 
-// The sums of a lane in two rows and two columns of a piece. A product waits for the one before, so there are two parts:
-// of ky with ky / 2 even, and of the others, for which the rows of outputs are exchanged.
+// The sums of a lane in two rows and two columns of a piece. A product waits for the one before, so there are two
+// parts: of ky with ky / 2 even, and of the others, for which the rows of outputs are exchanged.
 struct sums_t {
     acc straight[4], exchanged[4];
 
@@ -117,7 +117,8 @@ __device__ __forceinline__ void filter(const scalar* from, const unsigned (*b)[4
 // Filter the grid and write the outputs; a warp has neighboring pieces.
 __device__ __forceinline__ void write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int g = lane / 4, t = lane % 4;
     const int across = (tile.columns + PIECE_W - 1) / PIECE_W, pieces = (tile.rows + PIECE_H - 1) / PIECE_H * across;
     const int end = pieces * (warp + 1) / (THREADS / 32);
     int piece = pieces * warp / (THREADS / 32);
@@ -135,8 +136,8 @@ __device__ __forceinline__ void write_outputs(
         piece += count;
         // Rows of outputs that the tile does not have are computed from others of the grid, which may end here.
         const int pair = row + 2 * (lane % 8) < tile.rows ? lane % 8 : 0;
-        const scalar* from = reinterpret_cast<const scalar*>(grid) + (row / 2 + pair) * GROUP + lane / 8 % 2 * 2 * PITCH +
-                             lane / 16 * 8 + first * 2 * PIECE_W;
+        const scalar* from = reinterpret_cast<const scalar*>(grid) + (row / 2 + pair) * GROUP +
+                             lane / 8 % 2 * 2 * PITCH + lane / 16 * 8 + first * 2 * PIECE_W;
         int column = first * PIECE_W + 2 * t;
         scalar* to = y + (row + 2 * g) * stride_y + column;
         sums_t sums, next;

@@ -35,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(256) sg_fma_cuda(const sg_fma_param
             value_t v;
             v.in = read<SG_VECTOR>(in + element);
             if (SG_DB) v.other = read<SG_VECTOR>(other + element);
-            if (SG_ADDEND == 2) v.c = read<SG_PLANAR ? SG_VECTOR : 1>(c + c_base + position * (SG_PLANAR ? SG_VECTOR : 1));
+            if (SG_ADDEND == 2)
+                v.c = read<SG_PLANAR ? SG_VECTOR : 1>(c + c_base + position * (SG_PLANAR ? SG_VECTOR : 1));
             return v;
         },
         [&](offset_t position, bool holds, const value_t* values) {

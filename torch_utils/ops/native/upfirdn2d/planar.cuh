@@ -128,7 +128,8 @@ __device__ __forceinline__ void filter_rows(const acc* taps, const acc* tile, ac
 #endif
 
 // Compute and write a thread's outputs; `from`: its first input (separable: its rows, filtered along x).
-__device__ __forceinline__ void filter(const sg_upfirdn2d_params& p, const acc* taps, const acc* from, const place& at) {
+__device__ __forceinline__ void filter(
+    const sg_upfirdn2d_params& p, const acc* taps, const acc* from, const place& at) {
     acc sums[SG_ROWS][SG_COLUMNS] = {};
 UNROLL
     for (int r = 0; r < NEEDS_Y; ++r) {
@@ -172,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(SG_THREADS) sg_upfirdn2d_cuda(const
     const unsigned tiles_x = (p.out_w + TILE_W - 1) / TILE_W, tiles_y = (p.out_h + TILE_H - 1) / TILE_H;
     const unsigned_t total = static_cast<unsigned_t>(p.n) * p.c * tiles_x * tiles_y;
     for (unsigned_t work = blockIdx.x; work < total; work += gridDim.x) {
-        const int x0 = static_cast<int>(work % tiles_x) * TILE_W, y0 = static_cast<int>(work / tiles_x % tiles_y) * TILE_H;
+        const int x0 = static_cast<int>(work % tiles_x) * TILE_W;
+        const int y0 = static_cast<int>(work / tiles_x % tiles_y) * TILE_H;
         const unsigned_t plane = work / tiles_x / tiles_y;
         const offset_t n = static_cast<offset_t>(plane / p.c), c = static_cast<offset_t>(plane % p.c);
         const scalar* const x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) +

@@ -41,7 +41,8 @@ __device__ __forceinline__ constexpr int tap_y(int input, int output) {
 
 // The last input that an output needs, 0 if it needs none.
 __device__ __forceinline__ constexpr int last_y(int output) {
-    return output * SG_DOWN_Y + SG_TAPS_Y - 1 < SG_PHASE_Y ? 0 : (output * SG_DOWN_Y + SG_TAPS_Y - 1 - SG_PHASE_Y) / SG_UP_Y;
+    const int last = output * SG_DOWN_Y + SG_TAPS_Y - 1;
+    return last < SG_PHASE_Y ? 0 : (last - SG_PHASE_Y) / SG_UP_Y;
 }
 
 // The first input of a block that begins with that output.

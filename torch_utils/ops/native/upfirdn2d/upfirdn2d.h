@@ -4,7 +4,7 @@
 #include "../common.h"
 
 // Along one axis, with taps g in correlation order (flip_filter: g = f; else g = f reversed):
-//   out[m] = gain * sum_i g[i * up + pad0 - m * down] * in[i],  over the i with 0 <= that index < taps, 0 <= i < in size
+//   out[m] = gain * sum_i g[i * up + pad0 - m * down] * in[i], over the i with 0 <= that index < taps, 0 <= i < in size
 // out_h and out_w limit m; the caller computes them from the padding at the end, which is not needed here.
 // pad0 may be negative. Taps are float32, float64 for float64 images, [f_h, f_w] dense; a separable filter
 // has f_h = 0 and f_w taps, used along both axes (the gain is applied once).
