@@ -52,7 +52,7 @@ def images_per_sec(root: Path, family: str, options: argparse.Namespace) -> floa
     }
     try:
         text = subprocess.check_output(command, env=env, text=True)
-    except subprocess.CalledProcessError as error:  # which has said why
+    except subprocess.CalledProcessError as error:  # which has printed why
         sys.exit(f"{program} failed with exit code {error.returncode}")
     header, _, row = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     found = {name.strip(): value for name, value in zip(header, row)}
