@@ -15,6 +15,8 @@ reached by these scenarios:
 - After a run was killed, ticks and snapshots come at the same numbers of images as without the kill.
 - The learning rates in a state file are those of the last step, not those after the warm-up.
 
+Diagnostics begin again after a rollback (RESTARTED), which is left out of the comparison of such a run.
+
 On CPUs, the features of StyleGAN2 are channels-last now, and 1x1 convolutions of images are products of
 matrices: the same sums in another order. Both are disabled here (SITECUSTOMIZE).
 """
@@ -47,6 +49,7 @@ PARTS = {
     "path_mean": ("path_mean",), "sd_norms": ("sd_norms",), "nimg": ("nimg",), "step": ("step",),
     "random": ("random",), "sampler": ("sampler",),
 }  # fmt: skip
+RESTARTED = ("update_cosine", "sd_cosine", "sd_ratio")  # beginnings of keys of the log
 TIMES = ("sec", "img_per_sec", "sec_per_phase", "memory_gib")  # keys of the log that differ from run to run
 EVENT = ("event", "nimg", "step", "number", "lr_G", "lr_D")  # keys of an event that are compared
 
@@ -174,9 +177,13 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     for name in ("opt_G", "opt_D"):
         state[name] = state[name]["state"]
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    log = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
     events = run_dir / "events.jsonl"
     happened = [json.loads(line) for line in events.read_text().splitlines()] if events.is_file() else []
+    left_out = RESTARTED if any(each["event"] == "rollback" for each in happened) else ()
+    log = [
+        {key: value for key, value in line.items() if key not in TIMES and not key.startswith(left_out)}
+        for line in lines
+    ]
     return {
         "state": state,
         "log": log,

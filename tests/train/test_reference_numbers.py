@@ -107,5 +107,7 @@ def test_train_matches_recorded_numbers(family, golden_dir, images, tmp_path):
     found = numbers(run(config, console=quiet()).run_dir)
     assert found.keys() == RECORDED[family].keys()
     for name, value in RECORDED[family].items():
-        # Squares of small gradients carry more rounding; the ops in plain torch change them by 1.1e-5.
-        assert found[name] == pytest.approx(value, rel=1e-4 if "exp_avg_sq" in name else 1e-5), name
+        # Squares of small gradients carry more rounding: the ops in plain torch change them by 1.1e-5, and
+        # 55a9cab on a CPU without AVX-512 by 2.6e-5.
+        is_square = "exp_avg_sq" in name or "r1_penalty" in name
+        assert found[name] == pytest.approx(value, rel=1e-4 if is_square else 1e-5), name

@@ -294,9 +294,7 @@ UNIT_DISTANCE_GRAD = NativeOp(
     "(Tensor s, Tensor x, Tensor y, Tensor? w) -> Tensor",
     *(3, _unit_distance_grad),
 )
-UNIT_DISTANCE_GRAD.register(
-    _unit_distance_grad_fake, _unit_distance_grad_setup, _unit_distance_grad_backward
-)
+UNIT_DISTANCE_GRAD.register(_unit_distance_grad_fake, _unit_distance_grad_setup, _unit_distance_grad_backward)
 
 
 # ---- bias_act: elementwise, differentiated from its output (from its input for swish)
