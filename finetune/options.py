@@ -333,7 +333,8 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
     if (run.batch or 0) > 0 and (run.batch_gpu or 0) > 0 and run.batch % run.batch_gpu:  # type: ignore[operator]
         problems.append(f"--batch {run.batch}: must be a multiple of --batch-gpu {run.batch_gpu}.")
     if not run.data:
-        problems.append("--data: missing. Pass the folder or zip with the images.")
+        known = f" Only a run folder has its own, and {run.resume} is none." if run.resume else ""
+        problems.append(f"--data: missing. Pass the folder or zip with the images.{known}")
     if asked.resume == "" and not run.scratch:
         problems.append("--resume: empty. Pass the checkpoint to start from.")
     if bool(run.resume) == bool(run.scratch):

@@ -67,10 +67,10 @@ class RunFacts:
     """Facts about a run, known before it starts.
 
     resolution: of the longer side. base_shape: height and width of an image whose longer side is 4.
-    num_images: images before mirroring. group_size: images that D compares with each other, 1 if it
-    takes any number. num_freezable: layers that FreezeD can freeze. published:
-    settings in the catalog, for a checkpoint that is in it. has_effnet: the weights of EfficientNet-Lite0 are
-    installed.
+    num_images: images before mirroring. group_size: images that D compares with each other, 1 if it takes any
+    number. num_freezable: layers that FreezeD can freeze. converts_d: its first layers are new or converted,
+    for another resolution or other channels. published: settings in the catalog, for a checkpoint that is in
+    it. has_effnet: the weights of EfficientNet-Lite0 are installed.
     """
 
     family: str
@@ -83,6 +83,7 @@ class RunFacts:
     from_scratch: bool
     group_size: int = 4
     num_freezable: int | None = None
+    converts_d: bool = False
     gpu_memory_gib: float | None = None
     published: Published | None = None
     num_processes: int = 1
@@ -275,6 +276,7 @@ RULES = (
     Rule("d_warmup_kimg", ANY, lambda run: min(10.0, run.kimg / 10), "D trains alone first", UNVERIFIED),
     Rule("freezed", (SCRATCH,), 0, ""),
     Rule("freezed", ANY, 0, "no effect on a new discriminator", when=lambda run: run.new_d),
+    Rule("freezed", ANY, 0, "the first layers of D are new or converted", when=lambda run: run.converts_d),
     Rule("freezed", ("few-shot",), lambda run: min(10, round(0.4 * run.num_freezable)),
          "40 % of {num_freezable} layers of D, for {num_images} images",
          "published advice: 10 or 13 of 25 at 1024 px", when=lambda run: bool(run.num_freezable)),

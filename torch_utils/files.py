@@ -9,10 +9,11 @@ import math
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 VARIABLE = "FINETUNE_CACHE"
 POLL_SEC = 0.05
@@ -71,6 +72,33 @@ def lock(
     finally:
         if held:
             guard.release()
+
+
+def this_process() -> dict[str, Any]:
+    """Return what identifies this process among those that share a disk."""
+    return {"host": socket.gethostname(), "pid_namespace": _pid_namespace(), "pid": os.getpid()}
+
+
+def _pid_namespace() -> str:
+    """Return in which namespace this process has its id: containers may share a host name. '' if unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def has_ended(owner: dict[str, Any]) -> bool:
+    """Return whether the owner is a process of this machine and container that no longer exists."""
+    ours = this_process()
+    if os.name == "nt" or any(owner.get(name) != ours[name] for name in ("host", "pid_namespace")):
+        return False  # on Windows, os.kill would end it
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, KeyError, TypeError, OverflowError):
+        return False
+    return False
 
 
 def lack_of_space(folder: Path, needed: int, what: str) -> str | None:

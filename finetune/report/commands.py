@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from finetune.report.read import read_run
+from finetune.report.read import RunRecord, read_run
 from finetune.report.status import duration, metrics
 
 
@@ -15,12 +15,16 @@ def continue_command(run_dir: Path, kimg: float | None = None) -> str:
     return shlex.join(["finetune", "train", "--resume", str(run_dir), *length])
 
 
-def snapshot_commands(run_dir: Path, snapshot: Path) -> list[str]:
-    """Return the commands that generate images from a snapshot and that export it."""
-    number = run_dir.name.split("-")[0]
-    network = ["--network", str(snapshot)]
+def snapshot_commands(run: RunRecord, snapshot: Path) -> list[str]:
+    """Return the commands that generate images from a snapshot of a run and that export it."""
+    number = run.path.resolve().name.split("-")[0]
+    labels = run.about.get("labels") or {}
+    network, size = ["--network", str(snapshot)], labels.get("size") or 0
+    label = ["--class", f"0-{size - 1}"] if size else []
+    if labels.get("kind") == "vectors":
+        label = ["--label", ",".join("0" * size)]
     return [
-        shlex.join(["finetune", "generate", *network, "--seeds", "0-15", "--outdir", "images"]),
+        shlex.join(["finetune", "generate", *network, *label, "--seeds", "0-15", "--outdir", "images"]),
         shlex.join(["finetune", "export", *network, "--out", f"fine-tuned-{number}.pkl"]),
     ]
 
@@ -39,7 +43,7 @@ def end_message(run_dir: Path, snapshot: Path, nimg: int, why: str) -> str:
             f"Recommended: {snapshot.name}, {why}.",
             *(f"Its metrics: {each}" for each in measured),
             "To generate images, to export the network, to train further:",
-            *(f"  {command}" for command in snapshot_commands(run_dir, snapshot)),
+            *(f"  {command}" for command in snapshot_commands(run, snapshot)),
             f"  {continue_command(run_dir, 2 * run.total_kimg)}",
         ]
     )

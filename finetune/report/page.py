@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
+from finetune.options import OPTIONS
 from finetune.report.commands import continue_command, snapshot_commands
 from finetune.report.curves import charts_of, label_of
 from finetune.report.read import Frame, RunRecord, read_run
@@ -119,7 +120,7 @@ def _shown(run: RunRecord, number: int, num_runs: int, is_running: bool) -> dict
         "version": run.about.get("finetune", ""),
         "sheets": {name: _webp(path) if path else "" for name, path in sheets.items()},
         "continue": continue_command(shown, longer),
-        "commands": snapshot_commands(shown, snapshot.resolve()) if snapshot else [],
+        "commands": snapshot_commands(run, snapshot.resolve()) if snapshot else [],
     }
 
 
@@ -138,7 +139,9 @@ def _option(name: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
     for run in runs:
         reason = run.about.get("reasons", {}).get(name, {})
         is_same = reason.get("value") == run.config.get(name)
-        whys.append(reason.get("why", "default") if is_same or not reason else "changed on resume")
+        is_default = name in OPTIONS and run.config.get(name) == OPTIONS[name].default
+        why = reason.get("why", "default" if is_default else "user-specified")
+        whys.append(why if is_same or not reason else "changed on resume")
     return {
         "flag": "--" + name.replace("_", "-"),
         "values": ["–" if value in ("", None) else value for value in values],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from torch_utils.files import expand_home
+from torch_utils.files import expand_home, has_ended
 
 PREVIEWS = "preview"
 LOCK, STALE_SEC = "run.lock", 300.0  # as finetune/train/run_lock.py has them
@@ -67,11 +67,17 @@ class RunRecord:
 
     @property
     def is_running(self) -> bool:
-        """Whether a process trains in this folder: its lock file has a heartbeat."""
+        """Whether a process trains in this folder: its lock file has a heartbeat, and it has not ended."""
+        path = self.path / LOCK
         try:
-            return time.time() - (self.path / LOCK).stat().st_mtime < STALE_SEC
+            if time.time() - path.stat().st_mtime >= STALE_SEC:
+                return False
+            owner = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
             return False
+        except ValueError:  # being written
+            return True
+        return not (isinstance(owner, dict) and has_ended(owner))
 
 
 def read_run(path: str | Path) -> RunRecord:

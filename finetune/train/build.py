@@ -197,6 +197,11 @@ def networks_from(
         changes |= half
     D = copy_network(start_D, changes)
     layers = facts.num_freezable or 0
+    if config.freezed and facts.converts_d and not config.new_d:
+        raise ConfigError(
+            f"--freezed {config.freezed}: the first layers of the discriminator are new or converted, for "
+            "another resolution or other channels, and have to train. Use --freezed 0."
+        )
     if config.freezed > layers:
         raise ConfigError(
             f"--freezed {config.freezed}: this discriminator has {layers} layers to freeze. Choose fewer."

@@ -67,6 +67,11 @@ class SavedState:
         """Images that had been seen."""
         return self.content["nimg"]
 
+    @property
+    def num_items(self) -> int:
+        """Items of the data set, mirrored ones included."""
+        return self.content["sampler"]["num_items"]
+
     def check_unchanged(self) -> None:
         """Raise ConfigError if another process has continued the run since this state was read."""
         if states_of(self.path.parent) != self.seen:

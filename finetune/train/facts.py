@@ -94,6 +94,7 @@ def facts_of_networks(options: TrainOptions, checkpoint: Checkpoint | None) -> d
     if checkpoint.D is not None and not options.new_d:
         mbstd = checkpoint.D.b4.mbstd
         facts["group_size"] = 1 if mbstd is None else mbstd.group_size or 1
+    facts["converts_d"] = (facts["resolution"], facts["channels"]) != (G.img_resolution, G.img_channels)
     if facts["resolution"] == G.img_resolution:  # published settings are those of a resolution
         facts["published"] = published_for(checkpoint.provenance)
     return facts

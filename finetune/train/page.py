@@ -164,6 +164,7 @@ def write_about(folder: Path, prepared: Prepared, source: dict[str, Any] | None)
             "reasons": reasons,
             "data": prepared.overview,
             "notes": prepared.notes,
+            "labels": {"kind": prepared.image_set.label_kind, "size": prepared.facts.c_dim},
             "source": source,
         }
     replace_about(path, about)

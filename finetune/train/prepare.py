@@ -97,6 +97,11 @@ def _prepare(asked: TrainOptions, on_message: Callable[[str], None], dry_run: bo
     if shape.batch and shape.batch % group.world_size:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
     image_set, facts, notes, overview = read_data(shape, checkpoint, device, on_message, group)
+    if origin.saved is not None and (count := origin.saved.num_items) != len(image_set):
+        raise ConfigError(
+            f"--data {shape.data}: {len(image_set)} items, mirrored ones included; the run has {count}. Pass "
+            "the images of the run."
+        )
     on_message("Building the networks …")
     if checkpoint is not None:
         classes, new_d = shape.classes or None, bool(shape.new_d)
@@ -151,6 +156,11 @@ def find_origin(asked: TrainOptions, on_message: Callable[[str], None]) -> Origi
             run_lock.check_free(saved.path.parent)
         options, changed = merge_options(asked, saved)
         check_options(asked, options)
+        if not asked.data and not Path(str(options.data)).exists():
+            raise ConfigError(
+                f"{options.data}: no such folder or zip. It is the --data of the run, as it was given then.",
+                hint="Pass where the images are now: --data DIR.",
+            )
         lines = (*saved.skipped, f"Resuming after {saved.nimg / 1000:g} kimg, from {saved.path}.", *changed)
         shape = replace(options, classes=None, new_d=False)  # the networks have their shape already
         place, source = saved.path.parent, saved.content["source"]
@@ -253,13 +263,15 @@ def num_freezable(D: Any) -> int:
 def show(prepared: Prepared, console: Console) -> None:
     """Print what will be trained on what, and why each option has its value."""
     facts, config = prepared.facts, prepared.config
-    start = f"weights of {config.resume}" if config.resume else f"random weights ({facts.family})"
+    resumed = prepared.origin.saved is not None
+    source = f"weights of {config.resume}" if config.resume else f"random weights ({facts.family})"
+    start = "Networks" if resumed else f"Starting from {source}"
     vectors = prepared.image_set.label_kind == "vectors"
     labels = f"label vectors of {facts.c_dim} numbers" if vectors else f"{facts.c_dim} classes"
     classes = f", {labels}" if facts.c_dim else ""
     height, width = prepared.image_set.size
     lines = [
-        f"Starting from {start}: {width}×{height}, {facts.channels} channels{classes}.",
+        f"{start}: {width}×{height}, {facts.channels} channels{classes}.",
         f"{facts.num_images} images from {config.data}{', mirrored too' if config.mirror else ''}. "
         f"Training on {prepared.plan.device}.",
         *prepared.notes,
@@ -267,5 +279,5 @@ def show(prepared: Prepared, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if prepared.origin.saved is None:
+    if not resumed:
         print_reasons(console, prepared.reasons)

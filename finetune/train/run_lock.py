@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import os
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError, TrainingError
-from torch_utils.files import lock, lock_path
+from torch_utils.files import has_ended, lock, lock_path, this_process
 
 NAME = "run.lock"
 HEARTBEAT_SEC = 30.0
@@ -35,7 +34,7 @@ def own(run_dir: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            json.dump({**_this_process(), "started": now}, file)
+            json.dump({**this_process(), "started": now}, file)
     ended = threading.Event()
     heartbeat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     heartbeat.start()
@@ -53,7 +52,7 @@ def check_free(run_dir: Path) -> None:
     """Raise ConfigError if another process trains in a run folder."""
     path = run_dir / NAME
     owner = _read(path)
-    if owner is None or _is_ours(owner) or _has_ended(owner):
+    if owner is None or _is_ours(owner) or has_ended(owner):
         return
     try:
         age = _age_sec(path)
@@ -79,34 +78,8 @@ def confirm(run_dir: Path) -> None:
         )
 
 
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid_namespace": _pid_namespace(), "pid": os.getpid()}
-
-
-def _pid_namespace() -> str:
-    """Return in which namespace this process has its id: containers may share a host name. '' if unknown."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
 def _is_ours(owner: dict[str, Any] | None) -> bool:
-    return owner is not None and _this_process().items() <= owner.items()
-
-
-def _has_ended(owner: dict[str, Any]) -> bool:
-    """Return whether the owner is a process of this machine and container that no longer exists."""
-    ours = _this_process()
-    if os.name == "nt" or any(owner.get(name) != ours[name] for name in ("host", "pid_namespace")):
-        return False  # on Windows, os.kill would end it
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, KeyError, TypeError, OverflowError):
-        return False
-    return False
+    return owner is not None and this_process().items() <= owner.items()
 
 
 def _age_sec(path: Path) -> float:

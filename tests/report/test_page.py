@@ -16,6 +16,8 @@ from finetune.cli import cli
 from finetune.errors import ConfigError
 from finetune.report import charts, read_run, write_report
 from finetune.report.charts import Line, line_chart, thin, ticks
+from finetune.report.commands import snapshot_commands
+from finetune.report.read import RunRecord
 
 STRANGE = "00001-dogs & 'cats' <b>"
 VOID = ("meta", "link", "img", "input", "br")
@@ -190,3 +192,17 @@ def test_thin_keeps_peaks():
 def test_ticks_are_round_and_inside(low, high):
     found = ticks(low, high)
     assert 2 <= len(found) <= 6 and all(low - 1e-9 <= each <= high + 1e-9 for each in found)
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ({}, "net.pkl --seeds"),
+        ({"kind": "classes", "size": 3}, "--class 0-2"),
+        ({"kind": "vectors", "size": 2}, "--label 0,0"),
+    ],
+)
+def test_snapshot_commands_name_a_label(tmp_path, labels, words):
+    run = RunRecord(tmp_path / "00007-a", {}, {"labels": labels})
+    generate, export = snapshot_commands(run, tmp_path / "net.pkl")
+    assert words in generate and export.endswith("fine-tuned-00007.pkl")

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +13,7 @@ from rich.console import Console
 import finetune.cli.watch as watch
 from finetune.cli import cli
 from finetune.report import read_run
+from torch_utils.files import this_process
 
 
 def test_watch_prints_lines_and_ends_with_the_run(make_run):
@@ -22,6 +25,15 @@ def test_watch_prints_lines_and_ends_with_the_run(make_run):
         == "40.00 kimg 66.7 img/s 10:00 elapsed G 1.946 D 0.700 SD 1.100 random-fid@1000 0.6".split()
     )
     assert lines[-2:] == ["    4.00 kimg  ADA is at <its> limit.", "    8.00 kimg  Resumed."]
+
+
+def test_run_of_a_killed_process_is_not_running(make_run):
+    run = read_run(make_run(kimg=100.0))
+    assert run.is_running
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (run.path / "run.lock").write_text(json.dumps(this_process() | {"pid": ended.pid}))
+    assert not run.is_running
 
 
 def test_watch_follows_a_growing_log(make_run, monkeypatch):

@@ -105,6 +105,7 @@ def test_recipe_freezed_and_aug_by_number_of_images():
     assert settle(many, recipe="improve")[0].aug == "noaug"
     assert settle(many, recipe="adapt")[0].aug == "ada"
     assert settle(recipe="improve")[0].freezed == 0
+    assert settle(dataclasses.replace(BASE, num_images=200, converts_d=True))[0].freezed == 0
 
 
 def test_recipe_option_overrides_rule():

@@ -15,6 +15,7 @@ from finetune.errors import ConfigError, TrainingError
 from finetune.options import TrainOptions
 from finetune.train import checkpointing, prepare, run, run_lock
 from finetune.train.train import start
+from torch_utils.files import this_process
 
 # Without the package finetune.train, which imports torch.
 HOLD = """
@@ -27,7 +28,6 @@ with run_lock.own(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
-
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ def test_run_lock_of_another_host(unfinished):
 
 
 def test_run_lock_of_another_container(tmp_path):
-    ours = {"host": socket.gethostname(), "pid_namespace": run_lock._pid_namespace()}
+    ours = {name: this_process()[name] for name in ("host", "pid_namespace")}
     write_lock(tmp_path, **ours, pid=2**22 + 1)  # above the largest id: ended
     run_lock.check_free(tmp_path)
     for pid in (2**22 + 1, os.getpid()):
