@@ -98,7 +98,7 @@ def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
     note = "All phases together." if len(runs) > 1 else "By phase of a step."
     charts.append(_chart("Seconds per kimg", note, runs, [_phases(run, len(runs)) for run in runs]))
     rates = [[_line(run, "img_per_sec", "rate")] for run in runs]
-    charts.append(_chart("Images per second", "Saves, metrics and previews included.", runs, rates))
+    charts.append(_chart("Images per second", "Without metrics, snapshots and previews.", runs, rates))
     note = "Peak so far: of the GPU, or of the process on a CPU."
     charts.append(_chart("Memory (GiB)", note, runs, [[_line(run, "memory_gib", "memory")] for run in runs]))
     return [chart for chart in charts if chart is not None]

@@ -252,6 +252,7 @@ def train(run: Run) -> Path:
                 if is_due and not is_end and not stopping:
                     checkpointer.save()
                 run.page.update(state)
+                stats.restart(state.nimg)  # the time of metrics and saves is not that of training
 
         if diverged is not None:
             # Stop with an error, or return to the last state with half the learning rates.

@@ -39,6 +39,7 @@ def build(sources: Path = SOURCES) -> Path:
     with cache.build_lock(key):
         if found := cache.find(key, NAME):  # by the process that held the lock
             return found
+        log.info("Building the CPU ops with %s, once …", compiler.version)
         started = time.perf_counter()
         path = cache.publish(key, NAME, _compile(sources, compiler))
         log.info("Built the CPU ops with %s in %.1f s.", compiler.version, time.perf_counter() - started)
