@@ -86,7 +86,7 @@ def check_command(
     from finetune.data import scan
     from finetune.data.image_set import check_channels
     from finetune.data.labels import has_labels
-    from finetune.data.problems import hint
+    from finetune.data.problems import BAD_LABEL, hint
     from finetune.data.sources import open_source
 
     channels, num_classes = None, None
@@ -97,6 +97,8 @@ def check_command(
         check_channels(channels)
         cond = c_dim > 0 if cond is None else cond
         num_classes = c_dim or None
+    elif resolution is not None and max(resolution) & (max(resolution) - 1):
+        raise ConfigError(f"--resolution {max(resolution)}: the longer side must be a power of two.")
     if fit is not None and resolution is None:
         raise ConfigError(f"--fit {fit}: the size is unknown. Set it with --resolution or --network.")
     if resolution is not None and fit is None:
@@ -127,9 +129,11 @@ def check_command(
     else:
         click.echo(dataset_report.as_text(found, training))
     if found.problems:
-        num_bad = len({problem.name for problem in found.problems})
-        what = f"{path}: training would refuse this data set ({num_bad} problems)."
-        raise DataError(what, hint=hint(found.problems, path))
+        number = dataset_report.counted(len(found.problems), "problem")
+        advice = hint(found.problems, path)
+        if labels_from == "file" and any(problem.kind == BAD_LABEL for problem in found.problems):
+            advice += "\nOr train, and check, without labels: --no-cond."
+        raise DataError(f"{path}: training would refuse this data set ({number}).", hint=advice)
 
 
 def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
@@ -181,7 +185,11 @@ def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
     show_default=True,
     help="tiff is read fastest, png is smaller.",
 )
-@click.option("--skip-bad", is_flag=True, help="Leave out unusable images instead of refusing the data set.")
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Leave out unusable images instead of refusing the data set; 16-bit images may still need --bits.",
+)
 @workers_option
 @force_option("DEST")
 def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options: Any) -> None:

@@ -72,8 +72,11 @@ def as_values(found: Scan, use_labels: bool, training: dict[str, Any]) -> dict[s
 
 def as_text(found: Scan, training: dict[str, Any]) -> str:
     """Return all findings as text: a summary, then problems by kind, then notes."""
-    passed_over = f", {found.num_ignored} other files skipped" if found.num_ignored else ""
-    lines = [f"{printable(str(found.path))}: {found.num_images} images{passed_over}"]
+    head = f"{printable(str(found.path))}: {counted(found.num_images, 'image')}"
+    if found.ignored:
+        suffixes = {printable(suffix): count for suffix, count in found.ignored.items()}
+        head += f", {counted(found.num_ignored, 'other file')} skipped ({tally(suffixes, shown=5)})"
+    lines = [head]
     if found.num_known:
         lines.append(f"{'unchanged':<12}{found.num_known}, not decoded again; --fresh decodes all")
     sizes = {f"{width}×{height}": count for (width, height), count in found.sizes.items()}
@@ -89,6 +92,11 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
     if not found.problems:
         lines += ["", "Training accepts this data set."]
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with its noun, such as `1 image` and `2 images`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _training(found: Scan, training: dict[str, Any]) -> str:

@@ -88,7 +88,8 @@ def prepare(
     never takes more than 12 is refused otherwise. labels: those of dataset.json (`file`), classes from
     `folders`, or `none` (None: those of the file, if there are any). What is done is kept beside `dest`, and
     a further call continues with it if neither settings nor images have changed; the zip comes to the same
-    bytes. Raises ConfigError and DataError; with `skip_bad` images that cannot be used are left out.
+    bytes. Raises ConfigError and DataError; with `skip_bad` images that cannot be used are left out, except
+    16-bit images that would be nearly black.
     """
     source, path = open_source(src), Path(dest)
     _check_destination(source, path)
@@ -334,9 +335,10 @@ def _plan_labels(
 
 
 def _raise_for_problems(source: Source, draft: Draft, problems: list[Problem], skip_bad: bool) -> None:
-    """Raise DataError if all images are nearly black, or if some cannot be used and are not left out."""
+    """Raise DataError if 16-bit images are nearly black, or if some cannot be used and are not left out."""
     if draft.settings.bits == 16 and (too_dark := low_range(draft.peaks)):
-        raise refusal(source.path, len(source.names), too_dark)
+        exception = "\n--skip-bad does not leave out such 16-bit images." if skip_bad or problems else ""
+        raise refusal(source.path, len(source.names), [*problems, *too_dark], exception)
     if problems and not (skip_bad and draft.zip.entries):
         ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
         raise refusal(source.path, len(source.names), problems, ways_out)

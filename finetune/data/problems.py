@@ -63,7 +63,8 @@ HINTS = {
     NO_RULE: "Save such images with 8 or 16 bits a channel.",
     WRONG_SIZE: "Choose how images are resized: --fit crop (centered part), --fit pad (white margins) "
     "or --fit stretch.",
-    BAD_LABEL: "Every image needs a label: in dataset.json, or from its folder with --labels folders.",
+    BAD_LABEL: "Every image needs a label: an entry in dataset.json or, with --labels folders, a folder of "
+    "its class.",
     LOW_RANGE: "Such images would be nearly black. Rescale them, and train on the result: "
     "finetune dataset prepare {path} OUT.zip {option}",
 }

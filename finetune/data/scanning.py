@@ -54,7 +54,7 @@ class Scan:
 
     `sizes` counts images by (width, height) upright, `modes` by Pillow's mode, both without the unreadable
     ones; `class_counts` is the number of images of each class (empty without labels, and for vectors);
-    `num_ignored` counts files that are no images, `num_transparent` images with alpha or a transparent
+    `ignored` counts files that are no images by suffix, `num_transparent` images with alpha or a transparent
     color. `problems` is what training refuses, `remarks` (of a thorough scan) what it accepts with a
     remark, image by image. `has_labels`: whether there are labels, used or not; `num_known` counts images
     that had not changed since the last scan.
@@ -62,7 +62,7 @@ class Scan:
 
     path: Path
     num_images: int
-    num_ignored: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
     num_transparent: int = 0
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
     modes: dict[str, int] = field(default_factory=dict)
@@ -95,6 +95,11 @@ class Scan:
             )
         return notes
 
+    @property
+    def num_ignored(self) -> int:
+        """Number of files that are no images."""
+        return sum(self.ignored.values())
+
     def overview(self) -> dict[str, str]:
         """Describe the images in words, by subject, for the page of a run."""
         sizes = {f"{width}×{height}": count for (width, height), count in self.sizes.items()}
@@ -107,7 +112,7 @@ class Scan:
         if self.class_counts:
             counts = {f"class {index}": count for index, count in enumerate(self.class_counts)}
             overview["classes"] = f"{len(counts)}: {tally(counts)}"
-        if self.num_ignored:
+        if self.ignored:
             overview["other files"] = f"{self.num_ignored}, not used"
         return overview
 
@@ -175,7 +180,7 @@ def scan(
     return Scan(
         path=source.path,
         num_images=len(names),
-        num_ignored=source.num_ignored,
+        ignored=dict(source.ignored.most_common()),
         num_transparent=findings.num_transparent,
         num_known=findings.num_known,
         sizes=dict(findings.sizes.most_common()),

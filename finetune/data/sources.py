@@ -10,7 +10,7 @@ import stat
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -24,18 +24,20 @@ IMAGE_SUFFIXES = frozenset(
 )
 LABELS_NAME = "dataset.json"
 MAX_FILE_BYTES = 1 << 30  # of one image or label file, unpacked: a zip may promise any size
-UNPACK_HINTS = {
+SUFFIX_HINTS = {
     ".zip": "Pass the zip file itself.",
     ".tfrecords": "TFRecords have to be unpacked into images first.",
     ".mdb": "An LMDB has to be unpacked into images first.",
+    ".heic": "Convert HEIC images to JPEG first.",
+    ".heif": "Convert HEIF images to JPEG first.",
 }
 
 
 class Source:
     """The images under one path.
 
-    `names` are those of the images, with forward slashes, sorted by code point; `num_ignored` counts other
-    files; `repeated` are names that a zip has more than once (the last one counts). Raises DataError if
+    `names` are those of the images, with forward slashes, sorted by code point; `ignored` counts other files
+    by suffix; `repeated` are names that a zip has more than once (the last one counts). Raises DataError if
     the path holds no image.
     """
 
@@ -48,7 +50,7 @@ class Source:
         if not self.names:
             raise _no_images(path, files)
         self.labels_name = self._find_labels(set(files))
-        self.num_ignored = len(files) - len(self.names) - (self.labels_name is not None)
+        self.ignored = _count_suffixes(set(files) - {*self.names, self.labels_name})
 
     def _files(self) -> Iterator[str]:
         raise NotImplementedError
@@ -214,10 +216,14 @@ def _raise_unlistable(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}).") from None
 
 
+def _count_suffixes(names: Iterable[str]) -> Counter[str]:
+    return Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in names)
+
+
 def _no_images(path: Path, files: list[str]) -> DataError:
-    counts = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in files)
+    counts = _count_suffixes(files)
     seen = ", ".join(f"{count} × {suffix}" for suffix, count in counts.most_common(5))
-    advice = [text for suffix, text in UNPACK_HINTS.items() if suffix in counts]
+    advice = [text for suffix, text in SUFFIX_HINTS.items() if suffix in counts]
     return DataError(
         f"{path}: no image found ({f'only {seen}' if seen else 'it is empty'}).",
         hint=" ".join(

@@ -65,6 +65,14 @@ def test_check_lists_all_problems_and_exits_2(folder):
     assert "1 of other sizes (1 shrunk, 1 padded)" in fitted.stdout and "131" not in fitted.stderr
 
 
+def test_check_counts_problems_and_names_skipped_suffixes(tmp_path):
+    for name in ("a.png", "b.heic", "c.heic", "README"):
+        (tmp_path / name).touch()
+    result = call("check", tmp_path)
+    assert f"{tmp_path}: 1 image, 3 other files skipped (.heic: 2, no ending: 1)\n" in result.stdout
+    assert "(1 problem)." in result.stderr and "--no-cond" not in result.stderr
+
+
 def test_check_json_is_complete(folder):
     (folder / "bad.png").write_bytes(b"")
     (folder / "a/copy.png").write_bytes((folder / "a/0.png").read_bytes())
@@ -105,6 +113,7 @@ def test_check_uses_network_size(folder, golden_dir):
     )
     result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl", "--fit", "stretch")
     assert result.exit_code == 2 and "class 999, but the classes are 0 to" in result.stdout
+    assert "(6 problems)" in result.stderr and "without labels: --no-cond" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -114,6 +123,7 @@ def test_check_uses_network_size(folder, golden_dir):
         (("--network", "nothing.pkl", "--resolution", 8), "already given by --network"),
         (("--network", "nothing.pkl"), "nothing.pkl"),
         (("--resolution", 2), "'2' is not a size"),
+        (("--resolution", "63x40"), "--resolution 63: the longer side must be a power of two"),
     ],
 )
 def test_check_refuses_options(folder, options, words):
@@ -138,6 +148,8 @@ def test_check_refuses_other_paths(tmp_path, command):
     assert "no such folder or zip" in refused(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "no image found (it is empty)" in refused(tmp_path / "empty")
+    (tmp_path / "empty/a.HEIC").touch()
+    assert "Convert HEIC images to JPEG first." in refused(tmp_path / "empty")
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
         for i in range(20):

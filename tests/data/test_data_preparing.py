@@ -214,6 +214,17 @@ def test_prepare_lists_or_skips_bad_images(mixed, tmp_path):
         prepare(mixed, tmp_path / "none.zip", resolution=8, skip_bad=True, labels="none")
 
 
+def test_prepare_lists_dark_images_among_others(mixed, encode, tmp_path):
+    (mixed / "cat/a.png").write_bytes(b"")
+    (mixed / "dog/c.png").write_bytes(encode(np.full([8, 8], 4000, np.uint16)))
+    for skip_bad in (False, True):
+        with pytest.raises(DataError) as caught:
+            prepare(mixed, tmp_path / "out.zip", resolution=8, labels="none", skip_bad=skip_bad)
+        text = str(caught.value)
+        assert "2 of 4 images cannot be used" in text and "cat/a.png: is empty" in text
+        assert "--bits 12" in text and "--skip-bad does not leave out such 16-bit images" in text
+
+
 def test_prepare_refuses_destinations(mixed, tmp_path, eight, monkeypatch):
     options = {"resolution": 8, "fit": "crop"}
     with pytest.raises(ConfigError, match=r"ends in \.zip"):

@@ -30,7 +30,7 @@ def test_source_names_sorted_without_hidden_files(write_set, name):
     source = open_source(write_set(FILES, name))
     assert source.names == ["a/d.webp", "a/deep/er/c.jpeg", "b.PNG"]
     assert [source.read(image) for image in source.names] == [b"3", b"2", b"1"]
-    assert source.num_ignored == 2 and source.labels_name is None
+    assert source.ignored == {".txt": 1, ".db": 1} and source.labels_name is None
 
 
 def test_source_checksums_of_folder_and_zip_agree(write_set):
