@@ -338,8 +338,8 @@ def suggestion(name: str) -> str:
 
 
 def search(words: Iterable[str]) -> list[Entry]:
-    """Return the entries in which every word occurs, in any field."""
-    wanted = [word.lower() for word in words]
+    """Return the entries in which every word occurs, or its singular, in any field."""
+    wanted = [re.sub(r"(?<=\w{3})s$", "", word.lower()) for word in words]
 
     def text_of(entry: Entry) -> str:
         # A license may name the code base it was written for, which need not be the architecture.

@@ -207,6 +207,10 @@ def test_search_requires_every_word():
     assert found == {"stylegan3-t-ffhqu-256x256", "stylegan3-r-ffhqu-256x256"}
 
 
+def test_search_finds_singular():
+    assert catalog.search(["cats"]) == catalog.search(["cat"]) != []
+
+
 def test_published_settings_of_entries():
     known_by_name = identify.published(catalog.get("metfaces-1024-stylegan3-t"))
     assert known_by_name.trained == (6.6, 32)
