@@ -71,7 +71,7 @@ def command(first: str, second: str, alpha: Any, out: Path, force: bool) -> None
     from finetune.export.save import save
     from finetune.resolve import load
 
-    format_of(out, None)
+    format_of(out, option=None)
     refuse_existing(out, force=force)
     A, B = (load(network_file(network)) for network in (first, second))
     related = relation(A, B)

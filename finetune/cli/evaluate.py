@@ -195,6 +195,8 @@ def measure(
     if pairs is not None:
         with float32_math():
             evaluation.write_pairs(G, num, seed, pairs)
+        if group.is_first:
+            click.echo(f"Wrote {pairs}.", err=True)
     shutdown()
 
 

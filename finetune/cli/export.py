@@ -119,6 +119,7 @@ def write(
     format_name: one of FORMATS, by default that of the suffix of `out`. Mistakes in the options are refused
     before anything is downloaded.
     """
+    from finetune.checkpoint.load import NETWORKS
     from finetune.export.save import save
     from finetune.resolve import load
 
@@ -126,7 +127,7 @@ def write(
         raise ConfigError(f"{out}: this is a folder. Pass the name of a file.")
     file_format = format_of(out, format_name, option="--format")
     if half and not file_format.half:
-        raise half_refused(file_format.name)
+        raise half_refused(file_format.name, "--half")
     if slim and which not in (None, "G_ema"):
         raise ConfigError(f"--slim: has no effect with --which {which}. Use one of the two.")
     source = network_file(network)
@@ -150,7 +151,7 @@ def write(
         click.echo(f"The source has no {' and no '.join(checkpoint.missing)}, so the file has none.")
     if name == "stylegan-pkl" and len(networks) < 3:
         click.echo("Loaders that require G, D and G_ema will refuse it.")
-    if checkpoint.augment_pipe is not None and not file_format.augment_pipe:
+    if "D" in networks and checkpoint.augment_pipe is not None and not file_format.augment_pipe:
         click.echo("It does not contain the augmentation pipe, which only training needs.")
     tensors = f"{result.num_tensors} tensors equal, " if result.num_tensors else ""
     click.echo(
@@ -159,8 +160,10 @@ def write(
     )
     for line in provenance_lines(checkpoint.provenance.to_dict()):
         click.echo(line)
+    left_out = tuple(f"{each}: " for each in NETWORKS if each not in (*networks, *checkpoint.missing))
     for note in checkpoint.notes:
-        click.echo(f"Note: {note}.")
+        if not note.startswith(left_out):
+            click.echo(f"Note: {note}.")
 
 
 def write_web(
@@ -181,7 +184,7 @@ def write_web(
     from finetune.resolve import load
 
     if half:
-        raise half_refused(WEB)
+        raise half_refused(WEB, "--half")
     if which in ("D", "all"):
         raise ConfigError(f"--format web with --which {which}: a page has one generator. Use G_ema or G.")
     refuse_existing(out, force=force)

@@ -96,10 +96,12 @@ def by_resolution(alpha: Alpha, network: Network) -> float | Callable[[str], flo
     if not isinstance(alpha, Mapping):
         return float(alpha)
     numbers = sorted((key, value) for key, value in alpha.items() if isinstance(key, int))
-    if not numbers or numbers[0][0] < 4 or numbers[-1][0] > network.img_resolution:
+    largest = network.img_resolution
+    if not numbers or any(not 4 <= key <= largest or key & (key - 1) for key, _ in numbers):
         given = ", ".join(str(key) for key, _ in numbers) or "none"
         raise ConfigError(
-            f"--alpha: resolutions {given}; this network has 4 to {network.img_resolution}. Write 4=0,16=1."
+            f"--alpha: resolutions {given}; this network has the powers of two from 4 to {largest}. "
+            "Write 4=0,16=1."
         )
 
     def of_tensor(name: str) -> float:

@@ -174,6 +174,8 @@ def read_arrays(path: str | os.PathLike, *names: str) -> dict[str, np.ndarray]:
     """
     found = {}
     try:
+        if Path(path).is_file() and not zipfile.is_zipfile(path):  # numpy would advise to unpickle it
+            raise ValueError("it is not a zip of arrays")
         with np.load(path, allow_pickle=False) as file:
             if not hasattr(file, "files") or set(names) - set(file.files):
                 raise ValueError(f"no array called {' or '.join(names)}")

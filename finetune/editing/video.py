@@ -68,7 +68,10 @@ def walk_frames(table: LatentTable, steps: int, *, loop: bool, cells: int = 1) -
         keys = torch.stack(rows, dim=1)  # [columns, rows, num_ws, w_dim]
     else:
         if len(rows) % cells:
-            raise ConfigError(f"{len(rows)} seeds cannot be divided among {cells} cells of --grid.")
+            raise ConfigError(
+                f"{len(rows)} seeds cannot be divided among {cells} cells of --grid.",
+                hint=f"Give a multiple of {cells} seeds, or another --grid.",
+            )
         keys = torch.cat(rows).unflatten(0, (cells, -1)).transpose(0, 1)
     if len(keys) < 2:
         raise ConfigError(

@@ -74,23 +74,24 @@ FORMATS: dict[str, Format] = {
 HALF = ", ".join(row.name for row in FORMATS.values() if row.half)  # whose readers accept float16
 
 
-def half_refused(name: str) -> ConfigError:
+def half_refused(name: str, option: str = "half") -> ConfigError:
     """Return the error for float16 weights in a format whose readers do not accept them."""
-    return ConfigError(f"{name} with half: needs float32 weights. Use one of {HALF}, or omit half.")
+    return ConfigError(f"{name} with {option}: needs float32 weights. Use one of {HALF}, or omit {option}.")
 
 
-def format_of(path: str | os.PathLike, name: str | None = None, *, option: str = "format") -> Format:
+def format_of(path: str | os.PathLike, name: str | None = None, *, option: str | None = "format") -> Format:
     """Return the format called `name`, by default that of the suffix of `path`.
 
     Raises ConfigError if there is none, or if the suffix is that of another format; `option` is the word for
-    the format in its message.
+    the format in its message, None where the suffix alone decides.
     """
     suffix = PurePath(path).suffix.lower()
     by_suffix = next((row for row in FORMATS.values() if row.suffix == suffix), None)
     if name is None:
         if by_suffix is None:
             known = ", ".join(f"{row.suffix} ({row.name})" for row in FORMATS.values())
-            raise ConfigError(f"{path}: unknown suffix {suffix!r}. Use one of {known}, or give {option}.")
+            other = f", or give {option}" if option else ""
+            raise ConfigError(f"{path}: unknown suffix {suffix!r}. Use one of {known}{other}.")
         return by_suffix
     if name not in FORMATS:
         raise ConfigError(f"{option} {name!r} is unknown. Choose from {', '.join(FORMATS)}.")

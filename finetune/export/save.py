@@ -84,6 +84,6 @@ def _halved(checkpoint: Checkpoint) -> Checkpoint:
                 tensor.data = tensor.data.half()
                 if not tensor.data.isfinite().all():
                     raise ExportError(
-                        f"{name}.{key} has values above 65504, the largest of float16. Omit half.",
+                        f"{name}.{key} has values above 65504, the largest of float16. Write it in float32.",
                     )
     return dataclasses.replace(checkpoint, **networks)

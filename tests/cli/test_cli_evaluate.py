@@ -79,6 +79,7 @@ def test_evaluate_memorization_writes_pairs(images, golden_dir, tmp_path):
     options = ("--metrics", "memorization", "--num", 8, "--pairs", tmp_path / "new" / "pairs.png")
     result = call(images, golden_dir, *options)
     assert result.exit_code == 0 and "memorization      0\n" in result.output, result.output
+    assert result.stderr.endswith(f"Wrote {options[-1]}.\n")
     with Image.open(tmp_path / "new" / "pairs.png") as sheet:
         assert sheet.size == (8 * 32, 2 * 32)
     (tmp_path / "file").write_text("")

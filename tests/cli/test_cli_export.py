@@ -141,12 +141,12 @@ def test_export_full_disk(source, tmp_path, monkeypatch):
     [
         (["--network", "absent.pkl", "--out", "x.pkl"], "absent.pkl does not exist"),
         (["--network", "{source}", "--out", "."], "is a folder"),
-        (["--network", "{source}", "--out", "x.onnx", "--format", "onnx", "--half"], "omit half"),
+        (["--network", "{source}", "--out", "x.onnx", "--format", "onnx", "--half"], "omit --half"),
         (["--network", "{source}"], "--out"),
         (["--network", "{source}", "--out", "x"], "unknown suffix ''. Use one of .pkl (stylegan-pkl)"),
         (["--network", "{source}", "--out", "x.onnx", "--format", "stylegan-pkl"], "Use --format onnx"),
         (["--network", "{source}", "--out", "x.pkl", "--format", "safetensors"], "ends in .safetensors"),
-        (["--network", "{source}", "--out", "x.pkl", "--half"], "stylegan-pkl with half"),
+        (["--network", "{source}", "--out", "x.pkl", "--half"], "stylegan-pkl with --half"),
         (["--network", "{source}", "--out", "x.pkl", "--slim", "--which", "D"], "no effect with --which D"),
         (["--network", "ffhq-256-stylegan2", "--offline", "--out", "x.pickle"], "unknown suffix '.pickle'"),
         (["--network", "/dev/null", "--out", "x.pkl"], "is not a file"),
@@ -159,13 +159,24 @@ def test_export_errors(source, tmp_path, monkeypatch, args, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_export_shows_notes_on_what_it_writes(golden_dir, tmp_path, monkeypatch):
+    source = golden_dir / "rosinality-32-train.pt"
+    output = run("--network", source, "--slim", "--out", tmp_path / "x.safetensors")
+    assert "Note: G_ema: " in output and "Note: entry" in output
+    assert "Note: G: " not in output and "Note: D: " not in output
+    without_D = dataclasses.replace(finetune.load(source), D=None, notes=("D: not opened",))
+    monkeypatch.setattr("finetune.resolve.load", lambda *args, **kwargs: without_D)
+    assert "Note: D: not opened." in run("--network", source, "--slim", "--out", tmp_path / "y.safetensors")
+
+
 def test_export_safetensors_without_augment_pipe(golden_dir, tmp_path):
     source = golden_dir / "stylegan2-32.pkl"
     assert finetune.load(source).augment_pipe is not None
     output = run("--network", source, "--format", "safetensors", "--out", tmp_path / "x.safetensors")
     assert "augmentation pipe" in output
+    generator = run("--network", source, "--slim", "--out", tmp_path / "slim.safetensors")
     pickle = run("--network", source, "--out", tmp_path / "x.pkl")
-    assert "augmentation pipe" not in pickle
+    assert "augmentation pipe" not in generator + pickle
     assert finetune.load(tmp_path / "x.pkl").augment_pipe is not None
 
 

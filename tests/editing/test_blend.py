@@ -83,9 +83,9 @@ def test_blend_swaps_layers(A, B):
         assert (name in from_a) == (name in set(equal(high.best, B.best))), name
 
 
-@pytest.mark.parametrize("alpha", [{}, {"mapping": 0.5}, {2: 0.0}, {64: 0.0}])
+@pytest.mark.parametrize("alpha", [{}, {"mapping": 0.5}, {2: 0.0}, {64: 0.0}, {4: 0.0, 31: 1.0}])
 def test_blend_refuses_other_resolutions(A, B, alpha):
-    with pytest.raises(ConfigError, match=r"--alpha: resolutions .*; this network has 4 to 32"):
+    with pytest.raises(ConfigError, match=r"--alpha: resolutions .* the powers of two from 4 to 32"):
         blend(A, B, alpha)
 
 

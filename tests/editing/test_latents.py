@@ -87,7 +87,7 @@ def damaged_archive():
         ({"x": np.zeros(1)}, r"not an \.npz file with w \(no array called w\)"),
         ({"w": np.array([np.nan])}, "w is not finite"),
         ({"w": np.array([{}])}, "allow_pickle"),
-        (b"no archive", r"not an \.npz file"),
+        (b"no archive", r"not an \.npz file with w \(it is not a zip of arrays\)\.$"),
         (damaged_archive(), r"not an \.npz file with w \(Error -3 while decompressing"),
         (None, "does not exist"),
     ],

@@ -175,5 +175,7 @@ def test_format_is_that_of_the_ending(tmp_path):
     assert format_of("a", "safetensors").name == "safetensors"
     with pytest.raises(ConfigError, match=r"unknown suffix '.jpg'. Use one of .pkl"):
         format_of("a.jpg")
+    with pytest.raises(ConfigError, match=r"Use one of \.pkl [^;]*state-dict\)\.$"):
+        format_of("a.jpg", option=None)
     with pytest.raises(ConfigError, match=r"Use format stylegan-pkl, or a name that ends in .safetensors"):
         format_of("a.pkl", "safetensors")
