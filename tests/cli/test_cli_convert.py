@@ -46,7 +46,7 @@ def test_convert_refusals(golden_dir, tmp_path):
         ((source, tmp_path / "net.pt"), "StyleGAN2 port: StyleGAN3, not StyleGAN2"),
         ((source, tmp_path / "net.pkl", "--arch", "first_cutoff"), "'first_cutoff' is not an argument"),
         ((source, tmp_path / "net.pkl", "--arch", "first_cutoff=1"), "no architecture can be given"),
-        ((source, tmp_path / "net.pkl", "--half"), "stylegan-pkl with half"),
+        ((source, tmp_path / "net.pkl", "--half"), "stylegan-pkl with --half"),
     ):
         assert words in run(*args, code=2)
     assert list(tmp_path.iterdir()) == []

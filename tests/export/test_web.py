@@ -123,7 +123,7 @@ def test_runtime_of_folder(cache, tmp_path):
     [
         (["--out", "full"], "full: exists. Move it, write elsewhere, or use --force"),
         (["--out", "full/file", "--force"], "full/file: this is a file"),
-        (["--out", "new", "--half"], "web with half: needs float32 weights. Use one of safetensors, "),
+        (["--out", "new", "--half"], "web with --half: needs float32 weights. Use one of safetensors, "),
         (["--out", "new", "--which", "D"], "--which D: a page has one generator. Use G_ema or G."),
         pytest.param(
             ["--out", "new", "--runtime", "full"],
