@@ -49,7 +49,8 @@ PARTS = {
     "path_mean": ("path_mean",), "sd_norms": ("sd_norms",), "nimg": ("nimg",), "step": ("step",),
     "random": ("random",), "sampler": ("sampler",),
 }  # fmt: skip
-RESTARTED = ("update_cosine", "sd_cosine", "sd_ratio")  # beginnings of keys of the log
+# Beginnings of keys of the log.
+RESTARTED = ("update_cosine", "sd_cosine", "sd_ratio", "straightness", "path_per_kimg")
 TIMES = ("sec", "img_per_sec", "sec_per_phase", "memory_gib")  # keys of the log that differ from run to run
 EVENT = ("event", "nimg", "step", "number", "lr_G", "lr_D")  # keys of an event that are compared
 
