@@ -211,7 +211,7 @@ class TrainOptions:
         at_least=0)
     aug: str | None = _option(
         RECIPE, "Augmentation: adaptive (ADA), none, or with the fixed probability --p.",
-        shown="ada; improve with 50,000 images: noaug",
+        shown="ada; improve: noaug from 50,000 images on",
         choices=("ada", "noaug", "fixed"))
     target: float | None = _option(
         RECIPE, "ADA target.", shown="0.6, or as published", at_least=0, at_most=1)
@@ -333,7 +333,7 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
     if (run.batch or 0) > 0 and (run.batch_gpu or 0) > 0 and run.batch % run.batch_gpu:  # type: ignore[operator]
         problems.append(f"--batch {run.batch}: must be a multiple of --batch-gpu {run.batch_gpu}.")
     if not run.data:
-        known = f" Only a run folder has its own, and {run.resume} is none." if run.resume else ""
+        known = f" {run.resume} is not a run folder with a training state." if run.resume else ""
         problems.append(f"--data: missing. Pass the folder or zip with the images.{known}")
     if asked.resume == "" and not run.scratch:
         problems.append("--resume: empty. Pass the checkpoint to start from.")

@@ -62,7 +62,7 @@ class Evaluation:
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`,
     with `-stlpips` those of ST-LPIPS's VGG16. `ppl`: perceptual path length. `memorization`: share of near
     copies of real images, in the features of EfficientNet-Lite0. workers: processes that decode images.
-    cache: of the statistics of the real images. inception: the file of its weights, fetched if None.
+    cache: keep the statistics of the real images. inception: the file of its weights, fetched if None.
     group: this process among others that do the same; each processes its part of the images, in batches that
     do not depend on their number, and all get the same distances. with_error: also compute the standard error
     of the first of `which` if it is a Fréchet distance (eight more distances). Raises ConfigError for unknown

@@ -23,7 +23,6 @@ from finetune.resolve import as_url, check_architecture
 from finetune.train.facts import gpu_memory_gib, has_effnet
 from finetune.train.progress import print_reasons
 from finetune.train.validation import names_of
-from torch_utils.files import expand_home
 
 
 def missing_checkpoint(resume: str) -> str | None:
@@ -42,7 +41,7 @@ def missing_checkpoint(resume: str) -> str | None:
     if url and entry is None:
         is_here = store.is_kept(store.place_of_url(url))
         return None if is_here else f"checkpoint {url}, {_size(None, [url])}"
-    if not url and (not resume or os.path.exists(expand_home(resume))):
+    if not url and (not resume or os.path.exists(resume)):
         return None
     if entry is None or store.is_kept(store.place_of(entry)):
         return None
@@ -92,9 +91,10 @@ def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
         gpu_memory_gib=gpu_memory_gib(device),
         published=identify.published(entry) if resolution == entry.resolution else None,
         has_effnet=has_effnet(),
+        converts_d=resolution != entry.resolution or asked.channels is not None,
     )
     config, reasons = recipes.resolve(asked, facts)
-    if config.recipe == "few-shot" and asked.freezed is None and not config.new_d:
+    if config.recipe == "few-shot" and asked.freezed is None and not (config.new_d or facts.converts_d):
         counted = Reason("freezed", "40 %", "of the layers of D, counted when the checkpoint is here")
         reasons = [counted if reason.name == "freezed" else reason for reason in reasons]
     print_reasons(console, reasons)

@@ -33,7 +33,6 @@ from finetune.train.facts import read_data
 from finetune.train.progress import print_reasons
 from finetune.train.run_dir import check_place
 from finetune.train.state import Plan, TrainState, unpack_network
-from torch_utils.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _prepare(asked: TrainOptions, on_message: Callable[[str], None], dry_run: bo
 
 def find_origin(asked: TrainOptions, on_message: Callable[[str], None]) -> Origin:
     """Open what `--resume` names. Raises FinetuneError if it cannot be used."""
-    saved = find_state(expand_home(asked.resume)) if asked.resume else None
+    saved = find_state(Path(asked.resume)) if asked.resume else None
     if saved is not None:
         if not env_rank():
             run_lock.check_free(saved.path.parent)

@@ -88,8 +88,10 @@ class Stats:
         return {name: (total, count) for name, total, count in found if count}
 
     def due_diagnostics(self, nimg: int) -> Diagnostics | None:
-        """Return what compares gradients, once in the second half of each tick: at the start,
-        student and teacher may be equal."""
+        """Return what compares gradients, once in each tick; None before and after.
+
+        In its second half, since student and teacher may be equal at the start.
+        """
         middle = (self.tick_nimg // self.interval_nimg + 0.5) * self.interval_nimg
         found = self.diagnostics
         return found if found is not None and found.due and nimg >= middle else None
