@@ -118,7 +118,7 @@ MISTAKES = {
     # Options.
     "nothing to start from": ("train --data images", "Use either --resume PICKLE", "or --scratch FAMILY"),
     "no data": ("train --resume net.pkl", "--data: missing", "Pass the folder or zip"),
-    "misspelled run": ("train --resume runs/00009-x", "runs/00009-x is not a run folder", "Pass the folder or zip"),
+    "misspelled run": ("train --resume runs/00009-x", "is not a run folder", "Pass the folder or zip"),
     "frozen and converted": (
         f"{TRAIN} --channels 4 --freezed 2 --sd-backbone l2", "--freezed 2", "Use --freezed 0"),
     "odd resolution": (f"{TRAIN} --resolution 20", "--resolution 20", "must be a power of two"),
