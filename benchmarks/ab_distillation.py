@@ -265,7 +265,7 @@ def make_base(options: argparse.Namespace, name: str) -> None:
         "aug": "ada",
         "snap": 10,
         "keep": 2,
-        "metrics": "random-fid,fd-effnet",
+        "metrics": options.metrics or "random-fid,fd-effnet",
         "metrics_num": 1000,
         "device": options.device,
         **RATES,

@@ -5,7 +5,8 @@
 The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots.
 Cycles of 16 steps are timed, in which every lazy phase runs at its interval, after `--warmup` cycles that
 build kernels, allocate memory and are reported as "first". Phases are those of the loop's own clock. Peak
-memory is what torch has reserved on a GPU, the pool of CUDA graphs included.
+memory on a GPU is what torch has reserved, the pool of CUDA graphs included, and what was allocated at once,
+both from the second cycle on: graphs are captured in it, and cuDNN has tried its algorithms in the first.
 As in training, freed memory stays in the process on a CPU (finetune/train/allocator.py).
 `--profile` adds one more cycle under torch.profiler and its slowest CUDA kernels; "busy" is the fraction of a
 cycle in which a kernel runs: time covered by kernels, over the time of a cycle without the profiler.
@@ -58,6 +59,7 @@ from finetune.train.train import Run, train
 from torch_utils.ops import impl
 
 ARMS = ("naive", "ref", "auto")
+PEAKS = ("gib", "allocated_gib", "first_gib")
 CYCLE = 16  # steps: the least common multiple of the intervals of all phases
 NONE, RANDOM_VGG = "none", "lpips-vgg-random"
 
@@ -132,7 +134,7 @@ class Cycles:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.started
         self.count += 1
-        if self.count == self.warmup and self.device.type == "cuda":
+        if self.count == 1 and self.device.type == "cuda":
             # cuDNN tries algorithms in the first cycle, some with a workspace that is never used again.
             self.first_gib = peak_memory_gib(self.device)
             torch.cuda.empty_cache()
@@ -211,6 +213,7 @@ def measure(family: str, arm: str, distance: str, options: argparse.Namespace) -
         "phases": {name: value / len(cycles.seconds) for name, value in cycles.phases.items()},
         "first_gib": cycles.first_gib if on_cuda else None,
         "gib": peak_memory_gib(device) if on_cuda else None,
+        "allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None,
         "profiled": cycles.profiled,
         "kernels": kernels_of(cycles.profiler) if options.profile else None,
     }
@@ -239,7 +242,7 @@ def tables(results: Results, options: argparse.Namespace) -> list[str]:
     kimg = CYCLE * options.batch / 1000
     phases = sorted({name for result in results.values() for name in result["phases"]})
     header = ["family", "arm", "distance", "s/kimg", "images/s", "cycles (s)", "first (s)", "busy"]
-    header += ["peak (GiB)", "first peak (GiB)"]
+    header += ["peak (GiB)", "allocated (GiB)", "first peak (GiB)"]
     header += [f"{name} (s/kimg)" for name in phases]
     rows, listed = [], []
     for key, result in results.items():
@@ -253,7 +256,7 @@ def tables(results: Results, options: argparse.Namespace) -> list[str]:
         rows.append([
             *(*key, f"{median / kimg:.3g}", f"{1000 * kimg / median:.4g}"),
             *(" ".join(f"{each:.2f}" for each in result[name]) for name in ("cycles", "first")),
-            *(busy, *(f"{result[name]:.2f}" if result[name] else "–" for name in ("gib", "first_gib"))),
+            *(busy, *(f"{result[name]:.2f}" if result[name] else "–" for name in PEAKS)),
             *(f"{result['phases'].get(name, 0.0) / kimg:.3g}" for name in phases),
         ])  # fmt: skip
     return [table(header, rows), *listed]

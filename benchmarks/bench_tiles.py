@@ -23,10 +23,10 @@ from bench_ops import GPU_CASES, OURS, Case, tensors
 from measuring import interleaved, report, table
 
 from torch_utils.ops.native import cuda
-from torch_utils.ops.native.filtered_lrelu import plan
+from torch_utils.ops.native.filtered_lrelu import gradient_2d, plan
 
 MODES = ("forward", "forward, recording", "backward")
-Tile = tuple[int, int, int]  # width, height, bytes of shared memory
+Tile = tuple[int, ...]  # width and height first
 
 
 def call_of(case: Case, made: dict[str, Any], mode: str) -> Callable[[], Any]:
@@ -45,27 +45,35 @@ def call_of(case: Case, made: dict[str, Any], mode: str) -> Callable[[], Any]:
 
 
 class Tiles:
-    """Takes the place of `plan.best_tile` to learn what tiles there are, and to choose one of them."""
+    """Takes the place of `best_tile` of both kernels to learn what tiles there are, and to choose one."""
 
     def __init__(self) -> None:
         self.found: list[Tile] = []
         self.chosen: Tile | None = None
         self.forced: Tile | None = None
-        self.original = plan.best_tile
 
-    def __call__(self, p: Any, axes: Any, limit: int) -> Tile:
-        if self.forced:
-            return self.forced
+    def of_plan(self, p: Any, axes: Any, limit: int, original: Any = plan.best_tile) -> Tile:
         pairs = [(width, height) for width in plan._widths(p, axes) for height in plan._heights(p, axes)]
         tiles = [(*pair, axes.shared_bytes(p, *pair)) for pair in pairs]
-        self.found = [tile for tile in tiles if tile[2] <= limit]
-        self.chosen = self.original(p, axes, limit)
-        return self.chosen
+        return self.forced or self._keep(
+            [tile for tile in tiles if tile[2] <= limit], original(p, axes, limit)
+        )
+
+    def of_gradient(self, p: Any, limit: int, original: Any = gradient_2d.best_tile) -> Tile:
+        return self.forced or self._keep(list(gradient_2d.tiles(p, limit)), original(p, limit))
+
+    def _keep(self, found: list[Tile], chosen: Tile) -> Tile:
+        self.found, self.chosen = found, chosen
+        return chosen
 
 
 def times_of(call: Callable[[], Any], device: torch.device) -> tuple[Tile, dict[Tile, float]]:
     """Return the tile that is chosen, and milliseconds by tile."""
-    with mock.patch.object(plan, "best_tile", tiles := Tiles()):
+    tiles = Tiles()
+    with (
+        mock.patch.object(plan, "best_tile", tiles.of_plan),
+        mock.patch.object(gradient_2d, "best_tile", tiles.of_gradient),
+    ):
         cuda._launches.clear()
         call()
         assert tiles.chosen

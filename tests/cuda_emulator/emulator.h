@@ -180,15 +180,29 @@ inline unsigned short float_to_half(float v) {
     return h;
 }
 
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8 * i + j has the address of row j of matrix i.
-inline void ldmatrix_x4(const void* row, unsigned* found) {
+// ldmatrix.sync.aligned.m8n8.x4(.trans).shared.b16: lane 8 * i + j has the address of row j of matrix i.
+inline const words* exchange_rows(const void* row) {
     const machine& m = the();
     const size_t offset = static_cast<const unsigned char*>(row) - m.shared.data();
     if (offset % 16 || offset + 16 > m.shared.size() - MARGIN) the().error = "ldmatrix reads elsewhere, or not aligned";
-    const unsigned lane = m.current->lane;
     const words* const given = exchange({{static_cast<unsigned>(offset)}});
-    if (m.error) return;
-    for (unsigned i = 0; i < 4; ++i) std::memcpy(found + i, &m.shared[given[8 * i + lane / 4].w[0] + lane % 4 * 4], 4);
+    return m.error ? nullptr : given;
+}
+
+inline void ldmatrix_x4(const void* row, unsigned* found) {
+    const unsigned lane = the().current->lane;
+    const words* const given = exchange_rows(row);
+    for (unsigned i = 0; given && i < 4; ++i)
+        std::memcpy(found + i, &the().shared[given[8 * i + lane / 4].w[0] + lane % 4 * 4], 4);
+}
+
+inline void ldmatrix_x4_trans(const void* row, unsigned* found) {
+    const unsigned lane = the().current->lane;
+    const words* const given = exchange_rows(row);
+    for (unsigned i = 0; given && i < 8; ++i)
+        std::memcpy(
+            reinterpret_cast<unsigned short*>(found) + i,
+            &the().shared[given[8 * (i / 2) + lane % 4 * 2 + i % 2].w[0] + lane / 4 * 2], 2);
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32. The PTX manual has the place of each element.

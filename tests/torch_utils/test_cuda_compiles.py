@@ -86,6 +86,7 @@ SPECS = {
     "lrelu_t_grows_backward": ("filtered_lrelu", lambda: lrelu(F16, 52, 2, 4, 41, T, (24,), params.GATE)),
     "lrelu_r": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, T, R, params.RECORD)),
     "lrelu_r_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, R, T, params.GATE)),
+    "lrelu_r_grows_backward": ("filtered_lrelu", lambda: lrelu(F16, 52, 2, 4, 42, R, (24,), params.GATE)),
     "lrelu_r_float": ("filtered_lrelu", lambda: lrelu(F32, 36, 2, 2, 11, T, R, params.RECORD)),
     "lrelu_r_grows": ("filtered_lrelu", lambda: lrelu(F16, 38, 4, 2, -6, (24,), R, params.ACTIVATE)),
     "lrelu_generate": ("filtered_lrelu", lambda: lrelu(torch.bfloat16, 38, 2, 2, 9, T, T, params.ACTIVATE)),
@@ -117,7 +118,15 @@ SPECS = {
     "act_double": ("bias_act", lambda: act(torch.float64, "softplus", 0)),
 }
 # One of each source.
-ON_ALL = ("lrelu_t", "lrelu_r", "fir_up", "fma_pixels_backward", "act_lrelu_db", "distance_vgg_backward")
+ON_ALL = (
+    "lrelu_t",
+    "lrelu_r",
+    "lrelu_r_backward",
+    "fir_up",
+    "fma_pixels_backward",
+    "act_lrelu_db",
+    "distance_vgg_backward",
+)
 
 
 def plan_of(name, capability):
@@ -186,6 +195,11 @@ def test_cuda_tensor_cores_filter_clamped_float16():
         for field, value in change.items():
             setattr(p, field, value)
         assert ("SG_TENSOR", 0) in filtered_lrelu_plan(p, (9, 0)).defines, change
+    for capability in ARCHITECTURES:
+        for name in SPECS:
+            takes = plan_of(name, capability).entry == "sg_filtered_lrelu_gradient_cuda"
+            is_gradient = name in ("lrelu_r_backward", "lrelu_r_grows_backward")
+            assert takes == (is_gradient and capability >= (8, 0)), (name, capability)
 
 
 @pytest.mark.parametrize("channels", [32, 64, 96, 512])

@@ -19,6 +19,7 @@ from torch_utils.ops import unit_distance as unit_distance
 from torch_utils.ops.native import cuda, library, prebuild
 
 EXACT = 1e-12
+GRADIENT = "sg_filtered_lrelu_gradient_cuda"
 
 
 def named(case):
@@ -39,7 +40,8 @@ ALWAYS = {
 }
 IN_HALF = {
     "upfirdn2d": "stylegan2_down channels_last_blur",
-    "filtered_lrelu": "stylegan3_t stylegan3_r_tiles stylegan3_r_grows_even odd_2d_down_filter",
+    "filtered_lrelu": "stylegan3_t stylegan3_r_tiles stylegan3_r_grows_even 2d_filter_of_16 "
+    "odd_2d_down_filter",
     "bias_act": "clamp_bites_lrelu",
 }
 
@@ -79,6 +81,8 @@ def test_cuda_emulated_other_dtypes_error_at_most_twice_torch(case, dtype, on_cu
     assert all(a <= max(2 * p, rounding) for a, p in zip(actual, plain)), (actual, plain)
     if "columns_of_taps" in case.id:
         assert ("SG_TENSOR", int(dtype == torch.float16)) in on_cuda[0].defines
+    if case.id in ("stylegan3_r_tiles", "stylegan3_r_grows_even", "2d_filter_of_16"):
+        assert (on_cuda[-1].entry == GRADIENT) == (dtype == torch.float16)
 
 
 RECORDING = {
@@ -139,7 +143,8 @@ def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(on_cuda, monkeypatch):
     x = torch.randn(2, 3, 12, 12)
     b, f = torch.tensor([0.5, -0.5, 0.1]), torch.tensor([1.0, 3, 3, 1]) / 8
     error = filtered_lrelu._trial_in_half(x, b, f)
-    assert error < impl.TOLERANCE / 4 and ("SG_TENSOR", 1) in on_cuda[0].defines
+    assert error < impl.TOLERANCE / 4
+    assert ("SG_TENSOR", 1) in on_cuda[0].defines and on_cuda[1].entry == GRADIENT
     right = cuda._run
 
     def wrong(op, x, pointers, numbers):
@@ -147,6 +152,8 @@ def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(on_cuda, monkeypatch):
         ctypes.memset(pointers["y"], 0, 64)
 
     monkeypatch.setattr(cuda, "_run", wrong)
+    assert filtered_lrelu._trial_in_half(x, b, f) > impl.TOLERANCE
+    monkeypatch.setattr(cuda, "_run", lambda *args: (wrong if "b" not in args[2] else right)(*args))
     assert filtered_lrelu._trial_in_half(x, b, f) > impl.TOLERANCE
 
 

@@ -178,9 +178,14 @@ def _trial_in_half(x: torch.Tensor, b: torch.Tensor, fu: torch.Tensor) -> float:
     wave = torch.arange(8, device=x.device).mul(0.4).sin()
     fd = wave.outer(wave.flip(0)) / 16  # different in each direction
     spec = FilteredLreluSpec(2, 2, 4, 4, 12, 12, False, 4.0, 0.2, 0.5)
-    kernel = native.filtered_lrelu(x.half(), fu, fd, b.half(), spec)
-    plain = filtered_lrelu(x, fu, fd, b, 2, 2, [4, 5, 4, 5], gain=1, clamp=0.5, impl="ref")
-    return float((kernel - plain).abs().max()) * 2**-6
+    with torch.enable_grad():
+        x_half, x_plain = (each.detach().requires_grad_(True) for each in (x.half(), x))
+        kernel = native.filtered_lrelu(x_half, fu, fd, b.half(), spec)
+        plain = filtered_lrelu(x_plain, fu, fd, b, 2, 2, [4, 5, 4, 5], gain=1, clamp=0.5, impl="ref")
+        (dx,) = torch.autograd.grad(kernel, x_half, x[:, :, :12, :12].half())
+        (expected,) = torch.autograd.grad(plain, x_plain, x[:, :, :12, :12])
+    errors = torch.cat([(kernel.detach() - plain.detach()).flatten(), (dx - expected).flatten()])
+    return float(errors.abs().max()) * 2**-6
 
 
 _impl.register("filtered_lrelu", _trial)

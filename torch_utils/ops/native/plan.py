@@ -35,6 +35,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def up_to(multiple: int, number: int) -> int:
+    """Return `number`, rounded up to a multiple."""
+    return ceil_div(number, multiple) * multiple
+
+
 def is_wide(element_offsets: int) -> bool:
     """Return whether offsets up to so many elements need 64 bits, with a margin for products."""
     return element_offsets >= 2**30

@@ -115,6 +115,7 @@ struct tile_t {
 };
 
 #if SG_TENSOR
+#include "matrices.cuh"
 #include "tensor_cores.cuh"
 #endif
 

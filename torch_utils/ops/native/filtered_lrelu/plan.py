@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from ..params import ACTIVATE, DTYPES, GATE, RECORD, FilteredLrelu
-from ..plan import ITEM_BYTES, MAX_GRID, LaunchPlan, ceil_div, extent, is_wide, shared_limit
+from ..plan import ITEM_BYTES, MAX_GRID, LaunchPlan, ceil_div, extent, is_wide, shared_limit, up_to
+from . import gradient_2d
 
 WARP = 32
 WARPS = (2, 4, 7)  # of a block, a few numbers, or every size of a layer would be compiled for itself
@@ -36,6 +37,8 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
 
     Raises ValueError for filters of which not even a small tile fits into shared memory.
     """
+    if gradient_2d.takes(p, capability):
+        return gradient_2d.plan(p, capability)
     axes = Axes.of(p)
     axes = axes._replace(tensor=_takes_tensor_cores(p, axes, capability))
     width, p.tile_h, shared = best_tile(p, axes, shared_limit(capability))
@@ -106,8 +109,8 @@ class Axes(NamedTuple):
 
     def threads(self, width: int) -> int:
         if self.tensor:
-            return _up_to(WARP, _up_to(PIECE_W, width) * self.down + 16)
-        return _up_to(WARP, (width - 1) * self.down + self.dx)
+            return up_to(WARP, up_to(PIECE_W, width) * self.down + 16)
+        return up_to(WARP, (width - 1) * self.down + self.dx)
 
     def blocks(self, rows: int) -> int:
         return ceil_div((rows - 1) * self.down + self.dy, self.period)
@@ -118,10 +121,10 @@ class Axes(NamedTuple):
     def pitches(self, width: int, load: int, shift: int) -> tuple[int, int]:
         """Return (IN_P, WIDE_P)."""
         run = self.up * self.quad
-        wide = _up_to(run, self.threads(width))
+        wide = up_to(run, self.threads(width))
         first = (run - 1 - self.phase_x + self.up - 1) // self.up
-        reads = _up_to(self.quad, shift + first + ceil_div(self.ux, self.up))
-        return _up_to(max(self.quad, load), (wide // run - 1) * self.quad + reads), wide
+        reads = up_to(self.quad, shift + first + ceil_div(self.ux, self.up))
+        return up_to(max(self.quad, load), (wide // run - 1) * self.quad + reads), wide
 
     def resident_blocks(self, width: int) -> int:
         """Return how many blocks must fit into the registers of a multiprocessor.
@@ -141,7 +144,7 @@ class Axes(NamedTuple):
         in_p, wide_p = self.pitches(width, *_load(p, width))
         padded_ux = ceil_div(self.ux, self.up) * self.up
         taps_u = self.ux + self.uy if self.separable_u else self.uy * padded_ux
-        taps_d = self.dx if self.separable_d else self.dy * _up_to(self.quad, self.dx)
+        taps_d = self.dx if self.separable_d else self.dy * up_to(self.quad, self.dx)
         filtered = height * threads
         if self.tensor:
             taps_d = PIECE_W - 1 + 16 * self.dy
@@ -149,7 +152,7 @@ class Axes(NamedTuple):
         elif not self.separable_d:
             filtered = blocks * self.period * (threads + (32 if threads % 64 == 0 else 0))
         staged = inputs * in_p
-        accs = _up_to(self.quad, taps_u) + _up_to(self.quad, taps_d)
+        accs = up_to(self.quad, taps_u) + up_to(self.quad, taps_d)
         accs += max(staged, filtered) + inputs * wide_p if self.separable_u else staged + filtered
         words = 0 if p.mode == ACTIVATE else threads // WARP + (p.mode == GATE)
         return accs * self.acc_bytes + blocks * self.period * words * 8
@@ -193,7 +196,7 @@ def _heights(p: FilteredLrelu, axes: Axes) -> Iterator[int]:
     unit = math.lcm(axes.unit, 1 if axes.separable_d else ROWS_2D)
     tried = set()
     for shares in range(1, p.out_h + 1):
-        height = _up_to(unit, ceil_div(p.out_h, shares))
+        height = up_to(unit, ceil_div(p.out_h, shares))
         if height not in tried and (height <= MAX_ROWS or height == unit):
             tried.add(height)
             yield height
@@ -215,7 +218,7 @@ def work(p: FilteredLrelu, axes: Axes, width: int, height: int) -> float:
                 one += grid * threads * (axes.dy + 4) / p.down + rows * columns * (axes.dx + 7)
             elif axes.tensor:  # two products for each row of taps and piece, in the time of 128 instructions
                 pieces = ceil_div(rows, PIECE_H) * ceil_div(columns, PIECE_W)
-                one += _up_to(all_threads // WARP, pieces) * axes.dy * 2 * 128
+                one += up_to(all_threads // WARP, pieces) * axes.dy * 2 * 128
             else:
                 items = ceil_div(rows, ROWS_2D) * ceil_div(columns, axes.columns_2d)
                 rounds = ceil_div(items, all_threads) * all_threads * ROWS_2D * axes.columns_2d
@@ -274,7 +277,3 @@ def _written_out(p: FilteredLrelu, axes: Axes) -> int:
     if axes.separable_d:
         return found + axes.period * ceil_div(axes.dy, p.down) + axes.columns * axes.dx
     return found + ROWS_2D * axes.columns_2d * axes.dx * axes.dy
-
-
-def _up_to(multiple: int, number: int) -> int:
-    return ceil_div(number, multiple) * multiple
