@@ -24,7 +24,9 @@ JUDGES = "random-fid,fd-effnet,kid-effnet,prc-effnet,fd-stlpips,kid-stlpips,prc-
 
 BASES: dict[str, dict[str, Any]] = {
     "clothing-64-stylegan2": dict(scratch="stylegan2", kimg=100.0, **NETWORK),
-    "clothing-32-stylegan3-t": dict(scratch="stylegan3-t", kimg=200.0, **NETWORK | dict(cbase=512, cmax=32)),
+    "clothing-32-stylegan3-t": dict(
+        scratch="stylegan3-t", kimg=200.0, batch=16, **NETWORK | dict(cbase=512, cmax=32)
+    ),
     "clothing-64-stylegan3-t": dict(scratch="stylegan3-t", kimg=200.0, **NETWORK | dict(cmax=32)),
     "clothing-128-stylegan2": dict(scratch="stylegan2", kimg=2000.0, cbase=4096, cmax=128, z_dim=128),
 }

@@ -47,12 +47,15 @@ def recorded(capability: tuple[int, int], dtype: torch.dtype) -> Iterator[set[La
     """Record the kernels that the ops on meta tensors would need on a GPU; run none."""
     plans: set[LaunchPlan] = set()
 
-    def record(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
+    def record(
+        op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...], with_sums: bool = False
+    ) -> torch.Tensor | None:
         p = cuda._MAKE[op](*(dtype if value is torch.float32 else value for value in numbers))
         for name in pointers:
             setattr(p, name, SOME_ADDRESS)
         plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(p, capability)
         plans.add(plan.specialization())
+        return cuda.empty_sums(plan.grid[:1], x) if with_sums else None
 
     before = cuda._run, library.kernels
     cuda._run, library.kernels = record, lambda x: cuda

@@ -84,7 +84,9 @@ else
     step stylegan3-r-256 75 --families stylegan3-r "${large[@]}"
     step stylegan2-1024 75 --families stylegan2 "${largest[@]}"
     step stylegan2-64 40 --families stylegan2 "${small[@]}"
-    stage ops 40 "$python" benchmarks/bench_ops.py --device "$device" --dtype float16 "${ops[@]}"
+    stage ops 30 "$python" benchmarks/bench_ops.py --device "$device" --dtype float16 "${ops[@]}"
+    stage ops-channels-last 20 "$python" benchmarks/bench_ops.py --device "$device" --dtype float16 "${ops[@]}" \
+        --channels-last --ops upfirdn2d bias_act
 fi
 
 if ((dry)); then

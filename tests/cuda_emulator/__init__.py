@@ -61,17 +61,22 @@ def _compiled(plan: LaunchPlan) -> Any:
     return library
 
 
-def run(op: str, x, pointers: dict[str, int], numbers: tuple) -> None:
+def run(op: str, x, pointers: dict[str, int], numbers: tuple, with_sums: bool = False):
     """What `cuda._run` does, without a GPU."""
     p = cuda._MAKE[op](*numbers)
     for name, pointer in pointers.items():
         setattr(p, name, pointer)
     plan = importlib.import_module(f"torch_utils.ops.native.{op}.plan").plan(p, CAPABILITY)
     plans.append(plan)
+    sums = None
+    if with_sums:
+        sums = cuda.empty_sums(plan.grid[:1], x)
+        p.sums = sums.data_ptr()
     library = _compiled(plan.specialization())
     grid, block = (ctypes.c_uint * 3)(*plan.grid), (ctypes.c_uint * 3)(*plan.block)
     error = library.sg_emulate(ctypes.byref(p), grid, block, plan.shared_bytes)
     assert error is None, error.decode()
+    return sums
 
 
 CAPABILITY = (9, 0)

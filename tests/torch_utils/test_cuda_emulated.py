@@ -120,15 +120,16 @@ def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypa
     assert [impl.problem(op, cpu) for op in impl.registered()] == [None] * 5
     right = cuda._run
 
-    def wrong(op, x, pointers, numbers):
-        right(op, x, pointers, numbers)
+    def wrong(op, x, pointers, *rest):
+        sums = right(op, x, pointers, *rest)
         ctypes.memset(pointers["y"], 0, 64)
+        return sums
 
     monkeypatch.setattr(cuda, "_run", wrong)
     assert impl.problem("upfirdn2d", cpu).startswith("upfirdn2d is wrong on cpu, by ")
 
-    def nan_in_gradient(op, x, pointers, numbers):
-        right(op, x, pointers, numbers)
+    def nan_in_gradient(op, x, pointers, *rest):
+        right(op, x, pointers, *rest)
         if pointers.keys() & {"db", "s"}:
             ctypes.memset(pointers.get("db", pointers["out"]), 255, 4)
 
@@ -147,9 +148,10 @@ def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(on_cuda, monkeypatch):
     assert ("SG_TENSOR", 1) in on_cuda[0].defines and on_cuda[1].entry == GRADIENT
     right = cuda._run
 
-    def wrong(op, x, pointers, numbers):
-        right(op, x, pointers, numbers)
+    def wrong(op, x, pointers, *rest):
+        sums = right(op, x, pointers, *rest)
         ctypes.memset(pointers["y"], 0, 64)
+        return sums
 
     monkeypatch.setattr(cuda, "_run", wrong)
     assert filtered_lrelu._trial_in_half(x, b, f) > impl.TOLERANCE

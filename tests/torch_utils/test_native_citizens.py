@@ -43,7 +43,7 @@ def registered_calls():
         "unit_distance_grad": (c.detach()[:, 0], x.detach(), dy.detach(), b.detach()),
         "bias_act_grad2": (dy.detach(), dy.detach(), x.detach(), b.detach(), y, *act),
         "filtered_lrelu": (x, f, f, b, *layer, True),
-        "filtered_lrelu_gate": (x, mask, f, f, *layer.gate(f)),
+        "filtered_lrelu_gate": (x, mask, f, f, *layer.gate(f), True),
     }
 
 

@@ -90,6 +90,19 @@ def filtered_lrelu(
     return y
 
 
+def filtered_lrelu_gate(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    spec: specs.GateSpec,
+    with_sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the kernel by the bits of `mask`; also return the sums of the result by channel, or None."""
+    y = filtered_lrelu(x, fu, fd, None, mask, spec)
+    return y, y.sum((0, 2, 3)) if with_sums else None
+
+
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
     """Return `a * b + c`; plain torch, as there is no kernel on the CPU."""
     y = specs.empty_image(a, *a.shape[2:])

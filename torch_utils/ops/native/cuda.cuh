@@ -263,5 +263,11 @@ __device__ __forceinline__ acc clamp_to(acc v, acc limit) {
 #endif
 }
 
+// Return the sum over a group of `width` lanes, a power of two up to 32, in each lane; called by all threads of a warp.
+__device__ __forceinline__ acc sum_of_lanes(acc v, int width) {
+    for (int mask = width / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
+    return v;
+}
+
 __device__ __forceinline__ int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 #endif

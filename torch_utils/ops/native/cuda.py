@@ -23,7 +23,7 @@ from torch_utils import custom_ops
 from . import driver, params, specs
 from .building import NativeUnavailable
 from .plan import LaunchPlan
-from .sums import Images, biased_images
+from .sums import biased_images
 
 
 class _Launch(NamedTuple):
@@ -54,18 +54,31 @@ def filtered_lrelu(
     fd: torch.Tensor | None,
     b: torch.Tensor | None,
     mask: torch.Tensor | None,
-    spec: specs.FilteredLreluSpec | specs.GateSpec,
+    spec: specs.FilteredLreluSpec,
 ) -> torch.Tensor:
-    """Run the kernel, which writes `mask` if there is one; a GateSpec reads it instead.
+    """Run the kernel, which writes `mask` if there is one.
 
     The result's layout is that of `specs.empty_activated`.
     """
-    mode = params.ACTIVATE if mask is None else params.RECORD
-    if isinstance(spec, specs.GateSpec):
-        mode = params.GATE
+    return _filtered_lrelu(x, fu, fd, b, mask, spec, params.ACTIVATE if mask is None else params.RECORD)[0]
+
+
+def filtered_lrelu_gate(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    spec: specs.GateSpec,
+    with_sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the kernel by the bits of `mask`; also return the sums of the result by channel, or None."""
+    return _filtered_lrelu(x, fu, fd, None, mask, spec, params.GATE, with_sums)
+
+
+def _filtered_lrelu(x, fu, fd, b, mask, spec, mode, with_sums=False):
     y = specs.empty_activated(x, spec.out_h, spec.out_w)
     if x.numel() == 0 or y.numel() == 0:
-        return y.zero_()
+        return y.zero_(), y.new_zeros(y.shape[1]) if with_sums else None
     if x.stride(3) != 1:  # channels-last: one copy costs less than reading pixels far apart
         x = x.contiguous()
     fu, fd, b = _taps(fu, x), _taps(fd, x), _dense(b)
@@ -76,8 +89,10 @@ def filtered_lrelu(
         pointers["mask"] = mask.data_ptr()
     mask_shape = None if mask is None else mask.shape
     numbers = (x.shape, x.stride(), y.stride(), x.dtype, (fu.shape, fd.shape), mask_shape, spec, mode)
-    _run("filtered_lrelu", x, pointers, numbers)
-    return y
+    sums = _run("filtered_lrelu", x, pointers, numbers, with_sums)
+    if sums is None:
+        return y, None
+    return y, sums.reshape(y.shape[0], y.shape[1], -1).sum((0, 2)).to(y.dtype)
 
 
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, spec: specs.BiasActSpec) -> torch.Tensor:
@@ -125,7 +140,7 @@ def _bias_act(input, in2, ref, b, spec, order, with_db=False):
         channels = input.shape[spec.dim]
         images = biased_images(input.numel(), channels, max(input.stride(spec.dim), 1))
         if images.is_fast(params.DTYPES[input.dtype]):
-            sums = _empty_sums(images, input)
+            sums = empty_sums(images.sums_shape(params.DTYPES[input.dtype]), input)
             pointers["db"] = sums.data_ptr()
     for name, tensor in (("in2", in2), ("ref", ref), ("b", b)):
         if tensor is not None:
@@ -174,7 +189,7 @@ def _fma(x, other, b, c, layout, with_dc):
     sums = None
     if other is not None:
         other = other.contiguous(memory_format=layout)
-        sums = _empty_sums(specs.fma_images(*numbers[:2]), x)
+        sums = empty_sums(specs.fma_images(*numbers[:2]).sums_shape(params.DTYPES[x.dtype]), x)
         pointers |= {"other": other.data_ptr(), "db": sums.data_ptr()}
     if c is not None:
         pointers["c"] = c.data_ptr()
@@ -187,10 +202,10 @@ def _fma(x, other, b, c, layout, with_dc):
     return out, sums.reshape(b.shape).to(b.dtype), dc
 
 
-def _empty_sums(images: Images, x: torch.Tensor) -> torch.Tensor:
-    """Allocate sums by channel, of each group and part (axis 1), in the type that a kernel computes in."""
+def empty_sums(shape: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+    """Allocate sums in the type that a kernel computes in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty(images.sums_shape(params.DTYPES[x.dtype]), dtype=dtype, device=x.device)
+    return torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def unit_distance(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
@@ -234,8 +249,13 @@ _functions: dict[Any, int] = {}  # (device, plan) -> function of a module that s
 _MAX_LAUNCHES = 4096  # shapes that never come back must not pile up
 
 
-def _run(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...]) -> None:
-    """Launch `op` on the device of `x`, on torch's current stream there."""
+def _run(
+    op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any, ...], with_sums: bool = False
+) -> torch.Tensor | None:
+    """Launch `op` on the device of `x`, on torch's current stream there.
+
+    with_sums: the kernel writes one number for each block, which are returned.
+    """
     device = x.get_device()
     # Wide loads need aligned memory, and which arguments there are is part of a specialization.
     alignment = tuple([(name, pointer & 15) for name, pointer in pointers.items()])
@@ -249,7 +269,12 @@ def _run(op: str, x: torch.Tensor, pointers: dict[str, int], numbers: tuple[Any,
     p = type(launch.struct).from_buffer_copy(launch.struct)
     for name, pointer in pointers.items():
         setattr(p, name, pointer)
+    sums = None
+    if with_sums:
+        sums = empty_sums(launch.grid[:1], x)
+        p.sums = sums.data_ptr()
     driver.launch(launch.context, launch.function, launch.grid, launch.block, launch.shared_bytes, device, p)
+    return sums
 
 
 def _prepare(op: str, device: int, pointers: dict[str, int], numbers: tuple[Any, ...]) -> _Launch:

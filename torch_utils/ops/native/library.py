@@ -97,9 +97,9 @@ def _filtered_lrelu_backward(ctx, dy, _):
     if dy is None:
         return None, None, None, None, *nothing
     mask, fu, fd = ctx.saved_tensors
-    dx = GATE(dy, mask, fd, fu, *ctx.spec.gate(fd).adjoint(fu, fd, *ctx.size))
-    db = dx.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-    return dx, None, None, db, *nothing
+    with_db = ctx.needs_input_grad[3]
+    dx, db = GATE(dy, mask, fd, fu, *ctx.spec.gate(fd).adjoint(fu, fd, *ctx.size), with_db)
+    return dx, None, None, db if with_db else None, *nothing
 
 
 def _filtered_lrelu_zeroed(x, fu, fd, b, *numbers):
@@ -129,30 +129,40 @@ FILTERED_LRELU.register(
 
 
 def _gate(x, mask, fu, fd, *numbers):
-    return kernels(x).filtered_lrelu(x, fu, fd, None, mask, specs.GateSpec._make(numbers))
+    spec, with_sums = specs.GateSpec._make(numbers[:-1]), numbers[-1]
+    y, sums = kernels(x).filtered_lrelu_gate(x, mask, fu, fd, spec, with_sums)
+    return y, x.new_empty(0) if sums is None else sums
 
 
 def _gate_setup(ctx, inputs, output) -> None:
-    x, mask, fu, fd, *numbers = inputs
+    x, mask, fu, fd, *numbers, ctx.with_sums = inputs
     ctx.save_for_backward(mask, fu, fd)
-    ctx.size, ctx.spec = x.shape[2:], specs.GateSpec._make(numbers)
+    ctx.set_materialize_grads(False)
+    ctx.shapes, ctx.spec = (x.shape, output[0].shape), specs.GateSpec._make(numbers)
 
 
-def _gate_backward(ctx, dy):
+def _gate_backward(ctx, dy, dsums):
+    nothing = (None,) * (4 + len(ctx.spec))
+    x_shape, y_shape = ctx.shapes
+    if ctx.with_sums and dsums is not None:  # what arrives at a sum arrives at each of its terms
+        spread = dsums.reshape(1, -1, 1, 1).expand(y_shape)
+        dy = spread if dy is None else dy + spread
+    if dy is None:
+        return None, *nothing
     mask, fu, fd = ctx.saved_tensors
-    dx = GATE(dy, mask, fd, fu, *ctx.spec.adjoint(fu, fd, *ctx.size))
-    return dx, *(None,) * (3 + len(ctx.spec))
+    dx, _ = GATE(dy, mask, fd, fu, *ctx.spec.adjoint(fu, fd, *x_shape[2:]), False)
+    return dx, *nothing
 
 
 def _gate_fake(x, mask, fu, fd, *numbers):
-    spec = specs.GateSpec._make(numbers)
-    return specs.empty_activated(x, spec.out_h, spec.out_w)
+    spec, with_sums = specs.GateSpec._make(numbers[:-1]), numbers[-1]
+    return specs.empty_activated(x, spec.out_h, spec.out_w), x.new_empty(x.shape[1] if with_sums else 0)
 
 
 GATE = NativeOp(
     "filtered_lrelu_gate",
     f"(Tensor x, Tensor mask, Tensor? fu, Tensor? fd, {_FILTERS},"
-    " SymInt mask_w, SymInt mask_off_x, SymInt mask_off_y) -> Tensor",
+    " SymInt mask_w, SymInt mask_off_x, SymInt mask_off_y, bool with_sums) -> (Tensor, Tensor)",
     *(1, _gate),
 )
 GATE.register(_gate_fake, _gate_setup, _gate_backward)

@@ -82,7 +82,7 @@ class FilteredLrelu(ctypes.Structure):
     """filtered_lrelu/filtered_lrelu.h"""
 
     _fields_ = [
-        *_fields(_p, "x fu fd b y mask"),
+        *_fields(_p, "x fu fd b y mask sums"),
         *_fields(_l * 4, "x_stride y_stride"),
         *_fields(_i, "n c in_h in_w out_h out_w fu_h fu_w fd_h fd_w up down pad_x0 pad_y0"),
         *_fields(_i, "mask_h mask_w mask_row_bytes mask_off_x mask_off_y flip_filter mode dtype"),

@@ -76,12 +76,6 @@ __device__ __forceinline__ void for_each_position(const part_t& w, Read read, Us
     }
 }
 
-// Return the sum over a group of `width` lanes, a power of two up to 32, in each lane; called by all threads of a warp.
-__device__ __forceinline__ acc sum_of_lanes(acc v, int width) {
-    for (int mask = width / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
-    return v;
-}
-
 // Write the sums of a block: planar to [groups, parts], else to [groups, parts, channels]. The order is fixed, so
 // equal calls give equal bits. Needs 256 / 32 * blockDim.x * SG_VECTOR numbers of shared memory, planar 256 / 32.
 __device__ __forceinline__ void write_sums(const part_t& w, const acc (*sums)[SG_VECTOR], acc* to) {

@@ -40,7 +40,7 @@
 // A row of the mask: for each 32 columns a word "not clamped" and a word "above zero" (warp ballots). With SG_RECORD,
 // tiles begin at multiples of 32 columns of the grid, so each word has one writer.
 #include "filtered_lrelu.h"
-#include "../cuda.cuh"
+#include "block_sum.cuh"
 
 #if SG_UNROLL
 #define UNROLL _Pragma("unroll")
@@ -412,8 +412,8 @@ UNROLL
     }
 };
 
-// Filter the rows along x and write the outputs. A thread stays in its columns.
-__device__ __forceinline__ void write_outputs(
+// Filter the rows along x and write the outputs, of which the sum is returned. A thread stays in its columns.
+__device__ __forceinline__ acc write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* shared_taps, const acc* tall, scalar* y) {
 #if SG_UNROLL
     acc taps[SG_TAPS_DX];
@@ -427,7 +427,8 @@ __device__ __forceinline__ void write_outputs(
     static_assert(step >= 1, "a thread has outputs of one column group");
     const int first_row = static_cast<int>(threadIdx.x) / groups;
     const int column = static_cast<int>(threadIdx.x) % groups * COLUMNS;
-    if (first_row >= step || column >= tile.columns) return;
+    acc total = acc(0);
+    if (first_row >= step || column >= tile.columns) return total;
     const offset_t stride_y = static_cast<offset_t>(p.y_stride[2]);
     const acc* from = tall + first_row * THREADS + column * SG_DOWN;
     scalar* to = y + first_row * stride_y + column;
@@ -440,9 +441,13 @@ UNROLL
 UNROLL
             for (int k = 0; k < SG_TAPS_DX; ++k) sums[c] = mul_add(taps[k], values[c * SG_DOWN + k], sums[c]);
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c += SG_STORE)
-            if (column + c < tile.columns) write<SG_STORE>(to + c, sums + c);
+        for (int c = 0; c < COLUMNS; c += SG_STORE) {
+            if (column + c >= tile.columns) continue;
+            write<SG_STORE>(to + c, sums + c);
+            total += sum_of<SG_STORE>(sums + c);
+        }
     }
+    return total;
 }
 #elif !SG_TENSOR
 __device__ __forceinline__ int place(int column) {  // in a row of the grid
@@ -458,9 +463,10 @@ struct filtered_t {
     __device__ __forceinline__ void next_block(int, int) { to += SG_PERIOD * GRID_P; }
 };
 
-// Filter the grid and write the outputs; a thread has a few outputs in each of a few rows.
-__device__ __forceinline__ void write_outputs(
+// Filter the grid and write the outputs, of which the sum is returned; a thread has a few in each of a few rows.
+__device__ __forceinline__ acc write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
+    acc total = acc(0);
     constexpr int groups = SG_TILE_W / COLUMNS_2D;
     constexpr int at_once = IN_HALVES ? QUAD : 1, reads = UP_TO(at_once, (COLUMNS_2D - 1) * SG_DOWN + SG_TAPS_DX);
     for (int i = threadIdx.x; i < (tile.rows + ROWS_2D - 1) / ROWS_2D * groups; i += THREADS) {
@@ -499,10 +505,14 @@ UNROLL
             scalar* const to = y + (row + j) * static_cast<offset_t>(p.y_stride[2]) + column;
             if (row + j >= tile.rows) continue;
 #pragma unroll
-            for (int c = 0; c < COLUMNS_2D; c += SG_STORE)
-                if (column + c < tile.columns) write<SG_STORE>(to + c, sums[j] + c);
+            for (int c = 0; c < COLUMNS_2D; c += SG_STORE) {
+                if (column + c >= tile.columns) continue;
+                write<SG_STORE>(to + c, sums[j] + c);
+                total += sum_of<SG_STORE>(sums[j] + c);
+            }
         }
     }
+    return total;
 }
 #endif
 
@@ -589,7 +599,11 @@ UNROLL
         __syncthreads();
         scalar* const y = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) +
                           c * static_cast<offset_t>(p.y_stride[1]) + oy * static_cast<offset_t>(p.y_stride[2]) + ox;
-        write_outputs(p, tile, down, filtered, y);
+        const acc total = write_outputs(p, tile, down, filtered, y);
+#if SG_MODE == SG_GATE
+        if (p.sums) write_sum<THREADS>(total, end, static_cast<acc*>(p.sums) + work);
+#endif
+        (void)total;
 #if SG_MODE == SG_RECORD
         write_mask(p, tile, reinterpret_cast<const bits_t*>(end));
 #endif

@@ -6,7 +6,7 @@
 // one product for each row of inputs that contributes, and for each half of the columns:
 //
 //   u[16 x 8] += A[16 x 16] * B[16 x 8]
-//   A[m][k] = x[m + r][8 * piece + k],  B[k][n] = taps[ky(r)][2 * k + phase - n]
+//   A[m][k] = x[m + r][8 * piece + k - shift],  B[k][n] = taps[ky(r)][2 * (k - shift) + phase - n]
 //
 // The lanes that hold a piece multiply it by its bits and have it, rounded to float16, as matrix A of the down filter
 // along x, for 8 columns of outputs: B[k][n] = taps[16 * i + k - down * n] for piece i of those that they need. The
@@ -17,10 +17,11 @@
 // Which sums are taken first depends on the place of an output in its tile.
 //
 // Macros: SG_DTYPE (float16), SG_DOWN, SG_TAPS_UX, SG_TAPS_UY, SG_TAPS_D, SG_PHASE_X, SG_PHASE_Y (the tap of the first
-// input of a tile), SG_TILE_W (outputs per row of a block), SG_WARPS (of a block), SG_LOAD (elements per load, of which a
-// tile's first input is the first), SG_STORE (elements per store), SG_BLOCKS (whose registers must fit into a
-// multiprocessor), SG_INDEX_64.
+// input of a tile), SG_TILE_W (outputs per row of a block), SG_WARPS (of a block), SG_LOAD, SG_SHIFT (elements per load,
+// and the position of a tile's first input in them), SG_STORE (elements per store), SG_BLOCKS (whose registers must fit
+// into a multiprocessor), SG_INDEX_64.
 #include "filtered_lrelu.h"
+#include "block_sum.cuh"
 #include "matrices.cuh"
 
 #define THREADS (32 * SG_WARPS)
@@ -40,15 +41,15 @@
 #define PARTS_Y ((15 * SG_DOWN + SG_TAPS_D + 15) / 16)
 
 static_assert(SG_DOWN == 2 || SG_DOWN == 4, "EDGE outputs are whole pieces");
-static_assert((PIECE_W - 1 + SG_TAPS_UX - 1 - SG_PHASE_X) / 2 < 16, "inputs of a piece are columns of A");
+static_assert((PIECE_W - 1 + SG_TAPS_UX - 1 - SG_PHASE_X) / 2 + SG_SHIFT < 16, "inputs of a piece are columns of A");
 static_assert(PARTS_X <= 2 * PIECES, "a piece is part of two groups of outputs");
 static_assert(SG_TILE_W % EDGE == 0, "a tile is whole groups");
 
 // ---- Taps in shared memory, as pairs of float16, with zeros around them
 
 // Taps kx and kx + 2 of a row, from kx = -ZEROS_UP on, times UP_GAIN, by which u keeps about the magnitude of x.
-#define ZEROS_UP (PIECE_W - 1)
-#define PAIRS_UP (ZEROS_UP + 2 * 15 + SG_PHASE_X)
+#define ZEROS_UP (PIECE_W - 1 + 2 * SG_SHIFT)
+#define PAIRS_UP (PIECE_W - 1 + 2 * 15 + SG_PHASE_X)
 #define UP_GAIN acc(2)
 // Taps k and k + 1 of the down filter, for even k from -ZEROS_DOWN on.
 #define ZEROS_DOWN (15 * SG_DOWN)
@@ -92,13 +93,23 @@ struct tile_t {
 
 // Load inputs, zero outside of the image.
 __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const tile_t& tile, scalar* in) {
-    constexpr int units = IN_W / SG_LOAD;
+    constexpr int units = IN_W / SG_LOAD, at_once = 8;
     const offset_t stride_y = static_cast<offset_t>(p.x_stride[2]);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < IN_H * units; i += THREADS) {
-        const int row = i / units, column = i % units * SG_LOAD, ix = tile.ix + column, iy = tile.iy + row;
-        *reinterpret_cast<elements<SG_LOAD>*>(in + row * IN_P + column) =
-            read_if<SG_LOAD>(in_range(ix, p.in_w) && in_range(iy, p.in_h), tile.x + iy * stride_y + ix);
+#pragma unroll 1
+    for (int first = threadIdx.x; first < IN_H * units; first += at_once * THREADS) {
+        elements<SG_LOAD> fetched[at_once];
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) {
+            const int unit = first + i * THREADS, row = unit / units;
+            const int ix = tile.ix + unit % units * SG_LOAD, iy = tile.iy + row;
+            const bool exists = row < IN_H && in_range(ix, p.in_w) && in_range(iy, p.in_h);
+            fetched[i] = read_if<SG_LOAD>(exists, tile.x + iy * stride_y + ix);
+        }
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) {
+            const int unit = first + i * THREADS, row = unit / units;
+            if (row < IN_H) *reinterpret_cast<elements<SG_LOAD>*>(in + row * IN_P + unit % units * SG_LOAD) = fetched[i];
+        }
     }
 }
 
@@ -139,7 +150,7 @@ __device__ __forceinline__ void filter_strip(
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             up[ky][i / 2][i % 2] =
-                up_pairs[ky * PAIRS_UP + ZEROS_UP + SG_PHASE_X + 4 * t - g + 16 * (i % 2) - EDGE * (i / 2)];
+                up_pairs[ky * PAIRS_UP + PIECE_W - 1 + SG_PHASE_X + 4 * t - g + 16 * (i % 2) - EDGE * (i / 2)];
 #pragma unroll
     for (int i = 0; i < 4 * PIECES; ++i)
         down[i / 2][i % 2] =
@@ -218,8 +229,8 @@ __device__ __forceinline__ void filter_strip(
 
 // ---- The down filter along y
 
-// Filter along y and write the outputs; a warp has pieces of 16 rows and 16 columns.
-__device__ __forceinline__ void write_outputs(
+// Filter along y and write the outputs, of which the sum is returned; a warp has pieces of 16 rows and 16 columns.
+__device__ __forceinline__ acc write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const scalar* filtered, const unsigned* down_pairs,
     scalar* y) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -233,6 +244,7 @@ __device__ __forceinline__ void write_outputs(
                 down_pairs[(ZEROS_DOWN + 16 * part + 2 * t + 8 * (i / 2) - SG_DOWN * (g + 8 * (i % 2))) / 2];
     const acc gain = static_cast<acc>(p.up_gain) / UP_GAIN;
     const offset_t stride_y = static_cast<offset_t>(p.y_stride[2]);
+    acc total = acc(0);
     const int across = (tile.columns + 15) / 16, pieces = (tile.rows + 15) / 16 * across;
     for (int piece = warp; piece < pieces; piece += SG_WARPS) {
         const int first_row = piece / across * 16, first_column = piece % across * 16;
@@ -256,10 +268,14 @@ __device__ __forceinline__ void write_outputs(
             if (row >= tile.rows) continue;
             const acc found[2] = {sums[half][2 * below] * gain, sums[half][2 * below + 1] * gain};
 #pragma unroll
-            for (int c = 0; c < 2; c += SG_STORE)
-                if (column + c < tile.columns) write<SG_STORE>(y + row * stride_y + column + c, found + c);
+            for (int c = 0; c < 2; c += SG_STORE) {
+                if (column + c >= tile.columns) continue;
+                write<SG_STORE>(y + row * stride_y + column + c, found + c);
+                total += sum_of<SG_STORE>(found + c);
+            }
         }
     }
+    return total;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS)
@@ -284,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS)
                  c * static_cast<offset_t>(p.x_stride[1]);
         tile.mask = p.mask + static_cast<long long>(plane) * p.mask_h * p.mask_row_bytes;
         // Exact divisions: tiles begin where the phase is the same.
-        tile.ix = (ox * SG_DOWN - p.pad_x0 + SG_PHASE_X) / 2;
+        tile.ix = (ox * SG_DOWN - p.pad_x0 + SG_PHASE_X) / 2 - SG_SHIFT;
         tile.iy = (oy * SG_DOWN - p.pad_y0 + SG_PHASE_Y) / 2;
         tile.mx = ox * SG_DOWN + p.mask_off_x, tile.my = oy * SG_DOWN + p.mask_off_y;
         tile.columns = p.out_w - ox < SG_TILE_W ? p.out_w - ox : SG_TILE_W;
@@ -297,6 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS)
         __syncthreads();
         scalar* const y = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) +
                           c * static_cast<offset_t>(p.y_stride[1]) + oy * static_cast<offset_t>(p.y_stride[2]) + ox;
-        write_outputs(p, tile, filtered, down, y);
+        const acc total = write_outputs(p, tile, filtered, down, y);
+        if (p.sums) write_sum<THREADS>(total, reinterpret_cast<acc*>(bits), static_cast<acc*>(p.sums) + work);
     }
 }

@@ -37,13 +37,14 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
     p.tile_h = tile.height
     shape_x, shape_y = (p.n, p.c, p.in_h, p.in_w), (p.n, p.c, p.out_h, p.out_w)
     wide = is_wide(max(extent(shape_x, p.x_stride), extent(shape_y, p.y_stride)))
+    load, shift = _load(p)
     resident = max(REGISTERS // (OF_A_THREAD * 32 * tile.warps), 1)
     defines = (
         *(("SG_DTYPE", p.dtype), ("SG_DOWN", p.down)),
         *(("SG_TAPS_UX", p.fu_w), ("SG_TAPS_UY", p.fu_h), ("SG_TAPS_D", p.fd_w)),
         *(("SG_PHASE_X", p.pad_x0 % 2), ("SG_PHASE_Y", p.pad_y0 % 2)),
         *(("SG_TILE_W", tile.width), ("SG_WARPS", tile.warps)),
-        *(("SG_LOAD", _load(p)), ("SG_STORE", _store(p)), ("SG_BLOCKS", resident)),
+        *(("SG_LOAD", load), ("SG_SHIFT", shift), ("SG_STORE", _store(p)), ("SG_BLOCKS", resident)),
         *((("SG_INDEX_64", 1),) if wide else ()),
     )
     blocks = p.n * p.c * ceil_div(p.out_w, tile.width) * ceil_div(p.out_h, tile.height)
@@ -104,14 +105,20 @@ def tiles(p: FilteredLrelu, limit: int) -> Iterator[Tile]:
                 yield tile
 
 
-def _load(p: FilteredLrelu) -> int:
-    """Return elements read at once: at most 16 bytes, and a tile's first input begins one."""
+def _load(p: FilteredLrelu) -> tuple[int, int]:
+    """Return (elements read at once, place of a tile's first input in them): at most 16 bytes."""
     load, item = 8, ITEM_BYTES[p.dtype]
-    first = [(p.pad_x0 % 2 - p.pad_x0) // 2, (p.x or 0) // item]
-    steps = [p.in_w, *p.x_stride[:3], *first]
-    while load > 1 and any(step % load for step in steps):
+    phase = p.pad_x0 % 2
+    columns = (PIECE_W - 1 + p.fu_w - 1 - phase) // 2 + 1  # of the 16 of a matrix
+    steps = [p.in_w, *p.x_stride[:3], (p.x or 0) // item]
+    while load > 1 and (any(step % load for step in steps) or columns + _first(p) % load > 16):
         load //= 2
-    return load
+    return load, _first(p) % load
+
+
+def _first(p: FilteredLrelu) -> int:
+    """Return the first input of the first tile."""
+    return (p.pad_x0 % 2 - p.pad_x0) // 2
 
 
 def _store(p: FilteredLrelu) -> int:

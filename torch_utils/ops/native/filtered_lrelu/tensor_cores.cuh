@@ -86,15 +86,15 @@ __device__ __forceinline__ void filter(const scalar* from, const unsigned (*b)[4
     }
 }
 
-// Filter the grid and write the outputs; a warp has neighboring pieces.
-__device__ __forceinline__ void write_outputs(
+// Filter the grid and write the outputs; a warp has neighboring pieces. Returns 0: sums are those of gradients.
+__device__ __forceinline__ acc write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4, t = lane % 4;
     const int across = (tile.columns + PIECE_W - 1) / PIECE_W, pieces = (tile.rows + PIECE_H - 1) / PIECE_H * across;
     const int end = pieces * (warp + 1) / (THREADS / 32);
     int piece = pieces * warp / (THREADS / 32);
-    if (piece == end) return;
+    if (piece == end) return acc(0);
     const unsigned* const mine = reinterpret_cast<const unsigned*>(taps) + ZERO_PAIRS + t - g;
     unsigned b[SG_TAPS_DY][4];
 #pragma unroll
@@ -134,4 +134,5 @@ __device__ __forceinline__ void write_outputs(
             sums = next, column += PIECE_W, to += PIECE_W;
         }
     }
+    return acc(0);
 }
