@@ -57,14 +57,9 @@ def working_dtype(use_fp16, force_fp32, device):
     return torch.float16 if use_fp16 and not force_fp32 and device.type == "cuda" else torch.float32
 
 
-def features_format(channels_last, dtype, device):
-    """Return the memory format of a block's features: channels-last where convolutions are faster in it.
-
-    That is float16 on tensor cores, if the block asks for it, and a CPU.
-    """
-    if device.type == "cpu" or (channels_last and dtype == torch.float16):
-        return torch.channels_last
-    return torch.contiguous_format
+def features_format(channels_last, device):
+    """Return the memory format of features: channels-last on a CPU, and where the block asks for it."""
+    return torch.channels_last if channels_last or device.type == "cpu" else torch.contiguous_format
 
 
 def scaled_clamp(clamp, gain):
@@ -481,7 +476,7 @@ class SynthesisBlock(torch.nn.Module):
         misc.assert_shape(ws, [None, self.num_conv + self.num_torgb, self.w_dim])
         rows = iter(ws.unbind(dim=1))
         dtype = working_dtype(self.use_fp16, force_fp32, ws.device)
-        memory_format = features_format(self.channels_last, dtype, ws.device)
+        memory_format = features_format(self.channels_last, ws.device)
         fused = self.choose_fused(fused_modconv, ws.device)
         styled = dict(noise_mode=noise_mode, fused_modconv=fused)
 
@@ -706,7 +701,7 @@ class DiscriminatorBlock(torch.nn.Module):
     def forward(self, x, img, force_fp32=False):
         given = img if x is None else x
         dtype = working_dtype(self.use_fp16, force_fp32, given.device)
-        memory_format = features_format(self.channels_last, dtype, given.device)
+        memory_format = features_format(self.channels_last, given.device)
         if x is not None:
             misc.assert_shape(x, [None, self.in_channels, self.height, self.width])
             x = x.to(dtype=dtype, memory_format=memory_format)

@@ -72,12 +72,12 @@ def build_state(
 
 
 def use_channels_last(network: torch.nn.Module) -> None:
-    """Let float16 blocks work on channels-last features, which cuDNN's convolutions need not transpose.
+    """Let blocks work on channels-last features, which cuDNN's convolutions need not transpose.
 
     StyleGAN2's blocks and the discriminator have the switch; checkpoints do not contain it.
     """
     for module in network.modules():
-        if getattr(module, "use_fp16", False) and hasattr(module, "channels_last"):
+        if hasattr(module, "channels_last"):
             module.channels_last = True  # type: ignore[assignment]
 
 

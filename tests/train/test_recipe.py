@@ -47,6 +47,8 @@ def quiet_stats():
 def test_recipe_published_plan(family, scratch, golden_dir):
     checkpoint = None if scratch else finetune.load(golden_dir / f"{GOLDEN[family]}.pkl")
     state, plan = parts_of_run(family, checkpoint)
+    blocks = [module for module in state.D.modules() if hasattr(module, "channels_last")]
+    assert blocks and all(block.channels_last for block in blocks)
     stylegan2 = family == "stylegan2"
     assert (plan.r1_interval, plan.path_interval) == (16, 4 if stylegan2 else None)
     assert (plan.path_weight, plan.path_decay) == (2.0, 0.01)

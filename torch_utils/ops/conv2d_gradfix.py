@@ -94,17 +94,7 @@ def conv_transpose2d(
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply matrices as `torch.bmm` does; `split_float32` applies."""
-    if _splits_matrices(a, b):
-        return _MatrixProduct.apply(a, b)
-    rows = a.shape[1]
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and rows < _ALIGNED:
-        return torch.bmm(F.pad(a, (0, 0, 0, _ALIGNED - rows)), b)[:, :rows]
-    return torch.bmm(a, b)
-
-
-# Rows of a matrix in half precision that cuBLAS multiplies fast. The 3 rows of a layer of colors do not have
-# an aligned kernel.
-_ALIGNED = 8
+    return _MatrixProduct.apply(a, b) if _splits_matrices(a, b) else torch.bmm(a, b)
 
 
 def _is_bilinear(input, weight) -> bool:
