@@ -5,8 +5,8 @@
 The training loop runs as in `finetune train`, on one batch of random pixels, without logs and snapshots.
 Cycles of 16 steps are timed, in which every lazy phase runs at its interval, after `--warmup` cycles that
 build kernels, allocate memory and are reported as "first". Phases are those of the loop's own clock. Peak
-memory on a GPU is what torch has reserved, the pool of CUDA graphs included, and what was allocated at once,
-both from the second cycle on: graphs are captured in it, and cuDNN has tried its algorithms in the first.
+memory on a GPU is what torch has reserved, from the second cycle on: cuDNN tries algorithms in the first.
+With `--graphs off`, what was allocated at once is reported as well, which would not count the pool of graphs.
 As in training, freed memory stays in the process on a CPU (finetune/train/allocator.py).
 `--profile` adds one more cycle under torch.profiler and its slowest CUDA kernels; "busy" is the fraction of a
 cycle in which a kernel runs: time covered by kernels, over the time of a cycle without the profiler.
@@ -207,13 +207,14 @@ def measure(family: str, arm: str, distance: str, options: argparse.Namespace) -
         with graphs.stream():
             train(bare(run.config, run.state, plan, batches(), cycles))
     on_cuda = device.type == "cuda"
+    allocated = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else 0.0
     return {
         "first": cycles.first,
         "cycles": cycles.seconds,
         "phases": {name: value / len(cycles.seconds) for name, value in cycles.phases.items()},
         "first_gib": cycles.first_gib if on_cuda else None,
         "gib": peak_memory_gib(device) if on_cuda else None,
-        "allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None,
+        "allocated_gib": allocated if on_cuda and not graphs.enabled else None,
         "profiled": cycles.profiled,
         "kernels": kernels_of(cycles.profiler) if options.profile else None,
     }
