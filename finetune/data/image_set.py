@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -123,6 +124,17 @@ class ImageSet(Dataset):
             if isinstance(images, DataError):
                 raise images
             yield images
+
+    @functools.cached_property
+    def listing_hash(self) -> str:
+        """SHA-256 of the names, sizes in bytes and labels of all images, as they are when it is first needed.
+
+        Reads none of them. Equal for a folder and a zip of it.
+        """
+        listing = [(name, self.source.stamp(name)[0]) for name in self.names]
+        digest = hashlib.sha256(repr((listing, self.num_classes)).encode("utf-8", "backslashreplace"))
+        digest.update(b"" if self._labels is None else self._labels.values.tobytes())
+        return digest.hexdigest()
 
     def content_hash(self) -> str:
         """Return SHA-256 of all that decides the items: files, their names, labels, channels, fit and so on.

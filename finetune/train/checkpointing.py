@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from finetune.config import TrainConfig
-from finetune.data import InfiniteLoader
+from finetune.data import ImageSet, InfiniteLoader
 from finetune.errors import CheckpointError, ConfigError, ExportError, FinetuneError, TrainingError
 from finetune.options import AUTO, TrainOptions, flag
 from finetune.train import run_lock
@@ -67,10 +67,19 @@ class SavedState:
         """Images that had been seen."""
         return self.content["nimg"]
 
-    @property
-    def num_items(self) -> int:
-        """Items of the data set, mirrored ones included."""
-        return self.content["sampler"]["num_items"]
+    def check_images(self, image_set: ImageSet) -> None:
+        """Raise ConfigError unless these are, by number, names, sizes and labels, the images of the run."""
+        count, listing = self.content["sampler"]["num_items"], image_set.listing_hash
+        difference = ""
+        if count != len(image_set):
+            difference = f"{len(image_set)} items, mirrored ones included; the run has {count}"
+        elif self.content.get("listing", listing) != listing:  # older states have none
+            difference = "names, file sizes or labels of images differ from those of the run"
+        if difference:
+            raise ConfigError(
+                f"--data {image_set.path}: {difference}. Pass the images of the run.",
+                hint="To train on other images, start a new run from a snapshot: --resume SNAPSHOT.pkl.",
+            )
 
     def check_unchanged(self) -> None:
         """Raise ConfigError if another process has continued the run since this state was read."""
@@ -120,6 +129,7 @@ class Checkpointer:
         return {
             **self.state.state_dict(),
             "sampler": sampler,
+            "listing": self.run_dir.image_set.listing_hash,
             "counters": self.counters.state_dict(),
             "stats": self.stats.state_dict(),
             "run_dir": self.run_dir.state_dict(),

@@ -96,11 +96,8 @@ def _prepare(asked: TrainOptions, on_message: Callable[[str], None], dry_run: bo
     if shape.batch and shape.batch % group.world_size:
         raise ConfigError(f"--batch {shape.batch}: must be a multiple of the {group.world_size} ranks.")
     image_set, facts, notes, overview = read_data(shape, checkpoint, device, on_message, group)
-    if origin.saved is not None and (count := origin.saved.num_items) != len(image_set):
-        raise ConfigError(
-            f"--data {shape.data}: {len(image_set)} items, mirrored ones included; the run has {count}. Pass "
-            "the images of the run."
-        )
+    if origin.saved is not None:
+        origin.saved.check_images(image_set)
     on_message("Building the networks …")
     if checkpoint is not None:
         classes, new_d = shape.classes or None, bool(shape.new_d)

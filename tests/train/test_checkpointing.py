@@ -195,14 +195,22 @@ class TestRefused:
         more = TrainOptions(resume=str(finished_dir), kimg=0.036)
         assert run(more, console=quiet()).nimg == 36
 
-    def test_resume_refuses_other_images(self, images, tmp_path, finished_dir):
+    @pytest.mark.parametrize(
+        ("changed", "why"),
+        [("missing", "11 items, mirrored"), ("renamed", "names, file"), ("edited", "names, file")],
+    )
+    def test_resume_refuses_other_images(self, changed, why, images, tmp_path, finished_dir):
         other = tmp_path / "other.zip"
         with zipfile.ZipFile(images(16)) as archive, zipfile.ZipFile(other, "w") as copy:
-            for name in archive.namelist()[1:]:
+            first, *others = archive.namelist()
+            for name in others:
                 copy.writestr(name, archive.read(name))
+            if changed != "missing":
+                name = "new.png" if changed == "renamed" else first
+                copy.writestr(name, archive.read(others[0] if changed == "edited" else first))
         asked = TrainOptions(resume=str(finished_dir), data=str(other), kimg=0.036)
         before = {path.name: path.stat().st_mtime_ns for path in finished_dir.iterdir()}
-        with pytest.raises(ConfigError, match="the images of the run"):
+        with pytest.raises(ConfigError, match=f"{why}.*Pass the images of the run"):
             run(asked, console=quiet())
         assert {path.name: path.stat().st_mtime_ns for path in finished_dir.iterdir()} == before
 
