@@ -94,6 +94,7 @@ CASES = [
     lrelu("stylegan3_r_tiles", (1, 1, 69, 59), 12, (12, 12), up=2, down=2, padding=[11, 10, 11, 10], clamp=9),
     lrelu("stylegan3_r_grows_even", (1, 2, 12, 14), 24, (12, 12), up=4, down=2, padding=9, clamp=256),
     lrelu("2d_filter_of_16", (1, 2, 25, 13), 16, (14, 16), up=2, down=2, padding=[16, 15, 15, 13], clamp=256),
+    lrelu("odd_up_filter_grows", (1, 1, 9, 9), 23, (9, 11), up=4, down=2, padding=[9, 8, 9, 9], clamp=256),
     lrelu("odd_2d_down_filter", (1, 1, 8, 9), (5, 6), (9, 11), up=2, down=2, padding=9, clamp=256),
     lrelu("17_columns_of_taps_up_1", (1, 1, 10, 24), 3, (3, 17), down=2, padding=[9, 8, 2, 2], clamp=256),
     lrelu("18_columns_of_taps", (1, 1, 9, 13), 4, (2, 18), up=2, down=2, padding=9, clamp=256),

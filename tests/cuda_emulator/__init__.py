@@ -33,11 +33,18 @@ FLAGS += os.environ.get("SG_EMULATOR_FLAGS", "").split()  # tests/stress/test_sa
 
 
 @functools.cache
+def _flags() -> list[str]:
+    """Return the options of g++; from version 12 on, variables begin as NaN."""
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    return [*FLAGS, "-ftrivial-auto-var-init=pattern"] if int(version.split(".")[0]) >= 12 else FLAGS
+
+
+@functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
     """Return a folder for the programs, with the emulator as a precompiled header."""
     folder = tempfile.TemporaryDirectory()
     header = shutil.copy(HERE / "emulator.h", folder.name)
-    subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    subprocess.run(["g++", *_flags(), "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
     return folder
 
 
@@ -52,7 +59,7 @@ def _compiled(plan: LaunchPlan) -> Any:
     source = folder / f"{name}.cpp"
     source.write_text(f'#include "{SOURCES / plan.source}"\nSG_EMULATE({plan.entry}, {struct})\n')
     macros = [f"-D{key}={value}" for key, value in plan.defines]
-    command = [compiler, *FLAGS, "-shared", *macros, "-include", str(folder / "emulator.h")]
+    command = [compiler, *_flags(), "-shared", *macros, "-include", str(folder / "emulator.h")]
     command += ["-I", str(SOURCES), "-I", str(folder), str(source), "-o", str(folder / f"{name}.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]

@@ -17,6 +17,7 @@ from torch_utils.ops import bias_act, conv2d_resample, filtered_lrelu, impl, upf
 from torch_utils.ops import fma as fma
 from torch_utils.ops import unit_distance as unit_distance
 from torch_utils.ops.native import cuda, library, prebuild
+from torch_utils.ops.native.filtered_lrelu import gradient_2d
 
 EXACT = 1e-12
 GRADIENT = "sg_filtered_lrelu_gradient_cuda"
@@ -41,7 +42,7 @@ ALWAYS = {
 IN_HALF = {
     "upfirdn2d": "stylegan2_down channels_last_blur",
     "filtered_lrelu": "stylegan3_t stylegan3_r_tiles stylegan3_r_grows_even 2d_filter_of_16 "
-    "odd_2d_down_filter",
+    "odd_up_filter_grows odd_2d_down_filter",
     "bias_act": "clamp_bites_lrelu",
 }
 
@@ -81,7 +82,7 @@ def test_cuda_emulated_other_dtypes_error_at_most_twice_torch(case, dtype, on_cu
     assert all(a <= max(2 * p, rounding) for a, p in zip(actual, plain)), (actual, plain)
     if "columns_of_taps" in case.id:
         assert ("SG_TENSOR", int(dtype == torch.float16)) in on_cuda[0].defines
-    if case.id in ("stylegan3_r_tiles", "stylegan3_r_grows_even", "2d_filter_of_16"):
+    if case.id in ("stylegan3_r_tiles", "stylegan3_r_grows_even", "2d_filter_of_16", "odd_up_filter_grows"):
         assert (on_cuda[-1].entry == GRADIENT) == (dtype == torch.float16)
 
 
@@ -113,6 +114,47 @@ def test_cuda_emulated_tensor_cores_spread_nan_within_a_row_only(on_cuda):
     near = torch.nn.functional.max_pool2d(expected.half(), (1, 21), 1, (0, 10)).bool()
     assert 0 < expected.sum() <= actual.isnan().sum() and not (actual.isnan() & ~near).any()
     assert actual[expected].isnan().all() and torch.equal(actual[~near], clean[~near])
+
+
+def radial_gradient(dy, impl="cpu", dtype=torch.float16):
+    """The gradient of a layer of StyleGAN3-R with four channels, for a gradient of its outputs."""
+    case = next(case for case in CASES if case.id == "stylegan3_r_tiles")
+    made = {name: value.to(dtype) for name, value in tensors(case, torch.float16).items()}
+    x = made["x"].repeat(1, 4, 1, 1).requires_grad_(True)
+    y = run(case, {**made, "x": x, "b": made["b"].repeat(4)}, impl=impl)
+    return torch.autograd.grad(y, x, dy(y.shape).to(dtype))[0]
+
+
+def drawn(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).half()
+
+
+def test_cuda_emulated_gradient_of_small_numbers_is_nearly_rounded_once(on_cuda):
+    def small(shape):
+        return (drawn(shape).float() * 1e-5).half()
+
+    exact = radial_gradient(small, "ref", torch.float64)
+    error, rounding = (each.double() - exact for each in (radial_gradient(small), exact.half()))
+    assert on_cuda[-1].entry == GRADIENT and error.norm() < 2 * rounding.norm()
+
+
+def test_cuda_emulated_gradient_spreads_nan_to_neighbors_only(on_cuda):
+    def with_nan(shape):
+        dy = drawn(shape)
+        dy[0, 0, 30, 27] = torch.nan
+        return dy
+
+    expected = radial_gradient(with_nan, "ref").isnan()
+    clean, actual = radial_gradient(drawn), radial_gradient(with_nan)
+    near = torch.nn.functional.max_pool2d(expected.half(), 37, 1, 18).bool()
+    assert 0 < expected.sum() and actual[expected].isnan().all() and torch.equal(actual[~near], clean[~near])
+
+
+def test_cuda_emulated_gradient_takes_more_tiles_than_blocks(on_cuda, monkeypatch):
+    expected, right = radial_gradient(drawn), gradient_2d.plan
+    assert on_cuda[-1].grid[0] > 3
+    monkeypatch.setattr(gradient_2d, "plan", lambda *args: right(*args)._replace(grid=(3, 1, 1)))
+    assert torch.equal(radial_gradient(drawn), expected) and on_cuda[-1].grid[0] == 3
 
 
 def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypatch):

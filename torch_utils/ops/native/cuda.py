@@ -254,7 +254,7 @@ def _run(
 ) -> torch.Tensor | None:
     """Launch `op` on the device of `x`, on torch's current stream there.
 
-    with_sums: the kernel writes one number for each block, which are returned.
+    with_sums: also return the sums that the kernel writes, one for each tile; the grid has a block for each.
     """
     device = x.get_device()
     # Wide loads need aligned memory, and which arguments there are is part of a specialization.

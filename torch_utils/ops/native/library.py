@@ -144,7 +144,7 @@ def _gate_setup(ctx, inputs, output) -> None:
 def _gate_backward(ctx, dy, dsums):
     nothing = (None,) * (4 + len(ctx.spec))
     x_shape, y_shape = ctx.shapes
-    if ctx.with_sums and dsums is not None:  # what arrives at a sum arrives at each of its terms
+    if ctx.with_sums and dsums is not None:  # the gradient of a sum is that of each of its terms
         spread = dsums.reshape(1, -1, 1, 1).expand(y_shape)
         dy = spread if dy is None else dy + spread
     if dy is None:

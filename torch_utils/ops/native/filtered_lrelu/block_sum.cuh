@@ -1,4 +1,4 @@
-// The sum of what a block writes.
+// The sum of what a block writes, for blocks of any shape. (../sums.cuh has sums of dense images by channel.)
 #ifndef SG_BLOCK_SUM_CUH
 #define SG_BLOCK_SUM_CUH
 #include "../cuda.cuh"

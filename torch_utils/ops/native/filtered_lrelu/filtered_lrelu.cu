@@ -115,7 +115,6 @@ struct tile_t {
 };
 
 #if SG_TENSOR
-#include "matrices.cuh"
 #include "tensor_cores.cuh"
 #endif
 

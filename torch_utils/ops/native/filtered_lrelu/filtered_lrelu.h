@@ -30,7 +30,7 @@ typedef struct {
     const void* b;          // [c] or null
     void* y;
     unsigned char* mask;    // null with SG_ACTIVATE
-    void* sums;             // CUDA and SG_GATE only: of the outputs of each tile, in the order of planes, or null
+    void* sums;             // CUDA and SG_GATE only: null, or sums of outputs, acc [n, c, tiles_y, tiles_x]
     sg_int64 x_stride[4];   // elements: n, c, h, w
     sg_int64 y_stride[4];
     int n, c, in_h, in_w, out_h, out_w;

@@ -1,56 +1,62 @@
 // The gradient of filtered_lrelu with a 2-D down filter, on tensor cores: SG_GATE with up 2, a 2-D up filter and a
 // separable down filter, float16 images, compute capability 8.0 or higher.
 //
-// A block computes a tile of outputs. Of the upsampled image, a warp computes a strip of 32 rows, from left to right, in
-// pieces of 16 columns, as sums of matrix products in float32: the even rows of a piece for themselves, and the odd ones,
-// one product for each row of inputs that contributes, and for each half of the columns:
+// A block computes a tile of outputs. Of the upsampled image u, a warp computes a strip of 32 rows, from left to right,
+// in pieces of 16 columns. Even and odd rows of a piece are separate matrices: sums of products in float32, one for
+// each row r of inputs that contributes, and for each half of the columns:
 //
 //   u[16 x 8] += A[16 x 16] * B[16 x 8]
-//   A[m][k] = x[m + r][8 * piece + k - shift],  B[k][n] = taps[ky(r)][2 * (k - shift) + phase - n]
+//   A[m][k] = in[m + r][8 * piece + k]
+//   B[k][n] = taps[2 * r + phase_y - odd][2 * (k - shift) + phase_x - n - 8 * half]
 //
-// The lanes that hold a piece multiply it by its bits and have it, rounded to float16, as matrix A of the down filter
-// along x, for 8 columns of outputs: B[k][n] = taps[16 * i + k - down * n] for piece i of those that they need. The
-// results are stored as float16 in shared memory, and filtered along y by products with A[m][k] = taps[16 * i + k -
-// down * m]. B and A have zeros where there is no such tap, and stay in registers.
+// `in` is the part of x that the tile needs, and begins `shift` inputs before it. The lanes that hold a piece multiply
+// it by its bits and have it, rounded to float16, as matrix A of the down filter along x, for a group of 8 columns of
+// outputs: B[k][n] = taps[16 * i + k - down * n] for piece i of those that the group needs. The results are stored as
+// float16 in shared memory, and filtered along y by products with A[m][k] = taps[16 * i + k - down * m]. B and A have
+// zeros where there is no such tap, and stay in registers.
 //
-// Zeros do not hide NaN, which spreads by some outputs. The gain is applied at the end and so does not overflow float16.
-// Which sums are taken first depends on the place of an output in its tile.
+// NaN and infinity spread to neighboring outputs, because 0 * NaN is NaN. The order of summation depends on the
+// position in the tile.
 //
 // Macros: SG_DTYPE (float16), SG_DOWN, SG_TAPS_UX, SG_TAPS_UY, SG_TAPS_D, SG_PHASE_X, SG_PHASE_Y (the tap of the first
-// input of a tile), SG_TILE_W (outputs per row of a block), SG_WARPS (of a block), SG_LOAD, SG_SHIFT (elements per load,
-// and the position of a tile's first input in them), SG_STORE (elements per store), SG_BLOCKS (whose registers must fit
-// into a multiprocessor), SG_INDEX_64.
+// input of a tile), SG_TILE_W (outputs per row of a block), SG_WARPS (of a block), SG_LOAD, SG_SHIFT (elements per
+// load, and the position of a tile's first input in them), SG_STORE (elements per store), SG_BLOCKS (whose registers
+// must fit into a multiprocessor), SG_INDEX_64.
 #include "filtered_lrelu.h"
 #include "block_sum.cuh"
 #include "matrices.cuh"
 
 #define THREADS (32 * SG_WARPS)
 #define GRID_H (32 * SG_WARPS)  // rows of the upsampled image
-#define EDGE 8                  // outputs in a row (or column) of a matrix
 #define PIECE_W 16
-#define PIECES (EDGE * SG_DOWN / PIECE_W)  // that are as wide as EDGE outputs
-#define GROUPS (SG_TILE_W / EDGE + 1)      // of so many pieces
+#define GROUP_W 8                             // columns of outputs of a matrix product
+#define PIECES (GROUP_W * SG_DOWN / PIECE_W)  // per group
+#define GROUPS (SG_TILE_W / GROUP_W + 1)      // per tile, and one whose pieces only end the last of them
 #define GRID_W (GROUPS * PIECES * PIECE_W)
-#define ROWS_READ ((SG_TAPS_UY - SG_PHASE_Y) / 2 + 1)  // of inputs, for a row of u or the next one
+#define ROWS_READ ((SG_TAPS_UY - SG_PHASE_Y) / 2 + 1)  // of inputs, for an even row of u and the odd one after it
 #define IN_H (16 * SG_WARPS + UP_TO(2, ROWS_READ) - 1)
 #define IN_W (GRID_W / 2 + 8)
 #define IN_P (UP_TO(16, IN_W) + 8)  // an odd number of 16 bytes, so that 8 rows are in different banks
 #define FILTERED_P (UP_TO(16, SG_TILE_W) + 8)
 #define WORDS ((GRID_W + 31) / 32)
-#define PARTS_X (((EDGE - 1) * SG_DOWN + SG_TAPS_D + 15) / 16)  // products for outputs of the down filter
+#define PARTS_X (((GROUP_W - 1) * SG_DOWN + SG_TAPS_D + 15) / 16)  // products for outputs of the down filter
 #define PARTS_Y ((15 * SG_DOWN + SG_TAPS_D + 15) / 16)
 
-static_assert(SG_DOWN == 2 || SG_DOWN == 4, "EDGE outputs are whole pieces");
+static_assert(SG_DTYPE == SG_F16, "matrices are float16");
+static_assert(SG_DOWN == 2 || SG_DOWN == 4, "a group is whole pieces");
 static_assert((PIECE_W - 1 + SG_TAPS_UX - 1 - SG_PHASE_X) / 2 + SG_SHIFT < 16, "inputs of a piece are columns of A");
-static_assert(PARTS_X <= 2 * PIECES, "a piece is part of two groups of outputs");
-static_assert(SG_TILE_W % EDGE == 0, "a tile is whole groups");
+static_assert(SG_SHIFT < SG_LOAD && IN_W % SG_LOAD == 0, "rows are whole loads");
+static_assert(PARTS_X <= 2 * PIECES, "a piece is part of two groups");
+static_assert(SG_TILE_W % GROUP_W == 0 && (SG_TILE_W - 1) * SG_DOWN + SG_TAPS_D <= GRID_W, "a tile is whole groups");
 
 // ---- Taps in shared memory, as pairs of float16, with zeros around them
 
-// Taps kx and kx + 2 of a row, from kx = -ZEROS_UP on, times UP_GAIN, by which u keeps about the magnitude of x.
+// Taps kx and kx + 2 of a row, from kx = -ZEROS_UP on, times UP_GAIN, so that small gradients keep their digits in
+// float16: the taps for one element of u add up to a quarter in low-pass filters. The largest kx is 28 + SG_PHASE_X - 2
+// * SG_SHIFT.
 #define ZEROS_UP (PIECE_W - 1 + 2 * SG_SHIFT)
-#define PAIRS_UP (PIECE_W - 1 + 2 * 15 + SG_PHASE_X)
-#define UP_GAIN acc(2)
+#define PAIRS_UP (PIECE_W - 1 + 29 + SG_PHASE_X)
+#define UP_GAIN acc(16)
 // Taps k and k + 1 of the down filter, for even k from -ZEROS_DOWN on.
 #define ZEROS_DOWN (15 * SG_DOWN)
 #define PAIRS_DOWN ((ZEROS_DOWN + 16 * PARTS_Y) / 2)
@@ -108,7 +114,8 @@ __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const t
 #pragma unroll
         for (int i = 0; i < at_once; ++i) {
             const int unit = first + i * THREADS, row = unit / units;
-            if (row < IN_H) *reinterpret_cast<elements<SG_LOAD>*>(in + row * IN_P + unit % units * SG_LOAD) = fetched[i];
+            scalar* const to = in + row * IN_P + unit % units * SG_LOAD;
+            if (row < IN_H) *reinterpret_cast<elements<SG_LOAD>*>(to) = fetched[i];
         }
     }
 }
@@ -139,8 +146,8 @@ __device__ __forceinline__ void read_mask(const sg_filtered_lrelu_params& p, con
 // ---- The upsampled image, and the down filter along x
 
 __device__ __forceinline__ void filter_strip(
-    const sg_filtered_lrelu_params& p, const tile_t& tile, const scalar* in, const bits_t* bits, const unsigned* up_pairs,
-    const unsigned* down_pairs, scalar* filtered) {
+    const sg_filtered_lrelu_params& p, const tile_t& tile, const scalar* in, const bits_t* bits,
+    const unsigned* up_pairs, const unsigned* down_pairs, scalar* filtered) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4, t = lane % 4;
     const acc slope = static_cast<acc>(p.slope);
@@ -150,12 +157,12 @@ __device__ __forceinline__ void filter_strip(
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             up[ky][i / 2][i % 2] =
-                up_pairs[ky * PAIRS_UP + PIECE_W - 1 + SG_PHASE_X + 4 * t - g + 16 * (i % 2) - EDGE * (i / 2)];
+                up_pairs[ky * PAIRS_UP + PIECE_W - 1 + SG_PHASE_X + 4 * t - g + 16 * (i % 2) - GROUP_W * (i / 2)];
 #pragma unroll
     for (int i = 0; i < 4 * PIECES; ++i)
         down[i / 2][i % 2] =
             i / 2 < PARTS_X ? down_pairs[(ZEROS_DOWN + 16 * (i / 2) + 2 * t + 8 * (i % 2) - SG_DOWN * g) / 2] : 0u;
-    // Lane 8 * i + j loads row j of matrix i; these are rows 0 and 8 of one row of taps and of the next.
+    // Matrices 0 and 1 are rows r to r + 15 of inputs, 2 and 3 those from r + 1 on.
     const scalar* from = in + (16 * warp + lane % 16 + lane / 16) * IN_P;
     unsigned left[UP_TO(2, ROWS_READ)][2];
 #pragma unroll
@@ -165,18 +172,18 @@ __device__ __forceinline__ void filter_strip(
         left[r][0] = found[0], left[r][1] = found[1], left[r + 1][0] = found[2], left[r + 1][1] = found[3];
     }
     const bits_t* mine = bits + (32 * warp + 2 * g) * WORDS;
-    scalar* to = filtered + (32 * warp + 2 * g) * FILTERED_P + 2 * t - EDGE;
+    scalar* to = filtered + (32 * warp + 2 * g) * FILTERED_P + 2 * t - GROUP_W;
     acc sums[2][2][4] = {};  // of even and odd rows, for the group of outputs that ends here and for the next
-    const int groups = (tile.columns + EDGE - 1) / EDGE + 1;
+    const int groups = (tile.columns + GROUP_W - 1) / GROUP_W + 1;
 #pragma unroll (2 / PIECES)  // so that no registers are copied from piece to piece
-    for (int group = 0; group < groups; ++group, to += EDGE) {
+    for (int group = 0; group < groups; ++group, to += GROUP_W) {
 #pragma unroll
         for (int j = 0; j < PIECES; ++j) {
             acc u[2][2][4];
-            from += EDGE;
+            unsigned right[4];
+            from += PIECE_W / 2;
 #pragma unroll
             for (int r = 0; r < UP_TO(2, ROWS_READ); ++r) {
-                unsigned right[4];
                 if (r % 2 == 0) load_matrices(from + r * IN_P, right);
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
@@ -204,7 +211,7 @@ __device__ __forceinline__ void filter_strip(
                         acc pair[2];
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
-                            const unsigned bit = 1u << (EDGE * half + e);
+                            const unsigned bit = 1u << (8 * half + e);
                             const acc value = u[odd][half][2 * below + e];
                             const acc v = above & bit ? value : value * slope;
                             pair[e] = kept & bit ? v : acc(0);
@@ -229,7 +236,7 @@ __device__ __forceinline__ void filter_strip(
 
 // ---- The down filter along y
 
-// Filter along y and write the outputs, of which the sum is returned; a warp has pieces of 16 rows and 16 columns.
+// Filter along y and write the outputs, of which the sum is returned; a warp has squares of 16 x 16 outputs.
 __device__ __forceinline__ acc write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const scalar* filtered, const unsigned* down_pairs,
     scalar* y) {
@@ -245,9 +252,9 @@ __device__ __forceinline__ acc write_outputs(
     const acc gain = static_cast<acc>(p.up_gain) / UP_GAIN;
     const offset_t stride_y = static_cast<offset_t>(p.y_stride[2]);
     acc total = acc(0);
-    const int across = (tile.columns + 15) / 16, pieces = (tile.rows + 15) / 16 * across;
-    for (int piece = warp; piece < pieces; piece += SG_WARPS) {
-        const int first_row = piece / across * 16, first_column = piece % across * 16;
+    const int across = (tile.columns + 15) / 16, squares = (tile.rows + 15) / 16 * across;
+    for (int square = warp; square < squares; square += SG_WARPS) {
+        const int first_row = square / across * 16, first_column = square % across * 16;
         const scalar* const from =
             filtered + (first_row * SG_DOWN + lane % 16) * FILTERED_P + first_column + lane / 16 * 8;
         acc sums[2][4] = {};

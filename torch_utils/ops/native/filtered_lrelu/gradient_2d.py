@@ -13,18 +13,25 @@ import torch
 from ..params import DTYPES, GATE, FilteredLrelu
 from ..plan import ITEM_BYTES, MAX_GRID, LaunchPlan, ceil_div, extent, is_wide, shared_limit, up_to
 
-EDGE, PIECE_W, STRIP_H = 8, 16, 32
+WARP, GROUP_W, PIECE_W, STRIP_H = 32, 8, 16, 32
 WARPS = (2, 3, 4, 5, 6)  # of a block; each number is compiled for itself
 MAX_WIDTH = 128  # of outputs of a tile
-REGISTERS, OF_A_THREAD = 65536, 168  # of a multiprocessor
+REGISTERS = 65536  # of a multiprocessor
+THREAD_REGISTERS = 168  # enough for 12 x 12 taps and down 2; with down 4, 8 bytes of a thread spill
 RESERVED = 1024  # bytes of shared memory that each block takes for the system
 BUSY = 12  # warps of a multiprocessor, so that some compute while the others wait
-# Cycles of a warp for a block, for a piece of the upsampled image, and for one of outputs.
-OF_BLOCK, OF_PIECE, OF_OUTPUTS = 1500, 230, 60
+# Estimated cycles of a warp for a block, for a piece of the upsampled image, and for 16 x 16 outputs, not yet
+# fitted to times, which benchmarks/bench_tiles.py measures.
+BLOCK_CYCLES, PIECE_CYCLES, OUTPUT_CYCLES = 1500, 230, 60
 
 
 def takes(p: FilteredLrelu, capability: tuple[int, int]) -> bool:
-    """Return whether the kernel computes this call."""
+    """Return whether the kernel computes this call.
+
+    Its matrices have 16 columns for the inputs of 16 elements, which 16 taps need at most. Each of 14 rows
+    of taps takes four registers. A group of outputs ends within the pieces of the next one. With fewer than 8
+    taps, the matrices would be mostly zeros.
+    """
     if p.mode != GATE or p.dtype != DTYPES[torch.float16] or capability < (8, 0):
         return False
     filters = p.fu_h > 0 and p.fd_h == 0 and 8 <= p.fu_w <= 16 and 8 <= p.fu_h <= 14
@@ -38,7 +45,7 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
     shape_x, shape_y = (p.n, p.c, p.in_h, p.in_w), (p.n, p.c, p.out_h, p.out_w)
     wide = is_wide(max(extent(shape_x, p.x_stride), extent(shape_y, p.y_stride)))
     load, shift = _load(p)
-    resident = max(REGISTERS // (OF_A_THREAD * 32 * tile.warps), 1)
+    resident = max(REGISTERS // (THREAD_REGISTERS * WARP * tile.warps), 1)
     defines = (
         *(("SG_DTYPE", p.dtype), ("SG_DOWN", p.down)),
         *(("SG_TAPS_UX", p.fu_w), ("SG_TAPS_UY", p.fu_h), ("SG_TAPS_D", p.fd_w)),
@@ -49,7 +56,7 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
     )
     blocks = p.n * p.c * ceil_div(p.out_w, tile.width) * ceil_div(p.out_h, tile.height)
     source, entry = "filtered_lrelu/gradient_2d.cu", "sg_filtered_lrelu_gradient_cuda"
-    grid, block = (max(min(blocks, MAX_GRID), 1), 1, 1), (32 * tile.warps, 1, 1)
+    grid, block = (max(min(blocks, MAX_GRID), 1), 1, 1), (WARP * tile.warps, 1, 1)
     return LaunchPlan("filtered_lrelu", source, entry, defines, grid, block, tile.shared_bytes(p))
 
 
@@ -62,12 +69,12 @@ class Tile(NamedTuple):
 
     def shared_bytes(self, p: FilteredLrelu) -> int:
         """Return the shared memory of a block in bytes; names as in gradient_2d.cu."""
-        grid_w = (self.width // EDGE + 1) * p.down // 2 * PIECE_W
+        grid_w = (self.width // GROUP_W + 1) * p.down // 2 * PIECE_W
         grid_h = STRIP_H * self.warps
         in_h = 16 * self.warps + up_to(2, (p.fu_h - p.pad_y0 % 2) // 2 + 1) - 1
         in_p = up_to(16, grid_w // 2 + 8) + 8
         filtered_p = up_to(16, self.width) + 8
-        pairs_up = PIECE_W - 1 + 2 * 15 + p.pad_x0 % 2
+        pairs_up = PIECE_W - 1 + 29 + p.pad_x0 % 2
         pairs_down = (15 * p.down + 16 * ceil_div(15 * p.down + p.fd_w, 16)) // 2
         taps = 4 * (p.fu_h * pairs_up + pairs_down)
         return 2 * (in_h * in_p + grid_h * filtered_p) + 8 * grid_h * ceil_div(grid_w, 32) + taps
@@ -79,11 +86,11 @@ class Tile(NamedTuple):
         columns = [self.width] * full + [rest] * (rest > 0)
         total = 0.0
         for each in columns:
-            pieces = (ceil_div(each, EDGE) + 1) * p.down // 2
-            outputs = ceil_div(ceil_div(min(self.height, p.out_h), 16) * ceil_div(each, 16), self.warps)
-            total += tiles_y * self.warps * (OF_BLOCK + OF_PIECE * pieces + OF_OUTPUTS * outputs)
+            pieces = (ceil_div(each, GROUP_W) + 1) * p.down // 2
+            squares = ceil_div(ceil_div(min(self.height, p.out_h), 16) * ceil_div(each, 16), self.warps)
+            total += tiles_y * self.warps * (BLOCK_CYCLES + PIECE_CYCLES * pieces + OUTPUT_CYCLES * squares)
         shared = self.shared_bytes(p) + RESERVED
-        blocks = min((limit + RESERVED) // shared, REGISTERS // (OF_A_THREAD * 32 * self.warps))
+        blocks = min((limit + RESERVED) // shared, REGISTERS // (THREAD_REGISTERS * WARP * self.warps))
         return total * max(1.0, BUSY / (blocks * self.warps)) ** 0.5
 
 
@@ -99,7 +106,7 @@ def tiles(p: FilteredLrelu, limit: int) -> Iterator[Tile]:
         if most < 1:
             continue
         height = ceil_div(p.out_h, ceil_div(p.out_h, most))
-        for width in range(EDGE, min(MAX_WIDTH, up_to(EDGE, p.out_w)) + 1, EDGE):
+        for width in range(GROUP_W, min(MAX_WIDTH, up_to(GROUP_W, p.out_w)) + 1, GROUP_W):
             tile = Tile(width, height, warps)
             if tile.shared_bytes(p) <= limit:
                 yield tile

@@ -1,5 +1,5 @@
-// Matrices of float16 that the lanes of a warp hold together, and their products on tensor cores: compute capability 8.0
-// or higher. Of a matrix [8 x 8], lane 4 * g + t has elements 2t and 2t + 1 of row g, the first in the low bits.
+// Matrices of float16 that the lanes of a warp hold together, and their products on tensor cores (compute capability
+// 8.0 or higher). Of a matrix [8 x 8], lane 4 * g + t has elements 2t and 2t + 1 of row g, the first in the low bits.
 #ifndef SG_MATRICES_CUH
 #define SG_MATRICES_CUH
 #include "../cuda.cuh"

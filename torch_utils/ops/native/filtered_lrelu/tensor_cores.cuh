@@ -12,6 +12,8 @@
 //
 // The order of the sums depends on the column in a piece only, and tiles begin at multiples of 8 columns. Zeros of B do
 // not hide NaN: all columns that a piece reads are elements of the grid, and NaN spreads by up to 12 outputs along x.
+#include "matrices.cuh"
+
 #define PIECE_H 16
 #define PIECE_W 8
 #define PITCH THREADS          // elements from a row of the grid to the next, in groups of four rows
@@ -86,7 +88,8 @@ __device__ __forceinline__ void filter(const scalar* from, const unsigned (*b)[4
     }
 }
 
-// Filter the grid and write the outputs; a warp has neighboring pieces. Returns 0: sums are those of gradients.
+// Filter the grid and write the outputs; a warp has neighboring pieces. Returns 0, because
+// only SG_GATE needs their sum.
 __device__ __forceinline__ acc write_outputs(
     const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
