@@ -175,7 +175,11 @@ __device__ __forceinline__ void filter_strip(
     scalar* to = filtered + (32 * warp + 2 * g) * FILTERED_P + 2 * t - GROUP_W;
     acc sums[2][2][4] = {};  // of even and odd rows, for the group of outputs that ends here and for the next
     const int groups = (tile.columns + GROUP_W - 1) / GROUP_W + 1;
-#pragma unroll (2 / PIECES)  // so that no registers are copied from piece to piece
+#if SG_DOWN == 2
+#pragma unroll 2  // pieces, so that no registers are copied from one to the next
+#else
+#pragma unroll 1
+#endif
     for (int group = 0; group < groups; ++group, to += GROUP_W) {
 #pragma unroll
         for (int j = 0; j < PIECES; ++j) {
