@@ -365,7 +365,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kimg", type=float)
     parser.add_argument("--num", type=int, help="generated images for the metrics at the end")
     parser.add_argument("--measurements", type=int, default=4, help=f"of {CURVE} in each run")
-    parser.add_argument("--metrics", help="at the end of each run")
+    parser.add_argument("--metrics", help="at the end of each run; with --make-base, at snapshots")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, that share a GPU")
