@@ -97,6 +97,14 @@ class Checkpoint:
         return kind if kind in ("classes", "vectors") and self.network.c_dim else None
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the first classes, or of all, in order; empty if the file does not state them."""
+        names = self.training_set_kwargs.get("classes")
+        if self.label_kind != "classes" or not isinstance(names, list):
+            return ()
+        return tuple(map(str, names[: self.network.c_dim]))
+
+    @property
     def missing(self) -> list[str]:
         """Those of G, D and G_ema that the file does not have."""
         return [name for name in NETWORKS if getattr(self, name) is None]

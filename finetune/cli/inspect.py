@@ -14,6 +14,8 @@ from finetune.cli.options import NETWORK, network_file, offline_option
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
 
+SHOWN_CLASSES = 20  # names, in the text
+
 
 @click.command("inspect", short_help="Describe a checkpoint, without executing anything in it.")
 @click.argument("network", metavar=NETWORK)
@@ -51,6 +53,7 @@ def describe(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "channels": network.img_channels,
         "classes": network.c_dim,
         "labels": checkpoint.label_kind,
+        "class_names": list(checkpoint.class_names),
         "z_dim": getattr(generator, "z_dim", None),
         "w_dim": getattr(generator, "w_dim", None),
         "num_ws": getattr(generator, "num_ws", None),
@@ -114,8 +117,13 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def _labels(facts: dict[str, Any]) -> tuple[str, Any]:
+    from finetune.checkpoint.unpickle.stubs import printable
+
     if facts["labels"] == "vectors":
         return "labels", f"vectors of {facts['classes']} numbers"
+    if names := [printable(name) for name in facts["class_names"]]:
+        more = ", …" if len(names) > SHOWN_CLASSES else ""
+        return "classes", f"{facts['classes']}: {', '.join(names[:SHOWN_CLASSES])}{more}"
     return "classes", facts["classes"] or "none (unconditional)"
 
 

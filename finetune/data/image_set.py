@@ -81,6 +81,11 @@ class ImageSet(Dataset):
         """Return 'classes' or 'vectors', None without labels. Vectors that are all one-hot are classes."""
         return None if self._labels is None else self._labels.kind
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that the images have, in order; empty if they are not known."""
+        return () if self._labels is None else self._labels.class_names
+
     def __len__(self) -> int:
         return len(self.names) * (2 if self.mirror else 1)
 

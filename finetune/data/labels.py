@@ -17,14 +17,19 @@ from finetune.errors import DataError
 
 MISSING = object()
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_CLASS_NAMES = 10_000  # checkpoint.load limits the number of values that it reads from an entry
 
 
 @dataclass(frozen=True)
 class Labels:
-    """One label an image: `values` is int64 `[n]` (classes) or float32 `[n, num_classes]` (vectors)."""
+    """One label an image: `values` is int64 `[n]` (classes) or float32 `[n, num_classes]` (vectors).
+
+    class_names: names of the classes that are used, in their order; empty if they are not known.
+    """
 
     values: np.ndarray
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -52,7 +57,7 @@ def read_labels(
     """
     if origin == "folders":
         return _labels_of_folders(source, names, num_classes)
-    table = _read_table(source, num_classes)
+    table, stated = _read_table(source, num_classes)
     entries = _entries_of_images(source, table)
     found = [(name, table.get(entries.get(name, ""), MISSING)) for name in names]
     as_vectors = any(isinstance(value, list) for _, value in found)
@@ -67,7 +72,8 @@ def read_labels(
     if as_vectors:
         return Labels(np.array([value for _, value in found], dtype=np.float32), length), []
     values = np.array([value for _, value in found], dtype=np.int64)
-    return Labels(values, num_classes or int(values.max()) + 1), []
+    num_used = int(values.max()) + 1
+    return Labels(values, num_classes or num_used, _class_names(stated, num_used)), []
 
 
 def _labels_of_folders(
@@ -82,7 +88,19 @@ def _labels_of_folders(
     problems = [Problem(name, BAD_LABEL, wrong) for name, wrong in checked if wrong is not None]
     if problems:
         return None, problems
-    return Labels(np.array([value for _, value in found], dtype=np.int64), num_classes or len(folders)), []
+    values = np.array([value for _, value in found], dtype=np.int64)
+    return Labels(values, num_classes or len(folders), _class_names(folders, len(folders))), []
+
+
+def _class_names(stated: Any, num_used: int) -> tuple[str, ...]:
+    """Return the names of the first `num_used` classes, () unless each is a text unlike the others.
+
+    In Unicode form C: macOS stores "é" as two characters, and Linux does not.
+    """
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        return ()
+    names = tuple(dict.fromkeys(unicodedata.normalize("NFC", name) for name in stated[:num_used]))
+    return names if len(names) == num_used <= MAX_CLASS_NAMES else ()
 
 
 def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:
@@ -148,12 +166,12 @@ def has_labels(source: Source) -> bool:
 
 def labels_without_image(source: Source) -> list[str]:
     """Return names in `dataset.json` that belong to no image, sorted. Raises DataError like `read_labels`."""
-    table = _read_table(source, None)
+    table, _ = _read_table(source, None)
     return sorted(table.keys() - set(_entries_of_images(source, table).values()))
 
 
-def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
-    """Return image name -> label as the file has it; names with forward slashes."""
+def _read_table(source: Source, num_classes: int | None) -> tuple[dict[str, Any], Any]:
+    """Return image name -> label as the file has it, names with forward slashes, and its entry `classes`."""
     advice = 'Write one like {"labels": [["a.png", 0], ["b.png", 3]]}'
     if num_classes is None:
         advice += ", or train without labels."
@@ -188,7 +206,7 @@ def _read_table(source: Source, num_classes: int | None) -> dict[str, Any]:
                 f"{where}: {name!r} has two labels, {_shown(table[name])} and {_shown(pair[1])}.",
                 hint="Keep one of them.",
             )
-    return table
+    return table, content.get("classes")
 
 
 def _wrong_class(value: Any, num_classes: int | None) -> str | None:

@@ -331,7 +331,8 @@ def _plan_labels(
             raise refusal(source.path, len(source.names), problems)
         found, _ = read_labels(source, names)
     assert found is not None, "what is left has labels"
-    return names, dict(zip(names, found.values.tolist(), strict=True)), [], problems
+    table = dict(zip(names, found.values.tolist(), strict=True))
+    return names, table, list(found.class_names), problems
 
 
 def _raise_for_problems(source: Source, draft: Draft, problems: list[Problem], skip_bad: bool) -> None:

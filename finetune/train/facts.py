@@ -20,6 +20,8 @@ from finetune.options import TrainOptions
 from finetune.recipes import RunFacts
 from finetune.resolve import published_for
 
+SHOWN = 5  # classes with another name, in the message
+
 
 def read_data(
     options: TrainOptions,
@@ -117,9 +119,19 @@ def labels_wanted(options: TrainOptions, checkpoint: Checkpoint | None) -> tuple
 
 
 def compare_labels(checkpoint: Checkpoint, image_set: ImageSet, classes: str | None) -> list[str]:
-    """Return a note if `--classes` has no effect; raise ConfigError for label vectors instead of classes."""
+    """Return a note if `--classes` has no effect.
+
+    Without it, raises ConfigError for label vectors instead of classes, and for a class with another name.
+    """
+    pairs = enumerate(zip(checkpoint.class_names, image_set.class_names))
+    others = [
+        f"class {index} is {now!r}, in the checkpoint {before!r}"
+        for index, (before, now) in pairs
+        if before != now
+    ]
     if classes:
-        is_idle = classes != "fresh" and image_set.num_classes == checkpoint.network.c_dim
+        same_number = image_set.num_classes == checkpoint.network.c_dim
+        is_idle = classes != "fresh" and same_number and not others
         return [f"--classes {classes} has no effect: the checkpoint has as many classes."] if is_idle else []
     kinds = {"classes": "classes", "vectors": "vectors of numbers"}
     before, now = checkpoint.label_kind, image_set.label_kind
@@ -127,6 +139,14 @@ def compare_labels(checkpoint: Checkpoint, image_set: ImageSet, classes: str | N
         raise ConfigError(
             f"--data {image_set.path}: its labels are {kinds[now]}, those of the checkpoint {kinds[before]}.",
             hint="To drop those of the checkpoint: --classes fresh.",
+        )
+    if others:
+        more = f"; {len(others) - SHOWN} more differ" if len(others) > SHOWN else ""
+        raise ConfigError(
+            f"--data {image_set.path}: {'; '.join(others[:SHOWN])}{more}.",
+            hint="If the classes are the same, give them the names of the checkpoint. If not: --classes keep "
+            "keeps the embeddings of classes with equal names and initializes the others to their average; "
+            "--classes fresh draws all at random.",
         )
     return []
 

@@ -100,8 +100,8 @@ def _prepare(asked: TrainOptions, on_message: Callable[[str], None], dry_run: bo
         origin.saved.check_images(image_set)
     on_message("Building the networks …")
     if checkpoint is not None:
-        classes, new_d = shape.classes or None, bool(shape.new_d)
-        wanted = TargetShape(facts.c_dim, classes, shape.channels, shape.resolution, new_d)
+        classes, new_d, names = shape.classes or None, bool(shape.new_d), image_set.class_names
+        wanted = TargetShape(facts.c_dim, classes, shape.channels, shape.resolution, new_d, names)
         checkpoint, operations = operate(checkpoint, wanted, shape.seed or 0)
         notes += [line for operation in operations for line in operation.lines()]
         facts = replace(facts, num_freezable=num_freezable(checkpoint.D))

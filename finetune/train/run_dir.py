@@ -227,6 +227,7 @@ class RunDir:
                 "resolution": images.resolution,
                 "use_labels": images.num_classes > 0,
                 "labels": images.label_kind,
+                "classes": list(images.class_names),
                 "max_size": len(images),
                 "xflip": self.config.mirror,
             },

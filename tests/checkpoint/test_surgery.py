@@ -1,5 +1,7 @@
 """Surgery on checkpoints: what a network of another shape still computes, and what is said about it."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,38 @@ def test_operate_keep_first_classes(load):
     before = images(checkpoint.G_ema, c)
     assert_close(images(after.G_ema, c[:, :2]), before, NETWORK_F32)
     assert_close(after.D(before, c[:, :2]), checkpoint.D(before, c), NETWORK_F32)
+
+
+@pytest.mark.parametrize(
+    "stated, names, classes, kept, words",
+    [
+        ("abcde", "edcba", "keep", [4, 3, 2, 1, 0], "classes by name: changed mapping.embed: 5 of 5"),
+        ("abcde", "bd", "keep", [1, 3], "classes 5 → 2: changed mapping.embed: 2 of 5 classes kept"),
+        ("abcde", "abxde", "extend", [0, 1, None, 3, 4], "4 of 5 classes kept, 1 initialized to their"),
+        ("abcde", "Aabcde", "extend", [None, 0, 1, 2, 3, 4], "5 of 5 classes kept, 1 initialized to"),
+        ("abc", "bcade", "keep", [1, 2, 0, 3, 4], "5 of 5 classes kept"),  # names of the others are not known
+        ("", "edc", "keep", [0, 1, 2], "3 of 5 classes kept"),
+        ("abcde", "", "keep", [0, 1, 2], "3 of 5 classes kept"),
+    ],
+)
+def test_operate_keeps_classes_by_name(load, stated, names, classes, kept, words):
+    checkpoint = dataclasses.replace(
+        load("stylegan2-64-cond"), training_set_kwargs={"labels": "classes", "classes": list(stated)}
+    )
+    wanted = TargetShape(c_dim=len(kept), classes=classes, class_names=tuple(names))
+    after, operations = operate(checkpoint, wanted)
+    numbers = [(new, old) for new, old in enumerate(kept) if old is not None] * 4
+    c_new, c_old = (torch.eye(size)[list(each[:8])] for size, each in zip((len(kept), 5), zip(*numbers)))
+    before = images(checkpoint.G_ema, c_old)
+    assert_close(images(after.G_ema, c_new), before, NETWORK_F32)
+    assert_close(after.D(before, c_new), checkpoint.D(before, c_old), NETWORK_F32)
+    assert words in "\n".join(told(operations, "D").lines())
+
+
+def test_operate_equal_classes_change_nothing(load):
+    stated = {"labels": "classes", "classes": list("abcde")}
+    checkpoint = dataclasses.replace(load("stylegan2-64-cond"), training_set_kwargs=stated)
+    assert operate(checkpoint, TargetShape(classes="keep", class_names=tuple("abcde")))[1] == []
 
 
 def test_operate_fresh_changes_embeddings_only(load):

@@ -39,6 +39,7 @@ def test_inspect_json(inspect, golden_dir):
         "channels": 3,
         "classes": 5,
         "labels": None,
+        "class_names": [],
         "z_dim": 32,
         "w_dim": 32,
         "num_ws": 10,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,22 @@ def test_labels_classes_become_one_hot(labeled, name):
 )
 def test_labels_kind(labeled, labels, kind):
     assert read(labeled(pairs(*labels)))[0].kind == kind
+
+
+def test_labels_class_names(labeled, monkeypatch):
+    accented = unicodedata.normalize("NFD", "étoile")
+    named = [(pairs(0, 1, 0), ["étoile", "zèbre"]), (pairs(0, 2, 0), ["a", accented, "b"])]
+    for number, (content, names) in enumerate(named):
+        labels, _ = read(labeled({**content, "classes": [*names, "not used"]}, f"named{number}"), 4)
+        assert labels.class_names == tuple(unicodedata.normalize("NFC", name) for name in names)
+    wrong = [None, {"a": 0, "b": 1}, ["a", 1], ["a"], ["a", "a"], ["étoile", accented]]
+    for number, names in enumerate(wrong):
+        labels, _ = read(labeled({**pairs(0, 1, 0), "classes": names}, f"unnamed{number}"))
+        assert labels.class_names == (), names
+    source = open_source(labeled(None))
+    assert read_labels(source, source.names[:1], 4, "folders")[0].class_names == ("a", "b")
+    monkeypatch.setattr("finetune.data.labels.MAX_CLASS_NAMES", 1)
+    assert read_labels(source, source.names, None, "folders")[0].class_names == ()
 
 
 def test_labels_vectors_are_kept(labeled):

@@ -166,6 +166,8 @@ def test_prepare_labels(mixed, tmp_path):
         "labels": [["cat/a.tif", 0], ["cat/b.tif", 0], ["dog/c.tif", 1], ["dog/d.tif", 1]],
         "classes": ["cat", "dog"],
     }
+    prepare(tmp_path / "1.zip", tmp_path / "again.zip", resolution=8, encoding="png")
+    assert labels_in(tmp_path / "again.zip")["classes"] == ["cat", "dog"]
     prepare(mixed, tmp_path / "2.zip", resolution=8, fit="crop", labels="none")
     assert labels_in(tmp_path / "2.zip") == {"labels": None}
     (mixed / "dataset.json").unlink()

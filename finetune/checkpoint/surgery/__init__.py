@@ -25,7 +25,8 @@ class TargetShape:
     """The shape to give the networks; None keeps that of the checkpoint.
 
     c_dim: number of classes, 0 for none. classes: `keep`, `extend` or `fresh`, how embeddings derive from the
-    old ones.
+    old ones. class_names: of the new classes; embeddings are kept by name if the checkpoint states names too,
+    else by number.
     new_d: build a discriminator, because the file has none or to replace it.
     """
 
@@ -34,6 +35,7 @@ class TargetShape:
     channels: int | None = None
     resolution: int | None = None
     new_d: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,7 +75,9 @@ def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple
     }
     _check(checkpoint, wanted, target)
     steps = [(option, value) for option, value in target.items() if getattr(G, option) != value]
-    if wanted.classes == "fresh" and G.c_dim == target["c_dim"]:
+    kept = _classes_kept(checkpoint, wanted, target["c_dim"])
+    is_moved = wanted.classes is not None and kept != list(range(G.c_dim))
+    if G.c_dim == target["c_dim"] and (wanted.classes == "fresh" or is_moved):
         steps.insert(0, ("c_dim", G.c_dim))
     operations: list[Operation] = []
     networks: dict[str, Any] = {}
@@ -87,10 +91,24 @@ def operate(checkpoint: Checkpoint, wanted: TargetShape, seed: int = 0) -> tuple
                 operations.append(done)
             elif network is not None:
                 for option, value in steps:  # in sequence: each starts from the result of the previous one
-                    network, done = _change(name, network, option, value, wanted.classes)
+                    network, done = _change(name, network, option, value, wanted.classes, kept)
                     operations.append(done)
                 networks[name] = network
     return dataclasses.replace(checkpoint, **networks), operations
+
+
+def _classes_kept(checkpoint: Checkpoint, wanted: TargetShape, c_dim: int) -> list[int | None]:
+    """Return, for each new class, the old one whose embedding it gets; None for those without one.
+
+    Classes correspond by name. Old classes without a known name keep their number.
+    """
+    before, names = checkpoint.network.c_dim, checkpoint.class_names
+    by_number = [index if index < before else None for index in range(c_dim)]
+    if not (wanted.classes and names and wanted.class_names):
+        return by_number
+    by_name = {name: index for index, name in enumerate(names)}
+    by_number[: len(names)] = [None] * min(len(names), c_dim)
+    return [by_name.get(name, index) for name, index in zip(wanted.class_names, by_number, strict=True)]
 
 
 def _check(checkpoint: Checkpoint, wanted: TargetShape, target: dict[str, int]) -> None:
@@ -141,12 +159,13 @@ WORDS = {"c_dim": "classes", "img_channels": "channels", "img_resolution": "pixe
 
 
 def _change(
-    name: str, network: Any, option: str, value: int, classes: str | None
+    name: str, network: Any, option: str, value: int, classes: str | None, kept: list[int | None]
 ) -> tuple[torch.nn.Module, Operation]:
     """Build a network like `network` with another constructor argument, and fill it from the old weights."""
     new = type(network)(*network.init_args, **{**network.init_kwargs, option: value})
     before = getattr(network, option)
-    done = Operation(name, f"{WORDS[option]} {before} → {value}" if before != value else "fresh classes")
+    same_number = "fresh classes" if classes == "fresh" else "classes by name"
+    done = Operation(name, f"{WORDS[option]} {before} → {value}" if before != value else same_number)
     old_tensors, new_tensors = tensors_of(network), tensors_of(new)
     for key, tensor in new_tensors.items():
         source = old_tensors.get(_old_name(key, network, new))
@@ -154,7 +173,7 @@ def _change(
             tensor.copy_(source)
             done.kept.append(key)
     if option == "c_dim":
-        labels.change(network, new, classes, done.changed)
+        labels.change(network, new, classes, kept, done.changed)
     if option == "img_channels":
         colors.change(network, new, done.changed)
     if option == "img_resolution":

@@ -13,15 +13,18 @@ DRAWN = "drawn at random"
 PROJECTION_SPREAD = 0.1  # standard deviation of a new projection around 1, to break symmetry
 
 
-def change(old: Any, new: Any, classes: str | None, changed: dict[str, str]) -> None:
-    """Compute the layers of `new` that depend on labels from `old`, and describe the changes in `changed`."""
+def change(old: Any, new: Any, classes: str | None, kept: list[int | None], changed: dict[str, str]) -> None:
+    """Compute the layers of `new` that depend on labels from `old`, and describe the changes in `changed`.
+
+    kept: for each new class the old one whose embedding it gets, unless they are `fresh`.
+    """
     if old.c_dim and new.c_dim:
         if classes == "fresh":
             new.mapping.embed.weight.copy_(torch.randn_like(new.mapping.embed.weight))
             new.mapping.embed.bias.zero_()
             changed["mapping.embed.weight"] = changed["mapping.embed.bias"] = DRAWN
         else:
-            _carry_embedding(old.mapping.embed, new.mapping.embed, changed)
+            _carry_embedding(old.mapping.embed, new.mapping.embed, kept, changed)
     elif hasattr(new, "synthesis"):
         _change_first_layer(old.mapping, new.mapping, changed)
     elif new.c_dim:
@@ -36,17 +39,15 @@ def average_embedding(mapping: Any) -> torch.Tensor:
     return unit_rms(mapping.embed(every_class)).mean(dim=0)
 
 
-def _carry_embedding(old: Any, new: Any, changed: dict[str, str]) -> None:
+def _carry_embedding(old: Any, new: Any, kept: list[int | None], changed: dict[str, str]) -> None:
     """Copy the embeddings of the classes kept; new classes get the average of all."""
-    before, after = old.in_features, new.in_features
     used = old.weight * old.weight_gain
-    columns = used.mean(dim=1, keepdim=True).expand(-1, after).clone()
-    columns[:, : min(before, after)] = used[:, : min(before, after)]
-    new.weight.copy_(columns / new.weight_gain)
-    what = f"{min(before, after)} of {before} classes kept"
-    changed["mapping.embed.weight"] = what + (
-        f", {after - before} initialized to their average" if after > before else ""
-    )
+    average = used.mean(dim=1)
+    columns = [average if source is None else used[:, source] for source in kept]
+    new.weight.copy_(torch.stack(columns, dim=1) / new.weight_gain)
+    num_new = kept.count(None)
+    what = f"{len(kept) - num_new} of {old.in_features} classes kept"
+    changed["mapping.embed.weight"] = what + (f", {num_new} initialized to their average" if num_new else "")
 
 
 def _change_first_layer(old: Any, new: Any, changed: dict[str, str]) -> None:
