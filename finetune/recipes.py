@@ -243,7 +243,7 @@ RULES = (
     Rule("z_dim", (SCRATCH,), 512, "published size"),
 
     # Length and batch.
-    Rule("kimg", CHECKPOINT, 200.0, "{num_images} images: short run, a small data set overfits", UNVERIFIED,
+    Rule("kimg", CHECKPOINT, 200.0, "images: {num_images}; short run, a small data set overfits", UNVERIFIED,
          when=lambda run: run.num_images < SOME_IMAGES),
     Rule("kimg", CHECKPOINT, 1000.0, "{num_images} images", UNVERIFIED),
     Rule("kimg", (SCRATCH,), 5000.0, "from scratch", UNVERIFIED),
@@ -278,7 +278,7 @@ RULES = (
     Rule("freezed", ANY, 0, "no effect on a new discriminator", when=lambda run: run.new_d),
     Rule("freezed", ANY, 0, "the first layers of D are new or converted", when=lambda run: run.converts_d),
     Rule("freezed", ("few-shot",), lambda run: min(10, round(0.4 * run.num_freezable)),
-         "40 % of {num_freezable} layers of D, for {num_images} images",
+         "40 % of {num_freezable} layers of D; images: {num_images}",
          "published advice: 10 or 13 of 25 at 1024 px", when=lambda run: bool(run.num_freezable)),
     Rule("freezed", ANY, 0, "all of D trains", UNVERIFIED),
     Rule("aug", IMPROVE, "noaug", "{num_images} images are too many to overfit",
@@ -337,7 +337,7 @@ def recipe_of(asked: TrainOptions, facts: RunFacts) -> tuple[str, str]:
     if asked.recipe not in (None, "auto"):
         return str(asked.recipe), USER
     if facts.num_images < FEW_IMAGES:
-        return "few-shot", f"{facts.num_images} images are fewer than {FEW_IMAGES}"
+        return "few-shot", f"fewer than {FEW_IMAGES} images ({facts.num_images})"
     return "adapt", "use --recipe improve for the checkpoint's own images"
 
 

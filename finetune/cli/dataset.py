@@ -87,6 +87,7 @@ def check_command(
     from finetune.data.image_set import check_channels
     from finetune.data.labels import has_labels
     from finetune.data.problems import BAD_LABEL, hint
+    from finetune.data.scanning import counted
     from finetune.data.sources import open_source
 
     channels, num_classes = None, None
@@ -129,7 +130,7 @@ def check_command(
     else:
         click.echo(dataset_report.as_text(found, training))
     if found.problems:
-        number = dataset_report.counted(len(found.problems), "problem")
+        number = counted(len(found.problems), "problem")
         advice = hint(found.problems, path)
         if labels_from == "file" and any(problem.kind == BAD_LABEL for problem in found.problems):
             advice += "\nOr train, and check, without labels: --no-cond."
@@ -200,6 +201,7 @@ def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options
     """
     from finetune.data.preparing import prepare
     from finetune.data.problems import printable
+    from finetune.data.scanning import counted
 
     refuse_existing(dest, force=force)
     try:
@@ -214,7 +216,8 @@ def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options
         click.echo(f"--bits {made.settings.bits} has no effect: no image has 16 bits a channel.")
     (height, width), mib = made.settings.size, made.num_bytes / 2**20
     earlier = f", {made.num_found_done} of them by an earlier call" if made.num_found_done else ""
-    click.echo(f"{made.path}: {made.num_images} images of {width}×{height}{earlier}, {mib:,.1f} MiB")
+    images = counted(made.num_images, "image")
+    click.echo(f"{made.path}: {images} of {width}×{height}{earlier}, {mib:,.1f} MiB")
     for number, name in enumerate(made.classes):
         click.echo(f"class {number}: {printable(name)}")
     cond = " --cond" if made.has_labels else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.data.image_set import CACHE_BYTES
 from finetune.data.problems import KINDS, REFUSED, REMARKS, Problem, listed, printable
-from finetune.data.scanning import Scan, enlargement, tally
+from finetune.data.scanning import Scan, counted, enlargement, tally
 
 SHOWN_CLASSES = 20
 KIND_IDS = REFUSED | REMARKS
@@ -94,11 +94,6 @@ def as_text(found: Scan, training: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return the number with its noun, such as `1 image` and `2 images`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _training(found: Scan, training: dict[str, Any]) -> str:
     if not training:
         if len(found.sizes) == 1 and (size := next(iter(found.sizes)))[0] == size[1]:
@@ -123,7 +118,8 @@ def _classes(found: Scan) -> str:
     if len(counts) <= SHOWN_CLASSES:
         return f"{len(counts)} ({', '.join(f'{index}: {count}' for index, count in enumerate(counts))})"
     few, many = min(counts), max(counts)
-    return f"{len(counts)}, from {few} images (class {counts.index(few)}) to {many} ({counts.index(many)})"
+    fewest = f"{counted(few, 'image')} (class {counts.index(few)})"
+    return f"{len(counts)}, from {fewest} to {many} ({counts.index(many)})"
 
 
 def _counts(problems: list[Problem]) -> dict[str, int]:

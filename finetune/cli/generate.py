@@ -81,6 +81,7 @@ def command(
     """
     import torch
 
+    from finetune.data.scanning import counted
     from finetune.device import float32_math, resolve_device
     from finetune.editing.latents import save_ws
     from finetune.models import image_size
@@ -120,7 +121,7 @@ def command(
             header = mixing_header(table, noise_mode)
             images = header + images
             grid = len(table.columns), len(table) + bool(header)
-    click.echo(f"{len(set(files))} images: {files[0]}{' …' if len(files) > 1 else ''}")
+    click.echo(f"{counted(len(set(files)), 'image')}: {files[0]}{' …' if len(files) > 1 else ''}")
     if grid is not None:
         click.echo(f"Grid: {save_grid(images, outdir / 'grid.png', grid=grid)}")
     if save_w is not None:

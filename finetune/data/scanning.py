@@ -81,13 +81,13 @@ class Scan:
         notes = []
         if self.num_transparent and channels < 4:
             notes.append(
-                f"{self.num_transparent} images are transparent and are put on white: the network has "
-                f"{channels} channels. Use --channels 4 to keep alpha."
+                f"{counted(self.num_transparent, 'transparent image')} will be put on white: the network has "
+                f"{counted(channels, 'channel')}. Use --channels 4 to keep alpha."
             )
         if colors and channels == 1:
             notes.append(
-                f"{colors} images have colors and become gray: the network has 1 channel. Use --channels 3 "
-                "to keep colors."
+                f"{counted(colors, 'color image')} will become gray: the network has 1 channel. Use "
+                "--channels 3 to keep colors."
             )
         if channels > 1 and gray == self.num_images:
             notes.append(
@@ -126,6 +126,11 @@ def enlargement(size: tuple[int, int], wanted: tuple[int, int], fit: str | None)
     """Return the factor by which an image of (width, height) is resized to `wanted`, the larger of two."""
     scales = (wanted[0] / size[0], wanted[1] / size[1])
     return min(scales) if fit == "pad" else max(scales)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with its noun, such as `1 image` and `2 images`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def tally(counts: dict[str, int], shown: int = 12) -> str:
@@ -262,10 +267,11 @@ class Findings:
                 num_others, how = sum(others.values()), HOW_FITTED[self.fit]
                 also = ", ".join(f"--fit {fit}" for fit in FITS if fit != self.fit)
                 size = _times(self.wanted)
-                notes.append(f"{num_others} images of other sizes are {how} {size}. Alternatives: {also}.")
+                others_are = f"{counted(num_others, 'image')} of another size will be {how} {size}"
+                notes.append(f"{others_are}. Alternatives: {also}.")
             much = sum(n for size, n in others.items() if self._enlargement(size) > 2)
             if much:
-                notes.append(f"{much} images are enlarged more than 2× and will look blurred.")
+                notes.append(f"{counted(much, 'image')} will be enlarged more than 2× and look blurred.")
         kinds = {TOO_LONG: "differing in aspect ratio by more than a factor of 2", BLACK: "nearly black"}
         kinds |= {UNIFORM: "of nearly one color", DUPLICATE: "equal to another one"}
         found = [f"{counts[kind]} {words}" for kind, words in kinds.items() if counts[kind]]

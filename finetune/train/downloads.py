@@ -10,6 +10,7 @@ from rich.console import Console
 from finetune import recipes
 from finetune.config import TrainConfig
 from finetune.data import scan
+from finetune.data.scanning import counted
 from finetune.device import resolve_device
 from finetune.errors import CheckpointError
 from finetune.hub import catalog, huggingface, identify, store
@@ -75,7 +76,7 @@ def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
     resolution = asked.resolution or (entry.resolution if entry else None)
     found = scan(str(asked.data), resolution=resolution, fit=asked.with_defaults().fit)
     found.raise_for_problems()
-    console.print(f"{found.num_images} images from {asked.data}.", highlight=False, markup=False)
+    console.print(f"{counted(found.num_images, 'image')} from {asked.data}.", highlight=False, markup=False)
     if entry is None or resolution is None:
         return
     device = resolve_device(asked.device or "auto")
@@ -95,8 +96,8 @@ def show_without_checkpoint(asked: TrainOptions, console: Console) -> None:
     )
     config, reasons = recipes.resolve(asked, facts)
     if config.recipe == "few-shot" and asked.freezed is None and not (config.new_d or facts.converts_d):
-        counted = Reason("freezed", "40 %", "of the layers of D, counted when the checkpoint is here")
-        reasons = [counted if reason.name == "freezed" else reason for reason in reasons]
+        later = Reason("freezed", "40 %", "of the layers of D, counted when the checkpoint is here")
+        reasons = [later if reason.name == "freezed" else reason for reason in reasons]
     print_reasons(console, reasons)
     for each in missing_weights(config):
         console.print(f"Would download: {each}.", highlight=False)

@@ -17,6 +17,7 @@ from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import TargetShape, operate
 from finetune.config import TrainConfig
 from finetune.data import ImageSet
+from finetune.data.scanning import counted
 from finetune.device import fix_workspace, resolve_device, training_math
 from finetune.distributed import env_rank, init
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
@@ -266,9 +267,10 @@ def show(prepared: Prepared, console: Console) -> None:
     labels = f"label vectors of {facts.c_dim} numbers" if vectors else f"{facts.c_dim} classes"
     classes = f", {labels}" if facts.c_dim else ""
     height, width = prepared.image_set.size
+    images = counted(facts.num_images, "image")
     lines = [
         f"{start}: {width}×{height}, {facts.channels} channels{classes}.",
-        f"{facts.num_images} images from {config.data}{', mirrored too' if config.mirror else ''}. "
+        f"{images} from {config.data}{', mirrored too' if config.mirror else ''}. "
         f"Training on {prepared.plan.device}.",
         *prepared.notes,
         *prepared.origin.lines,

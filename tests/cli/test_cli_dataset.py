@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from finetune.cli import cli
+from finetune.cli import cli, dataset_report
 from finetune.data import preparing
+from finetune.data.scanning import Scan
 
 
 def call(*arguments):
@@ -73,6 +74,15 @@ def test_check_counts_problems_and_names_skipped_suffixes(tmp_path):
     assert "(1 problem)." in result.stderr and "--no-cond" not in result.stderr
 
 
+def test_check_and_prepare_count_one_image(folder, tmp_path):
+    counts = Scan(folder, 41, num_classes=21, class_counts=[2] * 20 + [1])
+    assert "classes     21, from 1 image (class 20) to 2 (0)\n" in dataset_report.as_text(counts, {})
+    for name in ("a/2.png", "a/4.png", "b/1.png", "b/3.png", "b/5.png"):
+        (folder / name).unlink()
+    result = call("prepare", folder, tmp_path / "one.zip", "--resolution", 8, "--labels", "none")
+    assert result.stdout.startswith(f"{tmp_path / 'one.zip'}: 1 image of 8×8, 0.0 MiB\n")
+
+
 def test_check_json_is_complete(folder):
     (folder / "bad.png").write_bytes(b"")
     (folder / "a/copy.png").write_bytes((folder / "a/0.png").read_bytes())
@@ -107,7 +117,7 @@ def test_check_uses_network_size(folder, golden_dir):
     assert result.exit_code == 0 and "at 64×64: 0 as they are, 6 of other sizes (6 enlarged)" in result.stdout
     Image.new("P", (64, 64)).save(folder / "a/0.png", transparency=0)
     result = call("check", folder, "--network", golden_dir / "stylegan2-64-cond.pkl")
-    assert "1 images are transparent and are put on white: the network has 3 channels." in result.stdout
+    assert "1 transparent image will be put on white: the network has 3 channels." in result.stdout
     (folder / "dataset.json").write_text(
         json.dumps({"labels": [[f"{'ab'[i % 2]}/{i}.png", 999] for i in range(6)]})
     )

@@ -44,7 +44,7 @@ def test_generate_one_image_per_seed(run, golden_network):
     assert "3 images" in result.output and "seed0000.png" in result.output
     first = pixels(outdir / "seed0042.png")
     assert first.shape == (32, 32, 3)
-    run("--seeds", "42", "--trunc", "0.7")
+    assert run("--seeds", "42", "--trunc", "0.7")[0].output == f"1 image: {outdir / 'seed0042.png'}\n"
     np.testing.assert_array_equal(pixels(outdir / "seed0042.png"), first)
     run("--seeds", "42", "--trunc", "0.7", "--trunc-cutoff", "1")
     assert not np.array_equal(pixels(outdir / "seed0042.png"), first)

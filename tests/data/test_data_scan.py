@@ -49,10 +49,10 @@ def test_scan_describes_good_set(write_set, encode, noise, name):
     assert found.sizes == {(8, 8): 2, (6, 8): 1} and found.modes == {"RGB": 2, "L": 1}
     cropped = scan(path, resolution=16, fit="crop")
     cropped.raise_for_problems()
-    others = "3 images of other sizes are"
+    others = "3 images of another size will be"
     assert cropped.notes == [
         f"{others} center-cropped and resized to 16×16. Alternatives: --fit pad, --fit stretch.",
-        "1 images are enlarged more than 2× and will look blurred.",
+        "1 image will be enlarged more than 2× and look blurred.",
     ]
     assert scan(path, resolution=16, fit="pad").notes == [
         f"{others} resized, with white margins, to 16×16. Alternatives: --fit crop, --fit stretch."
@@ -235,11 +235,11 @@ def test_scan_duplicate_name_in_zip(tmp_path, encode, noise):
     "modes, channels, said",
     [
         ({"RGB": 3}, 3, []),
-        ({"RGBA": 2, "RGB": 1}, 3, ["2 images are transparent", "--channels 4"]),
+        ({"RGBA": 2, "RGB": 1}, 3, ["2 transparent images will", "--channels 4"]),
         ({"RGBA": 2, "RGB": 1}, 4, []),
         ({"L": 2, "RGB": 1}, 3, []),
         ({"L": 2, "1": 1}, 3, ["All images are gray", "--channels 1"]),
-        ({"L": 2, "RGB": 1}, 1, ["1 images have colors", "--channels 3"]),
+        ({"L": 2, "RGB": 1}, 1, ["1 color image will", "--channels 3"]),
     ],
 )
 def test_scan_against_other_channels(modes, channels, said):

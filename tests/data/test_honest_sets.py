@@ -208,7 +208,7 @@ def test_prepare_crops_by_default(write_set, encode, noise):
         }
     )
     result = run("dataset", "check", path, "--resolution", 16)
-    assert result.exit_code == 0 and "3 images of other sizes are center-cropped" in result.stdout
+    assert result.exit_code == 0 and "3 images of another size will be center-cropped" in result.stdout
     found = scan(path, resolution=16, fit="crop", thorough=True)
     assert kinds(found.remarks)[TOO_LONG] == ["c.png"]
 

@@ -117,7 +117,7 @@ def test_config_defaults_have_reasons():
     assert config.batch == 16 and config.gamma == pytest.approx(0.0002 * 256**2 / 16, rel=1e-3)
     assert config.ema_kimg == 16 * 10 / 32
     assert "user-specified" not in {reason.why for reason in reasons}
-    assert "256 px" in table["gamma"].why and "1500 images" in table["kimg"].why
+    assert "256 px" in table["gamma"].why and "images: 1500" in table["kimg"].why
     assert config.cbase == 0  # the checkpoint has its own
 
 

@@ -188,7 +188,7 @@ def test_prepare_notes_name_options(images, tmp_path, parent):
     assert "labels of the images are not used" in note and "--cond" in note
     assert prepare(dataclasses.replace(labeled, cond=False)).notes == []
     gray = str(run(options(images, tmp_path, channels=1, kimg=0.004), console=quiet()).snapshot)
-    assert "12 images have colors and become gray" in prepare(options(images, tmp_path, resume=gray)).notes[0]
+    assert "12 color images will become gray" in prepare(options(images, tmp_path, resume=gray)).notes[0]
 
 
 def test_freezed_layers_thaw(images, tmp_path, parent):
@@ -423,9 +423,11 @@ def test_prepare_checks_free_space(images, tmp_path, monkeypatch):
 def test_prepare_notes_fitted_images(images, tmp_path):
     console = quiet()
     run(options(images, tmp_path, resolution=32, kimg=0.004), console=console)
-    assert "12 images of other sizes are center-cropped and resized to 32×32. " in console.file.getvalue()
+    assert (
+        "12 images of another size will be center-cropped and resized to 32×32. " in console.file.getvalue()
+    )
     prepared = prepare(options(images, tmp_path, resolution=64, fit="stretch"))
-    assert prepared.notes[1] == "12 images are enlarged more than 2× and will look blurred."
+    assert prepared.notes[1] == "12 images will be enlarged more than 2× and look blurred."
 
 
 def test_resume_folder_without_snapshots(images, tmp_path):
