@@ -25,12 +25,17 @@ NOISE_MODES = ("const", "random", "none")
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a seed outside 0 … 2³²-1, which not all generators of random numbers take."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed {seed}: must be 0 to {MAX_SEED}.")
+
+
 def z_from_seeds(seeds: Iterable[int], z_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return the latents of `seeds`, float32 `[N, z_dim]`; ConfigError for a seed outside 0 … 2³²-1."""
     rows = []
     for seed in seeds:
-        if not 0 <= seed <= MAX_SEED:
-            raise ConfigError(f"seed {seed}: must be 0 to {MAX_SEED}.")
+        check_seed(seed)
         rows.append(np.random.RandomState(seed).randn(1, z_dim).astype(np.float32))
     stacked = np.concatenate(rows) if rows else np.zeros([0, z_dim], dtype=np.float32)
     return torch.from_numpy(stacked).to(device)

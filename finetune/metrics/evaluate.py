@@ -25,7 +25,7 @@ from finetune.metrics.real_side import Features
 from finetune.metrics.st_lpips import FILES, StLpips
 from finetune.metrics.st_lpips import POOLED_SIZE as POOLED_PIXELS
 from finetune.models import Network, image_size
-from finetune.sampling import check_finite, image_grid, run_network_chunked, to_uint8
+from finetune.sampling import check_finite, check_seed, image_grid, run_network_chunked, to_uint8
 from torch_utils.files import atomic_write
 
 PAIRS_PER_ROW = 8
@@ -144,8 +144,9 @@ class Evaluation:
 
         The same seed draws the same latents and labels for every generator. Distances grow as `num` shrinks,
         so only those of equal `num` can be compared. `prc` gives `precision` and `recall`. `progress(done,
-        total)` counts images. Raises ConfigError if there are too few images.
+        total)` counts images. Raises ConfigError for too few images, and for a seed outside 0 … 2³²-1.
         """
+        check_seed(seed)
         if num < 2:
             raise ConfigError(f"--num {num}: a distance needs at least 2 generated images.")
         for name in self.which:

@@ -89,6 +89,12 @@ def test_distances_depend_on_seed(colors):
     assert first["random-fid"].value != other["random-fid"].value
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_distances_refuse_seed_out_of_range(colors, seed):
+    with pytest.raises(ConfigError, match=f"seed {seed}: must be 0 to 4294967295"):
+        Evaluation(colors, ["random-fid"]).distances(Painter(), 8, seed)
+
+
 def test_evaluation_progress(colors):
     seen = []
     evaluation = Evaluation(colors, ["random-fid"], progress=lambda done, total: seen.append((done, total)))
