@@ -23,7 +23,7 @@ from bench_ops import GPU_CASES, OURS, Case, tensors
 from measuring import interleaved, report, table
 
 from torch_utils.ops.native import cuda
-from torch_utils.ops.native.filtered_lrelu import gradient_2d, plan
+from torch_utils.ops.native.filtered_lrelu import plan, tensor_cores
 
 MODES = ("forward", "forward, recording", "backward")
 Tile = tuple[int, ...]  # width and height first
@@ -59,8 +59,8 @@ class Tiles:
             [tile for tile in tiles if tile[2] <= limit], original(p, axes, limit)
         )
 
-    def of_gradient(self, p: Any, limit: int, original: Any = gradient_2d.best_tile) -> Tile:
-        return self.forced or self._keep(list(gradient_2d.tiles(p, limit)), original(p, limit))
+    def on_tensor_cores(self, p: Any, limit: int, original: Any = tensor_cores.best_tile) -> Tile:
+        return self.forced or self._keep(list(tensor_cores.tiles(p, limit)), original(p, limit))
 
     def _keep(self, found: list[Tile], chosen: Tile) -> Tile:
         self.found, self.chosen = found, chosen
@@ -72,7 +72,7 @@ def times_of(call: Callable[[], Any], device: torch.device) -> tuple[Tile, dict[
     tiles = Tiles()
     with (
         mock.patch.object(plan, "best_tile", tiles.of_plan),
-        mock.patch.object(gradient_2d, "best_tile", tiles.of_gradient),
+        mock.patch.object(tensor_cores, "best_tile", tiles.on_tensor_cores),
     ):
         cuda._launches.clear()
         call()

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.filtered_lrelu import filtered_lrelu
-from torch_utils.ops.upfirdn2d import upfirdn2d
+from torch_utils.ops.filtered_lrelu import _spec, filtered_lrelu
+from torch_utils.ops.native import library
+from torch_utils.ops.upfirdn2d import filter_size, parse_padding, upfirdn2d
 
 
 class Case(NamedTuple):
@@ -98,6 +99,10 @@ CASES = [
     lrelu("odd_2d_down_filter", (1, 1, 8, 9), (5, 6), (9, 11), up=2, down=2, padding=9, clamp=256),
     lrelu("17_columns_of_taps_up_1", (1, 1, 10, 24), 3, (3, 17), down=2, padding=[9, 8, 2, 2], clamp=256),
     lrelu("18_columns_of_taps", (1, 1, 9, 13), 4, (2, 18), up=2, down=2, padding=9, clamp=256),
+    lrelu("stylegan3_t_tiles", (1, 1, 46, 44), 12, 12, up=2, down=2, padding=[9, 8, 9, 8], clamp=0.9),
+    lrelu("up_and_down_four", (1, 1, 12, 20), 32, 31, up=4, down=4, padding=[21, 17, 23, 20], clamp=1),
+    lrelu("down_four_clamped", (1, 1, 30, 42), 16, 29, up=2, down=4, padding=[13, 9, 5, 12], clamp=1),
+    lrelu("stylegan3_t_grows_even", (1, 2, 14, 36), 24, 12, up=4, down=2, padding=[-6, -9, -6, -9], clamp=9),
 ]
 
 
@@ -166,6 +171,39 @@ def derivatives(case: Case, made: dict[str, Any], order: int = 2, **more: Any) -
         second = torch.autograd.grad(sum(terms), [dy, *leaves], allow_unused=True)
         found += [torch.zeros_like(t) if g is None else g for g, t in zip(second, [dy, *leaves])]
     return [value.detach() for value in found]
+
+
+def gradients_by_recorded_bits(case: Case, made: dict[str, Any]) -> list[torch.Tensor]:
+    """Exact gradients of a `filtered_lrelu` on CUDA by the bits it records, which are right up to rounding.
+
+    An element of the upsampled image that is zero up to rounding may count as positive or not, and a gradient
+    depends on it by the difference of the slopes.
+    """
+    options = {"up": 1, "down": 1, "padding": 0, "gain": 2**0.5, "slope": 0.2, "flip_filter": False}
+    options |= {"clamp": None, **case.options}
+    options["padding"] = list(parse_padding(options["padding"]))
+    up, down, slope, clamp = (options[name] for name in ("up", "down", "slope", "clamp"))
+    spec = _spec(made["x"], made["fu"], made["fd"], **options)
+    mask = library.FILTERED_LRELU(made["x"], made["fu"], made["fd"], made.get("b"), *spec, True)[1]
+    words = mask.view(torch.int32).unflatten(3, (-1, 2)).unsqueeze(4)
+    shifts = torch.arange(32, device=mask.device).reshape(32, 1)
+    kept, above = ((words >> shifts) & 1).flatten(3, 4).bool().unbind(4)
+    wide = {name: value.detach().double() for name, value in made.items() if value is not None}
+    leaves = [wide[name].requires_grad_(True) for name in ("x", "b") if name in wide]
+    u = bias_act(*leaves, impl="ref")
+    gain, flip = up**2 * options["gain"], options["flip_filter"]
+    u = upfirdn2d(u, wide.get("fu"), up, 1, options["padding"], flip, gain, impl="ref")
+    width, height = filter_size(wide.get("fd"))
+    rows, columns = (spec.out_h - 1) * down + height, (spec.out_w - 1) * down + width
+    u, kept, above = (each[:, :, :rows, :columns] for each in (u, kept, above))
+    rounding = 8 * torch.finfo(made["x"].dtype).eps * u.detach().abs().max()
+    assert (u.abs()[above != (u > 0)] < rounding).all()
+    if clamp is not None:
+        excess = torch.where(u > 0, u, u * slope).abs() - clamp
+        assert (excess.abs()[kept != (excess <= 0)] < rounding).all()
+    v = u * torch.where(kept, torch.where(above, 1.0, slope), 0.0)
+    y = upfirdn2d(v, wide.get("fd"), 1, down, 0, flip, impl="ref")
+    return list(torch.autograd.grad(y, leaves, weights(y)))
 
 
 def weights(like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -189,20 +190,16 @@ inline const words* exchange_rows(const void* row) {
     return m.error ? nullptr : given;
 }
 
+template <bool TRANSPOSED>
 inline void ldmatrix_x4(const void* row, unsigned* found) {
     const unsigned lane = the().current->lane;
     const words* const given = exchange_rows(row);
-    for (unsigned i = 0; given && i < 4; ++i)
-        std::memcpy(found + i, &the().shared[given[8 * i + lane / 4].w[0] + lane % 4 * 4], 4);
-}
-
-inline void ldmatrix_x4_trans(const void* row, unsigned* found) {
-    const unsigned lane = the().current->lane;
-    const words* const given = exchange_rows(row);
-    for (unsigned i = 0; given && i < 8; ++i)
-        std::memcpy(
-            reinterpret_cast<unsigned short*>(found) + i,
-            &the().shared[given[8 * (i / 2) + lane % 4 * 2 + i % 2].w[0] + lane / 4 * 2], 2);
+    for (unsigned i = 0; given && i < 8; ++i) {
+        unsigned at = lane / 4, column = lane % 4 * 2 + i % 2;
+        if (TRANSPOSED) std::swap(at, column);
+        const void* const from = &the().shared[given[8 * (i / 2) + at].w[0] + column * 2];
+        std::memcpy(reinterpret_cast<unsigned short*>(found) + i, from, 2);
+    }
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32. The PTX manual has the place of each element.
@@ -235,6 +232,9 @@ inline void __syncwarp() { sg_emulator::ballot(false); }
 inline unsigned __ballot_sync(unsigned, bool value) { return sg_emulator::ballot(value); }
 using std::exp, std::expm1, std::fabs, std::log1p, std::tanh;  // overloaded for float and double, as in CUDA
 inline float __shfl_xor_sync(unsigned, float v, int mask) { return static_cast<float>(sg_emulator::from_lane(v, mask)); }
+inline unsigned __shfl_xor_sync(unsigned, unsigned v, int mask) {
+    return static_cast<unsigned>(sg_emulator::from_lane(v, mask));
+}
 inline double __shfl_xor_sync(unsigned, double v, int mask) { return sg_emulator::from_lane(v, mask); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }

@@ -83,6 +83,7 @@ SPECS = {
     "lrelu_t": ("filtered_lrelu", lambda: lrelu(F16, 38, 2, 2, 9, T, T, params.RECORD)),
     "lrelu_t_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 13, T, T, params.GATE)),
     "lrelu_t_grows": ("filtered_lrelu", lambda: lrelu(F32, 38, 4, 2, -6, (24,), T, params.RECORD)),
+    "lrelu_t_grows_half": ("filtered_lrelu", lambda: lrelu(F16, 38, 4, 2, -6, (24,), T, params.RECORD)),
     "lrelu_t_grows_backward": ("filtered_lrelu", lambda: lrelu(F16, 52, 2, 4, 41, T, (24,), params.GATE)),
     "lrelu_r": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, T, R, params.RECORD)),
     "lrelu_r_backward": ("filtered_lrelu", lambda: lrelu(F16, 36, 2, 2, 11, R, T, params.GATE)),
@@ -184,22 +185,24 @@ def test_cuda_launch_is_one_that_a_gpu_takes(name):
         )
 
 
-def test_cuda_tensor_cores_filter_clamped_float16():
-    fitting = ("lrelu_r", "lrelu_r_grows")
+def test_cuda_tensor_cores_take_clamped_float16_and_its_gradients():
+    entry = "sg_filtered_lrelu_tensor_cuda"
+    others = ("lrelu_t_grows", "lrelu_r_float", "lrelu_generate", "lrelu_double")  # of other types
     for capability in ARCHITECTURES:
         for name in SPECS:
-            takes = ("SG_TENSOR", 1) in plan_of(name, capability).defines
-            assert takes == (name in fitting and capability >= (8, 0)), (name, capability)
-    for change in (dict(clamp=-1.0), dict(clamp=1e5), dict(dtype=params.DTYPES[torch.bfloat16])):
+            takes = plan_of(name, capability).entry == entry
+            fits = name.startswith("lrelu") and name not in others
+            assert takes == (fits and capability >= (8, 0)), (name, capability)
+    for change in (
+        dict(clamp=-1.0),
+        dict(clamp=1e5),
+        dict(up_gain=1e-3),
+        dict(dtype=params.DTYPES[torch.bfloat16]),
+    ):
         p = SPECS["lrelu_r"][1]()
         for field, value in change.items():
             setattr(p, field, value)
-        assert ("SG_TENSOR", 0) in filtered_lrelu_plan(p, (9, 0)).defines, change
-    for capability in ARCHITECTURES:
-        for name in SPECS:
-            takes = plan_of(name, capability).entry == "sg_filtered_lrelu_gradient_cuda"
-            is_gradient = name in ("lrelu_r_backward", "lrelu_r_grows_backward")
-            assert takes == (is_gradient and capability >= (8, 0)), (name, capability)
+        assert filtered_lrelu_plan(p, (9, 0)).entry != entry, change
 
 
 @pytest.mark.parametrize("channels", [32, 64, 96, 512])

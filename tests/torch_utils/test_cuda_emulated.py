@@ -10,17 +10,17 @@ import ctypes
 import pytest
 import torch
 from cuda_emulator import emulated as emulated
-from op_cases import CASES, derivatives, loss, run, tensors
+from op_cases import CASES, derivatives, gradients_by_recorded_bits, loss, run, tensors
 
 from torch_utils import custom_ops
 from torch_utils.ops import bias_act, conv2d_resample, filtered_lrelu, impl, upfirdn2d
 from torch_utils.ops import fma as fma
 from torch_utils.ops import unit_distance as unit_distance
-from torch_utils.ops.native import cuda, library, prebuild
-from torch_utils.ops.native.filtered_lrelu import gradient_2d
+from torch_utils.ops.native import cuda, library, params, prebuild
+from torch_utils.ops.native.filtered_lrelu import tensor_cores
 
 EXACT = 1e-12
-GRADIENT = "sg_filtered_lrelu_gradient_cuda"
+TENSOR_CORES = "sg_filtered_lrelu_tensor_cuda"
 
 
 def named(case):
@@ -34,6 +34,13 @@ def on_cuda(emulated, monkeypatch):
     return emulated
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tensor cores filter at most 32 x 26 outputs in a block."""
+    monkeypatch.setattr(tensor_cores, "WARPS", (2,))
+    monkeypatch.setattr(tensor_cores, "MAX_WIDTH", 32)
+
+
 ALWAYS = {
     "upfirdn2d": "stylegan2_up wavelet_separable channels_last channels_last_blur",
     "filtered_lrelu": "stylegan3_t stylegan3_r several_tiles_or_strips",
@@ -41,10 +48,12 @@ ALWAYS = {
 }
 IN_HALF = {
     "upfirdn2d": "stylegan2_down channels_last_blur",
-    "filtered_lrelu": "stylegan3_t stylegan3_r_tiles stylegan3_r_grows_even 2d_filter_of_16 "
-    "odd_up_filter_grows odd_2d_down_filter",
+    "filtered_lrelu": "stylegan3_t stylegan3_t_tiles stylegan3_t_grows_even stylegan3_r_tiles "
+    "stylegan3_r_grows_even 2d_filter_of_16 odd_up_filter_grows odd_2d_down_filter",
     "bias_act": "clamp_bites_lrelu",
 }
+ON_TENSOR_CORES = """stylegan3_t stylegan3_t_grows stylegan3_t_tiles stylegan3_t_grows_even
+    stylegan3_r_tiles stylegan3_r_grows_even 2d_filter_of_16 odd_up_filter_grows"""
 
 
 def sorted_out(fast):
@@ -72,46 +81,53 @@ def test_cuda_emulated_float64_is_exact_to_the_second_derivative(case, on_cuda):
     + [pytest.param(each, marks=pytest.mark.slow) for each in (torch.float32, torch.bfloat16)],
 )
 @pytest.mark.parametrize("case", sorted_out(IN_HALF))
-def test_cuda_emulated_other_dtypes_error_at_most_twice_torch(case, dtype, on_cuda):
+def test_cuda_emulated_other_dtypes_error_at_most_twice_torch(case, dtype, on_cuda, small_tiles):
     made = tensors(case, dtype)
     wide = {key: value if value is None else value.double() for key, value in made.items()}
     exact = derivatives(case, wide, order=1, impl="ref")
     plain = loss(derivatives(case, made, order=1, impl="ref"), exact)
-    actual = loss(derivatives(case, made, order=1, impl="cpu"), exact)
+    found = derivatives(case, made, order=1, impl="cpu")
+    if case.id in ON_TENSOR_CORES.split():
+        assert {plan.entry == TENSOR_CORES for plan in on_cuda} == {dtype == torch.float16}
+    if any(plan.entry == TENSOR_CORES for plan in on_cuda):
+        exact[1:] = gradients_by_recorded_bits(case, made)
+    actual = loss(found, exact)
     rounding = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
     assert all(a <= max(2 * p, rounding) for a, p in zip(actual, plain)), (actual, plain)
-    if "columns_of_taps" in case.id:
-        assert ("SG_TENSOR", int(dtype == torch.float16)) in on_cuda[0].defines
-    if case.id in ("stylegan3_r_tiles", "stylegan3_r_grows_even", "2d_filter_of_16", "odd_up_filter_grows"):
-        assert (on_cuda[-1].entry == GRADIENT) == (dtype == torch.float16)
 
 
 RECORDING = {
     "stylegan3_r": torch.float32,
     "several_tiles_or_strips": torch.float32,
     "stylegan3_r_tiles": torch.float16,
+    "stylegan3_t_tiles": torch.float16,
 }
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in RECORDING], ids=named)
-def test_cuda_emulated_recording_for_a_gradient_changes_no_bit(case, on_cuda):
-    """Tiles differ where bits are recorded; the order of sums does not."""
+def test_cuda_emulated_recording_for_a_gradient_changes_no_bit(case, on_cuda, small_tiles):
+    """In float32, tiles differ where bits are recorded, and the order of sums does not."""
     made = tensors(case, RECORDING[case.id])
     plain = run(case, made, impl="cpu")
     recorded = run(case, {**made, "x": made["x"].requires_grad_(True)}, impl="cpu")
     assert torch.equal(recorded, plain)
-    assert len({plan.defines for plan in on_cuda}) == 2
+    first, second = (dict(plan.defines) for plan in on_cuda)
+    assert first.pop("SG_MODE") == params.ACTIVATE and second.pop("SG_MODE") == params.RECORD
+    if RECORDING[case.id] == torch.float16:  # the order of sums depends on the tile
+        assert first == second and on_cuda[0].grid == on_cuda[1].grid
 
 
-def test_cuda_emulated_tensor_cores_spread_nan_within_a_row_only(on_cuda):
-    """Pieces multiply what they do not need by zero, which NaN survives."""
-    case = next(case for case in CASES if case.id == "stylegan3_r_tiles")
+@pytest.mark.parametrize("name", ["stylegan3_r_tiles", "stylegan3_t_tiles"])
+@pytest.mark.parametrize("row", [27, 30])
+def test_cuda_emulated_tensor_cores_spread_nan_to_neighbors_only(name, row, on_cuda, small_tiles):
+    """Matrices multiply what they do not need by zero, which NaN survives."""
+    case = next(case for case in CASES if case.id == name)
     made = tensors(case, torch.float16)
     clean = run(case, made, impl="cpu")
-    made["x"][0, 0, 30, 27] = torch.nan
+    made["x"][0, 0, row, 27] = torch.nan
     expected, actual = run(case, made, impl="ref").isnan(), run(case, made, impl="cpu")
-    assert ("SG_TENSOR", 1) in on_cuda[0].defines and on_cuda[0].grid[0] > 2
-    near = torch.nn.functional.max_pool2d(expected.half(), (1, 21), 1, (0, 10)).bool()
+    assert on_cuda[0].entry == TENSOR_CORES and on_cuda[0].grid[0] > 1
+    near = torch.nn.functional.max_pool2d(expected.half(), 43, 1, 21).bool()
     assert 0 < expected.sum() <= actual.isnan().sum() and not (actual.isnan() & ~near).any()
     assert actual[expected].isnan().all() and torch.equal(actual[~near], clean[~near])
 
@@ -135,7 +151,7 @@ def test_cuda_emulated_gradient_of_small_numbers_is_nearly_rounded_once(on_cuda)
 
     exact = radial_gradient(small, "ref", torch.float64)
     error, rounding = (each.double() - exact for each in (radial_gradient(small), exact.half()))
-    assert on_cuda[-1].entry == GRADIENT and error.norm() < 2 * rounding.norm()
+    assert on_cuda[-1].entry == TENSOR_CORES and error.norm() < 2 * rounding.norm()
 
 
 def test_cuda_emulated_gradient_spreads_nan_to_neighbors_only(on_cuda):
@@ -151,9 +167,9 @@ def test_cuda_emulated_gradient_spreads_nan_to_neighbors_only(on_cuda):
 
 
 def test_cuda_emulated_gradient_takes_more_tiles_than_blocks(on_cuda, monkeypatch):
-    expected, right = radial_gradient(drawn), gradient_2d.plan
+    expected, right = radial_gradient(drawn), tensor_cores.plan
     assert on_cuda[-1].grid[0] > 3
-    monkeypatch.setattr(gradient_2d, "plan", lambda *args: right(*args)._replace(grid=(3, 1, 1)))
+    monkeypatch.setattr(tensor_cores, "plan", lambda *args: right(*args)._replace(grid=(3, 1, 1)))
     assert torch.equal(radial_gradient(drawn), expected) and on_cuda[-1].grid[0] == 3
 
 
@@ -182,12 +198,15 @@ def test_cuda_emulated_trial_finds_kernels_that_fail_or_differ(on_cuda, monkeypa
     assert impl.problem("bias_act", cpu) == "bias_act fails on cpu: division by zero"
 
 
-def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(on_cuda, monkeypatch):
+@pytest.mark.parametrize("separable", [True, False])
+def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(separable, on_cuda, monkeypatch):
     x = torch.randn(2, 3, 12, 12)
     b, f = torch.tensor([0.5, -0.5, 0.1]), torch.tensor([1.0, 3, 3, 1]) / 8
-    error = filtered_lrelu._trial_in_half(x, b, f)
+    wave = torch.arange(8).mul(0.4).sin()
+    fd = wave / 4 if separable else wave.outer(wave.flip(0)) / 16
+    error = filtered_lrelu._trial_in_half(x, b, f, fd)
     assert error < impl.TOLERANCE / 4
-    assert ("SG_TENSOR", 1) in on_cuda[0].defines and on_cuda[1].entry == GRADIENT
+    assert {plan.entry for plan in on_cuda} == {TENSOR_CORES}
     right = cuda._run
 
     def wrong(op, x, pointers, *rest):
@@ -196,9 +215,9 @@ def test_cuda_emulated_trial_in_half_runs_on_tensor_cores(on_cuda, monkeypatch):
         return sums
 
     monkeypatch.setattr(cuda, "_run", wrong)
-    assert filtered_lrelu._trial_in_half(x, b, f) > impl.TOLERANCE
+    assert filtered_lrelu._trial_in_half(x, b, f, fd) > impl.TOLERANCE
     monkeypatch.setattr(cuda, "_run", lambda *args: (wrong if "b" not in args[2] else right)(*args))
-    assert filtered_lrelu._trial_in_half(x, b, f) > impl.TOLERANCE
+    assert filtered_lrelu._trial_in_half(x, b, f, fd) > impl.TOLERANCE
 
 
 def test_cuda_emulated_failed_trial_falls_back_for_that_op(monkeypatch):

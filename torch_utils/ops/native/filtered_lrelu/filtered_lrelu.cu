@@ -21,8 +21,8 @@
 //   +--------------------+ along x
 //
 // A 2-D up filter is applied in upsampled_t, straight from `in`; before a 2-D down filter, all rows of the tile's part
-// of the upsampled image (the grid) are stored in shared memory. Mask bits are collected there as well. On tensor cores
-// (tensor_cores.cuh), the grid and the taps of the 2-D down filter are rounded to float16.
+// of the upsampled image (the grid) are stored in shared memory. Mask bits are collected there as well. (Most layers in
+// float16 are computed by tensor_cores.cu.)
 //
 // The mapping of taps to rows and columns is a compile-time constant, since every tile starts with the same phase.
 //
@@ -30,16 +30,15 @@
 // SG_TAPS_DY, SG_SEPARABLE_U, SG_SEPARABLE_D (0, 1), SG_PHASE_X, SG_PHASE_Y (the tap of the first input of
 // a tile), SG_MODE, SG_CLAMPS (0, 1), SG_TILE_W (outputs per row of a block; the number of rows is a launch argument),
 // SG_LOAD, SG_SHIFT (elements per load, and the position of a tile's first input in them), SG_STORE (elements
-// per store), SG_UNROLL (0: filters too large to unroll), SG_TENSOR (1: the 2-D down filter on tensor cores), SG_BLOCKS
-// (whose registers must fit into a multiprocessor), SG_INDEX_64.
+// per store), SG_UNROLL (0: filters too large to unroll), SG_BLOCKS (whose registers must fit into a multiprocessor),
+// SG_INDEX_64.
 //
 // SG_ACTIVATE and SG_RECORD give bit-identical outputs for all tiles: sums are in the order of the taps, and
-// multiply-adds are explicit, so the compiler does not decide which products are rounded. On tensor cores, the order of
-// the sums depends on the column modulo 8.
+// multiply-adds are explicit, so the compiler does not decide which products are rounded.
 //
 // A row of the mask: for each 32 columns a word "not clamped" and a word "above zero" (warp ballots). With SG_RECORD,
 // tiles begin at multiples of 32 columns of the grid, so each word has one writer.
-#include "filtered_lrelu.h"
+#include "tile.cuh"
 #include "block_sum.cuh"
 
 #if SG_UNROLL
@@ -51,11 +50,7 @@
 
 // ---- Columns
 
-#if SG_TENSOR
-#define GRID_W(columns) (UP_TO(8, columns) * SG_DOWN + 16)  // see tensor_cores.cuh
-#else
 #define GRID_W(columns) (((columns) - 1) * SG_DOWN + SG_TAPS_DX)  // columns of the upsampled image that outputs need
-#endif
 #define THREADS UP_TO(32, GRID_W(SG_TILE_W))
 #define STEPS_X ((SG_TAPS_UX + SG_UP - 1) / SG_UP)  // taps per input pixel
 // Input of a column, relative to the tile's first.
@@ -81,14 +76,12 @@
 // ---- The 2-D down filter: outputs of a thread, and rows of the grid in two halves, even and odd quads, so that
 // neighboring threads read neighboring quads
 
-#if !SG_TENSOR
 #define COLUMNS_2D (2 * QUAD % SG_DOWN == 0 ? 2 * QUAD / SG_DOWN : 1)
 #define ROWS_2D 4
 #define IN_HALVES (COLUMNS_2D * SG_DOWN == 2 * QUAD)
 #define HALF (THREADS / 2 + (THREADS % 64 == 0 ? 16 : 0))
 #define GRID_P (2 * HALF)
 #define GRID_ACCS(rows) ((rows) * GRID_P)
-#endif
 
 // ---- The 1-D down filter along x
 
@@ -99,24 +92,7 @@
 #define PADDED_UX (STEPS_X * SG_UP)
 #define PADDED_DX UP_TO(QUAD, SG_TAPS_DX)
 #define TAPS_U (SG_SEPARABLE_U ? SG_TAPS_UX + SG_TAPS_UY : SG_TAPS_UY * PADDED_UX)  // along x, then along y
-#if !SG_TENSOR
 #define TAPS_D (SG_SEPARABLE_D ? SG_TAPS_DX : SG_TAPS_DY * PADDED_DX)
-#endif
-
-// The tile of a block.
-struct tile_t {
-    const scalar* x;      // the image plane
-    unsigned char* mask;  // likewise
-    acc bias;
-    int ix, iy;           // of the first input
-    int gx, gy;           // of the first column and row of the upsampled image
-    int columns, rows;    // of outputs
-    int owned_w, owned_h; // of the grid: where this tile writes mask bits
-};
-
-#if SG_TENSOR
-#include "tensor_cores.cuh"
-#endif
 
 // Load the taps in correlation order; those of the up filter (along y) include the gain.
 __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc* up, acc* down) {
@@ -132,9 +108,6 @@ __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc
         up[k] = kx < SG_TAPS_UX ? fu[as_given ? i : SG_TAPS_UY * SG_TAPS_UX - 1 - i] * gain : acc(0);
 #endif
     }
-#if SG_TENSOR
-    read_down_taps(fd, as_given, down);
-#else
     for (int k = threadIdx.x; k < TAPS_D; k += THREADS) {
 #if SG_SEPARABLE_D
         down[k] = fd[as_given ? k : SG_TAPS_DX - 1 - k];
@@ -143,49 +116,26 @@ __device__ __forceinline__ void read_taps(const sg_filtered_lrelu_params& p, acc
         down[k] = kx < SG_TAPS_DX ? fd[as_given ? i : SG_TAPS_DY * SG_TAPS_DX - 1 - i] : acc(0);
 #endif
     }
-#endif
 }
 
 // ---- Inputs
 
-// Load input rows, with bias, zero outside the image. A thread stays in its columns, with four loads in flight.
+// Load input rows, with bias.
 __device__ __forceinline__ void stage(const sg_filtered_lrelu_params& p, const tile_t& tile, int rows, acc* in) {
-    constexpr int units = IN_P / SG_LOAD, span = units < THREADS ? units : THREADS, step = THREADS / span;
     constexpr int part = SG_LOAD < QUAD ? SG_LOAD : QUAD;
-    const offset_t stride_y = static_cast<offset_t>(p.x_stride[2]);
-    const int first_row = static_cast<int>(threadIdx.x) / span;
-    if (first_row >= step) return;
-    for (int unit = static_cast<int>(threadIdx.x) % span; unit < units; unit += span) {
-        const int ix = tile.ix + unit * SG_LOAD;
-        const bool has_column = in_range(ix, p.in_w);
-        const scalar* from = tile.x + (tile.iy + first_row) * stride_y + ix;
-        acc* to = in + (first_row * units + unit) * SG_LOAD;
-        for (int row = first_row; row < rows; row += 4 * step) {
-            elements<SG_LOAD> fetched[4];
+    read_inputs<THREADS, IN_P / SG_LOAD, 4>(
+        p, tile, rows, [&](int row, int unit, const elements<SG_LOAD>& found, acc bias) {
+            acc pixels[SG_LOAD];
+            found.unpack(pixels);
 #pragma unroll
-            for (int t = 0; t < 4; ++t, from += step * stride_y)
-                fetched[t] = read_if<SG_LOAD>(has_column && in_range(tile.iy + row + t * step, p.in_h), from);
+            for (int k = 0; k < SG_LOAD; k += part) {
+                vec<acc, part> values;
 #pragma unroll
-            for (int t = 0; t < 4; ++t, to += step * IN_P) {
-                if (row + t * step >= rows) continue;
-                // Padding is zero, without bias.
-                const acc bias = has_column && in_range(tile.iy + row + t * step, p.in_h) ? tile.bias : acc(0);
-                acc pixels[SG_LOAD];
-                fetched[t].unpack(pixels);
-#pragma unroll
-                for (int k = 0; k < SG_LOAD; k += part) {
-                    vec<acc, part> values;
-#pragma unroll
-                    for (int e = 0; e < part; ++e) values.v[e] = bias + pixels[k + e];
-                    *reinterpret_cast<vec<acc, part>*>(to + k) = values;
-                }
+                for (int e = 0; e < part; ++e) values.v[e] = bias + pixels[k + e];
+                *reinterpret_cast<vec<acc, part>*>(in + row * IN_P + unit * SG_LOAD + k) = values;
             }
-        }
-    }
+        });
 }
-
-// Two mask words for 32 elements of the grid: not clamped, above zero.
-typedef vec<unsigned, 2> bits_t;
 
 #if SG_MODE == SG_GATE
 // Load the recorded bits of a tile, zero (gradient 0) where none were recorded.
@@ -413,7 +363,7 @@ UNROLL
 
 // Filter the rows along x and write the outputs, of which the sum is returned. A thread stays in its columns.
 __device__ __forceinline__ acc write_outputs(
-    const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* shared_taps, const acc* tall, scalar* y) {
+    const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* shared_taps, const acc* tall) {
 #if SG_UNROLL
     acc taps[SG_TAPS_DX];
 #pragma unroll
@@ -430,7 +380,7 @@ __device__ __forceinline__ acc write_outputs(
     if (first_row >= step || column >= tile.columns) return total;
     const offset_t stride_y = static_cast<offset_t>(p.y_stride[2]);
     const acc* from = tall + first_row * THREADS + column * SG_DOWN;
-    scalar* to = y + first_row * stride_y + column;
+    scalar* to = tile.y + first_row * stride_y + column;
 #pragma unroll 2
     for (int row = first_row; row < tile.rows; row += step, from += step * THREADS, to += step * stride_y) {
         acc values[reads], sums[COLUMNS] = {};
@@ -448,7 +398,7 @@ UNROLL
     }
     return total;
 }
-#elif !SG_TENSOR
+#else
 __device__ __forceinline__ int place(int column) {  // in a row of the grid
     if (!IN_HALVES) return column;
     return column / QUAD % 2 * HALF + column / (2 * QUAD) * QUAD + column % QUAD;
@@ -464,7 +414,7 @@ struct filtered_t {
 
 // Filter the grid and write the outputs, of which the sum is returned; a thread has a few in each of a few rows.
 __device__ __forceinline__ acc write_outputs(
-    const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid, scalar* y) {
+    const sg_filtered_lrelu_params& p, const tile_t& tile, const acc* taps, const acc* grid) {
     acc total = acc(0);
     constexpr int groups = SG_TILE_W / COLUMNS_2D;
     constexpr int at_once = IN_HALVES ? QUAD : 1, reads = UP_TO(at_once, (COLUMNS_2D - 1) * SG_DOWN + SG_TAPS_DX);
@@ -501,7 +451,7 @@ UNROLL
         }
 #pragma unroll
         for (int j = 0; j < ROWS_2D; ++j) {
-            scalar* const to = y + (row + j) * static_cast<offset_t>(p.y_stride[2]) + column;
+            scalar* const to = tile.y + (row + j) * static_cast<offset_t>(p.y_stride[2]) + column;
             if (row + j >= tile.rows) continue;
 #pragma unroll
             for (int c = 0; c < COLUMNS_2D; c += SG_STORE) {
@@ -538,30 +488,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, SG_BLOCKS)
     acc* const end = filtered + filtered_accs;
 #endif
     read_taps(p, up, down);
-    const int tiles_x = (p.out_w + SG_TILE_W - 1) / SG_TILE_W, tiles_y = (p.out_h + p.tile_h - 1) / p.tile_h;
-    // There are no more tiles than elements, and divisions of 64 bits would be a tenth of all instructions.
-    const unsigned_t total = static_cast<unsigned_t>(p.n) * p.c * tiles_x * tiles_y;
+    const unsigned_t total = tiles_of(p);
     for (unsigned_t work = blockIdx.x; work < total; work += gridDim.x) {
-        const unsigned_t strip = work / tiles_x, plane = strip / tiles_y;
-        const int tile_x = static_cast<int>(work - strip * tiles_x), tile_y = static_cast<int>(strip - plane * tiles_y);
-        const offset_t n = static_cast<offset_t>(plane / p.c);
-        const offset_t c = static_cast<offset_t>(plane - n * static_cast<unsigned_t>(p.c));
-        const int ox = tile_x * SG_TILE_W, oy = tile_y * p.tile_h;
-        tile_t tile;
-        tile.x = static_cast<const scalar*>(p.x) + n * static_cast<offset_t>(p.x_stride[0]) +
-                 c * static_cast<offset_t>(p.x_stride[1]);
-        tile.mask =
-            SG_MODE == SG_ACTIVATE ? p.mask : p.mask + static_cast<long long>(plane) * p.mask_h * p.mask_row_bytes;
-        tile.bias = p.b && SG_MODE != SG_GATE ? load_acc(static_cast<const scalar*>(p.b) + c) : acc(0);
-        tile.gx = ox * SG_DOWN, tile.gy = oy * SG_DOWN;
-        // Exact divisions: tiles begin where the phase is the same.
-        tile.ix = (tile.gx - p.pad_x0 + SG_PHASE_X) / SG_UP - SG_SHIFT;
-        tile.iy = (tile.gy - p.pad_y0 + SG_PHASE_Y) / SG_UP;
-        tile.columns = p.out_w - ox < SG_TILE_W ? p.out_w - ox : SG_TILE_W;
-        tile.rows = p.out_h - oy < p.tile_h ? p.out_h - oy : p.tile_h;
-        // Mask bits of rows and columns shared with the next tile are written by the next tile.
-        tile.owned_w = tile_x + 1 == tiles_x ? p.mask_w : tile.gx + SG_TILE_W * SG_DOWN;
-        tile.owned_h = tile_y + 1 == tiles_y ? p.mask_h : tile.gy + p.tile_h * SG_DOWN;
+        const tile_t tile = tile_of(p, work);
         const int blocks = BLOCKS(tile.rows), inputs = EARLY + blocks * INPUTS;
         if (work != blockIdx.x) __syncthreads();  // the previous tile is finished
         stage(p, tile, inputs, in);
@@ -596,13 +525,11 @@ UNROLL
             }
         }
         __syncthreads();
-        scalar* const y = static_cast<scalar*>(p.y) + n * static_cast<offset_t>(p.y_stride[0]) +
-                          c * static_cast<offset_t>(p.y_stride[1]) + oy * static_cast<offset_t>(p.y_stride[2]) + ox;
-        const acc total = write_outputs(p, tile, down, filtered, y);
+        const acc sum = write_outputs(p, tile, down, filtered);
 #if SG_MODE == SG_GATE
-        if (p.sums) write_sum<THREADS>(total, end, static_cast<acc*>(p.sums) + work);
+        if (p.sums) write_sum<THREADS>(sum, end, static_cast<acc*>(p.sums) + work);
 #endif
-        (void)total;
+        (void)sum;
 #if SG_MODE == SG_RECORD
         write_mask(p, tile, reinterpret_cast<const bits_t*>(end));
 #endif

@@ -4,27 +4,37 @@
 #define SG_MATRICES_CUH
 #include "../cuda.cuh"
 
-// Load four matrices [8 x 8] from shared memory; lane 8 * i + j has the address of row j of matrix i.
+// Load four matrices [8 x 8] from shared memory; lane 8 * i + j has the address of row j of matrix i. Of TRANSPOSED
+// matrices, a lane has elements 2t and 2t + 1 of column g.
+template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(const scalar* row, unsigned* found) {
 #ifdef SG_EMULATED
-    sg_emulator::ldmatrix_x4(row, found);
+    sg_emulator::ldmatrix_x4<TRANSPOSED>(row, found);
 #else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
-                 : "memory");
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
+                     : "r"(address)
+                     : "memory");
 #endif
 }
 
-// The same for transposed matrices: the lane has elements 2t and 2t + 1 of column g.
-__device__ __forceinline__ void load_transposed(const scalar* row, unsigned* found) {
+// Limit the magnitudes of two float16; NaN stays NaN.
+__device__ __forceinline__ unsigned clamp_pair(unsigned pair, unsigned limits) {
 #ifdef SG_EMULATED
-    sg_emulator::ldmatrix_x4_trans(row, found);
+    acc values[2], limit[2];
+    unpack_pair(pair, values), unpack_pair(limits, limit);
+    return pack_pair(clamp_to(values[0], limit[0]), clamp_to(values[1], limit[1]));
 #else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
-                 : "memory");
+    asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(limits));
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(limits ^ 0x80008000u));
+    return pair;
 #endif
 }
 

@@ -9,11 +9,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
-from ..params import ACTIVATE, DTYPES, GATE, RECORD, FilteredLrelu
+from ..params import ACTIVATE, GATE, RECORD, FilteredLrelu
 from ..plan import ITEM_BYTES, MAX_GRID, LaunchPlan, ceil_div, extent, is_wide, shared_limit, up_to
-from . import gradient_2d
+from . import tensor_cores
 
 WARP = 32
 WARPS = (2, 4, 7)  # of a block, a few numbers, or every size of a layer would be compiled for itself
@@ -26,9 +24,6 @@ PUBLISHED_TAPS = 36  # along y, of both filters
 SETUP = 100  # instructions of a thread for a tile of any size
 BARRIER = 0.05  # time for each warp of a block, which waits for the others
 RESERVED = 1024  # bytes of shared memory that each block takes for the system
-PIECE_H, PIECE_W = 16, 8  # of outputs that a warp filters at once on tensor cores
-LARGEST_HALF = 65504.0
-RESIDENT = 640  # threads of a multiprocessor then, 5 warps for each scheduler with 96 registers a thread
 WRITTEN_OUT = 4096  # multiplications that compile within a second or two; beyond that they are looped over
 
 
@@ -37,10 +32,9 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
 
     Raises ValueError for filters of which not even a small tile fits into shared memory.
     """
-    if gradient_2d.takes(p, capability):
-        return gradient_2d.plan(p, capability)
+    if tensor_cores.takes(p, capability):
+        return tensor_cores.plan(p, capability)
     axes = Axes.of(p)
-    axes = axes._replace(tensor=_takes_tensor_cores(p, axes, capability))
     width, p.tile_h, shared = best_tile(p, axes, shared_limit(capability))
     shape_x, shape_y = (p.n, p.c, p.in_h, p.in_w), (p.n, p.c, p.out_h, p.out_w)
     wide = is_wide(max(extent(shape_x, p.x_stride), extent(shape_y, p.y_stride)))
@@ -52,7 +46,7 @@ def plan(p: FilteredLrelu, capability: tuple[int, int]) -> LaunchPlan:
         *(("SG_PHASE_X", p.pad_x0 % p.up), ("SG_PHASE_Y", p.pad_y0 % p.up)),
         *(("SG_MODE", p.mode), ("SG_CLAMPS", int(p.mode <= RECORD and p.clamp >= 0)), ("SG_TILE_W", width)),
         *(("SG_LOAD", load), ("SG_SHIFT", shift), ("SG_STORE", _store(p, axes))),
-        *(("SG_UNROLL", int(_written_out(p, axes) <= WRITTEN_OUT)), ("SG_TENSOR", int(axes.tensor))),
+        ("SG_UNROLL", int(_written_out(p, axes) <= WRITTEN_OUT)),
         ("SG_BLOCKS", axes.resident_blocks(width)),
         *((("SG_INDEX_64", 1),) if wide else ()),
     )
@@ -77,7 +71,6 @@ class Axes(NamedTuple):
     phase_y: int
     quad: int
     acc_bytes: int
-    tensor: bool = False
 
     @classmethod
     def of(cls, p: FilteredLrelu) -> Axes:
@@ -108,8 +101,6 @@ class Axes(NamedTuple):
         return self.quad // self.down if self.quad % self.down == 0 else 1
 
     def threads(self, width: int) -> int:
-        if self.tensor:
-            return up_to(WARP, up_to(PIECE_W, width) * self.down + 16)
         return up_to(WARP, (width - 1) * self.down + self.dx)
 
     def blocks(self, rows: int) -> int:
@@ -134,8 +125,6 @@ class Axes(NamedTuple):
         registers = (96 if self.separable_d else 128) if self.separable_u else 168  # of a thread
         if self.uy + self.dy > PUBLISHED_TAPS or self.acc_bytes > 4:
             registers = 255
-        elif self.tensor and self.separable_u:  # warps spill 64 bytes, outside of loops
-            return RESIDENT // self.threads(width)
         return max(REGISTERS // (registers * self.threads(width)), 1)
 
     def shared_bytes(self, p: FilteredLrelu, width: int, height: int) -> int:
@@ -146,10 +135,7 @@ class Axes(NamedTuple):
         taps_u = self.ux + self.uy if self.separable_u else self.uy * padded_ux
         taps_d = self.dx if self.separable_d else self.dy * up_to(self.quad, self.dx)
         filtered = height * threads
-        if self.tensor:
-            taps_d = PIECE_W - 1 + 16 * self.dy
-            filtered = ceil_div(blocks * self.period, 4) * (4 * threads + 8) // 2
-        elif not self.separable_d:
+        if not self.separable_d:
             filtered = blocks * self.period * (threads + (32 if threads % 64 == 0 else 0))
         staged = inputs * in_p
         accs = up_to(self.quad, taps_u) + up_to(self.quad, taps_d)
@@ -216,9 +202,6 @@ def work(p: FilteredLrelu, axes: Axes, width: int, height: int) -> float:
             one += grid * threads * (steps_y * (1 if axes.separable_u else steps_x) + activation)
             if axes.separable_d:
                 one += grid * threads * (axes.dy + 4) / p.down + rows * columns * (axes.dx + 7)
-            elif axes.tensor:  # two products for each row of taps and piece, in the time of 128 instructions
-                pieces = ceil_div(rows, PIECE_H) * ceil_div(columns, PIECE_W)
-                one += up_to(all_threads // WARP, pieces) * axes.dy * 2 * 128
             else:
                 items = ceil_div(rows, ROWS_2D) * ceil_div(columns, axes.columns_2d)
                 rounds = ceil_div(items, all_threads) * all_threads * ROWS_2D * axes.columns_2d
@@ -248,7 +231,6 @@ def _load(p: FilteredLrelu, width: int) -> tuple[int, int]:
 def _store(p: FilteredLrelu, axes: Axes) -> int:
     """Return elements written at once: all of a thread's in a row, else 1."""
     store, item = axes.columns if axes.separable_d else axes.columns_2d, ITEM_BYTES[p.dtype]
-    store = 2 if axes.tensor else store
     while store * item > 16:
         store //= 2
     if axes.separable_d and store < axes.columns:
@@ -258,14 +240,6 @@ def _store(p: FilteredLrelu, axes: Axes) -> int:
         if any(step % store for step in (p.out_w, *p.y_stride[:3])) or (p.y or 0) % (store * item)
         else store
     )
-
-
-def _takes_tensor_cores(p: FilteredLrelu, axes: Axes, capability: tuple[int, int]) -> bool:
-    """Return whether the down filter runs on tensor cores; a clamp keeps the grid within float16."""
-    clamped = p.mode in (ACTIVATE, RECORD) and 0 <= p.clamp <= LARGEST_HALF
-    fits = not axes.separable_d and p.down == 2 and 4 % axes.period == 0 and 8 <= axes.dx <= 18
-    written_out = _written_out(p, axes) <= WRITTEN_OUT
-    return capability >= (8, 0) and p.dtype == DTYPES[torch.float16] and clamped and fits and written_out
 
 
 def _written_out(p: FilteredLrelu, axes: Axes) -> int:
