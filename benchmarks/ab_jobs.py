@@ -24,16 +24,14 @@ JUDGES = "random-fid,fd-effnet,kid-effnet,prc-effnet,fd-stlpips,kid-stlpips,prc-
 
 BASES: dict[str, dict[str, Any]] = {
     "clothing-64-stylegan2": dict(scratch="stylegan2", kimg=100.0, **NETWORK),
-    "clothing-32-stylegan3-t": dict(
-        scratch="stylegan3-t", kimg=200.0, batch=16, **NETWORK | dict(cbase=512, cmax=32)
-    ),
+    "clothing-32-stylegan3-t": dict(scratch="stylegan3-t", kimg=60.0, **NETWORK | dict(cbase=512, cmax=32)),
     "clothing-64-stylegan3-t": dict(scratch="stylegan3-t", kimg=200.0, **NETWORK | dict(cmax=32)),
     "clothing-128-stylegan2": dict(scratch="stylegan2", kimg=2000.0, cbase=4096, cmax=128, z_dim=128),
 }
 
 PLAIN = "plain:sd_weight=0"
 OURS = "ours:sd_weight=auto:1,sd_interval=4"
-FIVE, TWO = (0, 1, 2, 3, 4), (0, 1)
+FIVE, THREE, TWO = (0, 1, 2, 3, 4), (0, 1, 2), (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,8 @@ JOBS = {
         (PLAIN, OURS),
         base="clothing-32-stylegan3-t",
         data="clothing-32",
-        half_lives=True,
+        kimg=10.0,
+        seeds=THREE,
     ),
     # Open: for a GPU.
     "improve-50": Job("Does the effect last?", (PLAIN, OURS), kimg=50.0, needs="gpu"),
