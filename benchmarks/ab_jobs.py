@@ -115,7 +115,7 @@ JOBS = {
         judges=f"{JUDGES},memorization",
     ),
     "improve-stylegan3-t": Job(
-        "The same for StyleGAN3-T at 32 px.",
+        "Is fine-tuning on the checkpoint's own images better with it, for StyleGAN3-T at 32 px?",
         (PLAIN, OURS),
         base="clothing-32-stylegan3-t",
         data="clothing-32",
