@@ -83,21 +83,24 @@ def check_command(
     training would refuse something, else 0.
     """
     from finetune.cli import dataset_report
-    from finetune.data import scan
+    from finetune.data import ImageSet, scan
     from finetune.data.image_set import check_channels
     from finetune.data.labels import has_labels
     from finetune.data.problems import BAD_LABEL, hint
     from finetune.data.scanning import counted
     from finetune.data.sources import open_source
+    from finetune.models import image_size
+    from finetune.resolve import load
 
     channels, num_classes = None, None
     if network is not None:
         if resolution is not None:
             raise ConfigError("--resolution: already given by --network. Give one of the two.")
-        resolution, channels, c_dim = shape_of(network)
+        checkpoint = load(network_file(network))
+        G = checkpoint.generator
+        resolution, channels, num_classes = image_size(G), G.img_channels, G.c_dim or None
         check_channels(channels)
-        cond = c_dim > 0 if cond is None else cond
-        num_classes = c_dim or None
+        cond = G.c_dim > 0 if cond is None else cond
     elif resolution is not None and max(resolution) & (max(resolution) - 1):
         raise ConfigError(f"--resolution {max(resolution)}: the longer side must be a power of two.")
     if fit is not None and resolution is None:
@@ -109,18 +112,15 @@ def check_command(
             raise ConfigError("--labels folders: has no effect with --no-cond. Omit one of the two.")
         cond = True
     use_labels = has_labels(open_source(path)) if cond is None else cond
+    asked: dict[str, Any] = dict(
+        resolution=resolution,
+        fit=fit,
+        use_labels=use_labels,
+        labels_from=labels_from,
+        num_classes=num_classes,
+    )
     with progress_bar("reading images", 0) as progress:
-        found = scan(
-            path,
-            resolution=resolution,
-            fit=fit,
-            use_labels=use_labels,
-            labels_from=labels_from,
-            num_classes=num_classes,
-            progress=progress,
-            thorough=True,
-            **options,
-        )
+        found = scan(path, **asked, progress=progress, thorough=True, **options)
     if channels is not None:
         found = dataclasses.replace(found, notes=[*found.notes, *found.against(channels)])
     training = dataset_report.what_training_does(found, resolution, channels, fit)
@@ -135,15 +135,10 @@ def check_command(
         if labels_from == "file" and any(problem.kind == BAD_LABEL for problem in found.problems):
             advice += "\nOr train, and check, without labels: --no-cond."
         raise DataError(f"{path}: training would refuse this data set ({number}).", hint=advice)
+    if network is not None and use_labels:
+        from finetune.train.facts import compare_labels
 
-
-def shape_of(network: str) -> tuple[tuple[int, int], int, int]:
-    """Return (height, width), channels and number of classes of the generator of a checkpoint."""
-    from finetune.models import image_size
-    from finetune.resolve import load
-
-    G = load(network_file(network)).generator
-    return image_size(G), G.img_channels, G.c_dim
+        compare_labels(checkpoint, ImageSet(path, channels=G.img_channels, **asked), None)
 
 
 @command.command("prepare", short_help="Resize images into a zip that loads fastest.")

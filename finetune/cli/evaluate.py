@@ -150,6 +150,7 @@ def measure(
 
     Rank 0 passes the metrics and what they were measured on to `show`, before the pairs are written.
     """
+    from finetune.data.labels import differing_names
     from finetune.device import float32_math, resolve_device
     from finetune.distributed import init, shutdown
     from finetune.metrics.evaluate import Evaluation, real_images
@@ -165,6 +166,8 @@ def measure(
             G, data, fit=fit, labels_from=labels_from, mirror=mirror, workers=workers, group=group,
             progress=progress,
         )  # fmt: skip
+    if group.is_first and (others := differing_names(checkpoint.class_names, image_set.class_names)):
+        click.echo(f"{data}: {others}. Classes are compared by number.", err=True)
     with float32_math(), bar("looking at the images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune.errors import DataError
 
 MISSING = object()
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+SHOWN = 5  # classes with another name, in a message
 MAX_CLASS_NAMES = 10_000  # checkpoint.load limits the number of values that it reads from an entry
 
 
@@ -101,6 +103,17 @@ def _class_names(stated: Any, num_used: int) -> tuple[str, ...]:
         return ()
     names = tuple(dict.fromkeys(unicodedata.normalize("NFC", name) for name in stated[:num_used]))
     return names if len(names) == num_used <= MAX_CLASS_NAMES else ()
+
+
+def differing_names(checkpoint: Sequence[str], images: Sequence[str]) -> str:
+    """Return which classes have another name in the checkpoint, at most SHOWN of them; empty if none has."""
+    others = [
+        f"class {index} is {now!r}, in the checkpoint {before!r}"
+        for index, (before, now) in enumerate(zip(checkpoint, images))
+        if before != now
+    ]
+    more = f"; {len(others) - SHOWN} more differ" if len(others) > SHOWN else ""
+    return "; ".join(others[:SHOWN]) + more
 
 
 def folder_classes(source: Source) -> tuple[dict[str, int], list[str]]:

@@ -12,6 +12,7 @@ import torch
 
 from finetune.checkpoint.load import Checkpoint
 from finetune.data import ImageSet, scan
+from finetune.data.labels import differing_names
 from finetune.distributed import ProcessGroup
 from finetune.errors import ConfigError, DataError
 from finetune.metrics import features
@@ -19,8 +20,6 @@ from finetune.models import image_size
 from finetune.options import TrainOptions
 from finetune.recipes import RunFacts
 from finetune.resolve import published_for
-
-SHOWN = 5  # classes with another name, in the message
 
 
 def read_data(
@@ -123,12 +122,7 @@ def compare_labels(checkpoint: Checkpoint, image_set: ImageSet, classes: str | N
 
     Without it, raises ConfigError for label vectors instead of classes, and for a class with another name.
     """
-    pairs = enumerate(zip(checkpoint.class_names, image_set.class_names))
-    others = [
-        f"class {index} is {now!r}, in the checkpoint {before!r}"
-        for index, (before, now) in pairs
-        if before != now
-    ]
+    others = differing_names(checkpoint.class_names, image_set.class_names)
     if classes:
         same_number = image_set.num_classes == checkpoint.network.c_dim
         is_idle = classes != "fresh" and same_number and not others
@@ -137,13 +131,12 @@ def compare_labels(checkpoint: Checkpoint, image_set: ImageSet, classes: str | N
     before, now = checkpoint.label_kind, image_set.label_kind
     if before and now and before != now:
         raise ConfigError(
-            f"--data {image_set.path}: its labels are {kinds[now]}, those of the checkpoint {kinds[before]}.",
+            f"{image_set.path}: its labels are {kinds[now]}, those of the checkpoint {kinds[before]}.",
             hint="To drop those of the checkpoint: --classes fresh.",
         )
     if others:
-        more = f"; {len(others) - SHOWN} more differ" if len(others) > SHOWN else ""
         raise ConfigError(
-            f"--data {image_set.path}: {'; '.join(others[:SHOWN])}{more}.",
+            f"{image_set.path}: {others}.",
             hint="If the classes are the same, give them the names of the checkpoint. If not: --classes keep "
             "keeps the embeddings of classes with equal names and initializes the others to their average; "
             "--classes fresh draws all at random.",

@@ -4,6 +4,7 @@ import io
 import json
 import signal
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,9 +142,10 @@ def test_check_refuses_options(folder, options, words):
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output
 
 
-def test_check_refuses_networks_of_other_channels(folder, monkeypatch):
-    monkeypatch.setattr("finetune.cli.dataset.shape_of", lambda network: ((16, 16), 2, 0))
-    result = call("check", folder, "--network", "two.pkl")
+def test_check_refuses_networks_of_other_channels(folder, golden_dir, monkeypatch):
+    G = SimpleNamespace(img_resolution=16, img_channels=2, c_dim=0, base_shape=(4, 4))
+    monkeypatch.setattr("finetune.resolve.load", lambda network: SimpleNamespace(generator=G))
+    result = call("check", folder, "--network", golden_dir / "stylegan2-ada-32.pkl")
     assert result.exit_code == 2 and "The network has 2 image channels" in result.stderr
 
 

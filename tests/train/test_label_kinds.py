@@ -110,7 +110,22 @@ def test_class_names_that_differ_are_refused(of_three, in_folders, names, differ
     asked += ["--sd-weight", 0, "--metrics", "none", "--kimg", 0.004]
     done = CliRunner().invoke(cli, ["train", *map(str, asked)])
     assert done.exit_code == 2 and not runs.exists()
-    assert f"--data {data}: {differences}\n" in done.output and "--classes keep" in done.output
+    assert f"{data}: {differences}\n" in done.output and "--classes keep" in done.output
+    asked = [data, "--network", of_three, "--labels", "folders"]
+    done = CliRunner().invoke(cli, ["dataset", "check", *map(str, asked)])
+    assert done.exit_code == 2 and f"{data}: {differences}\n" in done.stderr
+
+
+def test_evaluate_states_class_names_that_differ(of_three, in_folders):
+    def said(*names):
+        asked = ["--data", in_folders(*names), "--labels", "folders", "--metrics", "random-fid", "--num", 8]
+        done = CliRunner().invoke(cli, ["evaluate", "--network", str(of_three), *map(str, asked)])
+        assert done.exit_code == 0
+        return done.stderr
+
+    note = "class 2 is 'shoes', in the checkpoint 'scarves'. Classes are compared by number."
+    assert note in said("boots", "hats", "shoes")
+    assert "in the checkpoint" not in said("boots", "hats", "scarves")
 
 
 def test_class_names_in_another_order_are_refused(of_three, images, tmp_path):
