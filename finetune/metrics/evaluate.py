@@ -183,10 +183,10 @@ class Evaluation:
     ) -> dict[str, Distance]:
         space, kind = METRICS[metric]
         if kind == "ppl":
-            found = perceptual_path_length(
+            mean, error = perceptual_path_length(
                 G, self.image_set, self._distances[metric], num, seed, self.batch, self.group
             )
-            return {metric: Distance(*found)}
+            return {metric: Distance(mean, error, error)}
         return self.group.broadcast_result(lambda: self._compare(metric, space, kind, fake, seed), metric)
 
     def _compare(
@@ -208,10 +208,11 @@ class Evaluation:
         if kind == "copies":
             self.near_copies = find_near_copies(generated, real, len(self.image_set.names))
             share = self.near_copies.share
-            return {metric: Distance(share, error=(share * (1 - share) / len(generated)) ** 0.5)}
+            return {metric: Distance(share, error=binomial_error(share, len(generated)))}
         precision, recall = precision_recall(generated, real)
+        error = binomial_error(precision, len(generated))
         suffix = metric.removeprefix("prc")
-        return {f"precision{suffix}": Distance(precision), f"recall{suffix}": Distance(recall)}
+        return {f"precision{suffix}": Distance(precision, error=error), f"recall{suffix}": Distance(recall)}
 
     def _jackknifed(self) -> set[str]:
         """Return the networks whose features of generated images are needed for a standard error."""
@@ -279,6 +280,11 @@ class Evaluation:
             if progress is not None:
                 progress(done, total)
         return found
+
+
+def binomial_error(fraction: float, num: int) -> float:
+    """Return the standard error of a fraction of `num` generated images."""
+    return (fraction * (1 - fraction) / num) ** 0.5
 
 
 def networks_of(space: str) -> list[str]:

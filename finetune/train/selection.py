@@ -38,8 +38,12 @@ def is_better(found: dict[str, Any], best: dict[str, Any]) -> bool:
 
 
 def is_clearly_worse(found: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Return whether a measurement is worse than the best by two standard errors of the difference."""
-    return worsening(found, best) > CLEAR * math.hypot(found["error"], best["error"])
+    """Return whether a measurement is worse than the best by two standard errors of the difference.
+
+    Without standard errors (KID, recall), no measurement is.
+    """
+    error = math.hypot(found["error"], best["error"])
+    return error > 0 and worsening(found, best) > CLEAR * error
 
 
 def worsening(found: dict[str, Any], than: dict[str, Any]) -> float:
@@ -65,7 +69,7 @@ def follow(counters: RunCounters, found: dict[str, Any]) -> list[Alarm]:
 def recommend(counters: RunCounters, last: Path, nimg: int) -> Recommendation:
     """Return the snapshot to use at the end of a run: the best if the last is clearly worse, else the last.
 
-    last, nimg: the last snapshot, and the images seen at it.
+    Without standard errors, the best. last, nimg: the last snapshot, and the images seen at it.
     """
     best, final = counters.best, counters.last
     if not best:
@@ -74,9 +78,11 @@ def recommend(counters: RunCounters, last: Path, nimg: int) -> Recommendation:
         return Recommendation(last, nimg, f"the last snapshot: it was not measured, {_shown(best)} was best")
     if best["nimg"] == nimg:
         return Recommendation(last, nimg, f"the best snapshot: {_shown(best)}")
-    if is_clearly_worse(final, best):
+    has_error = final["error"] or best["error"]
+    if is_clearly_worse(final, best) or (not has_error and worsening(final, best) > 0):
         if (path := last.with_name(BEST)).is_file():
-            why = f"the best snapshot: {_shown(best)}. The last one is clearly worse: {_shown(final)}"
+            clearly = "clearly " if has_error else ""
+            why = f"the best snapshot: {_shown(best)}. The last one is {clearly}worse: {_shown(final)}"
             return Recommendation(path, best["nimg"], why)
         why = f"the last snapshot: {_shown(final)}. {BEST} is missing, which was better: {_shown(best)}"
         return Recommendation(last, nimg, why)

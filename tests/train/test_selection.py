@@ -14,11 +14,11 @@ def found(value, nimg=0, metric="random-fid", error=0.1):
     return measurement({"num": 8, metric: value, f"{metric}_error": error, "sec": 1.0}, nimg)
 
 
-def counters_after(*values):
+def counters_after(*values, error=0.1):
     """What a run has counted after measurements at 1000, 2000, … images, and the alarms."""
     counters, alarms = RunCounters(), []
     for index, value in enumerate(values):
-        each = found(value, 1000 * (index + 1))
+        each = found(value, 1000 * (index + 1), error=error)
         if is_better(each, counters.best):
             counters.best, counters.last, counters.worse = each, each, 0
         else:
@@ -34,10 +34,11 @@ def test_is_better_follows_direction_of_metric():
 
 def test_is_clearly_worse_needs_two_standard_errors_of_difference():
     assert is_clearly_worse(found(1.29), found(1.0)) and not is_clearly_worse(found(1.28), found(1.0))
-    assert is_clearly_worse(found(0.1, metric="recall", error=0), found(0.2, metric="recall", error=0))
+    assert is_clearly_worse(found(0.1, metric="precision"), found(0.4, metric="precision"))
+    assert not is_clearly_worse(found(0.1, metric="recall", error=0), found(0.2, metric="recall", error=0))
 
 
-def test_passing_the_best_is_reported_once():
+def test_passing_the_best_is_reported():
     _, alarms = counters_after(2.0, 1.0, 1.5, 1.5, 1.1, 1.5, 1.5)
     assert alarms == []
     counters, (alarm,) = counters_after(2.0, 1.0, 1.5, 1.5, 1.5, 1.6)
@@ -62,6 +63,14 @@ def test_recommend(values, name, nimg, why, tmp_path):
     counters, _ = counters_after(*values)
     recommended = recommend(counters, tmp_path / "last.pkl", 2000)
     assert (recommended.path.name, recommended.nimg) == (name, nimg) and why in recommended.why
+
+
+def test_without_standard_error_nothing_is_reported_and_the_best_is_recommended(tmp_path):
+    (tmp_path / "network-best.pkl").touch()
+    counters, alarms = counters_after(1.0, 1.5, 1.5, 1.5, error=0)
+    recommended = recommend(counters, tmp_path / "last.pkl", 4000)
+    assert alarms == [] and (recommended.path.name, recommended.nimg) == ("network-best.pkl", 1000)
+    assert "The last one is worse: random-fid 1.5 at 4 kimg" in recommended.why
 
 
 def test_recommend_without_the_file_of_the_best(tmp_path):
