@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from finetune.errors import ConfigError, FinetuneError, TrainingError
 TIMEOUT_VARIABLE = "FINETUNE_TIMEOUT_MIN"
 TIMEOUT_MIN = 30.0  # has to cover what rank 0 does alone: a save, or the scan of a large data set
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
+SHUTDOWN_SEC = 120  # for saving after a signal; torch's default is 30
 
 T = TypeVar("T")
 
@@ -94,7 +96,7 @@ class ProcessGroup:
         except Exception as error:  # the others would wait for this rank until the time-out
             mine = (None, FinetuneError(f"{what} failed on rank {self.rank}: {error}"))
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, mine, group=self.control)
+        self._run(lambda: dist.all_gather_object(found, mine, group=self.control), what)
         for _, failure in found:
             if failure is not None:
                 raise failure
@@ -130,8 +132,10 @@ class ProcessGroup:
             call()
         except RuntimeError as error:  # torch.distributed's own are among them
             reason = str(error).splitlines()[0][:200]
+            timed_out = re.search(r"timed? ?out", str(error), re.IGNORECASE)
+            happened = "timed out" if timed_out else "failed"
             raise TrainingError(
-                f"Rank {self.rank}/{self.world_size}: collective timed out in {what}: {reason}",
+                f"Rank {self.rank}/{self.world_size}: collective {happened} in {what}: {reason}",
                 hint="Another rank died or hangs; see its own message. What was saved before is intact. "
                 f"{TIMEOUT_VARIABLE} sets the time-out in minutes.",
             ) from None
@@ -199,8 +203,9 @@ def timeout_min() -> float:
 def launch(arguments: Sequence[str], world_size: int, device: str = "auto") -> int:
     """Run `finetune ARGUMENTS` on `world_size` ranks of this machine; return the exit code of the command.
 
-    If a rank fails, the others are stopped. Signals are passed on once, with half a minute left for saving.
-    Raises TrainingError if a rank died without a message of its own.
+    If a rank fails, the others are stopped. Signals are passed on once, with SHUTDOWN_SEC left for saving
+    (30 if torch is too old for the variable). Raises TrainingError if a rank died without a message of its
+    own.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -208,6 +213,7 @@ def launch(arguments: Sequence[str], world_size: int, device: str = "auto") -> i
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     build_kernels(on_cuda=device != "cpu")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SEC))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the message below is enough
     config = LaunchConfig(

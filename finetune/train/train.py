@@ -234,9 +234,11 @@ def train(run: Run) -> Path:
         if is_tick and diverged is None:
             is_due = stats.passed(plan.snap_nimg, state.nimg)
 
-            # Statistics, diagnostics, metrics.
+            # Statistics, diagnostics, metrics; a signal leaves limited time for saving.
             numbers = stats.read(state)
-            if (is_due or is_end) and (metrics := run.validation.measure(state)) is not None:
+            if (is_end or (is_due and not stopping)) and (
+                metrics := run.validation.measure(state)
+            ) is not None:
                 numbers["metrics"] = metrics
             if unreadable := checkpointer.count_unreadable():
                 numbers["unreadable"] = unreadable

@@ -295,6 +295,13 @@ def test_run_sigint_saves(images, tmp_path, monkeypatch):
     assert finetune.load(snapshot).provenance.nimg == 16
 
 
+def test_stopped_run_saves_without_metrics(images, tmp_path, monkeypatch):
+    after_each_step(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("finetune.train.validation.Validation.measure", lambda self, state: 1 / 0)
+    result = run(options(images, tmp_path, kimg=10, tick=0.001, snap=1), console=quiet())
+    assert result.snapshot.is_file() and result.nimg < 1000
+
+
 def test_run_divergence_keeps_snapshot(images, tmp_path, monkeypatch):
     config = options(images, tmp_path, kimg=1, tick=0.008, snap=1, glr=1e-4, dlr=1e-4)
 
