@@ -171,16 +171,15 @@ def _per_rank(run: Any) -> int:
 
 
 def _micro_batch(run: Any) -> int:
-    """Return a divisor of the batch per rank that fits into memory and into the groups of D."""
-    limit = _gpu_batch(run) if _on_gpu(run) else 32
-    return max(size for size in micro_batch_sizes(_per_rank(run), run.group_size) if size <= limit)
+    """Return a divisor of the batch per rank that fits into the groups of D; on a GPU, trials follow."""
+    sizes = micro_batch_sizes(_per_rank(run), run.group_size)
+    return max(size for size in sizes if _on_gpu(run) or size <= 32)
 
 
 def _why_micro_batch(run: Any) -> str:
     why, own = "images in memory at once", _per_rank(run)
     if _on_gpu(run):
-        memory = f" and {run.gpu_memory_gib:.0f} GiB" if run.gpu_memory_gib else ""
-        why += f", for {run.resolution} px{memory} (published sizes for 16 GiB, unverified here)"
+        why += "; the largest that fits is found by trial at the start"
     if run.num_processes > 1:
         why += f"; batch size {own} on each of {run.num_processes} ranks"
     if _micro_batch(run) < min(own, run.group_size):
@@ -402,10 +401,3 @@ def derive(option: str, run: SimpleNamespace) -> tuple[Any, str]:
         if rule.option == option and (decided := rule.decide(run)) is not None:
             return decided
     raise AssertionError(f"no rule gives {option} a value in {run.recipe}")
-
-
-def _gpu_batch(run: Any) -> int:
-    """Return the micro-batch of a GPU: the published sizes for 16 GiB, in proportion to its memory."""
-    per_16_gib = (2048 if run.family == "stylegan3-r" else 4096) // run.resolution
-    size = max(4, min(32, per_16_gib)) * (run.gpu_memory_gib or 16) / 16
-    return max(1, min(128, 2 ** int(math.log2(max(size, 1)))))

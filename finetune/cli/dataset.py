@@ -195,7 +195,7 @@ def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options
     for byte. DEST is created when it is complete.
     """
     from finetune.data.preparing import prepare
-    from finetune.data.problems import printable
+    from finetune.data.problems import escaped
     from finetune.data.scanning import counted
 
     refuse_existing(dest, force=force)
@@ -206,7 +206,7 @@ def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options
         click.echo("\nFinished images are kept: run the same command to resume.", err=True)
         raise
     for problem in made.left_out:
-        click.echo(f"left out: {printable(problem.name)} {problem.kind}: {problem.detail}")
+        click.echo(f"left out: {escaped(problem.name)} {problem.kind}: {problem.detail}")
     if made.settings.bits < 16 and not made.num_deep:
         click.echo(f"--bits {made.settings.bits} has no effect: no image has 16 bits a channel.")
     (height, width), mib = made.settings.size, made.num_bytes / 2**20
@@ -214,7 +214,7 @@ def prepare_command(src: Path, dest: Path, channels: str, force: bool, **options
     images = counted(made.num_images, "image")
     click.echo(f"{made.path}: {images} of {width}×{height}{earlier}, {mib:,.1f} MiB")
     for number, name in enumerate(made.classes):
-        click.echo(f"class {number}: {printable(name)}")
+        click.echo(f"class {number}: {escaped(name)}")
     cond = " --cond" if made.has_labels else ""
     data = shlex.quote(str(made.path))
     click.echo(f"To train on them: finetune train --resume CHECKPOINT --data {data}{cond}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.data.image_set import CACHE_BYTES
-from finetune.data.problems import KINDS, REFUSED, REMARKS, Problem, listed, printable
+from finetune.data.problems import KINDS, REFUSED, REMARKS, Problem, escaped, listed
 from finetune.data.scanning import Scan, counted, enlargement, tally
 
 SHOWN_CLASSES = 20
@@ -72,9 +72,9 @@ def as_values(found: Scan, use_labels: bool, training: dict[str, Any]) -> dict[s
 
 def as_text(found: Scan, training: dict[str, Any]) -> str:
     """Return all findings as text: a summary, then problems by kind, then notes."""
-    head = f"{printable(str(found.path))}: {counted(found.num_images, 'image')}"
+    head = f"{escaped(str(found.path))}: {counted(found.num_images, 'image')}"
     if found.ignored:
-        suffixes = {printable(suffix): count for suffix, count in found.ignored.items()}
+        suffixes = {escaped(suffix): count for suffix, count in found.ignored.items()}
         head += f", {counted(found.num_ignored, 'other file')} skipped ({tally(suffixes, shown=5)})"
     lines = [head]
     if found.num_known:

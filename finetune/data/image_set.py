@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.decode import decode, height_and_width
 from finetune.data.labels import read_labels
-from finetune.data.problems import Problem, Unusable, hint, printable, refusal
+from finetune.data.problems import Problem, Unusable, escaped, hint, refusal
 from finetune.data.sources import Source, open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
@@ -178,7 +178,7 @@ class ImageSet(Dataset):
 
     def _refusal(self, name: str, problem: Unusable) -> DataError:
         return DataError(
-            f"{self.path}: {printable(name)} {problem.kind}: {problem.detail}.",
+            f"{self.path}: {escaped(name)} {problem.kind}: {problem.detail}.",
             hint=hint([Problem(name, problem.kind, problem.detail)], self.path),
         )
 

@@ -123,7 +123,7 @@ def listed(problems: Iterable[Problem], shown: int | None = SHOWN_PER_KIND) -> l
         if kind in COUNTED:
             lines += _by_detail(found, shown)
             continue
-        lines += [f"    {printable(problem.name)}: {problem.detail}" for problem in found[:shown]]
+        lines += [f"    {escaped(problem.name)}: {problem.detail}" for problem in found[:shown]]
         if shown is not None and len(found) > shown:
             lines.append(f"    … and {len(found) - shown} more")
     return lines
@@ -139,16 +139,16 @@ def hint(problems: Iterable[Problem], path: Path) -> str:
     )
 
 
-def printable(name: str) -> str:
-    """Return the name with unprintable characters written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+def escaped(name: str) -> str:
+    r"""Return the name with characters that are not printable written as escapes, like `\n` and `\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def _by_detail(found: list[Problem], shown: int | None) -> list[str]:
     """Return a line for each value seen, with its count, and three names (all of them with `shown` None)."""
     by_detail: dict[str, list[str]] = {}
     for problem in found:
-        by_detail.setdefault(problem.detail, []).append(printable(problem.name))
+        by_detail.setdefault(problem.detail, []).append(escaped(problem.name))
     lines = []
     for detail, names in sorted(by_detail.items(), key=lambda item: -len(item[1]))[:shown]:
         examples = names if shown is None else names[:3]

@@ -31,8 +31,8 @@ from finetune.data.problems import (
     WRONG_SIZE,
     Problem,
     Unusable,
+    escaped,
     low_range,
-    printable,
     refusal,
 )
 from finetune.data.sources import LABELS_NAME, Source, open_source
@@ -246,7 +246,7 @@ class Findings:
             remarks.append(Problem(name, BLACK if look.tone == "black" else UNIFORM, _times(size)))
         first = self._first_of.setdefault(look.digest, name)
         if first != name:
-            remarks.append(Problem(name, DUPLICATE, f"as {printable(first)}"))
+            remarks.append(Problem(name, DUPLICATE, f"as {escaped(first)}"))
         return remarks
 
     def _enlargement(self, size: tuple[int, int]) -> float:
@@ -323,7 +323,7 @@ def _remarks_on_names(source: Source, use_labels: bool) -> list[Problem]:
         key = unicodedata.normalize("NFC", name.replace("\\", "/").casefold())
         first = first_of.setdefault(key, name)
         if first != name:
-            remarks.append(Problem(name, SAME_NAME, f"that of {printable(first)}"))
+            remarks.append(Problem(name, SAME_NAME, f"that of {escaped(first)}"))
     if use_labels:
         try:
             absent = labels_without_image(source)

@@ -129,7 +129,7 @@ def model_card(checkpoint: Checkpoint, repo: str, metrics: Mapping[str, Any] | N
         f"## License\n\n{_text(license)}",
         f"## Data\n\n{_text(data)}",
         f"## Metrics\n\n{_metrics(metrics)}",
-        f"## Origin\n\n{_origin(checkpoint)}",
+        "## Origin\n\n" + "\n".join(_origin(checkpoint.provenance.to_dict())),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -163,14 +163,16 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
     return head + "\n".join(rows)
 
 
-def _origin(checkpoint: Checkpoint) -> str:
+def _origin(step: dict[str, Any] | None, indent: str = "") -> list[str]:
+    """Return list items from the newest step to the oldest; the second parent of a blend is a list in one."""
     lines: list[str] = []
-    step: dict[str, Any] | None = checkpoint.provenance.to_dict()
     while step:
         sha256 = _text(step["sha256"] or "not known")
-        lines.append(f"- {_text(step['source'] or 'unnamed')}, SHA-256 {sha256}")
+        lines.append(f"{indent}- {_text(step['source'] or 'unnamed')}, SHA-256 {sha256}")
+        if other := step.get("blended_with"):
+            lines += [f"{indent}  blended with:", "", *_origin(other, indent + "  "), ""]
         step = step.get("parent")
-    return "\n".join(lines)
+    return lines
 
 
 def _text(value: Any) -> str:

@@ -20,7 +20,7 @@ def snapshot_commands(run: RunRecord, snapshot: Path) -> list[str]:
     number = run.path.resolve().name.split("-")[0]
     labels = run.about.get("labels") or {}
     network, size = ["--network", str(snapshot)], labels.get("size") or 0
-    label = ["--class", f"0-{size - 1}"] if size else []
+    label = ["--class", "0"] if size else []
     if labels.get("kind") == "vectors":
         label = ["--label", ",".join("0" * size)]
     return [

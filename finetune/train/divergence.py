@@ -95,7 +95,7 @@ class DivergenceMonitor:
             return []
         distance, before = numbers["loss_sd"], self.distances[-2 * RECENT_TICKS :]
         if len(before) >= RECENT_TICKS and distance > FAR * max(before):
-            what = f"G diverged from G_ema: distance {distance:.4g} (previous max {max(before):.4g})."
+            what = f"G diverged from its teacher: distance {distance:.4g} (previous max {max(before):.4g})."
             return [Alarm("student-left-teacher", what, {"loss_sd": distance, "before": max(before)}, True)]
         self.distances = [*before, distance]
         return []
@@ -114,5 +114,8 @@ class DivergenceMonitor:
     def _cap(self, state: TrainState) -> list[Alarm]:
         if state.augment_pipe is None or state.ada.target is None or state.ada.p < MAX_P:
             return []
-        what = f"ADA is at its limit (p {state.ada.p:.2f}) and D still overfits."
+        what = (
+            f"ADA is at its limit (p {state.ada.p:.2f}) and D still overfits. Use more images or --mirror, a "
+            "smaller --dlr, or an earlier snapshot."
+        )
         return [Alarm("ada-at-cap", what, {"p": state.ada.p})]

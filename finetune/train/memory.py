@@ -23,8 +23,8 @@ from finetune.train.graphs import Graphs
 from finetune.train.state import Plan, TrainState
 from finetune.train.stats import Stats
 
-# Family -> resolution, micro-batch, peak GiB of a step. The peak includes the search of cuDNN for algorithms.
-MEASURED = {"stylegan2": (256, 32, 17.57), "stylegan3-t": (256, 32, 27.27), "stylegan3-r": (256, 32, 28.11)}
+# Family -> resolution, micro-batch, peak GiB with CUDA graphs, after cuDNN has chosen its algorithms.
+MEASURED = {"stylegan2": (256, 32, 6.2), "stylegan3-t": (256, 32, 20.8), "stylegan3-r": (256, 32, 19.8)}
 SOURCE = "docs/performance.md"
 # Part of the memory that a trial leaves free: for libraries of CUDA, metrics and previews.
 RESERVE = 0.1
@@ -128,8 +128,8 @@ def _limited_memory(state: TrainState, plan: Plan) -> Iterator[None]:
 def out_of_memory(
     error: torch.OutOfMemoryError, config: TrainConfig, facts: RunFacts, run_dir: str
 ) -> TrainingError:
-    """Return the error to show: the option to change, with a value, and the largest measured size."""
-    resolution, largest, peak = MEASURED[facts.family]
+    """Return the error to show: the option to change, with a value, and a measured size."""
+    resolution, size, peak = MEASURED[facts.family]
     total = f" of {facts.gpu_memory_gib:.0f} GiB" if facts.gpu_memory_gib else ""
     smaller = smaller_micro_batch(config, facts)
     if smaller:
@@ -147,8 +147,8 @@ def out_of_memory(
     first_line = str(error).split("\n")[0]
     return TrainingError(
         f"--batch-gpu {config.batch_gpu}: out of memory on the GPU{total} ({first_line}).",
-        hint=f"{remedy}\nLargest measured size of {facts.family}: {resolution} px with --batch-gpu {largest} "
-        f"takes {peak:.1f} GiB ({SOURCE}).",
+        hint=f"{remedy}\nMeasured for {facts.family}: {resolution} px with --batch-gpu {size} takes "
+        f"{peak:.1f} GiB ({SOURCE}).",
     )
 
 
@@ -157,10 +157,10 @@ def smaller_micro_batch(config: TrainConfig, facts: RunFacts) -> int | None:
 
     Memory is taken to be in proportion to micro-batch and pixels. None if the present one is the smallest.
     """
-    resolution, largest, peak = MEASURED[facts.family]
+    resolution, size, peak = MEASURED[facts.family]
     fitting = config.batch_gpu // 2
     if facts.gpu_memory_gib:
-        per_image = peak / largest * facts.num_pixels / resolution**2
+        per_image = peak / size * facts.num_pixels / resolution**2
         fitting = max(1, min(fitting, int(facts.gpu_memory_gib / per_image)))
     sizes = micro_batch_sizes(config.batch // facts.num_processes, facts.group_size)
     return max(size for size in sizes if size <= fitting) if config.batch_gpu > 1 else None

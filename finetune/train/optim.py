@@ -46,14 +46,14 @@ class LearningRate:
         return self.base * self.lazy_ratio * ROLLBACK_FACTOR**rollbacks
 
     def warmup(self, nimg: int) -> float:
-        """Return the factor of the warm-up after `nimg` images, a straight line up to 1.
+        """Return the factor of the warm-up after `nimg` images, a straight line from 0 to 1.
 
         In Adam's first steps all weights move by the whole rate, in directions that one noisy gradient set.
         Source: Ma and Yarats 2019 (1910.04209): linear warm-up, there over 2/(1 - beta2) steps.
         """
         if not self.warmup_nimg:
             return 1.0
-        return min(1.0, (nimg - self.start_nimg + self.batch) / self.warmup_nimg)
+        return min(1.0, max(0.0, nimg - self.start_nimg + self.batch) / self.warmup_nimg)
 
 
 def build_adam(network: torch.nn.Module, rate: LearningRate) -> torch.optim.Adam:

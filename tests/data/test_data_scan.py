@@ -127,6 +127,12 @@ def test_scan_escapes_unprintable_names(tmp_path):
     message(scan(tmp_path / "set")).encode("utf-8")
 
 
+def test_scan_escapes_control_characters(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a\x1b[31m\n\xa0.png", b"")
+    assert r"a\x1b[31m\n\xa0.png: " in message(scan(tmp_path / "set.zip"))
+
+
 def test_scan_limit_covers_used_images(eight):
     from finetune.data import ImageSet
 

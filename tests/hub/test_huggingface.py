@@ -149,6 +149,19 @@ def test_model_card_states_a_license_that_is_certain(golden_dir, license, word):
     assert with_license(checkpoint, "House rules").provenance.licence == "House rules"
 
 
+def test_model_card_names_both_parents_of_a_blend(golden_dir):
+    checkpoint = finetune.load(golden_dir / "stylegan2-32.pkl")
+    base, second = ({"source": f"{name}.pkl", "sha256": name * 64} for name in "ab")
+    blended = {**second, "sha256": "c" * 64, "source": "second.pkl", "parent": base}
+    origin = dataclasses.replace(
+        checkpoint.provenance, source="blend.pkl", licence="MIT", parent=base, blended_with=blended
+    )
+    card = model_card(dataclasses.replace(checkpoint, provenance=origin), "me/blend")
+    listed = [line for line in card.split("## Origin")[1].splitlines() if line]
+    names = ["- blend.pkl", "  blended with:", "  - second.pkl", "  - a.pkl", "- a.pkl"]
+    assert all(line.startswith(name) for line, name in zip(listed, names, strict=True))
+
+
 def test_push_with_labels(server, golden_dir):
     checkpoint = finetune.load(golden_dir / "stylegan2-64-cond.pkl")
     checkpoint = dataclasses.replace(

@@ -198,7 +198,7 @@ def test_ticks_are_round_and_inside(low, high):
     "labels, words",
     [
         ({}, "net.pkl --seeds"),
-        ({"kind": "classes", "size": 3}, "--class 0-2"),
+        ({"kind": "classes", "size": 3}, "--class 0 "),
         ({"kind": "vectors", "size": 2}, "--label 0,0"),
     ],
 )

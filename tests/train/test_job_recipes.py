@@ -115,21 +115,11 @@ def test_recipe_option_overrides_rule():
     assert {table[name].why for name in ("freezed", "gamma", "aug", "kimg")} == {"user-specified"}
 
 
-@pytest.mark.parametrize(
-    "family, resolution, memory, size",
-    [
-        ("stylegan2", 1024, 16, 4),
-        ("stylegan2", 256, 16, 16),
-        ("stylegan3-r", 256, 16, 8),
-        ("stylegan2", 1024, 80, 16),
-    ],
-)
-def test_recipe_batch_gpu_follows_memory(family, resolution, memory, size):
-    facts = dataclasses.replace(
-        BASE, family=family, resolution=resolution, device_type="cuda", gpu_memory_gib=float(memory)
-    )
-    config, table = settle(facts, batch=32)
-    assert config.batch_gpu == size and f"{memory} GiB" in table["batch_gpu"].why
+def test_recipe_batch_gpu_is_found_by_trial_on_gpu():
+    facts = dataclasses.replace(BASE, device_type="cuda", num_processes=2)
+    config, table = settle(facts, batch=96)
+    assert config.batch_gpu == 48 and "found by trial" in table["batch_gpu"].why
+    assert settle(batch=96)[0].batch_gpu == 32  # on a CPU
 
 
 def test_rules_cover_options():

@@ -100,6 +100,13 @@ def test_out_of_memory_names_the_option_to_change(images, tmp_path, changes, wor
     assert words in error.hint
 
 
+@pytest.mark.parametrize("gib, found", [(80.0, 16), (16.0, 4)])
+def test_smaller_micro_batch_is_half_or_what_fits(gib, found, images, tmp_path):
+    prepared = prepare(options(images, tmp_path, batch=32))
+    facts = replace(prepared.facts, gpu_memory_gib=gib, resolution=1024)
+    assert memory.smaller_micro_batch(replace(prepared.config, batch_gpu=32), facts) == found
+
+
 def test_trial_trains_like_the_same_micro_batch_given(images, tmp_path, limit, monkeypatch):
     limit(2)
     given = prepare(options(images, tmp_path, batch_gpu=2))
