@@ -96,7 +96,7 @@ def dry_run_without_checkpoint(asked: TrainOptions) -> bool:
         return False
     click.echo(f"Would download: {missing}.")
     show_without_checkpoint(asked, Console())
-    click.echo("Dry run: options and images are checked; nothing was downloaded or written.")
+    click.echo("Dry run: options and images are checked; no run folder was created, nothing downloaded.")
     return True
 
 
@@ -164,7 +164,8 @@ def command(dry_run: bool, gpus: int, **options: Any) -> None:
 
         for each in missing_weights(prepared.config):
             console.print(f"Would download: {each}.", highlight=False)
-        console.print("Dry run: all checks passed; nothing was downloaded or written.", highlight=False)
+        done = "Dry run: all checks passed; no run folder was created, nothing downloaded."
+        console.print(done, highlight=False)
         return
     try:
         result = start(prepared, console=console)
