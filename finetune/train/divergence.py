@@ -87,7 +87,7 @@ class DivergenceMonitor:
         if not shares:
             return []
         which = " and ".join(f"{share:.1%} of the steps of {name[-1]}" for name, share in shares.items())
-        what = f"Gradients overflowed in float16: {which} were skipped."
+        what = f"Gradients overflowed in float16: {which} were taken with zero gradients."
         return [Alarm("overflow", what, shares, max(shares.values()) > MAX_OVERFLOW)]
 
     def _distance(self, state: TrainState, numbers: dict[str, Any]) -> list[Alarm]:

@@ -121,7 +121,7 @@ class Plan:
 
     batch: images of all ranks together; batch_gpu: in one micro-batch. d_warmup_nimg: images over which only
     D trains, because it is new. tick_nimg, snap_nimg: images between lines of the log, and between snapshots.
-    skip_overflow: leave out gradients that are not finite, which float16 layers may give now and then.
+    skip_overflow: set gradients that are not finite, which float16 layers may give now and then, to zero.
     """
 
     device: torch.device
