@@ -62,9 +62,9 @@ def describe(network: PersistentObject) -> Described:
         tables = (module.state, *(module.state.get(group) for group in GROUPS))
         num_entries += sum(len(table) for table in tables if type(table) is dict)
         if num_entries > MAX_ENTRIES:
-            damaged("its modules have attributes without end", network.offset)
+            damaged("its modules have too many attributes", network.offset)
         if path.count(".") >= MAX_DEPTH or len(found.modules) >= MAX_MODULES:
-            damaged("its modules are nested without end", network.offset)
+            damaged("its modules are too many or nested too deeply", network.offset)
         prefix = path + "." if path else ""
         found.modules[path] = {name: value for name, value in module.state.items() if name not in GROUPS}
         for group in ("_parameters", "_buffers"):
@@ -80,7 +80,7 @@ def _children(module: PersistentObject, group: str, expected: type) -> list[tupl
         damaged(f"a module without {group}", module.offset)
     for name, value in table.items():
         if type(name) is not str or not name.isidentifier() or len(name) > 100:
-            damaged(f"a module with an entry of {group} that has no name", module.offset)
+            damaged(f"an invalid name in {group} of a module", module.offset)
         if value is not None and type(value) is not expected:
             damaged(f"{printable(name)} in {group} is of another kind", module.offset)
     return [(name, value) for name, value in table.items() if value is not None]

@@ -78,7 +78,7 @@ def tensors_of_state(value: Any) -> dict[str, Tensor] | None:
 
 def _check_name(key: Any, offset: int) -> None:
     is_short = type(key) is str and len(key) <= MAX_NAME and key.count(".") <= MAX_DEPTH
-    expect(is_short and key.isprintable(), "a tensor whose name no network has", offset)
+    expect(is_short and key.isprintable(), "an invalid tensor name", offset)
 
 
 def _tensors_of_module(root: Record) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ def _tensors_of_module(root: Record) -> dict[str, Tensor]:
             table = state.get(group)
             for name, item in table.items() if type(table) is dict else ():
                 num_entries += 1
-                expect(num_entries <= MAX_ENTRIES, "its modules have entries without end", root.offset)
+                expect(num_entries <= MAX_ENTRIES, "its modules have too many entries", root.offset)
                 key = f"{prefix}{name}"
                 _check_name(key, root.offset)
                 if group == "_modules":

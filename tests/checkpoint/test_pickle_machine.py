@@ -95,7 +95,7 @@ BOMBS = {
     "tuple as key": (b"\x80\x04})Ns.", "neither a text nor a number"),
     "bytes in a set": (forge.dumps({b"a"}), "neither a text nor a number"),
     "protocol of tomorrow": (b"\x80\x06N.", "pickle protocol 6"),
-    "memo entry never made": (b"\x80\x04j\xff\xff\xff\xff.", "refers to a value that it does not hold"),
+    "memo entry never made": (b"\x80\x04j\xff\xff\xff\xff.", "an undefined memo index"),
     "no STOP": (b"\x80\x04N", "may be cut off"),
     "no value": (b"\x80\x04.", "unfinished"),
     "two values": (b"\x80\x04NN.", "unfinished"),

@@ -291,7 +291,7 @@ def members_of(value) -> dict[str, bytes]:
 def zipped(members: dict[str, bytes], compression=zipfile.ZIP_STORED) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", compression) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # two members of one name
+        warnings.simplefilter("ignore")  # two members with the same name
         for name, raw in members.items():
             archive.writestr(name.removesuffix("#"), raw)
     return stream.getvalue()
@@ -321,8 +321,8 @@ ZIPS = {
     "short storage": (changed("data/0", bytes(8)), "of 4 elements has 8 bytes"),
     "long storage": (changed("data/0", bytes(1 << 12)), "of 4 elements has 4,096 bytes"),
     "other byte order": (changed("byteorder", b"big"), "not little-endian"),
-    "two of one name": (zipped({"a/data.pkl": b"N.", "a/data.pkl#": b"N."}), "two members of one name"),
-    "more pickle": (changed("data.pkl", b"\x80\x02N.N."), "bytes behind the end"),
+    "two of one name": (zipped({"a/data.pkl": b"N.", "a/data.pkl#": b"N."}), "with the same name"),
+    "more pickle": (changed("data.pkl", b"\x80\x02N.N."), "bytes after the end"),
     "persistent id, text": (changed("data.pkl", with_id(b"U\x02os")), "SHORT_BINSTRING"),
     "persistent id, name": (changed("data.pkl", with_id(b"X\x02\0\0\0os")), "storage of unknown kind"),
     "persistent id, class": (
@@ -333,8 +333,8 @@ ZIPS = {
         changed("data.pkl", with_id(b"(X\x07\0\0\0storagecx\ny\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04t")),
         "storage of unknown kind",
     ),
-    "name with control characters": (named("\x1b[2J"), "a tensor whose name no network has"),
-    "name of a million dots": (named("." * 1_000_000), "a tensor whose name no network has"),
+    "name with control characters": (named("\x1b[2J"), "an invalid tensor name"),
+    "name of a million dots": (named("." * 1_000_000), "an invalid tensor name"),
 }
 
 
@@ -357,7 +357,7 @@ def _as_false(match: re.Match) -> bytes:
     ("cut", "words"),
     [
         (lambda data: data[:-1], "may be cut off"),
-        (lambda data: data + b"x", "bytes behind the last tensor storage"),
+        (lambda data: data + b"x", "bytes after the last tensor storage"),
         (lambda data: data[:-24] + (1 << 50).to_bytes(8, "little") + data[-16:], "may be cut off"),
         (lambda data: data[:-24] + bytes(8), "of 4 elements has 0 bytes"),
         (lambda data: data.replace(b"FloatStorage", b"OtherStorage"), "storage of unknown kind"),

@@ -49,7 +49,8 @@ def read_pickle(path: Path) -> PickleFile:
     """Read a pickle or a file of torch.save without executing anything in it.
 
     Raises CheckpointError if the file is missing or not a pickle (with its probable type),
-    PickleRefused if it is damaged, refers to a name that acts, or grows beyond its size.
+    PickleRefused if it is damaged, refers to a global that can run code or access files, or grows beyond
+    its size.
     """
     digest, hashing = hashlib.sha256(), ThreadPoolExecutor(1)
     try:

@@ -128,13 +128,13 @@ class CheckpointWorld(World):
             self.budget.step(len(items), offset)
             if all(type(item) in (list, tuple) and len(item) == 2 and is_key(item[0]) for item in items):
                 return {as_key(key, self.budget, offset): item for key, item in items}
-        damaged("a dict made of something else than names and values", offset)
+        damaged("a dict made of something other than names and values", offset)
 
     def _set(self, args: tuple, offset: int) -> set:
         items = args[0] if args else []
-        expect(len(args) <= 1 and type(items) is list, "a set made of something else than a list", offset)
+        expect(len(args) <= 1 and type(items) is list, "a set made of something other than a list", offset)
         self.budget.step(len(items), offset)
-        expect(all(map(is_key, items)), "a set of something else than texts and numbers", offset)
+        expect(all(map(is_key, items)), "a set of something other than texts and numbers", offset)
         return {as_key(item, self.budget, offset) for item in items}
 
     def _object(self, args: tuple, offset: int) -> PlainObject:
@@ -158,7 +158,7 @@ class CheckpointWorld(World):
 
     def _encode(self, args: tuple, offset: int) -> Blob:
         """Handle `_codecs.encode(text, 'latin1')`, the form of bytes in protocol 2."""
-        expect(len(args) == 2 and all(type(arg) is str for arg in args), "bytes made of no text", offset)
+        expect(len(args) == 2 and all(type(arg) is str for arg in args), "bytes not made of text", offset)
         if args[1].lower() not in ("latin1", "latin-1"):
             block(f"_codecs.encode with codec {printable(args[1])}", offset)
         self.budget.copy(len(args[0]), offset)
@@ -282,7 +282,7 @@ class CheckpointWorld(World):
 
     def _default_dict(self, args: tuple, offset: int) -> dict:
         good = len(args) <= 1 and (args == () or args[0] is None or type(args[0]) in (Global, Record))
-        expect(good, "a default dict made of something else than a class", offset)
+        expect(good, "a default dict made of something other than a class", offset)
         return {}
 
     def _size(self, args: tuple, offset: int) -> tuple:
@@ -292,7 +292,7 @@ class CheckpointWorld(World):
 
     def _text(self, args: tuple, offset: int, separator: str = "/") -> str:
         """Return a path or device as its string."""
-        expect(all(type(arg) in (str, int) for arg in args), "a path that is no text", offset)
+        expect(all(type(arg) in (str, int) for arg in args), "a path that is not text", offset)
         self.budget.copy(sum(len(arg) if type(arg) is str else 8 for arg in args), offset)
         text = separator.join(map(str, args))
         return text[1:] if text.startswith("//") else text

@@ -194,7 +194,7 @@ def _decimal(m: Machine) -> None:
     if text in (b"00", b"01"):
         return m.push(text == b"01")
     if not re.fullmatch(rb"[+-]?[0-9]+L?", text):
-        raise m.refuse("a number is not a number")
+        raise m.refuse("a malformed number")
     m.push(int(text.rstrip(b"L")))
 
 
@@ -202,7 +202,7 @@ def _decimal_float(m: Machine) -> None:
     try:
         m.push(float(m.line(3 * MAX_LONG)))
     except ValueError:
-        raise m.refuse("a number is not a number") from None
+        raise m.refuse("a malformed number") from None
 
 
 def _long(m: Machine, layout: struct.Struct) -> None:
@@ -264,21 +264,21 @@ def _put(m: Machine, index: int) -> None:
 
 def _get(m: Machine, index: int) -> None:
     if index not in m.memo:
-        raise m.refuse("it refers to a value that it does not hold")
+        raise m.refuse("an undefined memo index")
     m.push(m.memo[index])
 
 
 def _index(m: Machine) -> int:
     text = m.line(20)
     if not re.fullmatch(rb"[0-9]+", text):
-        raise m.refuse("a memo index is not a number")
+        raise m.refuse("a malformed memo index")
     return int(text)
 
 
 def _proto(m: Machine) -> None:
     m.protocol = m.unpack(U8)
     if m.protocol > MAX_PROTOCOL:
-        raise m.refuse(f"it has pickle protocol {m.protocol}; {MAX_PROTOCOL} is the newest there is")
+        raise m.refuse(f"pickle protocol {m.protocol} is unknown; the newest is {MAX_PROTOCOL}")
 
 
 def _frame(m: Machine) -> None:

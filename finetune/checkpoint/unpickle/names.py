@@ -46,7 +46,7 @@ HARMLESS = re.compile(
 
 
 def acts(name: Global) -> bool:
-    """Return whether the whole file is refused for a name."""
+    """Return whether a global can run code or access files: the whole file is refused for it."""
     if name.name in DATA_TYPES:
         return False
     is_hidden = "." in name.attribute or re.fullmatch(r"__.*__", name.attribute) is not None

@@ -95,7 +95,7 @@ WRITTEN_BY_DILL = f"The file was written by dill, with classes or functions of i
 
 
 def block_acting(name: str, offset: int, is_dill: bool = False) -> NoReturn:
-    """Refuse a whole file for a name that Python's pickle could run code or commands with."""
+    """Refuse a whole file for a global with which Python's pickle could run code or access files."""
     caution = (
         "Note that pickle.load and torch.load would execute it: do not open the file with them unless you "
         "trust its author."
@@ -103,7 +103,7 @@ def block_acting(name: str, offset: int, is_dill: bool = False) -> NoReturn:
     block(
         name,
         offset,
-        "can run code or commands",
+        "can run code or access files",
         f"{WRITTEN_BY_DILL} {caution}" if is_dill else caution,
     )
 

@@ -93,7 +93,7 @@ def _loads_zip(data: mmap.mmap) -> Any:
     budget = Budget.for_file(len(data))
     machine = Machine(raw, ArchiveWorld(budget, storages), budget, base=offset)
     root = machine.run()
-    expect(machine.position == len(raw), "bytes behind the end of data.pkl", offset + machine.position)
+    expect(machine.position == len(raw), "bytes after the end of data.pkl", offset + machine.position)
     return root
 
 
@@ -116,7 +116,7 @@ def _members(data: mmap.mmap) -> dict[str, tuple[int, memoryview]]:
         expect(whole, "a member of the zip archive without a header", start)
         start += LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         expect(start + info.file_size <= len(data), "a member that reaches beyond the file", start)
-        expect(info.filename not in found, "two members of one name", start)
+        expect(info.filename not in found, "two members with the same name", start)
         found[info.filename] = (start, view[start : start + info.file_size])
     return found
 
@@ -138,7 +138,7 @@ def _loads_legacy(view: memoryview) -> Any:
         expect(end <= len(view), "a tensor storage reaches beyond the file; it may be cut off", position)
         storages[name] = view[position + 8 : end]
         position = end
-    expect(position == len(view), "bytes behind the last tensor storage", position)
+    expect(position == len(view), "bytes after the last tensor storage", position)
     budget = Budget.for_file(len(view))
     machine = Machine(view, ArchiveWorld(budget, storages), budget)
     machine.position = start
