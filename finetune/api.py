@@ -88,7 +88,7 @@ def evaluate(
         image_set = real_images(
             G, data, fit=fit, labels_from=labels, mirror=mirror, workers=workers, progress=progress
         )
-    with float32_math(), progress_bar("looking at the images", len(image_set)) as progress:
+    with float32_math(), progress_bar("computing features of the real images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
             metrics,

@@ -253,8 +253,8 @@ class TrainOptions:
     graphs: str | None = _option(MACHINE, "CUDA graphs for the parts of a step, on a GPU.", default="auto",
         choices=GRAPHS)
     deterministic: bool | None = _option(
-        MACHINE, "Repeat and resume a run on one GPU bit for bit, more slowly. On a CPU, runs always do.",
-        default=False)
+        MACHINE, "Bit-exact results for repeated and resumed runs on one GPU; slower. CPU runs are always "
+        "bit-exact.", default=False)
     workers: int | None = _option(
         MACHINE, "Processes that decode images; 0: the main process.", shown="0 on a CPU, up to 4 on a GPU",
         at_least=0)

@@ -135,7 +135,7 @@ def measurement(config: Any, data: str, name: str, num: int, seed: int, device: 
             workers=config.workers,
             progress=progress,
         )
-    with progress_bar("looking at the images", len(image_set)) as progress:
+    with progress_bar("computing features of the real images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
             [name],

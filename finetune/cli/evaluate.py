@@ -38,7 +38,7 @@ DEFAULT = "fd-effnet,random-fid"
     metavar="LIST",
     help="Of fid, kid, prc (precision, recall) and ppl, which download Inception or VGG weights once; "
     "random-fid; fd-effnet, kid-effnet, prc-effnet, ppl-effnet, the first three with -stlpips, and "
-    "memorization (share of near copies of real images), which need no download.",
+    "memorization (fraction of near copies of real images), which need no download.",
 )
 @click.option(
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."
@@ -168,7 +168,7 @@ def measure(
         )  # fmt: skip
     if group.is_first and (others := differing_names(checkpoint.class_names, image_set.class_names)):
         click.echo(f"{data}: {others}. Classes are compared by number.", err=True)
-    with float32_math(), bar("looking at the images", len(image_set)) as progress:
+    with float32_math(), bar("computing features of the real images", len(image_set)) as progress:
         evaluation = Evaluation(
             image_set,
             names,

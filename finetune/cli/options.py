@@ -177,7 +177,7 @@ def offline_option(**overrides: Any):
         "is_flag": True,
         "callback": set_variable,
         "expose_value": False,
-        "help": f"Never use the network. Also ${OFFLINE_VARIABLE}.",
+        "help": f"Disable internet access. Also ${OFFLINE_VARIABLE}.",
     }
     return click.option("--offline", **{**settings, **overrides})
 

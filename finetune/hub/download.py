@@ -286,7 +286,7 @@ def _check_response(url: str, response: Any, expected: Expected) -> None:
         raise DownloadFailed(f"{url}: redirects to {steps[-1]}, which is not encrypted")
     if response.status_code in (200, 206, 416):
         return
-    what = f"{url} answers {response.status_code} {response.reason or ''}".rstrip()
+    what = f"{url} returned {response.status_code} {response.reason or ''}".rstrip()
     if response.status_code not in RETRYABLE_STATUS:
         raise DownloadFailed(what)
     after, wait = response.headers.get("Retry-After", "").strip(), None  # seconds or a date

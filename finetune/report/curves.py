@@ -32,7 +32,7 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     (
         "Losses",
         {"loss_G": "G", "loss_D": "D"},
-        "They balance each other and settle; no image quality can be read from them.",
+        "They level off in a good run; they do not measure image quality.",
     ),
     (
         "Scores of D",

@@ -93,7 +93,7 @@ def test_fetch_verifies_existing_file(server, get, tmp_path):
 @pytest.mark.parametrize(
     "plan, expected, words",
     [
-        (404, {}, "answers 404 Not Found"),
+        (404, {}, "returned 404 Not Found"),
         ((302, {"Location": "/a"}), {}, "too many redirects"),
         (PAGE, {}, "not a network but a web page: 'Model not found'"),
         (PAGE, {"size": SIZE, "sha256": SHA256}, "a web page: 'Model not found'"),
@@ -124,7 +124,7 @@ def test_fetch_refuses_wrong_content(server, get, pauses, tmp_path, plan, expect
 @pytest.mark.parametrize(
     "thing, words",
     [
-        (503, "answers 503"),
+        (503, "returned 503"),
         (
             "half-unnamed",
             f"broke after {HALF // 4096 * 4096:,}|broke after {HALF:,} of {SIZE:,} bytes",
@@ -192,7 +192,7 @@ def test_fetch_restarts_after_wrong_range(server, get, pauses, answer, expected)
 
 
 def test_fetch_resumes_earlier_part(server, get, tmp_path):
-    refused(get, "answers 404", "half", 404)
+    refused(get, "returned 404", "half", 404)
     assert left(tmp_path) == ["a.pkl.part", "a.pkl.part.json"]
     assert get("file").read_bytes() == CONTENT
     assert int(server.requests[-1][1]["Range"][6:-1]) >= HALF - 4096
@@ -200,7 +200,7 @@ def test_fetch_resumes_earlier_part(server, get, tmp_path):
 
 @pytest.mark.parametrize("note", ["", "[]", "1", '{"url": 1}'])
 def test_fetch_restarts_part_with_damaged_note(server, get, tmp_path, note):
-    refused(get, "answers 404", "half", 404)
+    refused(get, "returned 404", "half", 404)
     (tmp_path / "a.pkl.part.json").write_text(note)
     assert get("file").read_bytes() == CONTENT
     assert "Range" not in server.requests[-1][1]
@@ -222,7 +222,7 @@ def test_fetch_restarts_mismatched_parts(server, get, tmp_path):
     messages = []
     path = fetch(urls, tmp_path / "a.pkl", sha256=SHA256, on_message=messages.append)
     assert path.read_bytes() == CONTENT
-    assert "answers 404 Not Found. Trying another URL." in messages[1]
+    assert "returned 404 Not Found. Trying another URL." in messages[1]
     assert "are of different files" in messages[2]
     assert [("Range" in headers) for name, headers in server.requests if name == "b"] == [True, False]
 
@@ -231,7 +231,7 @@ def test_fetch_reports_failures_of_all_urls(server, pauses, tmp_path):
     server.plan |= {"a": [404], "b": [PAGE]}
     with pytest.raises(FinetuneError) as caught:
         fetch([f"{server.url}/a", f"{server.url}/b"], tmp_path / "a.pkl")
-    assert "answers 404" in caught.value.what and "Model not found" in caught.value.what
+    assert "returned 404" in caught.value.what and "Model not found" in caught.value.what
     assert "\n" not in caught.value.what and left(tmp_path) == []
 
 
