@@ -76,7 +76,7 @@ class Run:
             self.seconds.setdefault(name, []).append(value)
 
     def summary(self, ticks: dict[float, float]) -> dict[str, Any]:
-        """Return medians in ms, and the share of the diagnostics in ticks (of runs of some kimg)."""
+        """Return medians in ms, and the fraction of the diagnostics in ticks (of runs of some kimg)."""
         plan = self.plan
         median = {
             name: statistics.median(values[1:]) for name, values in self.seconds.items()
@@ -125,7 +125,7 @@ def main() -> None:
         for run in runs.values():
             run.take_all()
     results = {family: run.summary(ticks) for family, run in runs.items()}
-    header = [*HEADER, *(f"share, {kimg:g} kimg (tick {tick:g})" for kimg, tick in ticks.items())]
+    header = [*HEADER, *(f"fraction, {kimg:g} kimg (tick {tick:g})" for kimg, tick in ticks.items())]
     rows = []
     for family, each in results.items():
         counts = each["steps_in_a_tick"]

@@ -52,4 +52,4 @@ def kernel_table(
         f"Kernels of {name}: {calls} calls, {total:.3f} s in all, {covered:.3f} s covered; "
         f"the cycle takes {cycle:.3f} s, under the profiler {profiled:.3f} s."
     )
-    return head + "\n\n" + table(["ms", "share", "calls", "kernel"], rows)
+    return head + "\n\n" + table(["ms", "fraction", "calls", "kernel"], rows)

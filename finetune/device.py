@@ -20,7 +20,7 @@ ALGORITHMS = 4
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn `--device` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) into a torch device that is really there.
+    """Turn `--device` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) into a torch device that exists.
 
     `auto` prefers CUDA, then MPS, then the CPU. Raises ConfigError if the named device does not exist.
     """

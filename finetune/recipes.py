@@ -1,6 +1,7 @@
 """The defaults of a training run, each from the checkpoint, the resolution, the machine or the data set.
 
-`RULES` is the table of them, in the order in which they are decided: what stands higher may be used below.
+`RULES` is the table of them, in the order in which they are decided: a rule may use the values of earlier
+rules.
 """
 
 from __future__ import annotations

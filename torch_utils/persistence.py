@@ -1,9 +1,8 @@
 """Objects that carry the source of their class, in the file format of the StyleGAN family.
 
 An instance of a class decorated with `persistent_class` is pickled as a call of `_reconstruct_persistent_obj`
-with
-a dict: the source text of the module that defines the class, the name of the class and the state. Other code
-bases execute that source to read such a file. This one never does: it rebuilds an object only if the very
+with a dict: the source text of the module that defines the class, the name of the class and the state. Other
+code bases execute that source to read such a file. This one never does: it rebuilds an object only if the
 same source is already installed here as one of its own models, and leaves every other file to
 `finetune.load`.
 """

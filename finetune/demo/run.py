@@ -60,7 +60,7 @@ def recipe(outdir: Path, checkpoint: Path, images: Path, kimg: float, seed: int)
         data=str(images),
         outdir=str(outdir / "runs"),
         resume=str(checkpoint),
-        recipe="adapt",  # few as the images are, another look needs all of D
+        recipe="adapt",  # the style changes, so all of D has to train
         kimg=kimg,
         batch=8,
         gamma=0.2,

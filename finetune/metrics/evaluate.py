@@ -60,7 +60,7 @@ class Evaluation:
 
     which: of METRICS. `random-fid`: `RandomFeatures` over the seeds 0, 1, 2 (mean and spread). `fid`, `kid`,
     `prc` (precision and recall): Inception features; with `-effnet` those of `EfficientNetLite0.pooled`,
-    with `-stlpips` those of ST-LPIPS's VGG16. `ppl`: perceptual path length. `memorization`: share of near
+    with `-stlpips` those of ST-LPIPS's VGG16. `ppl`: perceptual path length. `memorization`: fraction of near
     copies of real images, in the features of EfficientNet-Lite0. workers: processes that decode images.
     cache: keep the statistics of the real images. inception: the file of its weights, fetched if None.
     group: this process among others that do the same; each processes its part of the images, in batches that

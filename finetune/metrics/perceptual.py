@@ -1,9 +1,9 @@
 """Perceptual distances between images, and their weights.
 
 Every backbone is a `Distance`: two batches `[N, C, H, W]` with values in about [-1, 1] to `[N]`. Generators
-overshoot that range a little and are not clamped (a clamp would silence the gradient exactly where it is
-needed); images that look like [0, 1] or 0…255 are refused, because a perceptual network would quietly give
-wrong answers on them.
+overshoot that range a little and are not clamped (a clamp would zero the gradient exactly where it is
+needed); images that look like [0, 1] or 0…255 are refused, because a perceptual network would return wrong
+distances without an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """StyleGAN2: the generator, and the discriminator that StyleGAN3 shares.
 
-This file travels inside every checkpoint and is read there by other programs: see README.md next to it for
-what it may import and which names may not change.
+The source of this file is embedded in every exported pickle and executed by other programs: see README.md
+next to it for what it may import and which names may not change.
 
 Shapes: z [N, z_dim], c [N, c_dim], ws [N, num_ws, w_dim], img [N, img_channels, H, W] float32, about [-1, 1].
 A resolution is the longer side of an image; its height and width follow from `base_shape`, those of the 4x4

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """StyleGAN3: the alias-free generator, configurations T (translation) and R (translation and rotation).
 
-This file travels inside every checkpoint and is read there by other programs: see README.md next to it for
-what it may import and which names may not change. The discriminator is StyleGAN2's.
+The source of this file is embedded in every exported pickle and executed by other programs: see README.md
+next to it for what it may import and which names may not change. The discriminator is StyleGAN2's.
 
 Shapes: z [N, z_dim], c [N, c_dim], ws [N, num_ws, w_dim], img [N, img_channels, R, R] float32, about [-1, 1].
 Frequencies are in cycles per image width, sampling rates in pixels per image width; feature maps continue

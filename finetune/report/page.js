@@ -93,7 +93,7 @@ for (const chart of all(".chart")) {
   });
 }
 
-// Reload while the run is going, but not under the hands of a reader.
+// Reload while the run is active, unless the page was used recently.
 const { written, reload } = document.body.dataset;
 let lastInput = 0;
 for (const kind of ["pointerdown", "keydown", "wheel", "touchmove"]) {

@@ -178,7 +178,10 @@ def new_networks(config: TrainConfig, facts: RunFacts) -> tuple[torch.nn.Module,
 def networks_from(
     checkpoint: Checkpoint, config: TrainConfig, facts: RunFacts
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """Copy a checkpoint's G, D and G_ema with the recipe's switches; a missing generator is the other one."""
+    """Copy a checkpoint's G, D and G_ema with the recipe's switches.
+
+    If G or G_ema is missing, the other one is copied.
+    """
     start: Network = checkpoint.G if checkpoint.G is not None else checkpoint.G_ema
     start_D: Network = checkpoint.D
     changes: dict[str, Any] = {}

@@ -259,7 +259,7 @@ def merge_options(asked: TrainOptions, saved: SavedState) -> tuple[TrainOptions,
     Raises ConfigError that lists what cannot be changed; RunFinished if the run has reached its length.
     """
     before = TrainConfig.from_json(saved.content["config"])
-    # What the distance was for the log alone, at weight 0, need not fit a loss: it is reset.
+    # At weight 0, sd_backbone and sd_interval were chosen for logging only; choose them again for the loss.
     reset = ("sd_backbone", "sd_interval") if asked.sd_weight and not before.sd_weight else ()
     new = {name: value for name, value in asked.given().items() if value != getattr(before, name)}
     if problems := [

@@ -330,7 +330,7 @@ class NullRunDir(RunDir):
 
 
 def public_options(config: TrainConfig) -> dict:
-    """Return the options that travel with a checkpoint; paths are reduced to their basename."""
+    """Return the options stored in a checkpoint; paths are reduced to their basename."""
     options = config.to_dict()
     del options["outdir"]
     return options | {name: Path(options[name]).name for name in ("data", "resume") if options[name]}

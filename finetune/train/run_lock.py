@@ -25,8 +25,7 @@ def own(run_dir: Path) -> Iterator[None]:
     """Hold the lock file of a run folder: host, pid and start time, with its modification time as heartbeat.
 
     A lock without a heartbeat for STALE_SEC, or of a process of this machine and container that has ended, is
-    replaced.
-    Raises ConfigError if another process has it.
+    replaced. Raises ConfigError if another process has it.
     """
     path = run_dir / NAME
     with lock(lock_path(path)):  # processes of this machine that find the same stale lock take turns

@@ -16,7 +16,7 @@ from finetune.train.diagnostics import Diagnostics
 from finetune.train.divergence import Alarm
 from finetune.train.state import TrainState
 
-CHECK_EVERY = 16  # steps between checks for non-finite values on a device that would have to be waited for
+CHECK_EVERY = 16  # steps between checks for non-finite values on a device that needs a synchronization
 
 
 class Stats:
@@ -99,8 +99,8 @@ class Stats:
     def find_not_finite(self, step: int, *, at_tick: bool) -> list[Alarm]:
         """Return an alarm for each recorded value that is not finite, and forget the value.
 
-        Sums over all ranks first if a tick is due. On a device that would have to be waited for, looks only
-        then and every `CHECK_EVERY` steps.
+        Sums over all ranks first if a tick is due. On a device that needs a synchronization, looks only then
+        and every `CHECK_EVERY` steps.
         """
         if at_tick:
             self.is_reduced = True

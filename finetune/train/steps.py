@@ -18,9 +18,8 @@ from finetune.train.latents import Latents, NoiseReplay, draw_latents, map_laten
 from finetune.train.state import Plan, TrainState
 from finetune.train.stats import Stats
 
-RealBatch = list[
-    tuple[torch.Tensor, torch.Tensor]
-]  # images [n, C, H, W] and labels [n, c_dim], by micro-batch
+# Images [n, C, H, W] and labels [n, c_dim], by micro-batch.
+RealBatch = list[tuple[torch.Tensor, torch.Tensor]]
 
 # Names of phases, and of the gap between two steps. They are hashed into every draw (`reseed`): a new name
 # changes all random numbers.

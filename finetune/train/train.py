@@ -1,4 +1,4 @@
-"""A training run: open or resume the run folder, then THE loop."""
+"""A training run: open or resume the run folder, and run the training loop."""
 
 from __future__ import annotations
 

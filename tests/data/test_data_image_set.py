@@ -99,7 +99,7 @@ def test_image_set_pickles(eight, kind):
     images.preload()
     data = pickle.dumps(images)
     again = pickle.loads(data)
-    assert len(data) < 3000, "the preloaded pixels or an open file travel along"
+    assert len(data) < 3000, "the preloaded pixels or an open file are pickled as well"
     for i in (0, 7):
         assert all(np.array_equal(a, b) for a, b in zip(again[i], images[i]))
     assert again.content_hash() == images.content_hash()

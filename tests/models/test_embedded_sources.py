@@ -1,4 +1,4 @@
-"""The files of finetune/models travel inside checkpoints: they keep to the rules of that room's README."""
+"""The files of finetune/models, embedded in exported pickles: they follow the rules of models/README.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-distillation: exactly 0 for equal networks, and its schedule, share and resolution."""
+"""Self-distillation: exactly 0 for equal networks, and its schedule, ratio and resolution."""
 
 import copy
 

@@ -17,8 +17,7 @@ def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 
     input: `[N, C, H, W]`. grid: `[N, H', W', 2]` in the dtype of `input`, (x, y) in [-1, 1] where the image
     is. Equals `torch.nn.functional.grid_sample(..., mode='bilinear', padding_mode='zeros',
-    align_corners=False)`.
-    Returns `[N, C, H', W']`. Raises ValueError for shapes that do not fit.
+    align_corners=False)`. Returns `[N, C, H', W']`. Raises ValueError for shapes that do not fit.
     """
     if input.ndim != 4 or grid.ndim != 4 or grid.shape[3] != 2 or grid.shape[0] != input.shape[0]:
         raise ValueError(

@@ -72,10 +72,8 @@ def upfirdn2d(
     """Insert zeros, pad, convolve with `f` over full overlaps, keep every `down`-th pixel, times `gain`.
 
     x: `[N, C, H, W]`, floating point. f: `[ty, tx]`, or `[t]` to be used along both axes, or None for the
-    identity.
-    up, down: int or `[x, y]`. padding: int, `[x, y]` or `[x0, x1, y0, y1]` in upsampled pixels, negative
-    crops.
-    flip_filter: False convolves, True correlates. f gets no gradient.
+    identity; it gets no gradient. up, down: int or `[x, y]`. padding: int, `[x, y]` or `[x0, x1, y0, y1]` in
+    upsampled pixels, negative crops. flip_filter: False convolves, True correlates.
     Returns `[N, C, (H*up + y0 + y1 - ty) // down + 1, likewise W]` in the dtype of `x`.
     Raises TypeError, ValueError for arguments that are invalid or leave no output pixel.
     """

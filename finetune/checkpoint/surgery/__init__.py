@@ -26,8 +26,7 @@ class TargetShape:
 
     c_dim: number of classes, 0 for none. classes: `keep`, `extend` or `fresh`, how embeddings derive from the
     old ones. class_names: of the new classes; embeddings are kept by name if the checkpoint states names too,
-    else by number.
-    new_d: build a discriminator, because the file has none or to replace it.
+    else by number. new_d: build a discriminator, because the file has none or to replace it.
     """
 
     c_dim: int | None = None
