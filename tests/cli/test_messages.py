@@ -199,7 +199,7 @@ def test_message_of_too_little_memory_names_a_size_that_works(invoke, monkeypatc
     for words in (
         "--batch-gpu 4: out of memory on the GPU (CUDA out of memory. Tried to allocate 2 GiB.).",
         "--batch-gpu 2\n",
-        "Largest measured size of stylegan2: 256 px with --batch-gpu 32 takes 17.6 GiB",
+        "Measured for stylegan2: 256 px with --batch-gpu 32 takes 6.2 GiB (docs/performance.md)",
     ):
         assert words in result.output, words
     line = next(line for line in result.output.splitlines() if "finetune train --resume" in line)
