@@ -309,6 +309,7 @@ class TestSteps:
         assert rotating.G.init_kwargs["channel_max"] == 2 * plain.G.init_kwargs["channel_max"] == 16
         assert [p.shape for p in rotating.D.parameters()] == [p.shape for p in plain.D.parameters()]
 
+    @pytest.mark.slow
     def test_benchmarks_cycle_of_the_real_loop_is_measured(self, modules, monkeypatch, capsys, tmp_path):
         words = "--families stylegan2 --distances none l2 --resolution 16 --cbase 64 --cmax 8 --batch 4"
         words += f" --warmup 0 --cycles 1 --arms auto --out {tmp_path}/step.md"
@@ -373,6 +374,7 @@ class TestAgainst:
             self.against(modules, monkeypatch, tmp_path, "--families", "stylegan2")
 
 
+@pytest.mark.slow
 def test_benchmarks_tiles_are_tried_in_turn(modules, emulated, monkeypatch):
     bench, ops = modules["bench_tiles"], modules["bench_ops"]
     monkeypatch.setattr(bench.plan, "WARPS", (2,))  # each width is a program to compile

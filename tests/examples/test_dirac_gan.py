@@ -116,6 +116,7 @@ def test_dirac_gan_gradient_descent_near_the_solution_is_its_matrix(dirac, game,
     np.testing.assert_allclose(states[-1], expected, rtol=1e-4, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_dirac_gan_what_the_page_says_of_updates(dirac):
     """Plain simultaneous descent is thrown out, alternating circles, self-distillation comes in."""
     plain, distilled = dirac.METHODS["plain"], dirac.METHODS["self-distillation"]

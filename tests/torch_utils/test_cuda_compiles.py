@@ -156,7 +156,14 @@ def test_cuda_every_spec_compiles_with_nvrtc(name):
     compiled(lambda: cuda_build.nvrtc(plan_of(name, (9, 0)), (9, 0)))
 
 
-@pytest.mark.parametrize("capability", [c for c in ARCHITECTURES if c != (9, 0)], ids=str)
+# Some 2 s of one core each: the others, of which none is the first or last, are slow tests.
+QUICK = ((7, 5), (8, 0), (12, 0))
+CAPABILITIES = [
+    pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in ARCHITECTURES if c != (9, 0)
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_cuda_every_architecture_compiles_with_nvrtc(capability):
     for name in ON_ALL:
         compiled(lambda name=name: cuda_build.nvrtc(plan_of(name, capability), capability))

@@ -74,6 +74,7 @@ print(*found, faults())
 
 
 @pytest.mark.skipif(not GLIBC or os.sysconf("SC_PAGE_SIZE") != 4096, reason="reads /proc as of Linux on x86")
+@pytest.mark.slow
 def test_keep_freed_memory_and_freed_at_once(untuned):
     done = subprocess.run([sys.executable, "-c", SAVES], cwd=ROOT, capture_output=True, text=True, check=True)
     *found, faults = done.stdout.split()

@@ -78,7 +78,8 @@ def future(content):
 
 # StyleGAN3 has averages of magnitudes besides, and none of the lazy path length.
 @pytest.mark.parametrize(
-    "family, kimg, stops", [("stylegan2", 0.096, (20, 52)), ("stylegan3-t", 0.04, (20,))]
+    "family, kimg, stops",
+    [("stylegan2", 0.096, (20, 52)), pytest.param("stylegan3-t", 0.04, (20,), marks=pytest.mark.slow)],
 )
 def test_resume_is_bit_exact(family, kimg, stops, images, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.data.image_set.ImageSet.preload", lambda self, *args, **kwargs: False)

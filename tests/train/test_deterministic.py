@@ -136,7 +136,9 @@ def asked(images, tmp_path, **changes):
     return options(images, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("family", ["stylegan2", "stylegan3-t", "stylegan3-r"])
+@pytest.mark.parametrize(
+    "family", ["stylegan2", "stylegan3-t", pytest.param("stylegan3-r", marks=pytest.mark.slow)]
+)
 def test_steps_have_no_random_order(family, images, tmp_path):
     """All phases and augmentations, with the optimizers."""
     names = ops_of_step(prepare(asked(images, tmp_path, family=family)), deterministic=True)
