@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from finetune.data.decode import decode, height_and_width
 from finetune.data.labels import read_labels
 from finetune.data.problems import Problem, Unusable, escaped, hint, refusal
-from finetune.data.sources import Source, open_source
+from finetune.data.sources import open_source
 from finetune.data.workers import in_order
 from finetune.errors import DataError
 from finetune.options import CHANNELS, FITS
@@ -30,9 +30,8 @@ class ImageSet(Dataset):
 
     `resolution` is the side of square images, or (height, width). `labels_from`: `file` or `folders`.
     `num_classes` is 0 if labels are not used, else that of the network (given) or of the labels.
-    With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. `limit` keeps that many images,
-    chosen by `seed`. Raises DataError: on opening if images or labels are missing, on reading if an
-    image is unusable (`scan` finds all of those beforehand).
+    With `mirror` items n to 2n-1 are items 0 to n-1 flipped left-right. Raises DataError: on opening if
+    images or labels are missing, on reading if an image is unusable (`scan` finds all of those beforehand).
     """
 
     def __init__(
@@ -46,8 +45,6 @@ class ImageSet(Dataset):
         labels_from: str = "file",
         num_classes: int | None = None,
         mirror: bool = False,
-        limit: int | None = None,
-        seed: int = 0,
     ) -> None:
         check_channels(channels)
         if fit is not None and fit not in FITS:
@@ -60,7 +57,7 @@ class ImageSet(Dataset):
         real = self.path.resolve()
         name = real.stem if self.path.is_file() else real.name
         self.name = name.encode("utf-8", "replace")[:MAX_NAME].decode("utf-8", "ignore")
-        self.names = choose(self.source, limit, seed)
+        self.names = self.source.names
         self._labels = None
         if use_labels:
             self._labels, problems = read_labels(self.source, self.names, num_classes, labels_from)
@@ -71,10 +68,6 @@ class ImageSet(Dataset):
     @property
     def num_classes(self) -> int:
         return 0 if self._labels is None else self._labels.num_classes
-
-    @property
-    def has_labels(self) -> bool:
-        return self._labels is not None
 
     @property
     def label_kind(self) -> str | None:
@@ -90,16 +83,14 @@ class ImageSet(Dataset):
         return len(self.names) * (2 if self.mirror else 1)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image, flip = self._locate(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        flip, image = divmod(index % len(self), len(self.names))
         pixels = self._read(image) if self._pixels is None else self._pixels[image]
         return (pixels[:, :, ::-1] if flip else pixels).copy(), self._label_of(image)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": None}  # a copy in another process reads the files itself
-
-    def label(self, index: int) -> np.ndarray:
-        """Return the label of an item, float32 `[num_classes]`: one-hot for a class, empty without labels."""
-        return self._label_of(self._locate(index)[0])
 
     def random_labels(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw labels of `n` images with replacement, float32 `[n, num_classes]`."""
@@ -158,13 +149,6 @@ class ImageSet(Dataset):
             digest.update(self._label_of(index).tobytes())
         return digest.hexdigest()
 
-    def _locate(self, index: int) -> tuple[int, bool]:
-        """Return (image number, whether it is flipped) of an item."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        flip, image = divmod(index % len(self), len(self.names))
-        return image, bool(flip)
-
     def _label_of(self, image: int) -> np.ndarray:
         return np.zeros(0, np.float32) if self._labels is None else self._labels.one_hot(image)
 
@@ -188,16 +172,6 @@ def check_channels(channels: int) -> None:
     if channels not in CHANNELS:
         known = "1 (gray), 3 (color) and 4 (color with alpha)"
         raise DataError(f"The network has {channels} image channels, which is not supported ({known} are).")
-
-
-def choose(source: Source, limit: int | None, seed: int) -> list[str]:
-    """Return all names, or `limit` of them chosen by `seed`, sorted."""
-    if limit is None or limit >= len(source.names):
-        return source.names
-    if limit < 1:
-        raise ValueError(f"limit={limit}: at least one image is needed")
-    picked = np.random.RandomState(seed % 2**32).permutation(len(source.names))[:limit]
-    return [source.names[index] for index in sorted(picked)]
 
 
 class _Batches(Dataset):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data.decode import height_and_width
-from finetune.data.image_set import choose
 from finetune.data.labels import Labels, advise_folders, has_labels, labels_without_image, read_labels
 from finetune.data.look_cache import look_at_all
 from finetune.data.looking import Look
@@ -148,8 +147,6 @@ def scan(
     labels_from: str = "file",
     num_classes: int | None = None,
     workers: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     thorough: bool = False,
     fresh: bool = False,
@@ -158,15 +155,15 @@ def scan(
 
     Images that have not changed since the last time are not decoded again, unless `fresh`.
     `resolution` (the side, or height and width) with no `fit` makes every other size a problem; without a
-    resolution sizes are only counted. `limit` and `seed` choose the same images as ImageSet.
-    `progress(done, total)` is called after each image that was decoded, and at the end. A `thorough` scan
-    lists remarks as well, and labels that cannot be had at all are a problem among others. Raises DataError
-    only if there is nothing to look at (no such path, no image, no labels at all).
+    resolution sizes are only counted. `progress(done, total)` is called after each image that was decoded,
+    and at the end. A `thorough` scan lists remarks as well, and labels that cannot be had at all are a
+    problem among others. Raises DataError only if there is nothing to look at (no such path, no image, no
+    labels at all).
     """
     if fit is not None and fit not in FITS:
         raise ValueError(f"fit={fit!r} is none of {', '.join(FITS)}")
     source = open_source(path)
-    names = choose(source, limit, seed)
+    names = source.names
     labels, problems = None, list[Problem]()
     if use_labels:
         labels, problems = _labels(source, names, num_classes, labels_from, thorough)

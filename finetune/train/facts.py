@@ -58,8 +58,8 @@ def read_data(
                 "classes to it."
             )
     group.barrier("the scan of the data")
-    mirror, seed = bool(options.mirror), options.seed or 0
-    image_set = ImageSet(str(options.data), **asked, channels=channels, mirror=mirror, seed=seed)
+    mirror = bool(options.mirror)
+    image_set = ImageSet(str(options.data), **asked, channels=channels, mirror=mirror)
     if checkpoint is not None:
         notes += compare_labels(checkpoint, image_set, options.classes)
     facts = RunFacts(

@@ -63,26 +63,6 @@ def test_image_set_refuses_impossible_channels_and_fits(eight):
         ImageSet(eight(), resolution=8, channels=3, fit="squash")
 
 
-def test_image_set_limit_is_seeded(eight):
-    def names(**options):
-        return ImageSet(eight(), resolution=8, channels=3, **options).names
-
-    assert names(limit=8) == names(limit=99) == names()
-    five = names(limit=5, seed=1)
-    assert len(five) == 5 and five == sorted(five) == names(limit=5, seed=1) and set(five) <= set(names())
-    assert len({tuple(names(limit=5, seed=seed)) for seed in range(8)}) > 1
-    assert len(ImageSet(eight(), resolution=8, channels=3, limit=5, mirror=True)) == 10
-    with pytest.raises(ValueError, match="limit=0"):
-        names(limit=0)
-
-
-def test_image_set_limit_keeps_labels(eight):
-    everything = ImageSet(eight(), resolution=8, channels=3, use_labels=True)
-    some = ImageSet(eight(), resolution=8, channels=3, use_labels=True, num_classes=3, limit=4, seed=2)
-    for i, name in enumerate(some.names):
-        assert np.array_equal(some.label(i), everything.label(everything.names.index(name)))
-
-
 def test_image_set_unchecked_problem_names_file(eight):
     path = eight()
     images = ImageSet(path, resolution=4, channels=3)
@@ -139,7 +119,6 @@ def test_image_set_content_hash_covers_all_settings(eight, encode):
     others = [
         digest(channels=1),
         digest(mirror=True),
-        digest(limit=4),
         digest(resolution=4),
         digest(fit="crop"),
         digest(use_labels=True),

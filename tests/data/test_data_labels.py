@@ -168,9 +168,8 @@ def test_labels_names_with_backslashes_match(labeled):
 def test_labels_of_image_set(labeled):
     path = labeled(pairs(2, 0, 2))
     images = ImageSet(path, resolution=4, channels=3, use_labels=True, num_classes=4, mirror=True)
-    assert images.has_labels and images.num_classes == 4
-    assert [images.label(i).argmax() for i in range(6)] == [2, 0, 2, 2, 0, 2]
-    assert np.array_equal(images[4][1], images.label(4))
+    assert images.num_classes == 4
+    assert [images[i][1].argmax() for i in range(6)] == [2, 0, 2, 2, 0, 2]
     drawn = images.random_labels(300, torch.Generator().manual_seed(0))
     assert drawn.shape == (300, 4) and drawn.dtype == torch.float32
     share = drawn.mean(0)
@@ -181,7 +180,7 @@ def test_labels_of_image_set(labeled):
 
 def test_labels_absent_have_length_0(labeled):
     images = ImageSet(labeled(None), resolution=4, channels=3)
-    assert not images.has_labels and images[0][1].shape == (0,) and images.label(0).dtype == np.float32
+    assert images.num_classes == 0 and images[0][1].shape == (0,) and images[0][1].dtype == np.float32
     assert images.random_labels(5).shape == (5, 0)
 
 

@@ -133,18 +133,6 @@ def test_scan_escapes_control_characters(tmp_path):
     assert r"a\x1b[31m\n\xa0.png: " in message(scan(tmp_path / "set.zip"))
 
 
-def test_scan_limit_covers_used_images(eight):
-    from finetune.data import ImageSet
-
-    path = eight()
-    chosen = ImageSet(path, resolution=8, channels=3, limit=3, seed=5).names
-    for name in set(ImageSet(path, resolution=8, channels=3).names) - set(chosen):
-        (path / name).write_bytes(b"")
-    found = scan(path, limit=3, seed=5)
-    found.raise_for_problems()
-    assert found.num_images == 3 and len(scan(path).problems) == 5
-
-
 @pytest.mark.parametrize("kind", ["", ".zip"])
 def test_scan_workers_give_equal_result(eight, kind, monkeypatch):
     monkeypatch.setattr(workers, "PARALLEL_FROM", 1)

@@ -1,5 +1,7 @@
 """Near copies of training images: planted ones are found, others are not."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -30,8 +32,11 @@ class Copier(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def faces():
-    return ImageSet(IMAGES, resolution=64, channels=3, limit=24)
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    with zipfile.ZipFile(IMAGES) as archive:
+        archive.extractall(folder, sorted(archive.namelist())[:24])
+    return ImageSet(folder, resolution=64, channels=3)
 
 
 def test_memorization_finds_planted_copies(faces, tmp_path):
