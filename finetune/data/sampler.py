@@ -24,7 +24,6 @@ class InfiniteSampler(Sampler[int]):
         rank: int = 0,
         num_replicas: int = 1,
         block: int = 1,
-        shuffle: bool = True,
         seed: int = 0,
     ) -> None:
         if num_items < 1 or block < 1 or not 0 <= rank < num_replicas:
@@ -33,7 +32,7 @@ class InfiniteSampler(Sampler[int]):
             )
         self.block = block
         self.num_items, self.rank, self.num_replicas = num_items, rank, num_replicas
-        self.shuffle, self.seed = shuffle, seed
+        self.seed = seed
         self.position = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -49,16 +48,11 @@ class InfiniteSampler(Sampler[int]):
 
     def state_dict(self) -> dict:
         """Return plain numbers from which another sampler continues exactly."""
-        return {
-            "position": self.position,
-            "num_items": self.num_items,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
+        return {"position": self.position, "num_items": self.num_items, "seed": self.seed}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state`. Raises ValueError if it belongs to another order."""
-        for name in ("num_items", "seed", "shuffle"):
+        for name in ("num_items", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the state has {name}={state[name]}, this sampler has {getattr(self, name)}"
@@ -66,8 +60,6 @@ class InfiniteSampler(Sampler[int]):
         self.position = int(state["position"])
 
     def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_items)
         # RandomState is the one generator whose stream numpy promises never to change.
         words = [self.seed % 2**32, (self.seed >> 32) % 2**32, epoch % 2**32]
         return np.random.RandomState(words).permutation(self.num_items)
