@@ -176,22 +176,19 @@ def recompiled(plan: LaunchPlan, capability: tuple[int, int]) -> bytes:
         return cuda_build.nvrtc(plan.specialization(), capability, replace=True)
 
 
-def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int], maker: str = "auto") -> str:
-    """Build many specializations ahead of time; `maker`: auto, nvcc, nvrtc. Returns who made them.
+def build_cuda(plans: Sequence[LaunchPlan], capability: tuple[int, int]) -> str:
+    """Build many specializations ahead of time, by nvcc if it works; return who made them, nvcc or nvrtc.
 
-    Raises NativeUnavailable. 'auto' takes nvcc, which builds them in parallel, if it works.
+    Raises NativeUnavailable.
     """
     from torch_utils.ops.native.building import cuda_build
 
-    if maker != "nvrtc":
-        try:
-            cuda_build.nvcc(plans, capability)
-            return "nvcc"
-        except NativeUnavailable:
-            if maker == "nvcc":
-                raise
-    cuda_build.nvrtc_many(plans, capability)
-    return "nvrtc"
+    try:
+        cuda_build.nvcc(plans, capability)
+        return "nvcc"
+    except NativeUnavailable:
+        cuda_build.nvrtc_many(plans, capability)
+        return "nvrtc"
 
 
 def have_cuda_kernels() -> None:

@@ -140,7 +140,7 @@ def test_building_compilers_nvcc_without_output(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_build, "nvrtc_many", lambda plans, capability: [])
     assert custom_ops.build_cuda([PLAN], (8, 0)) == "nvrtc"
     with pytest.raises(NativeUnavailable, match="no message and no output file"):
-        custom_ops.build_cuda([PLAN], (8, 0), "nvcc")
+        cuda_build.nvcc([PLAN], (8, 0))
 
 
 def test_building_compilers_nvcc_error_is_quoted(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,12 +30,10 @@ CLAMP = 256.0
 ALIGNED = 4096  # an address that stands for any that torch gives
 
 
-def specializations(
-    capability: tuple[int, int], dtypes: Iterable[torch.dtype] = (torch.float16, torch.float32)
-) -> list[LaunchPlan]:
+def specializations(capability: tuple[int, int]) -> list[LaunchPlan]:
     """Return one plan for each specialization, of no particular launch."""
     found = {}
-    for dtype in dtypes:
+    for dtype in (torch.float16, torch.float32):
         needed = (_bias_act, _fma, _unit_distance, _upfirdn2d, _filtered_lrelu)
         for op, struct in itertools.chain(*(each(dtype) for each in needed)):
             for name in ("input", "out", "x", "y"):
