@@ -12,6 +12,7 @@ from finetune.errors import ConfigError
 from finetune.models import Network
 from finetune.sampling import device_of, label_from_class, label_from_vector
 
+NUM_SAMPLES = 10_000
 CHUNK = 1024  # latents that pass through the mapping network at once
 
 
@@ -35,10 +36,8 @@ def principal_directions(
     *,
     class_index: int | None = None,
     label: Sequence[float] | None = None,
-    num_samples: int = 10_000,
-    seed: int = 0,
 ) -> Directions:
-    """Return the first `n` principal directions of `num_samples` w's of `G`, without truncation.
+    """Return the first `n` principal directions of NUM_SAMPLES w's of `G`, without truncation.
 
     In a network with classes, `class_index` chooses one; None takes all in turn and leaves out how their
     means differ, so that a direction serves every class. `label`: the label of all, for a network whose
@@ -50,8 +49,8 @@ def principal_directions(
         raise ConfigError(f"{n} directions of w cannot be computed: choose 1 to {G.w_dim} (w_dim).")
     device = device_of(G)
     classes = max(int(G.c_dim), 1) if class_index is None and label is None else 1
-    num_samples = -(-num_samples // classes) * classes  # as many of each class
-    z = torch.from_numpy(np.random.RandomState(seed).randn(num_samples, G.z_dim).astype(np.float32))
+    num_samples = -(-NUM_SAMPLES // classes) * classes  # as many of each class
+    z = torch.from_numpy(np.random.RandomState(0).randn(num_samples, G.z_dim).astype(np.float32))
     if label is not None:
         c = label_from_vector(G, label).expand(num_samples, -1)
     elif classes > 1:

@@ -45,13 +45,11 @@ def test_directions_leave_out_differences_between_classes():
 @pytest.mark.parametrize("name", ["stylegan2-32", "stylegan2-64-cond"])
 def test_directions_of_network(golden_dir, name):
     G = finetune.load(golden_dir / f"{name}.pkl").best
-    found = principal_directions(G, 3, num_samples=300)
-    again = principal_directions(G, 3, num_samples=300)
+    found = principal_directions(G, 3)
+    again = principal_directions(G, 3)
     assert all(torch.equal(getattr(found, key), getattr(again, key)) for key in ("mean", "vectors", "std"))
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(3), rtol=0, atol=1e-5)
     assert (found.std[:-1] >= found.std[1:]).all() and found.std[-1] > 0
-    other = principal_directions(G, 3, num_samples=300, seed=1)
-    assert not torch.equal(found.mean, other.mean)
 
 
 def test_directions_errors():

@@ -45,14 +45,9 @@ def height_and_width(resolution: int | tuple[int, int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
-def decode(
-    data: bytes, *, resolution: int | tuple[int, int], channels: int, fit: str | None, bits: int = 16
-) -> np.ndarray:
-    """Decode one image to `uint8 [channels, height, width]`. Raises Unusable.
-
-    bits: how many of the 16 bits a channel of a deep image its values use.
-    """
-    image = to_channels(open_image(data, bits), channels, bits)
+def decode(data: bytes, *, resolution: int | tuple[int, int], channels: int, fit: str | None) -> np.ndarray:
+    """Decode one image to `uint8 [channels, height, width]`. Raises Unusable."""
+    image = to_channels(open_image(data), channels)
     pixels = np.asarray(fit_to_size(image, height_and_width(resolution), fit))
     pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(pixels)

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 400, 190  # with labels, in units of the viewBox
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 8, 24  # margins of the plot area
 MAX_POINTS = 400  # drawn of a line; more cannot be told apart at this size
+NUM_TICKS = 5  # on an axis
 LOG_FROM = 200.0  # largest over smallest value from which a positive quantity is drawn on a log scale
 
 Point = tuple[float, float]
@@ -35,11 +36,11 @@ class Line:
         )
 
 
-def thin(points: Sequence[Point], count: int = MAX_POINTS) -> list[Point]:
-    """Return at most about `count` points, with the lowest and highest of each group, so that peaks stay."""
-    if len(points) <= count:
+def thin(points: Sequence[Point]) -> list[Point]:
+    """Return about MAX_POINTS points at most, with the lowest and highest of each group: peaks stay."""
+    if len(points) <= MAX_POINTS:
         return list(points)
-    size = math.ceil(len(points) / (count // 2))
+    size = math.ceil(len(points) / (MAX_POINTS // 2))
     kept = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
@@ -48,10 +49,10 @@ def thin(points: Sequence[Point], count: int = MAX_POINTS) -> list[Point]:
     return kept
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return round numbers from `low` to `high`, about `count` of them."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+def ticks(low: float, high: float) -> list[float]:
+    """Return round numbers from `low` to `high`, about NUM_TICKS of them."""
+    step = 10 ** math.floor(math.log10((high - low) / NUM_TICKS))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= NUM_TICKS)
     first = math.ceil(low / step - 1e-9)
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
