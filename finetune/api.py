@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -16,9 +15,8 @@ from finetune import sampling
 from finetune.checkpoint.load import Checkpoint
 from finetune.device import float32_math, resolve_device
 from finetune.metrics.clouds import Distance
-from finetune.metrics.evaluate import OFFLINE, Evaluation, real_images
-from finetune.models import Network
-from finetune.options import TrainOptions
+from finetune.metrics.evaluate import open_evaluation
+from finetune.options import OFFLINE_METRICS, TrainOptions
 from finetune.progress import progress_bar
 from finetune.resolve import load
 from finetune.train import RunResult, run
@@ -49,7 +47,7 @@ def generate(
     network: a checkpoint, or what `finetune.load` takes, which is loaded to `device`. class_index, label: for
     a network with labels, the class or the label vector.
     """
-    G = _generator(network, device)
+    G = _checkpoint(network, device).generator
     with float32_math(), progress_bar("images", len(seeds)) as progress:
         images = sampling.generate(
             G,
@@ -67,7 +65,7 @@ def generate(
 def evaluate(
     network: str | Path | Checkpoint,
     data: str | Path,
-    metrics: Sequence[str] = OFFLINE,
+    metrics: Sequence[str] = OFFLINE_METRICS,
     *,
     num: int = 50_000,
     seed: int = 0,
@@ -83,27 +81,21 @@ def evaluate(
 
     The arguments are those of `finetune evaluate`, and so are the numbers.
     """
-    G = _generator(network, device)
-    with progress_bar("reading images", 0) as progress:
-        image_set = real_images(
-            G, data, fit=fit, labels_from=labels, mirror=mirror, workers=workers, progress=progress
-        )
-    with float32_math(), progress_bar("computing features of the real images", len(image_set)) as progress:
-        evaluation = Evaluation(
-            image_set,
-            metrics,
-            device=sampling.device_of(G),
-            batch=batch,
-            workers=workers,
-            cache=cache,
-            progress=progress,
-        )
+    checkpoint = _checkpoint(network, device)
+    evaluation = open_evaluation(
+        checkpoint,
+        data,
+        metrics,
+        fit=fit,
+        labels_from=labels,
+        mirror=mirror,
+        batch=batch,
+        workers=workers,
+        cache=cache,
+    )
     with float32_math(), progress_bar("generating", num) as progress:
-        return evaluation.distances(G, num, seed, progress=progress)
+        return evaluation.distances(checkpoint.generator, num, seed, progress=progress)
 
 
-def _generator(network: str | Path | Checkpoint, device: str) -> Network:
-    checkpoint: Any = network
-    if not isinstance(network, Checkpoint):
-        checkpoint = load(network, device=resolve_device(device))
-    return checkpoint.generator
+def _checkpoint(network: str | Path | Checkpoint, device: str) -> Checkpoint:
+    return network if isinstance(network, Checkpoint) else load(network, device=resolve_device(device))

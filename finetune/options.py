@@ -28,6 +28,7 @@ FITS = ("crop", "pad", "stretch")
 LABELS = ("file", "folders")
 RECIPES = ("auto", "improve", "adapt", "few-shot", "custom")
 CHANNELS = (1, 3, 4)
+OFFLINE_METRICS = ("random-fid", "fd-effnet")  # need neither a download nor torch-fidelity
 AUGPIPE_PARTS = {
     "blit": {"xflip": 1, "rotate90": 1, "xint": 1},
     "geom": {"scale": 1, "rotate": 1, "aniso": 1, "xfrac": 1},

@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str, total: int, *, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on stderr and give the function `(done, total)` that moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not is_live(console)) as bar:
+    is_disabled = not (is_shown and is_live(console))
+    with Progress(*columns, console=console, transient=True, disable=is_disabled) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

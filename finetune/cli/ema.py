@@ -68,7 +68,7 @@ def command(
     from finetune.config import TrainConfig
     from finetune.device import float32_math, resolve_device
     from finetune.export.save import save
-    from finetune.metrics.evaluate import check_names, ensure_metric_weights
+    from finetune.metrics.evaluate import check_names, ensure_metric_weights, open_evaluation
     from finetune.resolve import load, newest_snapshot
     from finetune.train import posthoc_ema
 
@@ -85,7 +85,23 @@ def command(
     G_ema: Any = checkpoint.G_ema
     num = num or (5000 if target.type == "cuda" else 1000)
     tried = wanted or posthoc_ema.grid(config, saved)
-    measure = measurement(config, data or config.data, name, num, seed, target, G_ema)
+    evaluation = open_evaluation(
+        checkpoint,
+        data or config.data,
+        [name],
+        fit=config.fit,
+        labels_from=config.labels,
+        mirror=config.mirror,
+        workers=config.workers,
+        cache=True,
+        with_error=True,
+    )
+
+    def measure(network: Any, what: str) -> tuple[float, float]:
+        with progress_bar(what, num) as progress:
+            found = next(iter(evaluation.distances(network, num, seed, progress=progress).values()))
+        return found.value, found.error
+
     with float32_math():
         rows = [("as trained", config.ema_kimg, *measure(G_ema, "measuring G_ema"), 0.0)]
         for kimg in tried:
@@ -119,39 +135,6 @@ def parse_half_lives(text: str | None) -> list[float]:
     if any(not 0 < each < float("inf") for each in found):
         raise ConfigError(f"--half-lives {text}: must be positive numbers of kimg, such as 1,2.5,10.")
     return found
-
-
-def measurement(config: Any, data: str, name: str, num: int, seed: int, device: Any, G: Any):
-    """Return a function that measures a network: its value and standard error."""
-    from finetune.metrics.evaluate import Evaluation, real_images
-
-    with progress_bar("reading images", 0) as progress:
-        image_set = real_images(
-            G,
-            data,
-            fit=config.fit,
-            labels_from=config.labels,
-            mirror=config.mirror,
-            workers=config.workers,
-            progress=progress,
-        )
-    with progress_bar("computing features of the real images", len(image_set)) as progress:
-        evaluation = Evaluation(
-            image_set,
-            [name],
-            device=device,
-            workers=config.workers,
-            cache=True,
-            progress=progress,
-            with_error=True,
-        )
-
-    def measure(network: Any, what: str) -> tuple[float, float]:
-        with progress_bar(what, num) as progress:
-            found = next(iter(evaluation.distances(network, num, seed, progress=progress).values()))
-        return found.value, found.error
-
-    return measure
 
 
 def best_of(rows: list[tuple[str, float, float, float, float]], name: str) -> int:

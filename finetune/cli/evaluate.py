@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from finetune.cli.options import (
     start_ranks,
 )
 from finetune.errors import ConfigError
-from finetune.options import FITS, LABELS
+from finetune.options import FITS, LABELS, OFFLINE_METRICS
 from finetune.progress import progress_bar
-
-DEFAULT = "fd-effnet,random-fid"
 
 
 @click.command("evaluate", short_help="Measure a generator against a data set.")
@@ -33,12 +30,12 @@ DEFAULT = "fd-effnet,random-fid"
 @click.option("--data", required=True, type=LocalPath(), metavar="DIR|ZIP", help="The real images.")
 @click.option(
     "--metrics",
-    default=DEFAULT,
+    default=",".join(OFFLINE_METRICS),
     show_default=True,
     metavar="LIST",
     help="Of fid, kid, prc (precision, recall) and ppl, which download Inception or VGG weights once; "
     "random-fid; fd-effnet, kid-effnet, prc-effnet, ppl-effnet, the first three with -stlpips, and "
-    "memorization (fraction of near copies of real images), which need no download.",
+    "memorization (share of near copies of real images), which need no download.",
 )
 @click.option(
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."
@@ -143,50 +140,31 @@ def command(
 
 def measure(
     file: Path, names: tuple[str, ...], data: str, num: int, device: str,
-    show: Callable[[dict[str, Any]], None], *, seed: int, fit: str | None, labels_from: str, mirror: bool,
-    batch: int, workers: int, cache: bool, inception: Path | None, pairs: Path | None = None,
+    show: Callable[[dict[str, Any]], None], *, seed: int, pairs: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measure, on several ranks if torchrun started them, and write the pairs of images.
 
     Rank 0 passes the metrics and what they were measured on to `show`, before the pairs are written.
+    options: of `open_evaluation`.
     """
-    from finetune.data.labels import differing_names
     from finetune.device import float32_math, resolve_device
     from finetune.distributed import init, shutdown
-    from finetune.metrics.evaluate import Evaluation, real_images
+    from finetune.metrics.evaluate import open_evaluation
     from finetune.resolve import load
 
     started = time.perf_counter()
     group, target = init(resolve_device(device))
     checkpoint = load(file, device=target)
     G = checkpoint.generator
-    bar = progress_bar if group.is_first else no_bar
-    with bar("reading images", 0) as progress:
-        image_set = real_images(
-            G, data, fit=fit, labels_from=labels_from, mirror=mirror, workers=workers, group=group,
-            progress=progress,
-        )  # fmt: skip
-    if group.is_first and (others := differing_names(checkpoint.class_names, image_set.class_names)):
-        click.echo(f"{data}: {others}. Classes are compared by number.", err=True)
-    with float32_math(), bar("computing features of the real images", len(image_set)) as progress:
-        evaluation = Evaluation(
-            image_set,
-            names,
-            device=target,
-            batch=batch,
-            workers=workers,
-            cache=cache,
-            inception=inception,
-            on_message=lambda text: click.echo(text, err=True),
-            progress=progress,
-            group=group,
-        )
-    with float32_math(), bar("generating", num) as progress:
+    evaluation = open_evaluation(
+        checkpoint, data, names, on_message=lambda text: click.echo(text, err=True), group=group, **options
+    )
+    with float32_math(), progress_bar("generating", num, is_shown=group.is_first) as progress:
         found = evaluation.distances(G, num, seed, progress=progress)
     facts = {
         "sha256": checkpoint.provenance.sha256,
         "data": Path(data).name,
-        "real": len(image_set),
+        "real": len(evaluation.image_set),
         "generated": num,
         "seed": seed,
         "processes": group.world_size,
@@ -201,12 +179,6 @@ def measure(
         if group.is_first:
             click.echo(f"Wrote {pairs}.", err=True)
     shutdown()
-
-
-@contextlib.contextmanager
-def no_bar(what: str, total: int) -> Iterator[None]:
-    """Replace the progress bar on ranks other than 0."""
-    yield None
 
 
 def as_text(facts: dict[str, Any]) -> str:

@@ -17,10 +17,10 @@ from finetune.demo import KIMG
 from finetune.device import float32_math, resolve_device
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.save import save
-from finetune.metrics.evaluate import OFFLINE, Distance, Evaluation
+from finetune.metrics.evaluate import Distance, Evaluation
 from finetune.metrics.features import EfficientNetLite0
 from finetune.models import Network, image_size
-from finetune.options import DistillWeight, TrainOptions
+from finetune.options import OFFLINE_METRICS, DistillWeight, TrainOptions
 from finetune.resolve import load
 from finetune.sampling import generate, image_grid
 from finetune.train import run
@@ -147,7 +147,7 @@ def available(config: TrainOptions, say: Callable[[str], None]) -> tuple[TrainOp
     except WeightsMissing as missing:
         say(f"{missing}\nContinuing without: l2 for the distillation, random-FID as the only metric.\n")
         return dataclasses.replace(config, sd_backbone="l2"), ("random-fid",)
-    return config, OFFLINE
+    return config, OFFLINE_METRICS
 
 
 def sheet(G: Network) -> Image.Image:

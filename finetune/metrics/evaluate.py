@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from finetune.checkpoint.load import Checkpoint
 from finetune.data import ImageSet, images_to_float, scan
+from finetune.data.labels import differing_names
+from finetune.device import float32_math
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
@@ -25,14 +28,14 @@ from finetune.metrics.real_side import Features
 from finetune.metrics.st_lpips import FILES, StLpips
 from finetune.metrics.st_lpips import POOLED_SIZE as POOLED_PIXELS
 from finetune.models import Network, image_size
-from finetune.sampling import check_finite, check_seed, image_grid, run_network_chunked, to_uint8
+from finetune.progress import progress_bar
+from finetune.sampling import check_finite, check_seed, device_of, image_grid, run_network_chunked, to_uint8
 from torch_utils.files import atomic_write
 
 PAIRS_PER_ROW = 8
 BATCH = 16  # bounds memory; no number depends on it
 # Of random-fid (2002.09797, 2208.09218): one random network is one sample, so several give mean and spread.
 RANDOM_SEEDS = (0, 1, 2)
-OFFLINE = ("random-fid", "fd-effnet")  # what needs neither a download nor torch-fidelity
 
 # Name -> (feature space, what is computed in it).
 METRICS = {
@@ -72,7 +75,7 @@ class Evaluation:
     def __init__(
         self,
         image_set: ImageSet,
-        which: Sequence[str] = OFFLINE,
+        which: Sequence[str],
         *,
         device: torch.device | str = "cpu",
         batch: int | None = None,
@@ -292,6 +295,43 @@ def networks_of(space: str) -> list[str]:
     return [f"random-{seed}" for seed in RANDOM_SEEDS] if space == "random" else [space]
 
 
+def open_evaluation(
+    checkpoint: Checkpoint,
+    data: str | Path,
+    which: Sequence[str],
+    *,
+    fit: str | None = None,
+    labels_from: str = "file",
+    mirror: bool = False,
+    workers: int = 0,
+    on_message: Callable[[str], None] = lambda text: None,
+    group: ProcessGroup = SINGLE,
+    **options: Any,
+) -> Evaluation:
+    """Scan real images, and compute the statistics to compare the generator of `checkpoint` with.
+
+    The arguments are those of `real_images` and `Evaluation`. Shows progress bars, on rank 0.
+    """
+    G = checkpoint.generator
+    image_set = real_images(
+        G, data, fit=fit, labels_from=labels_from, mirror=mirror, workers=workers, group=group
+    )
+    if group.is_first and (others := differing_names(checkpoint.class_names, image_set.class_names)):
+        on_message(f"{data}: {others}. Classes are compared by number.")
+    bar = progress_bar("computing features of the real images", len(image_set), is_shown=group.is_first)
+    with float32_math(), bar as progress:
+        return Evaluation(
+            image_set,
+            which,
+            device=device_of(G),
+            workers=workers,
+            on_message=on_message,
+            progress=progress,
+            group=group,
+            **options,
+        )
+
+
 def real_images(
     G: Network,
     data: str | Path,
@@ -301,13 +341,12 @@ def real_images(
     mirror: bool = False,
     workers: int = 0,
     group: ProcessGroup = SINGLE,
-    progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
     """Scan the real images to compare `G` with, and open them in its size, with labels if it has them.
 
-    workers: processes that decode images in the scan, on rank 0 of `group`; `progress(done, total)` counts
-    them. Raises ConfigError for options that do not fit the network, DataError that lists every image that
-    cannot be used, as in training, and what ImageSet raises.
+    workers: processes that decode images in the scan, on rank 0 of `group`. Raises ConfigError for options
+    that do not fit the network, DataError that lists every image that cannot be used, as in training, and
+    what ImageSet raises.
     """
     use_labels = G.c_dim > 0
     if labels_from == "folders" and not use_labels:
@@ -321,7 +360,9 @@ def real_images(
     )
 
     def check() -> None:
-        scan(data, **asked, workers=workers, progress=progress).raise_for_problems()
+        with progress_bar("reading images", 0) as progress:
+            found = scan(data, **asked, workers=workers, progress=progress)
+        found.raise_for_problems()
 
     group.broadcast_result(check, "the scan of the data")
     return ImageSet(data, **asked, channels=G.img_channels, mirror=mirror)
