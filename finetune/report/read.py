@@ -6,19 +6,18 @@ import contextlib
 import json
 import math
 import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune import run_lock
 from finetune.errors import ConfigError
-from torch_utils.files import expand_home, has_ended
+from finetune.resolve import SNAPSHOT
+from torch_utils.files import expand_home
 
 PREVIEWS = "preview"
-LOCK, STALE_SEC = "run.lock", 300.0  # as finetune/train/run_lock.py has them
 FRAME = re.compile(r"samples-(\d+\.\d{3})\.webp")
 SHEET = re.compile(r"fakes(?:-init|(\d{6,}(?:\.\d{3})?))\.png")
-SNAPSHOT = re.compile(r"network-snapshot-(\d+(?:\.\d+)?)\.pkl")
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,7 @@ class RunRecord:
     @property
     def is_running(self) -> bool:
         """Whether a process trains in this folder: its lock file has a heartbeat, and it has not ended."""
-        path = self.path / LOCK
-        try:
-            if time.time() - path.stat().st_mtime >= STALE_SEC:
-                return False
-            owner = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            return False
-        except ValueError:  # being written
-            return True
-        return not (isinstance(owner, dict) and has_ended(owner))
+        return run_lock.is_held(self.path)
 
 
 def read_run(path: str | Path) -> RunRecord:

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from finetune import run_lock
 from finetune.config import TrainConfig
 from finetune.data import ImageSet, InfiniteLoader
 from finetune.errors import CheckpointError, ConfigError, ExportError, FinetuneError, TrainingError
 from finetune.options import AUTO, TrainOptions, flag
-from finetune.train import run_lock
 from finetune.train.allocator import freed_at_once
 from finetune.train.diagnostics import Diagnostics
 from finetune.train.divergence import Alarm, Diverged

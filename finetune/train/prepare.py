@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from finetune import recipes
+from finetune import recipes, run_lock
 from finetune.checkpoint.load import Checkpoint
 from finetune.checkpoint.provenance import Provenance
 from finetune.checkpoint.surgery import TargetShape, operate
@@ -27,7 +27,7 @@ from finetune.models import image_size
 from finetune.options import TrainOptions, flag
 from finetune.recipes import Reason, RunFacts
 from finetune.resolve import load, newest_snapshot
-from finetune.train import memory, run_lock, validation
+from finetune.train import memory, validation
 from finetune.train.build import build_plan, build_state
 from finetune.train.checkpointing import SavedState, find_state, merge_options
 from finetune.train.facts import read_data

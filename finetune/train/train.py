@@ -13,12 +13,13 @@ from typing import cast
 import torch
 from rich.console import Console
 
+from finetune import run_lock
 from finetune.config import TrainConfig
 from finetune.data import InfiniteLoader, build_loader
 from finetune.device import training_math
 from finetune.options import TrainOptions
 from finetune.resolve import newest_snapshot
-from finetune.train import run_lock, steps
+from finetune.train import steps
 from finetune.train.allocator import keep_freed_memory
 from finetune.train.checkpointing import Checkpointer, RunFinished
 from finetune.train.diagnostics import Diagnostics

@@ -21,6 +21,7 @@ RANKS = {
     "finetune.models": 2,
     "finetune.device": 2,
     "finetune.progress": 2,
+    "finetune.run_lock": 2,
     "finetune.distributed": 2,
     "finetune.data": 2,
     "finetune.sniff": 2,

@@ -20,8 +20,8 @@ from tiny_runs import after_each_step, options, quiet
 from finetune.cli import cli
 from finetune.export.stylegan_pickle import save_stylegan_pickle
 from finetune.models import stylegan2
+from finetune.run_lock import NAME as LOCK
 from finetune.train import divergence, run, steps
-from finetune.train.run_lock import NAME as LOCK
 
 SHAPE = {"img_resolution": 16, "img_channels": 3, "channel_base": 128, "channel_max": 8}
 

@@ -11,19 +11,17 @@ from pathlib import Path
 import pytest
 from tiny_runs import after_each_step, options, quiet
 
+from finetune import run_lock
 from finetune.errors import ConfigError, TrainingError
 from finetune.options import TrainOptions
-from finetune.train import checkpointing, prepare, run, run_lock
+from finetune.train import checkpointing, prepare, run
 from finetune.train.train import start
 from torch_utils.files import this_process
 
-# Without the package finetune.train, which imports torch.
 HOLD = """
-import importlib.util, sys, time
+import sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("run_lock", sys.argv[2])
-run_lock = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_lock)
+from finetune import run_lock
 with run_lock.own(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -47,7 +45,7 @@ def write_lock(run_dir, age_sec=0.0, **owner):
 
 def test_run_lock_of_another_process(unfinished):
     asked, run_dir = unfinished
-    words = [sys.executable, "-c", HOLD, str(run_dir), run_lock.__file__]
+    words = [sys.executable, "-c", HOLD, str(run_dir)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as other:
         try:
             assert other.stdout.readline() == b"held\n"
@@ -81,6 +79,18 @@ def test_run_lock_of_another_container(tmp_path):
         write_lock(tmp_path, **ours | {"pid_namespace": "pid:[1]"}, pid=pid)
         with pytest.raises(ConfigError, match="is being trained by process"):
             run_lock.check_free(tmp_path)
+
+
+def test_run_lock_ages_by_the_clock_of_the_file_system(tmp_path, monkeypatch):
+    write_lock(tmp_path, host="node7", pid=1)
+    monkeypatch.setattr(run_lock.time, "time", lambda: 2e9)  # that of this machine is wrong
+    assert run_lock.is_held(tmp_path)
+
+    def refuse(dir):
+        raise PermissionError(dir)
+
+    monkeypatch.setattr(run_lock.tempfile, "NamedTemporaryFile", refuse)  # a folder that it cannot write
+    assert not run_lock.is_held(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,21 +51,21 @@ def own(run_dir: Path) -> Iterator[None]:
 def check_free(run_dir: Path) -> None:
     """Raise ConfigError if another process trains in a run folder."""
     path = run_dir / NAME
-    owner = _read(path)
-    if owner is None or _is_ours(owner) or has_ended(owner):
+    held = _holder(path)
+    if held is None or _is_ours(held[0]):
         return
-    try:
-        age = _age_sec(path)
-    except FileNotFoundError:  # released meanwhile
-        return
-    if age > STALE_SEC:
-        return
+    owner, age = held
     raise ConfigError(
         f"--resume {run_dir}: this run is being trained by process {owner.get('pid', 'unknown')} on "
         f"{owner.get('host', 'an unknown host')} (since {owner.get('started', 'an unknown time')}, last "
         f"heartbeat {max(age, 0):.0f} s ago). Stop that process first.",
         hint=f"If it no longer exists, its lock expires in {STALE_SEC - age:.0f} s; or delete {path}.",
     )
+
+
+def is_held(run_dir: Path) -> bool:
+    """Return whether a process, possibly this one, trains in a run folder."""
+    return _holder(run_dir / NAME) is not None
 
 
 def confirm(run_dir: Path) -> None:
@@ -77,14 +78,33 @@ def confirm(run_dir: Path) -> None:
         )
 
 
+def _holder(path: Path) -> tuple[dict[str, Any], float] | None:
+    """Return the owner of a lock and the age of its heartbeat, None without one or if it has expired."""
+    owner = _read(path)
+    if owner is None or has_ended(owner):
+        return None
+    try:
+        age = _age_sec(path)
+    except FileNotFoundError:  # released meanwhile
+        return None
+    return (owner, age) if age <= STALE_SEC else None
+
+
 def _is_ours(owner: dict[str, Any] | None) -> bool:
     return owner is not None and this_process().items() <= owner.items()
 
 
 def _age_sec(path: Path) -> float:
-    """Return the time since the last heartbeat, by the clock of the file system, which all machines share."""
-    with tempfile.NamedTemporaryFile(dir=path.parent) as probe:
-        return os.stat(probe.name).st_mtime - path.stat().st_mtime
+    """Return the time since the last heartbeat, by the clock of the file system, which all machines share.
+
+    By that of this machine in a folder that it cannot write.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent) as probe:
+            now = os.stat(probe.name).st_mtime
+    except OSError:
+        now = time.time()
+    return now - path.stat().st_mtime
 
 
 def _read(path: Path) -> dict[str, Any] | None:
