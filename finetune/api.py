@@ -14,7 +14,7 @@ from rich.console import Console
 from finetune import sampling
 from finetune.checkpoint.load import Checkpoint
 from finetune.device import float32_math, resolve_device
-from finetune.metrics.clouds import Distance
+from finetune.metrics.clouds import MetricValue
 from finetune.metrics.evaluate import open_evaluation
 from finetune.options import OFFLINE_METRICS, TrainOptions
 from finetune.progress import progress_bar
@@ -76,7 +76,7 @@ def evaluate(
     workers: int = 2,
     cache: bool = True,
     device: str = "auto",
-) -> dict[str, Distance]:
+) -> dict[str, MetricValue]:
     """Compare `num` generated images with those of a folder or zip; return value and spread by metric.
 
     The arguments are those of `finetune evaluate`, and so are the numbers.

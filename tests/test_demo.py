@@ -15,7 +15,7 @@ from finetune.cli import cli
 from finetune.config import TrainConfig
 from finetune.demo import run as demo
 from finetune.errors import FinetuneError, WeightsMissing
-from finetune.metrics.evaluate import Distance
+from finetune.metrics.evaluate import MetricValue
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_demo_fails_unless_every_distance_drops(
     monkeypatch, tmp_path, finished, effnet_after, improved, says
 ):
     _, result, _ = finished
-    start = {"random-fid": Distance(2.0, 0.1), "fd-effnet": Distance(2.0)}
-    end = {"random-fid": Distance(1.0, 0.1), "fd-effnet": Distance(effnet_after)}
+    start = {"random-fid": MetricValue(2.0, 0.1), "fd-effnet": MetricValue(2.0)}
+    end = {"random-fid": MetricValue(1.0, 0.1), "fd-effnet": MetricValue(effnet_after)}
     distances = {demo.START: start, demo.PLAIN: start, demo.DISTILLED: end}
     changed = dataclasses.replace(result, distances=distances)
     assert changed.improved is improved

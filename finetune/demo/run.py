@@ -17,7 +17,7 @@ from finetune.demo import KIMG
 from finetune.device import float32_math, resolve_device
 from finetune.errors import FinetuneError, WeightsMissing
 from finetune.export.save import save
-from finetune.metrics.evaluate import Distance, Evaluation
+from finetune.metrics.evaluate import Evaluation, MetricValue
 from finetune.metrics.features import EfficientNetLite0
 from finetune.models import Network, image_size
 from finetune.options import OFFLINE_METRICS, DistillWeight, TrainOptions
@@ -41,7 +41,7 @@ class DemoResult:
     distances: of START, PLAIN and DISTILLED. snapshot: the last one with self-distillation.
     """
 
-    distances: dict[str, dict[str, Distance]]
+    distances: dict[str, dict[str, MetricValue]]
     snapshot: Path
     exported: Path
     comparison: Path
@@ -160,7 +160,7 @@ def sheet(G: Network) -> Image.Image:
     return image_grid(images, columns)
 
 
-def side_by_side(sheets: dict[str, Image.Image], distances: dict[str, dict[str, Distance]]) -> Image.Image:
+def side_by_side(sheets: dict[str, Image.Image], distances: dict[str, dict[str, MetricValue]]) -> Image.Image:
     """Return the sheets beside each other on white, each below its name and its distances."""
     width, height = next(iter(sheets.values())).size
     top, gap = 12 * (1 + len(distances[START])) + 6, 16
@@ -198,6 +198,6 @@ def report(done: DemoResult, config: TrainConfig, num_compared: int, say: Callab
     )
 
 
-def shown(distance: Distance) -> str:
+def shown(distance: MetricValue) -> str:
     """Return a distance as text, with its spread if there is one."""
     return f"{distance.value:.4g}" + (f" ± {distance.spread:.2g}" if distance.spread else "")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from finetune.directions import principal_directions
 from finetune.errors import TrainingError
-from finetune.metrics.perceptual import Distance
+from finetune.metrics.perceptual import ImageDistance
 from finetune.models import Network
 from finetune.sampling import device_of, synthesize
 
@@ -55,7 +55,7 @@ class Projector:
     """
 
     def __init__(
-        self, G: Network, distance: Distance, *, seed: int = 0, label: Sequence[float] | None = None
+        self, G: Network, distance: ImageDistance, *, seed: int = 0, label: Sequence[float] | None = None
     ) -> None:
         self.G = G
         self.distance = distance

@@ -14,7 +14,7 @@ PRC_BATCH = 2500  # rows of distances at once
 
 
 @dataclass(frozen=True)
-class Distance:
+class MetricValue:
     """One number and its spread: over random networks (random-fid), subsets (kid), or its error (ppl).
 
     error: its standard error with respect to the generated images, if computed.
@@ -25,7 +25,7 @@ class Distance:
     error: float = 0.0
 
 
-def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
+def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> MetricValue:
     """Return the kernel distance of features `[N, d]`, `[M, d]` over 100 subsets: mean and deviation.
 
     Source: Bińkowski et al. 2018 (1801.01401), cubic kernel, unbiased.
@@ -42,7 +42,7 @@ def kid(generated: torch.Tensor, real: torch.Tensor, seed: int = 0) -> Distance:
         rng_seed=seed,
         verbose=False,
     )
-    return Distance(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+    return MetricValue(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
 
 
 def precision_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:

@@ -16,14 +16,13 @@ from finetune.device import float32_math
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
 from finetune.metrics import real_side
-from finetune.metrics.clouds import NEIGHBORS, Distance, kid, precision_recall, too_few
+from finetune.metrics.clouds import NEIGHBORS, MetricValue, kid, precision_recall, too_few
 from finetune.metrics.features import POOLED_SIZE, WEIGHTS_SHA256, EfficientNetLite0, RandomFeatures
 from finetune.metrics.frechet import frechet_error
 from finetune.metrics.inception import inception_features, inception_weights, require_torch_fidelity
 from finetune.metrics.memorization import NearCopies, find_near_copies
 from finetune.metrics.path_length import perceptual_path_length
-from finetune.metrics.perceptual import Distance as Perceptual
-from finetune.metrics.perceptual import build_distance, ensure_weights
+from finetune.metrics.perceptual import ImageDistance, build_distance, ensure_weights
 from finetune.metrics.real_side import Features
 from finetune.metrics.st_lpips import FILES, StLpips
 from finetune.metrics.st_lpips import POOLED_SIZE as POOLED_PIXELS
@@ -100,7 +99,7 @@ class Evaluation:
         self._keeps = {METRICS[name][0] for name in which if METRICS[name][1] in ("kid", "prc", "copies")}
         self._networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._identities: dict[str, str] = {}
-        self._distances: dict[str, Perceptual] = {}
+        self._distances: dict[str, ImageDistance] = {}
         self.near_copies: NearCopies | None = None  # of the last generator, on rank 0
         self.group.all_gather_results(lambda: self._build(inception, on_message), "loading the networks")
         self._real = self._of_images(workers, cache, progress)
@@ -142,7 +141,7 @@ class Evaluation:
         seed: int = 0,
         *,
         progress: Callable[[int, int], None] | None = None,
-    ) -> dict[str, Distance]:
+    ) -> dict[str, MetricValue]:
         """Compare `num` images of `G` (no truncation, stored noise, labels as in the set) with the real.
 
         The same seed draws the same latents and labels for every generator. Distances grow as `num` shrinks,
@@ -157,7 +156,7 @@ class Evaluation:
                 raise too_few()
         images = _generated(G, self.image_set, num, seed, self.batch, self.group)
         fake = self._statistics(self._networks, images, num, progress, self._keeps | self._jackknifed())
-        result: dict[str, Distance] = {}
+        result: dict[str, MetricValue] = {}
         for metric in self.which:
             result |= self._compute(metric, fake, G, num, seed)
         return result
@@ -183,18 +182,18 @@ class Evaluation:
 
     def _compute(
         self, metric: str, fake: dict[str, Features], G: torch.nn.Module, num: int, seed: int
-    ) -> dict[str, Distance]:
+    ) -> dict[str, MetricValue]:
         space, kind = METRICS[metric]
         if kind == "ppl":
             mean, error = perceptual_path_length(
                 G, self.image_set, self._distances[metric], num, seed, self.batch, self.group
             )
-            return {metric: Distance(mean, error, error)}
+            return {metric: MetricValue(mean, error, error)}
         return self.group.broadcast_result(lambda: self._compare(metric, space, kind, fake, seed), metric)
 
     def _compare(
         self, metric: str, space: str, kind: str, fake: dict[str, Features], seed: int
-    ) -> dict[str, Distance]:
+    ) -> dict[str, MetricValue]:
         """Compute numbers from features, on rank 0, which has them all."""
         if kind == "frechet":
             names = networks_of(space)
@@ -204,18 +203,21 @@ class Evaluation:
             ]
             is_jackknifed = self.with_error and metric == self.which[0]
             error = frechet_error([fake[name].kept for name in names], statistics) if is_jackknifed else 0.0
-            return {metric: Distance(fmean(found), stdev(found) if len(found) > 1 else 0.0, error)}
+            return {metric: MetricValue(fmean(found), stdev(found) if len(found) > 1 else 0.0, error)}
         generated, real = fake[space].kept, self._real[space].kept
         if kind == "kid":
             return {metric: kid(generated, real, seed)}
         if kind == "copies":
             self.near_copies = find_near_copies(generated, real, len(self.image_set.names))
             share = self.near_copies.share
-            return {metric: Distance(share, error=binomial_error(share, len(generated)))}
+            return {metric: MetricValue(share, error=binomial_error(share, len(generated)))}
         precision, recall = precision_recall(generated, real)
         error = binomial_error(precision, len(generated))
         suffix = metric.removeprefix("prc")
-        return {f"precision{suffix}": Distance(precision, error=error), f"recall{suffix}": Distance(recall)}
+        return {
+            f"precision{suffix}": MetricValue(precision, error=error),
+            f"recall{suffix}": MetricValue(recall),
+        }
 
     def _jackknifed(self) -> set[str]:
         """Return the networks whose features of generated images are needed for a standard error."""

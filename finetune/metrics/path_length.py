@@ -14,7 +14,7 @@ import torch
 
 from finetune.data import ImageSet
 from finetune.distributed import SINGLE, ProcessGroup
-from finetune.metrics.perceptual import Distance
+from finetune.metrics.perceptual import ImageDistance
 
 EPSILON = 1e-4
 PERCENTILES = (1, 99)
@@ -24,7 +24,7 @@ RESOLUTION = 256  # at which images are compared, if they are larger
 def perceptual_path_length(
     G: Any,
     image_set: ImageSet,
-    distance: Distance,
+    distance: ImageDistance,
     num: int,
     seed: int,
     batch: int,
@@ -46,7 +46,7 @@ def perceptual_path_length(
 
 
 def path_lengths(
-    G: Any, image_set: ImageSet, distance: Distance, num: int, seed: int, batch: int, group: ProcessGroup
+    G: Any, image_set: ImageSet, distance: ImageDistance, num: int, seed: int, batch: int, group: ProcessGroup
 ) -> np.ndarray:
     """Return the lengths of this rank's pairs."""
     from torch_fidelity import registry

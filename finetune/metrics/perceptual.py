@@ -1,6 +1,6 @@
 """Perceptual distances between images, and their weights.
 
-Every backbone is a `Distance`: two batches `[N, C, H, W]` with values in about [-1, 1] to `[N]`. Generators
+A backbone is an `ImageDistance`: two batches `[N, C, H, W]`, values in about [-1, 1], to `[N]`. Generators
 overshoot that range a little and are not clamped (a clamp would zero the gradient exactly where it is
 needed); images that look like [0, 1] or 0…255 are refused, because a perceptual network would return wrong
 distances without an error.
@@ -40,7 +40,7 @@ NEED_NONE = (
 )
 
 
-class Distance(Protocol):
+class ImageDistance(Protocol):
     """Two batches of images `[N, C, H, W]` in [-1, 1] -> `[N]`, 0 if they are equal."""
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: ...
@@ -97,7 +97,7 @@ def weights_path(backbone: str) -> Path:
 
 def build_distance(
     backbone: str, channels: int, device: torch.device, *, checked: bool = True, random_trunk: bool = False
-) -> Distance:
+) -> ImageDistance:
     """Build the distance `backbone` for images of `channels` channels.
 
     checked: refuse images that seem to be outside of -1 to 1, not for images that may well be white.
@@ -107,7 +107,7 @@ def build_distance(
     return Checked(distance) if checked else distance
 
 
-def _build(backbone: str, channels: int, device: torch.device, random_trunk: bool) -> Distance:
+def _build(backbone: str, channels: int, device: torch.device, random_trunk: bool) -> ImageDistance:
     if backbone in ("l2", "ms-ssim"):
         from finetune.metrics.ms_ssim import ms_ssim_distance
 
@@ -138,7 +138,7 @@ def mean_squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class Checked:
     """A distance that refuses images outside of its range."""
 
-    def __init__(self, distance: Distance) -> None:
+    def __init__(self, distance: ImageDistance) -> None:
         self.distance = distance
         self.first = True
 

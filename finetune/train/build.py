@@ -12,7 +12,7 @@ import torch
 from finetune.config import TrainConfig
 from finetune.distributed import SINGLE, ProcessGroup
 from finetune.errors import ConfigError
-from finetune.metrics.perceptual import Distance
+from finetune.metrics.perceptual import ImageDistance
 from finetune.models import Network
 from finetune.options import AUGPIPE_PARTS, AUGPIPES
 from finetune.recipes import RunFacts
@@ -95,7 +95,7 @@ def learning_rates(config: TrainConfig, facts: RunFacts) -> tuple[LearningRate, 
 def build_plan(
     config: TrainConfig,
     facts: RunFacts,
-    distance: Distance | None,
+    distance: ImageDistance | None,
     labels: Callable[[int], torch.Tensor],
     device: torch.device,
     group: ProcessGroup = SINGLE,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.device import float32_math
-from finetune.metrics.perceptual import Distance
+from finetune.metrics.perceptual import ImageDistance
 from finetune.models import Network
 from finetune.train.latents import Latents, NoiseReplay, map_latents
 from finetune.train.paired_augment import augment_pair
@@ -37,7 +37,7 @@ class Distillation:
     matters.
     """
 
-    distance: Distance
+    distance: ImageDistance
     weight: float
     interval: int
     resolution: int

@@ -14,7 +14,7 @@ from finetune.data import ImageSet
 from finetune.distributed import ProcessGroup
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, WeightsMissing
 from finetune.metrics import evaluate
-from finetune.metrics.evaluate import Distance, Evaluation
+from finetune.metrics.evaluate import Evaluation, MetricValue
 from finetune.metrics.features import RandomFeatures
 from finetune.metrics.frechet import FeatureStatistics
 from finetune.models.stylegan2 import Generator
@@ -80,7 +80,9 @@ def test_distances_random_fid_agrees(colors, monkeypatch):
             side.add(RandomFeatures(seed)(img))
         values.append(sides[0].distance(sides[1]))
     mean, spread = sum(values) / 3, torch.tensor(values).std().item()
-    assert found == {"random-fid": Distance(pytest.approx(mean, rel=1e-4), pytest.approx(spread, rel=1e-3))}
+    assert found == {
+        "random-fid": MetricValue(pytest.approx(mean, rel=1e-4), pytest.approx(spread, rel=1e-3))
+    }
 
 
 def test_distances_depend_on_seed(colors):
