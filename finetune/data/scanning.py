@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data.decode import height_and_width
+from finetune.data.image_info import ImageInfo
 from finetune.data.labels import Labels, advise_folders, has_labels, labels_without_image, read_labels
-from finetune.data.look_cache import look_at_all
-from finetune.data.looking import Look
 from finetune.data.problems import (
     BAD_LABEL,
     BLACK,
@@ -34,6 +33,7 @@ from finetune.data.problems import (
     low_range,
     refusal,
 )
+from finetune.data.scan_cache import inspect_all
 from finetune.data.sources import LABELS_NAME, Source, open_source
 from finetune.data.workers import available_cores
 from finetune.errors import DataError
@@ -168,9 +168,9 @@ def scan(
     if use_labels:
         labels, problems = _labels(source, names, num_classes, labels_from, thorough)
     findings = Findings(None if resolution is None else height_and_width(resolution), fit, problems)
-    looks = look_at_all(source, names, available_cores() if workers is None else workers, fresh=fresh)
-    for done, (name, (look, is_known)) in enumerate(zip(names, looks, strict=True), start=1):
-        findings.add(name, look)
+    infos = inspect_all(source, names, available_cores() if workers is None else workers, fresh=fresh)
+    for done, (name, (info, is_known)) in enumerate(zip(names, infos, strict=True), start=1):
+        findings.add(name, info)
         findings.num_known += is_known
         if progress is not None and (not is_known or done == len(names)):
             progress(done, len(names))
@@ -199,7 +199,7 @@ def scan(
 
 
 class Findings:
-    """Collects the looks at all images."""
+    """Collects what is found in all images."""
 
     def __init__(self, size: tuple[int, int] | None, fit: str | None, problems: list[Problem]) -> None:
         self.wanted = None if size is None else (size[1], size[0])  # width and height, as Pillow has them
@@ -211,37 +211,37 @@ class Findings:
         self.peaks: dict[str, int] = {}
         self._first_of: dict[bytes, str] = {}
 
-    def add(self, name: str, look: Look | Unusable) -> None:
-        if isinstance(look, Unusable):
-            self.problems.append(Problem(name, look.kind, look.detail))
+    def add(self, name: str, info: ImageInfo | Unusable) -> None:
+        if isinstance(info, Unusable):
+            self.problems.append(Problem(name, info.kind, info.detail))
             return
-        size = (look.width, look.height)
+        size = (info.width, info.height)
         self.sizes[size] += 1
-        self.modes[look.mode] += 1
-        self.num_transparent += "transparency" in (look.unusual or "")
-        if look.peak is not None:
-            self.peaks[name] = look.peak
+        self.modes[info.mode] += 1
+        self.num_transparent += "transparency" in (info.unusual or "")
+        if info.peak is not None:
+            self.peaks[name] = info.peak
         wanted = self.wanted
         if wanted is not None and self.fit is None and size != wanted:
             seen = f"{_times(size)} instead of {_times(wanted)}"
             self.problems.append(Problem(name, WRONG_SIZE, seen))
             wanted = None  # reported as a problem, so not as a remark
-        self.remarks += self._remarks(name, look, wanted)
+        self.remarks += self._remarks(name, info, wanted)
 
-    def _remarks(self, name: str, look: Look, wanted: tuple[int, int] | None) -> list[Problem]:
+    def _remarks(self, name: str, info: ImageInfo, wanted: tuple[int, int] | None) -> list[Problem]:
         """Return remarks on one image: accepted, but worth a look."""
-        size, remarks = (look.width, look.height), []
+        size, remarks = (info.width, info.height), []
         if wanted is not None and not _has_shape(size, wanted):
             remarks.append(Problem(name, TOO_LONG if _is_long(size, wanted) else OTHER_ASPECT, _times(size)))
         if wanted is not None and self._enlargement(size) > 1:
             remarks.append(Problem(name, TOO_SMALL, _times(size)))
-        if look.unusual is not None:
-            remarks.append(Problem(name, UNUSUAL, look.unusual))
-        if look.num_frames > 1:
-            remarks.append(Problem(name, FRAMES, f"{look.num_frames} frames"))
-        if look.tone is not None:
-            remarks.append(Problem(name, BLACK if look.tone == "black" else UNIFORM, _times(size)))
-        first = self._first_of.setdefault(look.digest, name)
+        if info.unusual is not None:
+            remarks.append(Problem(name, UNUSUAL, info.unusual))
+        if info.num_frames > 1:
+            remarks.append(Problem(name, FRAMES, f"{info.num_frames} frames"))
+        if info.tone is not None:
+            remarks.append(Problem(name, BLACK if info.tone == "black" else UNIFORM, _times(size)))
+        first = self._first_of.setdefault(info.digest, name)
         if first != name:
             remarks.append(Problem(name, DUPLICATE, f"as {escaped(first)}"))
         return remarks

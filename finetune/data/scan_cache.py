@@ -1,7 +1,7 @@
 """Cache of image scans in the cache folder: one SQLite file per folder or zip.
 
 An image counts as unchanged if its size and its time stamp are (in a zip: its size and CRC). What could not
-be read is not kept. Without a usable cache everything is looked at again.
+be read is not kept. Without a usable cache every image is decoded again.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from pathlib import Path
 import PIL
 from PIL import Image
 
-from finetune.data.looking import Look, Looks
+from finetune.data.image_info import ImageInfo, InspectedImages
 from finetune.data.problems import Unusable
 from finetune.data.sources import Source
 from finetune.data.workers import in_order
 from torch_utils.files import cache_folder
 
 VERSION = 1  # of the table
-WORTH_SEC = 1.0  # a set that takes less is not kept; later looks are written this often
-COLUMNS = ", ".join(Look._fields)
+WORTH_SEC = 1.0  # a set that takes less is not kept; new facts are written this often
+COLUMNS = ", ".join(ImageInfo._fields)
 
 log = logging.getLogger("finetune.data")
 
 Stamp = tuple[int, int]
 
 
-def look_at_all(
+def inspect_all(
     source: Source, names: Sequence[str], workers: int, *, fresh: bool = False
-) -> Iterator[tuple[Look | Unusable, bool]]:
-    """Yield (look, whether it came from the cache) for each name, in order; decode what is new or changed.
+) -> Iterator[tuple[ImageInfo | Unusable, bool]]:
+    """Yield (facts, whether they came from the cache) for each name, in order; decode what is new or changed.
 
     fresh: decode everything, and replace what the cache has.
     """
     stamps = [source.stamp(name) for name in names]  # before reading: a change while reading is noticed later
-    with contextlib.closing(LookCache(source)) as cache:
+    with contextlib.closing(ScanCache(source)) as cache:
         kept = {} if fresh else cache.stamps()
         known = [kept.get(_key(name)) == stamp for name, stamp in zip(names, stamps)]
         del kept
-        changed = Looks(source, [name for name, is_known in zip(names, known) if not is_known])
-        looks = in_order(changed, len(changed), workers)
+        changed = InspectedImages(source, [name for name, is_known in zip(names, known) if not is_known])
+        infos = in_order(changed, len(changed), workers)
         for name, stamp, is_known in zip(names, stamps, known):
-            if is_known and (kept_look := cache.get(name, stamp)) is not None:
-                yield kept_look, True
+            if is_known and (kept_info := cache.get(name, stamp)) is not None:
+                yield kept_info, True
                 continue
-            look: Look | Unusable = Looks(source, [name])[0] if is_known else next(looks)
-            if isinstance(look, Look):
-                cache.put(name, stamp, look)
-            yield look, False
+            info: ImageInfo | Unusable = InspectedImages(source, [name])[0] if is_known else next(infos)
+            if isinstance(info, ImageInfo):
+                cache.put(name, stamp, info)
+            yield info, False
         if not changed.names:
             return
         cache.keep_only(source.names)
 
 
-class LookCache:
+class ScanCache:
     """The table of one set. Every failure of SQLite is logged and turns the cache off."""
 
     def __init__(self, source: Source) -> None:
@@ -73,30 +73,30 @@ class LookCache:
             self._open()
 
     def stamps(self) -> dict[bytes, Stamp]:
-        """Return the stamps of all looks, by key."""
+        """Return the stamps of all images, by key."""
         with self._off_if_it_fails():
             if self._connection is not None:
                 rows = self._connection.execute("SELECT name, size, time FROM looks")
                 return {name: (size, when) for name, size, when in rows}
         return {}
 
-    def get(self, name: str, stamp: Stamp) -> Look | None:
-        """Return the cached look at an image that has not changed since."""
+    def get(self, name: str, stamp: Stamp) -> ImageInfo | None:
+        """Return the cached facts about an image that has not changed since."""
         with self._off_if_it_fails():
             if self._connection is not None:
                 query = f"SELECT {COLUMNS} FROM looks WHERE name = ? AND size = ? AND time = ?"
                 row = self._connection.execute(query, (_key(name), *stamp)).fetchone()
-                return None if row is None else Look(*row)
+                return None if row is None else ImageInfo(*row)
         return None
 
-    def put(self, name: str, stamp: Stamp, look: Look) -> None:
-        """Keep a look; written from time to time, so that an interrupted scan is not lost."""
-        self._pending.append((_key(name), *stamp, *look))
+    def put(self, name: str, stamp: Stamp, info: ImageInfo) -> None:
+        """Keep facts; written from time to time, so that an interrupted scan is not lost."""
+        self._pending.append((_key(name), *stamp, *info))
         if time.monotonic() - self._written > WORTH_SEC:
             self._write()
 
     def keep_only(self, names: Sequence[str]) -> None:
-        """Drop the looks at images that are no longer in the set."""
+        """Drop images that are no longer in the set."""
         with self._off_if_it_fails():
             if self._connection is not None:
                 there = {_key(name) for name in names}
@@ -116,7 +116,7 @@ class LookCache:
             self._open()
         with self._off_if_it_fails():
             if self._connection is not None:
-                places = ", ".join("?" * (3 + len(Look._fields)))
+                places = ", ".join("?" * (3 + len(ImageInfo._fields)))
                 self._connection.executemany(f"INSERT OR REPLACE INTO looks VALUES ({places})", self._pending)
                 self._connection.commit()
         self._pending.clear()

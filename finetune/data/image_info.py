@@ -19,7 +19,7 @@ BLACK_BELOW = 16  # of 255
 UNIFORM_WITHIN = 8  # of 255, in each channel
 
 
-class Look(NamedTuple):
+class ImageInfo(NamedTuple):
     """Facts about one image.
 
     `peak`: the highest value if it has 16 bits a channel. `tone`: BLACK, UNIFORM or None.
@@ -35,13 +35,13 @@ class Look(NamedTuple):
     tone: str | None
 
 
-def look_at(data: bytes) -> Look:
+def inspect_image(data: bytes) -> ImageInfo:
     """Decode an image and return the facts about it. Raises Unusable."""
     image = open_image(data)
     # Of the pixels, so that the same image in another file format is found as well.
     digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=16)
     digest.update((image.convert("RGBA") if image.mode in ("P", "PA") else image).tobytes())
-    return Look(
+    return ImageInfo(
         width=image.width,
         height=image.height,
         mode=image.mode,
@@ -64,8 +64,8 @@ def tone_of(image: Image.Image) -> str | None:
     return UNIFORM if (high - low).max() < UNIFORM_WITHIN else None
 
 
-class Looks(Dataset):
-    """Item i is a Look at image i, or the reason why it cannot be used."""
+class InspectedImages(Dataset):
+    """Item i is the ImageInfo of image i, or the reason why it cannot be used."""
 
     def __init__(self, source: Source, names: list[str]) -> None:
         self.source, self.names = source, names
@@ -73,8 +73,8 @@ class Looks(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Look | Unusable:
+    def __getitem__(self, index: int) -> ImageInfo | Unusable:
         try:
-            return look_at(self.source.read(self.names[index]))
+            return inspect_image(self.source.read(self.names[index]))
         except Unusable as problem:
             return problem
