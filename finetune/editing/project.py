@@ -98,7 +98,7 @@ class Projector:
 
     def loss(self, img: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the perceptual distance plus the mean squared error; TrainingError if it is not finite."""
-        loss = self.distance(*map(reduce, (img, target))).sum()
+        loss = self.distance(*map(downsample, (img, target))).sum()
         loss = loss + PIXEL_WEIGHT * (img - target).square().mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
@@ -133,7 +133,7 @@ class Projector:
     def result(self, G: Network, ws: torch.Tensor, target: torch.Tensor) -> Projection:
         """Return the image of `ws` made by `G`, and its distances to the target."""
         img = G.synthesis(ws.unsqueeze(0), **EXACT)
-        distance = float(self.distance(*map(reduce, (img, target))))
+        distance = float(self.distance(*map(downsample, (img, target))))
         rmse = float((img - target).square().mean().sqrt()) * 127.5
         return Projection(ws.cpu(), synthesize(G, ws), distance, rmse)
 
@@ -144,7 +144,7 @@ def schedule(time: float) -> float:
     return (0.5 - 0.5 * math.cos(ramp * math.pi)) * min(1.0, (time + 1e-3) / RAMP_UP)
 
 
-def reduce(img: torch.Tensor) -> torch.Tensor:
+def downsample(img: torch.Tensor) -> torch.Tensor:
     """Average images down to `LARGEST_SIDE` pixels at most."""
     factor = max(img.shape[2:]) // LARGEST_SIDE
     return F.avg_pool2d(img, factor) if factor > 1 else img

@@ -13,7 +13,7 @@ import finetune
 from finetune.cli import cli
 from finetune.demo.run import CHECKPOINT as BUNDLED
 from finetune.editing.latents import load_ws
-from finetune.editing.project import Projector, reduce, schedule
+from finetune.editing.project import Projector, downsample, schedule
 from finetune.errors import TrainingError
 from finetune.metrics.perceptual import build_distance
 from finetune.models import stylegan2, stylegan3
@@ -72,8 +72,8 @@ def test_project_refuses_a_distance_that_is_not_finite():
 
 def test_project_schedule_and_reduction():
     assert schedule(0.5) == 1 and schedule(0) < 0.05 and schedule(0.999) < 0.01
-    assert reduce(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 256, 128)
-    assert reduce(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+    assert downsample(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 256, 128)
+    assert downsample(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
 
 
 @pytest.fixture
