@@ -128,8 +128,8 @@ def describe_text(head: bytes) -> str | None:
         return None if text is None else "nothing but blanks"
     if MARKUP.match(text):
         title = TITLE.search(text)
-        said = title[1] if title and title[1].strip() else re.sub(r"<[^>]*>?", " ", UNREAD.sub(" ", text))
-        return f"a web page: {_quoted(said if said.strip() else text)}"
+        shown = title[1] if title and title[1].strip() else re.sub(r"<[^>]*>?", " ", UNREAD.sub(" ", text))
+        return f"a web page: {_quoted(shown if shown.strip() else text)}"
     if JSON.match(text):
         return f"JSON: {_quoted(text)}"
     if text.startswith(LFS):

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -96,19 +97,19 @@ def run_demo(
     """
     started = time.perf_counter()
     console = console if console is not None else Console()
-    say = speaker(console)
+    echo = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for path in (checkpoint, images):
         if not path.is_file():
             raise FinetuneError(f"{path}: missing from the package.", hint="Install the package again.")
     outdir.mkdir(parents=True, exist_ok=True)
     options = dataclasses.replace(recipe(outdir, checkpoint, images, kimg, seed), device=device)
-    options, metrics = available(options, say)
+    options, metrics = available(options, echo)
 
     source = load(checkpoint, device=resolve_device(device))
     G = source.generator
-    say(f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Images: {images.name}.")
+    echo(f"Checkpoint: {checkpoint.name}, {source.family} at {G.img_resolution} px. Images: {images.name}.")
     image_set = ImageSet(images, resolution=image_size(G), channels=G.img_channels)
-    say(f"Measuring its distance to the {len(image_set)} images …")
+    echo(f"Measuring its distance to the {len(image_set)} images …")
     evaluation = Evaluation(image_set, metrics, device=resolve_device(device))
     distances = {START: evaluation.distances(G, num_images, seed)}
     sheets = {START: sheet(G)}
@@ -117,13 +118,13 @@ def run_demo(
         (PLAIN, dataclasses.replace(options, sd_weight=DistillWeight.parse(0))),
         (DISTILLED, options),
     ):
-        say(f"\nFine-tuning {'without' if name == PLAIN else 'with'} self-distillation:")
+        echo(f"\nFine-tuning {'without' if name == PLAIN else 'with'} self-distillation:")
         trained = run(asked, console=console)
         result = load(trained.snapshot, device=resolve_device(device))
         distances[name] = evaluation.distances(result.generator, num_images, seed)
         sheets[name] = sheet(result.generator)
 
-    say("\nExporting …")
+    echo("\nExporting …")
     comparison = outdir / "comparison.png"
     side_by_side(sheets, distances).save(comparison)
     exported = outdir / "fine-tuned.pkl"
@@ -131,21 +132,16 @@ def run_demo(
 
     seconds = time.perf_counter() - started
     done = DemoResult(distances, trained.snapshot, exported, comparison, seconds)
-    report(done, trained.config, verification.num_images, say)
+    report(done, trained.config, verification.num_images, echo)
     return done
 
 
-def speaker(console: Console) -> Callable[[str], None]:
-    """Return a function that prints lines without markup, highlighting and wrapping."""
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def available(config: TrainOptions, say: Callable[[str], None]) -> tuple[TrainOptions, tuple[str, ...]]:
+def available(config: TrainOptions, echo: Callable[[str], None]) -> tuple[TrainOptions, tuple[str, ...]]:
     """Return the run and the metrics for the packages that are installed."""
     try:
         EfficientNetLite0()
     except WeightsMissing as missing:
-        say(f"{missing}\nContinuing without: l2 for the distillation, random-FID as the only metric.\n")
+        echo(f"{missing}\nContinuing without: l2 for the distillation, random-FID as the only metric.\n")
         return dataclasses.replace(config, sd_backbone="l2"), ("random-fid",)
     return config, OFFLINE_METRICS
 
@@ -174,21 +170,21 @@ def side_by_side(sheets: dict[str, Image.Image], distances: dict[str, dict[str, 
     return page
 
 
-def report(done: DemoResult, config: TrainConfig, num_compared: int, say: Callable[[str], None]) -> None:
+def report(done: DemoResult, config: TrainConfig, num_compared: int, echo: Callable[[str], None]) -> None:
     """Print what was done, the distances, and where the files are."""
-    say(
+    echo(
         f"\nFine-tuned for {config.kimg:g} kimg without and with self-distillation (weight "
         f"{config.sd_weight}, backbone {config.sd_backbone}, every {config.sd_interval} steps).\n"
     )
-    say(f"{'distance to the new images':<32}" + "".join(f"{name:>18}" for name in done.distances))
+    echo(f"{'distance to the new images':<32}" + "".join(f"{name:>18}" for name in done.distances))
     for name in done.distances[START]:
         values = "".join(f"{shown(found[name]):>18}" for found in done.distances.values())
-        say(f"{f'{name} ({NAMES[name]})':<32}{values}")
+        echo(f"{f'{name} ({NAMES[name]})':<32}{values}")
     if done.improved:
-        say("Lower is better: every distance decreased.")
+        echo("Lower is better: every distance decreased.")
     else:
-        say("Lower is better, but not every distance decreased with self-distillation: this run failed.")
-    say(
+        echo("Lower is better, but not every distance decreased with self-distillation: this run failed.")
+    echo(
         f"\n{done.comparison}: the same seeds from all three networks, side by side\n"
         f"{done.snapshot.parent / 'report.html'}: the page of the run, to open in a browser\n"
         f"{done.exported}: the second network, exported and compared in {num_compared} images\n"

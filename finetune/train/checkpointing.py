@@ -225,7 +225,7 @@ class Checkpointer:
         rates = [rate.full(rollbacks) for rate in (self.plan.rate_G, self.plan.rate_D)]
         self.run_dir.event("rollback", self.state, number=rollbacks, lr_G=rates[0], lr_D=rates[1])
         in_warmup = self.plan.rate_G.warmup(self.state.nimg) < 1
-        self.display.say(
+        self.display.print_line(
             f"Rolled back to {self.state.nimg / 1000:g} kimg (rollback {rollbacks} of {MAX_ROLLBACKS}), "
             f"rates now {rates[0]:.3g} and {rates[1]:.3g}{' after the warm-up' if in_warmup else ''}."
         )
@@ -239,7 +239,7 @@ class Checkpointer:
                 f"The end of the run cannot be saved: {what}",
                 hint="Earlier saves are intact. Free some space, and --resume the run folder for the rest.",
             ) from error
-        self.display.say(f"{self.state.nimg / 1000:g} kimg: not saved, and training continues: {what}")
+        self.display.print_line(f"{self.state.nimg / 1000:g} kimg: not saved, and training continues: {what}")
 
     def _check_space(self) -> None:
         """Raise ExportError if the disk has no room for a snapshot and a state."""

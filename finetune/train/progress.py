@@ -72,7 +72,7 @@ class Display:
         self.memory = f"{numbers['memory_gib']:.1f} GiB" if numbers.get("memory_gib") else ""
         if self.live is None:
             elapsed = duration(time.perf_counter() - self.started)
-            self.say(
+            self.print_line(
                 f"{state.nimg / 1000:8.2f} kimg  {rate(numbers['img_per_sec']):>12}  {self.memory}  "
                 f"{elapsed} elapsed, {self._left(state)}  {self.losses}"
             )
@@ -83,7 +83,7 @@ class Display:
     def _left(self, state: TrainState) -> str:
         return duration(self._seconds_per_image(state) * max(0, self.total_nimg - state.nimg)) + " left"
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print one line above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -108,7 +108,7 @@ def start(prepared: Prepared, *, console: Console) -> RunResult:
                 run.page.finish(run.state, recommended)
         if run.stop.number is not None:
             name = "SIGTERM" if run.stop.number == signal.SIGTERM else "Ctrl-C"
-            display.say(
+            display.print_line(
                 f"Stopped by {name} after {run.state.nimg / 1000:g} kimg. "
                 f"To resume: finetune train --resume {shlex.quote(str(run.run_dir.path))}"
             )
@@ -138,7 +138,7 @@ def open_run(prepared: Prepared, display: Display) -> Iterator[Run]:
             run = build_run(prepared, display, path)
             run.checkpointer.load_state_dict(saved.content)
             if later := run.run_dir.set_aside_later(state.nimg):
-                display.say(f"Set aside {len(later)} later files: their names end in {ABANDONED} now.")
+                display.print_line(f"Set aside {len(later)} later files: their names end in {ABANDONED} now.")
             run.run_dir.drop_later_lines(state.nimg)
             run.run_dir.open()
             run.run_dir.event("resume", state, what=" ".join(prepared.origin.lines))
@@ -166,8 +166,8 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
     kind = RunDir if group.is_first else NullRunDir
     source = prepared.origin.source
     run_dir = kind(path, config, image_set, source=source, chunk=plan.batch_gpu, device=plan.device)
-    display.say(f"Run folder: {path}")
-    display.say(f"Page: {path / 'report.html'}. To watch: finetune watch {shlex.quote(str(path))}")
+    display.print_line(f"Run folder: {path}")
+    display.print_line(f"Page: {path / 'report.html'}. To watch: finetune watch {shlex.quote(str(path))}")
     counters, stats = RunCounters(), Stats(plan.device, plan.tick_nimg, group=group)
     batches = build_loader(
         image_set,
@@ -186,7 +186,7 @@ def build_run(prepared: Prepared, display: Display, path: Path) -> Run:
         batches=batches,
         stats=stats,
         monitor=DivergenceMonitor(plan.ema_nimg),
-        validation=Validation(config, image_set, plan.device, display.say, group, path),
+        validation=Validation(config, image_set, plan.device, display.print_line, group, path),
         checkpointer=Checkpointer(config, plan, state, counters, batches, stats, run_dir, display),
         run_dir=run_dir,
         page=RunPage(run_dir, config),
@@ -277,7 +277,7 @@ def report(run: Run, alarms: Iterable[Alarm]) -> Alarm | None:
     """Write and print alarms up to the first that ends the attempt, and return that one."""
     for alarm in alarms:
         run.run_dir.event(alarm.kind, run.state, what=alarm.what, **alarm.numbers)
-        run.display.say(f"{run.state.nimg / 1000:g} kimg: {alarm.what}")
+        run.display.print_line(f"{run.state.nimg / 1000:g} kimg: {alarm.what}")
         if alarm.is_divergence and run.config.on_divergence != "ignore":
             return alarm
     return None
