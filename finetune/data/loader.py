@@ -11,7 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.image_set import CACHE_BYTES, ImageSet
 from finetune.data.sampler import InfiniteSampler
-from finetune.data.workers import available_cores, leave_interrupts_to_the_main_process, started, surviving
+from finetune.data.workers import (
+    available_cores,
+    leave_interrupts_to_the_main_process,
+    restart_dead_workers,
+    started,
+)
 from finetune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -47,7 +52,7 @@ class InfiniteLoader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = surviving(self._start)
+            self._batches = restart_dead_workers(self._start)
         batch = next(self._batches)
         if isinstance(batch, DataError):
             raise batch

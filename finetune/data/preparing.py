@@ -101,7 +101,7 @@ def prepare(
     names, values, classes, problems = _plan_labels(source, labels)
     targets = target_names(names, SUFFIXES[encoding])
     with _explained(path), _only_one(path), Draft(path, settings) as draft:
-        num_done = draft.go_on(source, names, targets)
+        num_done = draft.resume(source, names, targets)
         num_found = len(draft.zip.entries)
         _check_space(path, len(names) - num_done, settings)
         cores = available_cores() if workers is None else workers
@@ -157,7 +157,7 @@ class Draft:
         self.stream.close()
         self.journal.close()
 
-    def go_on(self, source: Source, names: list[str], targets: dict[str, str]) -> int:
+    def resume(self, source: Source, names: list[str], targets: dict[str, str]) -> int:
         """Keep the finished images of an earlier call, drop the rest, and return their number."""
         head = _line(asdict(self.settings))
         kept, entries, done = 0, [], 0  # kept: bytes of the journal
@@ -216,8 +216,8 @@ class Draft:
         self.journal.write(_line(line))
         self.journal.flush()
 
-    def kept(self) -> str:
-        """Describe what is kept for the next call; empty files are deleted."""
+    def keep_or_delete(self) -> str:
+        """Return a sentence on what is kept for the next call; files without an image are deleted."""
         if self.zip.entries:
             return f"The {len(self.zip.entries)} others are kept for the next call, in {self.zip_path}."
         for place in (self.zip_path, self.journal_path):
@@ -341,7 +341,7 @@ def _raise_for_problems(source: Source, draft: Draft, problems: list[Problem], s
         exception = "\n--skip-bad does not leave out such 16-bit images." if skip_bad or problems else ""
         raise refusal(source.path, len(source.names), [*problems, *too_dark], exception)
     if problems and not (skip_bad and draft.zip.entries):
-        ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.kept()}"
+        ways_out = "" if skip_bad else f"\nOr leave them out: --skip-bad. {draft.keep_or_delete()}"
         raise refusal(source.path, len(source.names), problems, ways_out)
 
 

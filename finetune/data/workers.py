@@ -47,7 +47,7 @@ def leave_interrupts_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def surviving(start: Callable[[], Iterator]) -> Iterator:
+def restart_dead_workers(start: Callable[[], Iterator]) -> Iterator:
     """Yield the items of `start()`; if a worker dies, call `start()` again and continue with the next item.
 
     Raises DataError if workers die repeatedly without producing data in between.
@@ -100,7 +100,7 @@ def in_order(items: Dataset, num_items: int, workers: int, *, num_images: int | 
         )
         return started(loader)
 
-    for item in surviving(start):
+    for item in restart_dead_workers(start):
         done += 1
         yield item
 

@@ -294,7 +294,7 @@ def dying(numbers, *, after):
 def test_loader_restarts_dead_workers(caplog):
     done = []
     start, starts = dying(done, after=1)
-    items = workers.surviving(start)
+    items = workers.restart_dead_workers(start)
     with caplog.at_level("WARNING", "finetune.data"):
         for _ in range(5):
             done.append(next(items))
@@ -305,7 +305,7 @@ def test_loader_restarts_dead_workers(caplog):
 def test_loader_gives_up_on_workers_that_die_at_once(caplog):
     start, starts = dying([], after=0)
     with pytest.raises(DataError, match=r"died 4 times in a row .*pid\(s\) 7") as caught:
-        next(workers.surviving(start))
+        next(workers.restart_dead_workers(start))
     assert "--workers 0" in caught.value.hint and len(starts) == 4
 
 
@@ -315,7 +315,7 @@ def test_loader_error_inside_worker_is_raised():
         yield
 
     with pytest.raises(ConnectionError):
-        next(workers.surviving(start))
+        next(workers.restart_dead_workers(start))
 
 
 def test_loader_keeps_signal_handlers(eight, two_cores):
