@@ -1,4 +1,4 @@
-"""The demo on a stand-in: it runs whole, measures honestly, says where all is, and fails when it must."""
+"""The demo on a stand-in: it runs whole, measures, says where all is, and fails when it must."""
 
 import dataclasses
 import io

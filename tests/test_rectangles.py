@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from checkpoint import honest
+from checkpoint import valid_files
 from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
@@ -194,7 +194,7 @@ def test_export_of_the_golden_file(checkpoint, golden, tmp_path):
 
 def test_discriminator_without_its_generator(golden, tmp_path):
     """`square=False` means twice as high as wide; without it, 8 positions have no shape."""
-    D, path = honest.read(golden)["D"], tmp_path / "D.pkl"
+    D, path = valid_files.read(golden)["D"], tmp_path / "D.pkl"
     for is_known in (True, False):
         if not is_known:
             del D.state["square"], D.state["_init_kwargs"]["square"]
@@ -207,7 +207,7 @@ def test_discriminator_without_its_generator(golden, tmp_path):
 
 
 def test_generator_and_discriminator_of_other_shapes_are_no_pair(golden, golden_dir, fine_tuning, tmp_path):
-    mixed = {**honest.read(golden), "D": honest.read(golden_dir / "stylegan2-ada-32.pkl")["D"]}
+    mixed = {**valid_files.read(golden), "D": valid_files.read(golden_dir / "stylegan2-ada-32.pkl")["D"]}
     path = tmp_path / "mixed.pkl"
     path.write_bytes(pickle.dumps(mixed, 4))
     with pytest.raises(ConfigError, match="size is 16×32 in G and 32×32 in D: not a pair"):
@@ -216,7 +216,7 @@ def test_generator_and_discriminator_of_other_shapes_are_no_pair(golden, golden_
 
 @pytest.mark.parametrize("told_by", ["square", "out_size"])
 def test_rectangular_stylegan3_is_refused_in_one_line(told_by, golden_dir, tmp_path):
-    content = dict(honest.read(golden_dir / "stylegan3-t-32.pkl"))
+    content = dict(valid_files.read(golden_dir / "stylegan3-t-32.pkl"))
     for key in ("G", "G_ema"):
         if told_by == "square":
             content[key].state["_init_kwargs"]["square"] = False

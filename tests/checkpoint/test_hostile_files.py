@@ -257,7 +257,7 @@ DTYPE = call("numpy", "dtype", "f4", False, True)
 NEW = (Name("numpy", "ndarray"), (0,), b"b")
 
 # Calls of allowed names with arguments that no real file has: name -> (call, words of the refusal).
-LIES = {
+HOSTILE_ARGUMENTS = {
     "tensor of 2^40 elements, stride 0": (forge.tensor(F4, size=(2**40,), stride=(0,)), "beyond its storage"),
     "tensor past its storage": (forge.tensor(F4, size=(3,), stride=(3,)), "beyond its storage"),
     "tensor of strides too long": (forge.tensor(F4, size=(2, 2), stride=(2**40, 1)), "beyond its storage"),
@@ -378,9 +378,9 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("name", HOSTILE_ARGUMENTS)
 def test_load_refuses_hostile_arguments(name):
-    evil, words = LIES[name]
+    evil, words = HOSTILE_ARGUMENTS[name]
     error = refused(forge.dumps({"G_ema": evil}))
     assert words in error.what
 

@@ -214,7 +214,7 @@ UNKNOWN = (  # made a record of, and never called
     "numpy.random._pickle.__randomstate_ctor",
 )
 DTYPE = call("numpy.dtype", text("f4"), b"\x89", b"\x88")
-RECORDS = {  # entries of honest files: records made in each way, and calls that give plain values
+RECORDS = {  # entries of valid files: records made in each way, and calls that give plain values
     "REDUCE and BUILD": call(UNKNOWN[0], text("x")) + b"}(" + text("weight") + integer(1) + b"ub",
     "NEWOBJ": named(UNKNOWN[1]) + b")\x81",
     "NEWOBJ_EX": named(UNKNOWN[1]) + b")}(" + text("lr") + integer(1) + b"u\x92",

@@ -15,7 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from checkpoint import forge, honest
+from checkpoint import forge, valid_files
 from checkpoint.forge import Call, Name, Raw, call
 
 import finetune
@@ -41,7 +41,7 @@ def opened(tmp_path):
 
 @pytest.fixture
 def ada(golden_dir):
-    return dict(honest.read(golden_dir / "stylegan2-ada-32.pkl"))
+    return dict(valid_files.read(golden_dir / "stylegan2-ada-32.pkl"))
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def equal(one, other) -> bool:
 @pytest.mark.parametrize("protocol", [0, 2, 4])  # text; Python 2 and torch.save; Python 3.8 to 3.13
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_load_every_generation_and_protocol(name, protocol, opened, golden_dir, monkeypatch):
-    honest.install(monkeypatch)
-    again = opened(honest.read(golden_dir / f"{name}.pkl"), protocol)
+    valid_files.install(monkeypatch)
+    again = opened(valid_files.read(golden_dir / f"{name}.pkl"), protocol)
     wanted = finetune.load(golden_dir / f"{name}.pkl")
     assert not again.foreign and again.missing == wanted.missing
     for key in ("G", "D", "G_ema"):
@@ -133,9 +133,9 @@ def test_load_tensors_with_attributes(protocol, ada, opened, golden_dir):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_load_converts_precision(dtype, opened, golden_dir):
-    root = dict(honest.read(golden_dir / "stylegan3-t-32.pkl"))
+    root = dict(valid_files.read(golden_dir / "stylegan3-t-32.pkl"))
     for key in ("G", "D", "G_ema"):
-        honest.convert(root[key], dtype)
+        valid_files.convert(root[key], dtype)
     seen, wanted = opened(root), finetune.load(golden_dir / "stylegan3-t-32.pkl")
     for key in ("G", "D", "G_ema"):
         found = getattr(seen, key).state_dict()
@@ -149,7 +149,7 @@ def test_load_converts_precision(dtype, opened, golden_dir):
 
 @pytest.mark.parametrize("value", [1e300, -1e39, 3.5e38])
 def test_load_refuses_weights_beyond_float32(value, ada, opened):
-    honest.convert(ada["G_ema"], torch.float64)
+    valid_files.convert(ada["G_ema"], torch.float64)
     mapping = ada["G_ema"].state["_modules"]["mapping"].state
     mapping["_buffers"]["w_avg"][:2] = torch.tensor([value, torch.inf], dtype=torch.float64)
     with pytest.raises(CheckpointMismatch) as refusal:
@@ -161,8 +161,8 @@ def test_load_refuses_weights_beyond_float32(value, ada, opened):
 
 
 def test_load_tensorflow_half_precision(opened, golden_dir, monkeypatch):
-    honest.install(monkeypatch)
-    root = honest.read(golden_dir / "stylegan2-tf-32.pkl")
+    valid_files.install(monkeypatch)
+    root = valid_files.read(golden_dir / "stylegan2-tf-32.pkl")
     for network in root:
         for part in (network, *network.state["components"].values()):
             part.state["variables"] = [
@@ -191,7 +191,9 @@ def test_load_foreign_part_refuses_network(ada, opened, vision_head, protocol):
 
 def test_load_persistent_discriminator_of_other_architecture(ada, opened):
     modules = ada["D"].state["_modules"]
-    ada["D"] = honest.Net("ProjectedDiscriminator", {**ada["D"].state, "_modules": {"heads": modules["b8"]}})
+    ada["D"] = valid_files.Net(
+        "ProjectedDiscriminator", {**ada["D"].state, "_modules": {"heads": modules["b8"]}}
+    )
     assert opened(ada).foreign == {"D": "ProjectedDiscriminator"}
 
 
@@ -308,7 +310,7 @@ def extras():
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_load_additional_entries(protocol, opened, golden_dir):
-    root = {"G_ema": honest.read(golden_dir / "stylegan3-t-32.pkl")["G_ema"], **extras()}
+    root = {"G_ema": valid_files.read(golden_dir / "stylegan3-t-32.pkl")["G_ema"], **extras()}
     seen = opened(root, protocol)
     assert seen.notes[-1] == f"unknown entries ignored: {', '.join(sorted(extras()))}"
 
@@ -404,7 +406,7 @@ def test_load_large_weights_at_old_protocols(tmp_path):
             assert np.array_equal(seen["a"].value, value) and np.array_equal(seen["b"].array, value)
 
 
-def test_load_refusals_of_honest_files(ada, opened, vision_head):
+def test_load_refusals_of_harmless_files(ada, opened, vision_head):
     for value in ({"G_ema": vision_head}, {"x": vision_head}, vision_head):
         with pytest.raises(CheckpointError) as refusal:
             opened(value)
@@ -414,8 +416,8 @@ def test_load_refusals_of_honest_files(ada, opened, vision_head):
 def test_load_snapshot_by_dill(opened, golden_dir, monkeypatch):
     """The library itself, as the projects derived from Projected GAN use it."""
     dill = pytest.importorskip("dill", reason="needs dill")
-    honest.install(monkeypatch)
-    root = dict(honest.read(golden_dir / "stylegan3-t-32.pkl"))
+    valid_files.install(monkeypatch)
+    root = dict(valid_files.read(golden_dir / "stylegan3-t-32.pkl"))
     root["progress"] = {"cur_nimg": torch.tensor([4000]), "best_fid": 9.5}
     seen = opened(dill.dumps(root))
     assert seen.missing == [] and equal(seen.G_ema, finetune.load(golden_dir / "stylegan3-t-32.pkl").G_ema)
