@@ -99,23 +99,23 @@ def seeds_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[s
     return rows
 
 
-def distillation_share(record: dict[str, Any]) -> float:
-    """Return seconds of the phase Gdistill in parts of all phases."""
+def distillation_fraction(record: dict[str, Any]) -> float:
+    """Return seconds of the phase Gdistill as a fraction of all phases."""
     return record["sec_per_phase"].get("Gdistill", 0.0) / sum(record["sec_per_phase"].values())
 
 
 def costs_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
-    """Return seconds per kimg of each arm, without measurements, and the share of distillation, under COSTS.
+    """Return seconds per kimg of each arm, without measurements, and the part of distillation, under COSTS.
 
-    Shares are taken inside one run, so that what else the machine does hits both sides of them alike; totals
+    Fractions are those of one run, so that what else the machine does hits both sides of them alike; totals
     of runs that did not run side by side compare only on a machine that does nothing else.
     """
     rows = []
     for arm in arms:
         found = [records[arm, seed] for seed in seeds]
         seconds = statistics.median(record["sec_per_kimg"] for record in found)
-        share = statistics.median(distillation_share(record) for record in found)
-        rows.append([arm, f"{seconds:.2f}", f"{share:.1%}", f"+{share / (1 - share):.1%}"])
+        fraction = statistics.median(distillation_fraction(record) for record in found)
+        rows.append([arm, f"{seconds:.2f}", f"{fraction:.1%}", f"+{fraction / (1 - fraction):.1%}"])
     return rows
 
 

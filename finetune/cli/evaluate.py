@@ -35,7 +35,7 @@ from finetune.progress import progress_bar
     metavar="LIST",
     help="Of fid, kid, prc (precision, recall) and ppl, which download Inception or VGG weights once; "
     "random-fid; fd-effnet, kid-effnet, prc-effnet, ppl-effnet, the first three with -stlpips, and "
-    "memorization (share of near copies of real images), which need no download.",
+    "memorization (fraction of near copies of real images), which need no download.",
 )
 @click.option(
     "--num", type=click.IntRange(min=2), default=50_000, show_default=True, help="Images to generate."

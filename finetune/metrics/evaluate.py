@@ -209,8 +209,8 @@ class Evaluation:
             return {metric: kid(generated, real, seed)}
         if kind == "copies":
             self.near_copies = find_near_copies(generated, real, len(self.image_set.names))
-            share = self.near_copies.share
-            return {metric: MetricValue(share, error=binomial_error(share, len(generated)))}
+            fraction = self.near_copies.fraction
+            return {metric: MetricValue(fraction, error=binomial_error(fraction, len(generated)))}
         precision, recall = precision_recall(generated, real)
         error = binomial_error(precision, len(generated))
         suffix = metric.removeprefix("prc")

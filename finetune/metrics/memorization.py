@@ -29,8 +29,8 @@ class NearCopies:
     distance: torch.Tensor
 
     @property
-    def share(self) -> float:
-        """Return the share of near copies among the generated images."""
+    def fraction(self) -> float:
+        """Return the fraction of near copies among the generated images."""
         return float((self.distance < NEAR).float().mean())
 
 

@@ -61,7 +61,7 @@ def test_find_near_copies_measures_in_distances_of_real_images():
     found = find_near_copies(generated, real, 10)
     assert found.index.tolist() == [3, 7]
     torch.testing.assert_close(found.distance, torch.tensor([0.5, 0.65**0.5]) / 2**0.5)
-    assert found.share == 0.5
+    assert found.fraction == 0.5
 
 
 def test_find_near_copies_ignores_the_own_mirror_image():
@@ -75,6 +75,6 @@ def test_find_near_copies_leaves_exact_duplicates_out_of_the_median():
     real = torch.rand(80, 16)
     doubled = torch.cat([real, real[:60]])
     found = find_near_copies(real[:10] + 0.01, doubled, len(doubled))
-    assert found.share == 1 and 0 < found.distance.max() < 0.2
+    assert found.fraction == 1 and 0 < found.distance.max() < 0.2
     with pytest.raises(ConfigError, match="every real image has an exact duplicate"):
         find_near_copies(real[:2], real[:1].expand(80, -1), 80)
