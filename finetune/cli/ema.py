@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -19,8 +20,24 @@ from finetune.cli.options import (
 from finetune.errors import ConfigError
 from finetune.progress import progress_bar
 
+if TYPE_CHECKING:
+    from finetune.checkpoint.load import Checkpoint
+    from finetune.config import TrainConfig
+    from finetune.train.posthoc_ema import SavedAverages
+
 BAR = 24  # characters
 NAME = "network-ema.pkl"
+AS_TRAINED = "as trained"
+
+
+class Row(NamedTuple):
+    """A half-life in kimg: the metric and its standard error, and the error of the reconstructed profile."""
+
+    label: str
+    kimg: float
+    value: float
+    error: float
+    profile_error: float
 
 
 @click.command("ema", short_help="Choose the half-life of G_ema after training.")
@@ -63,12 +80,9 @@ def command(
     --ema-kimg would have made it. This command measures a grid of half-lives at the newest snapshot, or at
     SNAPSHOT, and writes the best one as network-ema.pkl into the run folder.
     """
-    import dataclasses
-
     from finetune.config import TrainConfig
-    from finetune.device import float32_math, resolve_device
-    from finetune.export.save import save
-    from finetune.metrics.evaluate import check_names, ensure_metric_weights, open_evaluation
+    from finetune.device import resolve_device
+    from finetune.metrics.evaluate import check_names, ensure_metric_weights
     from finetune.resolve import load, newest_snapshot
     from finetune.train import posthoc_ema
 
@@ -85,45 +99,19 @@ def command(
     G_ema: Any = checkpoint.G_ema
     num = num or (5000 if target.type == "cuda" else 1000)
     tried = wanted or posthoc_ema.grid(config, saved)
-    evaluation = open_evaluation(
-        checkpoint,
-        data or config.data,
-        [name],
-        fit=config.fit,
-        labels_from=config.labels,
-        mirror=config.mirror,
-        workers=config.workers,
-        cache=True,
-        with_error=True,
-    )
-
-    def measure(network: Any, what: str) -> tuple[float, float]:
-        with progress_bar(what, num) as progress:
-            found = next(iter(evaluation.distances(network, num, seed, progress=progress).values()))
-        return found.value, found.error
-
-    with float32_math():
-        rows = [("as trained", config.ema_kimg, *measure(G_ema, "measuring G_ema"), 0.0)]
-        for kimg in tried:
-            network, error = posthoc_ema.reconstruct(config, saved, kimg, G_ema)
-            rows.append((f"{kimg:g}", kimg, *measure(network, f"measuring {kimg:g} kimg"), error))
+    rows = measure(checkpoint, config, saved, tried, data or config.data, name, num, seed)
     click.echo(f"{snapshot.name}: {num:,} generated images for each half-life, seed {seed}.")
     click.echo("\n".join(curve(rows, name)))
     network, _ = posthoc_ema.reconstruct(config, saved, config.ema_kimg, G_ema)
     difference = posthoc_ema.relative_difference(network, G_ema)
     click.echo(f"Check: the half-life as trained is reconstructed with a difference of {difference:.1e}.")
-    best = rows[best_of(rows, name)]
-    if best[1] == config.ema_kimg:
+    best = rows[best_of(rows, name)].kimg
+    if best == config.ema_kimg:
         click.echo(f"No half-life is better than that of the run ({config.ema_kimg:g} kimg): use {snapshot}")
         return
-    network, _ = posthoc_ema.reconstruct(config, saved, best[1], G_ema)
-    origin = checkpoint.provenance
-    training = {**(origin.training or {}), "ema_kimg": best[1]}
-    changed = dataclasses.replace(
-        checkpoint, G_ema=network, provenance=dataclasses.replace(origin, training=training)
-    )
-    save(changed, out)
-    click.echo(f"Best: {best[1]:g} kimg. Wrote {out}")
+    network, _ = posthoc_ema.reconstruct(config, saved, best, G_ema)
+    write(checkpoint, network, best, out)
+    click.echo(f"Best: {best:g} kimg. Wrote {out}")
 
 
 def parse_half_lives(text: str | None) -> list[float]:
@@ -137,23 +125,72 @@ def parse_half_lives(text: str | None) -> list[float]:
     return found
 
 
-def best_of(rows: list[tuple[str, float, float, float, float]], name: str) -> int:
+def measure(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    saved: list[SavedAverages],
+    half_lives: list[float],
+    data: str,
+    name: str,
+    num: int,
+    seed: int,
+) -> list[Row]:
+    """Measure G_ema as trained, and with each half-life."""
+    from finetune.device import float32_math
+    from finetune.metrics.evaluate import open_evaluation
+    from finetune.train import posthoc_ema
+
+    G_ema: Any = checkpoint.G_ema
+    evaluation = open_evaluation(
+        checkpoint,
+        data,
+        [name],
+        fit=config.fit,
+        labels_from=config.labels,
+        mirror=config.mirror,
+        workers=config.workers,
+        cache=True,
+        with_error=True,
+    )
+
+    def row(label: str, kimg: float, network: Any, profile_error: float) -> Row:
+        with progress_bar(f"measuring {label}", num) as progress:
+            found = next(iter(evaluation.distances(network, num, seed, progress=progress).values()))
+        return Row(label, kimg, found.value, found.error, profile_error)
+
+    with float32_math():
+        rows = [row(AS_TRAINED, config.ema_kimg, G_ema, 0.0)]
+        for kimg in half_lives:
+            rows.append(row(f"{kimg:g}", kimg, *posthoc_ema.reconstruct(config, saved, kimg, G_ema)))
+    return rows
+
+
+def write(checkpoint: Checkpoint, G_ema: Any, kimg: float, path: Path) -> None:
+    """Write the checkpoint with another G_ema, of the half-life `kimg`."""
+    from finetune.export.save import save
+
+    origin = checkpoint.provenance
+    origin = dataclasses.replace(origin, training={**(origin.training or {}), "ema_kimg": kimg})
+    save(dataclasses.replace(checkpoint, G_ema=G_ema, provenance=origin), path)
+
+
+def best_of(rows: list[Row], name: str) -> int:
     """Return the index of the best row; the first of equals."""
     from finetune.metrics.evaluate import HIGHER_IS_BETTER
 
     sign = -1 if name.startswith(("prc", *HIGHER_IS_BETTER)) else 1
-    return min(range(len(rows)), key=lambda index: sign * rows[index][2])
+    return min(range(len(rows)), key=lambda index: sign * rows[index].value)
 
 
-def curve(rows: list[tuple[str, float, float, float, float]], name: str) -> list[str]:
+def curve(rows: list[Row], name: str) -> list[str]:
     """Return a table with bars: label, half-life, value, standard error, profile error."""
-    values = [row[2] for row in rows]
+    values = [row.value for row in rows]
     low, high = min(values), max(values)
     lines = [f"{'half-life (kimg)':<18}{name:>22}  {'profile error':>13}"]
     for label, kimg, value, error, profile in rows:
-        shown = f"{label} ({kimg:g})" if label == "as trained" else label
+        shown = f"{label} ({kimg:g})" if label == AS_TRAINED else label
         number = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
         bar = "█" * round(1 + (BAR - 1) * (value - low) / ((high - low) or 1))
-        text = "" if label == "as trained" else f"{profile:.1e}"
+        text = "" if label == AS_TRAINED else f"{profile:.1e}"
         lines.append(f"{shown:<18}{number:>22}  {text:>13}  {bar}")
     return lines

@@ -150,7 +150,8 @@ def test_ema_command_mistakes(finished, words, message):
 
 
 def test_ema_curve_and_best():
-    rows = [("as trained", 2.5, 3.0, 0.1, 0.0), ("1", 1.0, 2.0, 0.0, 1e-3), ("5", 5.0, 4.0, 0.1, 1e-3)]
+    rows = [ema.Row("as trained", 2.5, 3.0, 0.1, 0.0), ema.Row("1", 1.0, 2.0, 0.0, 1e-3)]
+    rows.append(ema.Row("5", 5.0, 4.0, 0.1, 1e-3))
     assert ema.best_of(rows, "fid") == 1 and ema.best_of(rows, "prc-effnet") == 2
     bars = [line.split("  ")[-1] for line in ema.curve(rows, "fid")[1:]]
     assert [len(bar.strip()) for bar in bars] == [12, 1, 24]
