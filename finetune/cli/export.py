@@ -19,11 +19,12 @@ from finetune.cli.options import (
     refuse_existing,
 )
 from finetune.errors import ConfigError
-from finetune.export.formats import FORMATS, HALF, WHICH, format_of, half_refused
+from finetune.export.formats import FORMATS, HALF, WHICH, Format, format_of, half_refused
 from finetune.progress import progress_bar
 
 if TYPE_CHECKING:
     from finetune.checkpoint.load import Checkpoint
+    from finetune.export.verify import Verification
 
 WEB = "web"
 
@@ -119,7 +120,6 @@ def write(
     format_name: one of FORMATS, by default that of the suffix of `out`. Mistakes in the options are refused
     before anything is downloaded.
     """
-    from finetune.checkpoint.load import NETWORKS
     from finetune.export.save import save
     from finetune.resolve import load
 
@@ -144,6 +144,12 @@ def write(
             half=half,
             progress=progress,
         )
+    print_result(checkpoint, out, file_format, result)
+
+
+def print_result(checkpoint: Checkpoint, out: Path, file_format: Format, result: Verification) -> None:
+    """Print what was written and compared, what the file lacks, and its provenance."""
+    from finetune.checkpoint.load import NETWORKS
 
     name, networks = file_format.name, result.networks
     click.echo(f"Wrote {out} ({out.stat().st_size:,} bytes, {name}): {', '.join(networks)}.")
