@@ -229,7 +229,8 @@ class TrainOptions:
     sd_weight: DistillWeight | None = _option(  # noqa: RUF009
         DISTILLATION, "Weight of the self-distillation loss; 0 disables it, and the distance is only logged. "
         "auto:0.1 keeps its gradient at a tenth of the adversarial one.",
-        shown="auto:1; few-shot: 0; custom and --scratch: auto:0.1; authors: 1", metavar="WEIGHT|auto:RATIO")
+        shown="auto:1; few-shot: 0; ms-ssim, custom and --scratch: auto:0.1; authors: 1",
+        metavar="WEIGHT|auto:RATIO")
     sd_backbone: str | None = _option(
         DISTILLATION, "Perceptual distance between student and teacher.",
         shown="lpips-vgg; ms-ssim with --sd-weight 0", choices=BACKBONES)

@@ -19,6 +19,7 @@ from finetune.options import OPTIONS, DistillWeight, TrainOptions
 # Sources of the numbers.
 WARMUP = "benchmarks/results/ab_warmup_epyc-2core_202611.md"
 AB = "benchmarks/results/ab_improve-photos_epyc-2core_202611.md"
+SMALL_RATIO = "benchmarks/results/ab_small-ratio-photos_amd-epyc-2core_202611.md"
 ADAPT = "benchmarks/results/ab_adapt-photos_epyc-2core_202611.md"
 FEW_SHOT = "benchmarks/results/ab_few-shot-photos_epyc-2core_202611.md"
 UNVERIFIED = "default (unverified)"
@@ -295,6 +296,8 @@ RULES = (
     Rule("sd_preset", ANY, OPTIONS["sd_preset"].default, ""),
     Rule("sd_weight", ANY, DistillWeight(1.0), "fixed, as in the authors' code; their value is not public",
          UNVERIFIED, when=_as_authors),
+    Rule("sd_weight", (*IMPROVE, "adapt"), CAREFUL_SD_WEIGHT, "a larger ratio costs fidelity with MS-SSIM",
+         SMALL_RATIO, when=lambda run: run.sd_backbone == "ms-ssim"),
     Rule("sd_weight", IMPROVE, SD_WEIGHT, "gradient norm equal to the adversarial one", AB),
     Rule("sd_weight", ("adapt",), SD_WEIGHT, "gradient norm equal to the adversarial one", ADAPT),
     Rule("sd_weight", ("few-shot",), DistillWeight(0.0), "self-distillation costs fidelity with few images",

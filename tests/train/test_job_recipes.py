@@ -53,6 +53,19 @@ def test_recipe_few_shot_distills_only_if_asked():
     assert settle(few)[0].sd_backbone == "ms-ssim"  # for the log
 
 
+@pytest.mark.parametrize(
+    "asked, weight",
+    [
+        ({}, "auto:0.1"),
+        ({"recipe": "few-shot"}, "0"),
+        ({"sd_preset": "authors"}, "1"),
+        ({"sd_weight": 2}, "2"),
+    ],
+)
+def test_recipe_ms_ssim_has_a_smaller_ratio(asked, weight):
+    assert str(settle(sd_backbone="ms-ssim", **asked)[0].sd_weight) == weight
+
+
 def test_recipe_short_runs_measure_fewer_images():
     assert [settle(kimg=kimg)[0].metrics_num for kimg in (0.1, 3.0, 200.0)] == [200, 600, 1000]
     assert settle(dataclasses.replace(BASE, device_type="cuda"), kimg=1.0)[0].metrics_num == 5000
