@@ -168,7 +168,7 @@ class TrainOptions:
     resolution: int | None = _option(
         SHAPE, "Resolution (longer side), a power of two: required with --scratch; changes a StyleGAN2 "
         "checkpoint.",
-        shown="as the checkpoint", at_least=8)
+        shown="as the checkpoint", at_least=8, at_most=1 << 14)
     channels: int | None = _option(
         SHAPE, "Image channels: 1 (gray), 3 (RGB) or 4 (RGBA); changes the checkpoint.",
         shown="as the checkpoint; 3 with --scratch", choices=CHANNELS, metavar="1|3|4")
@@ -180,13 +180,15 @@ class TrainOptions:
     d_warmup_kimg: float | None = _option(
         SHAPE, "With --new-d: kimg that D trains alone.", shown="10, at most a tenth of --kimg", at_least=0)
     cbase: int | None = _option(
-        SHAPE, "With --scratch: capacity, channels × resolution.", shown="16384 or 32768", above=0)
-    cmax: int | None = _option(SHAPE, "With --scratch: maximum channels of a layer.", shown="512", above=0)
+        SHAPE, "With --scratch: capacity, channels × resolution.", shown="16384 or 32768", above=0,
+        at_most=1 << 24)
+    cmax: int | None = _option(SHAPE, "With --scratch: maximum channels of a layer.", shown="512", above=0,
+        at_most=1 << 16)
     map_depth: int | None = _option(
         SHAPE, "With --scratch: layers of the mapping network.", shown="8 for StyleGAN2, 2 for StyleGAN3",
-        above=0)
+        above=0, at_most=64)
     z_dim: int | None = _option(
-        SHAPE, "With --scratch: dimensions of z, and of w.", shown="512", above=0)
+        SHAPE, "With --scratch: dimensions of z, and of w.", shown="512", above=0, at_most=1 << 16)
 
     recipe: str | None = _option(
         RECIPE, "The images: the checkpoint's own (improve), others (adapt), very few (few-shot); "
@@ -348,6 +350,11 @@ def _combination_problems(asked: TrainOptions, run: TrainOptions) -> list[str | 
     else:
         if run.resolution is None:
             problems.append("--resolution: needed with --scratch (there is no checkpoint to take it from).")
+        elif run.cbase is not None and 0 < run.cbase < run.resolution:
+            problems.append(
+                f"--cbase {run.cbase}: must be at least --resolution {run.resolution}; otherwise, layers "
+                "have no channels."
+            )
         if run.sd_teacher == "initial":
             problems.append("--sd-teacher initial: there is no initial checkpoint with --scratch. Use ema.")
         why = "only for --resume, not for --scratch."

@@ -10,6 +10,7 @@ the user can fix · 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -154,6 +155,9 @@ def main() -> None:
     """Run the program with the arguments of the process; never returns."""
     let_threads_sleep()
     log_chosen_ops()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that its encoding lacks must not end a command
+            stream.reconfigure(errors="replace")
     try:
         cli(prog_name="finetune")
     finally:

@@ -93,6 +93,10 @@ def check_command(
     from finetune.resolve import load
 
     channels, num_classes = None, None
+    if labels_from == "folders":
+        if cond is False:
+            raise ConfigError("--labels folders: has no effect with --no-cond. Omit one of the two.")
+        cond = True
     if network is not None:
         if resolution is not None:
             raise ConfigError("--resolution: already given by --network. Give one of the two.")
@@ -107,10 +111,6 @@ def check_command(
         raise ConfigError(f"--fit {fit}: the size is unknown. Set it with --resolution or --network.")
     if resolution is not None and fit is None:
         fit = "crop"
-    if labels_from == "folders":
-        if cond is False:
-            raise ConfigError("--labels folders: has no effect with --no-cond. Omit one of the two.")
-        cond = True
     use_labels = has_labels(open_source(path)) if cond is None else cond
     asked: dict[str, Any] = dict(
         resolution=resolution,
@@ -123,6 +123,10 @@ def check_command(
         found = scan(path, **asked, progress=progress, thorough=True, **options)
     if channels is not None:
         found = dataclasses.replace(found, notes=[*found.notes, *found.against(channels)])
+    if network is not None and use_labels and not found.problems:
+        from finetune.train.facts import compare_labels
+
+        compare_labels(checkpoint, ImageSet(path, channels=G.img_channels, **asked), None)
     training = dataset_report.what_training_does(found, resolution, channels, fit)
     if as_json:
         values = dataset_report.as_values(found, use_labels, training)
@@ -135,10 +139,6 @@ def check_command(
         if labels_from == "file" and any(problem.kind == BAD_LABEL for problem in found.problems):
             advice += "\nOr train, and check, without labels: --no-cond."
         raise DataError(f"{path}: training would refuse this data set ({number}).", hint=advice)
-    if network is not None and use_labels:
-        from finetune.train.facts import compare_labels
-
-        compare_labels(checkpoint, ImageSet(path, channels=G.img_channels, **asked), None)
 
 
 @command.command("prepare", short_help="Resize images into a zip that loads fastest.")

@@ -48,6 +48,8 @@ class LocalPath(click.Path):
     """A path; `~` is expanded, which shells leave to programs in `--out=~/file`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty.", param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
@@ -143,6 +145,9 @@ def network_file(network: str) -> Path:
     """Return the file that `--network` means, downloaded if needed; print its name and license."""
     from finetune.progress import download_bar
     from finetune.resolve import resolve_network
+
+    if not network:
+        raise ConfigError("The name of the network is empty. Pass a file, a run folder, a name or a URL.")
 
     with download_bar() as (on_message, progress):
         return resolve_network(network, on_message=on_message, progress=progress)

@@ -158,7 +158,7 @@ def read_target(path: Path, G: Network) -> torch.Tensor:
         pixels = decode(path.read_bytes(), resolution=image_size(G), channels=G.img_channels, fit="crop")
     except Unusable as error:
         raise DataError(f"{path}: {error.kind} ({error.detail}). Use another image.") from None
-    return images_to_float(torch.from_numpy(pixels)).unsqueeze(0).to(device_of(G))
+    return images_to_float(torch.tensor(pixels)).unsqueeze(0).to(device_of(G))
 
 
 def write_results(

@@ -134,6 +134,7 @@ def test_check_uses_network_size(folder, golden_dir):
         (("--network", "nothing.pkl", "--resolution", 8), "already given by --network"),
         (("--network", "nothing.pkl"), "nothing.pkl"),
         (("--resolution", 2), "'2' is not a size"),
+        (("--network", ""), "The name of the network is empty"),
         (("--resolution", "63x40"), "--resolution 63: the longer side must be a power of two"),
     ],
 )
@@ -158,6 +159,7 @@ def test_check_refuses_other_paths(tmp_path, command):
         return result.stderr
 
     assert "no such folder or zip" in refused(tmp_path / "nothing")
+    assert "the path is empty" in refused("")
     (tmp_path / "empty").mkdir()
     assert "no image found (it is empty)" in refused(tmp_path / "empty")
     (tmp_path / "empty/a.HEIC").touch()

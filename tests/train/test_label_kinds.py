@@ -113,7 +113,7 @@ def test_class_names_that_differ_are_refused(of_three, in_folders, names, differ
     assert f"{data}: {differences}\n" in done.output and "--classes keep" in done.output
     asked = [data, "--network", of_three, "--labels", "folders"]
     done = CliRunner().invoke(cli, ["dataset", "check", *map(str, asked)])
-    assert done.exit_code == 2 and f"{data}: {differences}\n" in done.stderr
+    assert done.exit_code == 2 and f"{data}: {differences}\n" in done.stderr and not done.stdout
 
 
 def test_evaluate_states_class_names_that_differ(of_three, in_folders):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from finetune import recipes
+from finetune.checkpoint.arguments import LIMITS
 from finetune.config import TrainConfig
 from finetune.errors import ConfigError
 from finetune.options import OPTIONS, DistillWeight, TrainOptions, flag
@@ -91,6 +92,11 @@ def test_config_lists_all_problems():
         ({"resume": None, "scratch": "stylegan2", "resolution": 48}, "power of two"),
         ({"resume": None, "scratch": "stylegan2", "resolution": 64, "sd_teacher": "initial"}, "--sd-teacher"),
         ({"resume": None, "scratch": "stylegan2", "resolution": 64, "freezed": 2}, "--freezed"),
+        (
+            {"resume": None, "scratch": "stylegan2", "resolution": 64, "cbase": 32},
+            "--cbase 32: must be at least",
+        ),
+        ({"resume": None, "scratch": "stylegan2", "resolution": 32768}, "must be at most 16384"),
         ({"aug": "fixed"}, "--p"),
         ({"p": 0.2}, "no effect"),
         ({"aug": "noaug", "target": 0.5}, "no effect"),
@@ -215,3 +221,9 @@ def test_config_lists_options_without_effect(options, line):
     _, reasons = recipes.resolve(TrainOptions(data="images", resume="a.pkl", **options), FACTS)
     found = [(reason.name, reason.why) for reason in reasons if "no effect" in reason.why]
     assert found == ([line] if line else [])
+
+
+def test_sizes_of_scratch_are_those_that_files_may_have():
+    names = {"resolution": "img_resolution", "cbase": "channel_base", "cmax": "channel_max", "z_dim": "z_dim"}
+    for option, argument in (names | {"map_depth": "num_layers"}).items():
+        assert OPTIONS[option].at_most == LIMITS[argument][1]
