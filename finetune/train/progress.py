@@ -84,8 +84,11 @@ class Display:
         return duration(self._seconds_per_image(state) * max(0, self.total_nimg - state.nimg)) + " left"
 
     def print_line(self, text: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print one line above the bar; nothing from then on if that fails, while training continues."""
+        try:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except (OSError, SystemExit):  # a full disk; a closed pipe, for which rich raises SystemExit
+            self.console.quiet = True
 
 
 def print_reasons(console: Console, reasons: list[Reason]) -> None:

@@ -72,3 +72,18 @@ def test_display_measures_again_after_a_rollback(monkeypatch):
     monkeypatch.setattr("finetune.train.progress.time.perf_counter", lambda: 60.0)
     display.tick(state_at(100), NUMBERS)
     assert "1:00 elapsed, 1:30 left" in display.console.file.getvalue()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError()])
+def test_display_prints_nothing_more_once_that_fails(error):
+    class Full(io.StringIO):
+        writes = 0
+
+        def write(self, text):
+            Full.writes += 1
+            raise error
+
+    display = Display(Console(file=Full()), 1000)
+    for _ in range(3):
+        display.print_line("0.10 kimg")
+    assert Full.writes == 1 and display.console.quiet
