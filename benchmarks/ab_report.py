@@ -25,6 +25,7 @@ COSTS = ["arm", "seconds per kimg", "Gdistill, of all", "Gdistill, on top of the
 TRAJECTORY = ["arm", "path per kimg", "straightness", "update cosine", "distance to the teacher", "weight"]
 # Names in the log, in the order of TRAJECTORY.
 OF_THE_LOG = ("path_per_kimg_G", "straightness_G", "update_cosine_G", "loss_sd", "sd_weight")
+FEW_ARMS = 4  # of which a report has all metrics by seed, below 100 lines
 
 
 def is_higher_better(name: str) -> bool:
@@ -90,8 +91,10 @@ def results_of(
 
 
 def seeds_of(records: Records, arms: list[str], seeds: list[int]) -> list[list[str]]:
-    """Return the values of two metrics for every run, header first."""
-    names = [name for name in records[arms[0], seeds[0]]["final"] if not name.startswith("kid")][:2]
+    """Return the values of each metric for every run, header first; of two metrics if there are many arms."""
+    names = list(records[arms[0], seeds[0]]["final"])
+    if len(arms) > FEW_ARMS:
+        names = [name for name in names if not name.startswith("kid")][:2]
     rows = [["metric", "arm", *(f"seed {seed}" for seed in seeds)]]
     for name in names:
         for arm in arms:
