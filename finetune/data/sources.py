@@ -188,8 +188,6 @@ class ZipSource(Source):
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Open a folder or a zip. Raises DataError if it is neither, or holds no image."""
-    if not os.fspath(path):
-        raise DataError("The path of the data set is empty.", hint="Pass a folder or a zip of images.")
     path = Path(path)
     if path.is_dir():
         return FolderSource(path)
